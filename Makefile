@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+# Python 3.11 to 3.13 with venv; another one: make PYTHON=/path/to/python install
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$python && break; done)
+# Without an NVIDIA GPU torch is held at a version with a CPU build; more words for pip go into PIP_ARGS, such as
+# --extra-index-url https://download.pytorch.org/whl/cpu where the package index offers torch with CUDA only.
+CONSTRAINTS := $(shell nvidia-smi >/dev/null 2>&1 || echo --constraint constraints-cpu.txt)
+PIP := .venv/bin/python -m pip install --disable-pip-version-check $(CONSTRAINTS) $(PIP_ARGS)
+INSTALLED := .venv/installed
+TEST_WORKERS ?= 2
+RANKS ?= 4
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help install demo test test-fast checks format clean
+help:
+	@echo "make install | demo | test | test-fast | checks | format | clean"
+
+install: $(INSTALLED)
+
+# torch comes first, so that packages that look for it while they are built find the one we want.
+$(INSTALLED): pyproject.toml constraints-cpu.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 with venv here: install one (Debian: apt-get install" \
+		"python3-venv), or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) "torch>=2.9"
+	$(PIP) --editable ".[mpi,dev]"
+	touch $@
+
+demo: install
+	moe-dist launch --launcher deepspeed --ranks $(RANKS) configs/experiment/demo.yaml
+
+test: install
+	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadgroup
+
+test-fast: install
+	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m "not slow"
+
+checks: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: install
+	ruff check --fix .
+	ruff format .
+
+clean:  # the runs stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find launcher moe_dist tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+"""Typed, validated configuration; imports no torch, so that refusals come at once."""
+
+from moe_dist.config.load import dump_config, load_config
+from moe_dist.config.schema import (
+    CorpusConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+    WorldConfig,
+)
+from moe_dist.config.world import BatchShape, WorldShape, resolve_batch, resolve_world
+
+__all__ = [
+    "BatchShape",
+    "CorpusConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "WorldConfig",
+    "WorldShape",
+    "dump_config",
+    "load_config",
+    "resolve_batch",
+    "resolve_world",
+]

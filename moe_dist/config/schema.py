@@ -1,0 +1,259 @@
+"""The typed configuration of a run: every key, its default, and what it may be.
+
+Checks that concern one section live in that section; checks across sections live in `RunConfig`; checks that need the
+number of ranks are in `config/world.py`. Nothing here imports torch, so that the launcher answers at once.
+"""
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from moe_dist.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A group of keys: unknown ones are refused, values are fixed once validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _require_divisible(key: str, value: int, by_key: str, by: int) -> None:
+    if value % by:
+        raise ConfigError(f"{key}={value} is not divisible by {by_key}={by}")
+
+
+class ModelConfig(Section):
+    """The transformer around the MoE layers, the same for every `moe.kind`."""
+
+    layers: Positive = 2
+    hidden_size: Positive = 128
+    heads: Positive = 4
+    kv_heads: Positive | None = Field(
+        None, description="key/value heads (grouped-query attention); null: as many as heads"
+    )
+    sequence_length: Positive = Field(256, description="tokens a sequence")
+    tie_embeddings: bool = Field(True, description="the output layer shares the token embedding's weights")
+    rope_base: Annotated[float, Field(gt=0)] = 10000.0
+    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
+
+    @property
+    def output_init_std(self) -> float:
+        """Initial std of what adds to the residual stream: init_std / sqrt(2 layers), as GPT-2."""
+        return self.init_std / math.sqrt(2 * self.layers)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        _require_divisible("model.hidden_size", self.hidden_size, "model.heads", self.heads)
+        if self.kv_heads is not None:
+            _require_divisible("model.heads", self.heads, "model.kv_heads", self.kv_heads)
+        if (self.hidden_size // self.heads) % 2:
+            raise ConfigError(
+                f"model.hidden_size={self.hidden_size} / model.heads={self.heads} is odd: rotary positions need "
+                "an even head size"
+            )
+        return self
+
+
+class MoEConfig(Section):
+    """The feed-forward part of every layer: clustered experts, standard experts, or one dense network."""
+
+    kind: Literal["clustered", "standard", "dense"] = "clustered"
+    experts: Positive = Field(32, description="E: experts in a layer")
+    clusters: Positive = Field(4, description="G: clusters of E/G experts (clustered)")
+    top_clusters: Positive = Field(1, description="m: clusters a token goes to (clustered)")
+    top_k: Positive = Field(2, description="k: experts chosen in each cluster (clustered) or among all (standard)")
+    expert_hidden: Positive = Field(256, description="f: hidden width of an expert, and of a cluster's base")
+    dense_hidden: Positive | None = Field(None, description="hidden width of `dense`; null: top_k * expert_hidden")
+    rank: Positive = Field(4, description="r: rank of an expert's residual (clustered)")
+    expert_vectors: bool = Field(True, description="per-expert gate and biases on the hidden units, bias on the output")
+    shared_init: bool = Field(False, description="all bases (clustered) or all experts (standard) start from one draw")
+    shared_expert_hidden: NonNegative = Field(0, description="width of an expert every token uses (standard); 0: none")
+    balance: Literal["bias", "aux_loss", "none"] = Field("bias", description="what keeps the experts' loads equal")
+    balance_rate: Annotated[float, Field(ge=0)] = Field(0.02, description="step of a selection bias (balance: bias)")
+    aux_loss_weight: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of the loss (balance: aux_loss)")
+    z_loss_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the router z-loss, in each stage")
+    capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="copies of a rank's micro-batch that a cluster or expert takes, over its even share; null: all",
+    )
+    gate_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on a layer's gates, else of sum 1")
+    form: Literal["auto", "mask", "sort", "compiled", "reference"] = Field(
+        "auto", description="how clustered experts are computed"
+    )
+    wire_dtype: Dtype = Field("bfloat16", description="what hidden vectors travel as between ranks")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.kind == "clustered":
+            self._clustered_possible()
+        if self.kind == "standard" and self.top_k > self.experts:
+            raise ConfigError(f"moe.top_k={self.top_k} is larger than moe.experts={self.experts}")
+        return self
+
+    def _clustered_possible(self) -> None:
+        _require_divisible("moe.experts", self.experts, "moe.clusters", self.clusters)
+        if self.top_k > self.experts_per_cluster:
+            raise ConfigError(
+                f"moe.top_k={self.top_k} is larger than a cluster: moe.experts={self.experts} / "
+                f"moe.clusters={self.clusters} = {self.experts_per_cluster} experts"
+            )
+        if self.top_clusters > self.clusters:
+            raise ConfigError(f"moe.top_clusters={self.top_clusters} is larger than moe.clusters={self.clusters}")
+        if self.shared_expert_hidden:
+            raise ConfigError(
+                f"moe.shared_expert_hidden={self.shared_expert_hidden} works with moe.kind=standard only; "
+                "moe.kind=clustered shares a base instead: set it to 0"
+            )
+
+    @property
+    def experts_per_cluster(self) -> int:
+        """n = E/G."""
+        return self.experts // self.clusters
+
+    @property
+    def dense_width(self) -> int:
+        """Hidden width of the dense network with the same active width as `standard`."""
+        return self.dense_hidden or self.top_k * self.expert_hidden
+
+
+class WorldConfig(Section):
+    """How ranks are laid out: world = data x cluster x shard (docs/architecture.md)."""
+
+    data: Positive | None = Field(None, description="replicas of the same experts; null: what the ranks leave over")
+    cluster: Positive | None = Field(None, description="blocks of clusters; null: as many as fit ranks and clusters")
+    shard: Positive = Field(1, description="ranks that together hold one block of clusters")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, gloo on the CPU")
+    timeout_seconds: Positive = Field(600, description="a collective that takes longer stops the run")
+    threads: NonNegative = Field(0, description="CPU threads a rank; 0: the cores shared among the ranks of a node")
+
+    @field_validator("zero_stage")
+    @classmethod
+    def _zero_3_refused(cls, value: int) -> int:
+        if value == 3:
+            raise ConfigError(
+                "world.zero_stage=3 does not work with experts: DeepSpeed's parameter hooks wait for experts that got "
+                "no token and hang (deepspeedai/DeepSpeed#2870); use 0, 1 or 2"
+            )
+        return value
+
+
+class CorpusConfig(Section):
+    """Where the text comes from."""
+
+    kind: Literal["stdlib", "text", "hub"] = Field("stdlib", description="stdlib: Python's own library source, offline")
+    paths: list[str] = Field([], description="files or globs: .txt .jsonl .parquet (text)")
+    validation_paths: list[str] = Field([], description="held-out files (text); empty: a fraction of the documents")
+    name: str | None = Field(None, description="data set on the Hugging Face hub (hub)")
+    subset: str | None = Field(None, description="configuration of that data set (hub)")
+    split: str = Field("train", description="split to train on (hub)")
+    validation_split: str | None = Field("validation", description="split to validate on (hub); null: a fraction")
+    text_column: str = Field("text", description="column of .jsonl, .parquet and hub data that holds the text")
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of documents held out")
+    max_bytes: Positive | None = Field(None, description="read at most this much text; null: all")
+    cache_dir: str = Field("~/.cache/moe-dist", description="where tokenizers and token files are kept, by content")
+
+    @model_validator(mode="after")
+    def _source_named(self) -> Self:
+        if self.kind == "text" and not self.paths:
+            raise ConfigError("corpus.kind=text needs corpus.paths: a list of files or globs (.txt, .jsonl, .parquet)")
+        if self.kind == "hub" and not self.name:
+            raise ConfigError("corpus.kind=hub needs corpus.name, such as Salesforce/wikitext")
+        unread = [key for key in ("paths", "validation_paths", "name") if getattr(self, key)]
+        if self.kind == "stdlib" and unread:
+            keys = ", ".join(f"corpus.{key}={getattr(self, key)!r}" for key in unread)
+            raise ConfigError(f"corpus.kind=stdlib does not read {keys}: set corpus.kind to text or hub, or remove it")
+        return self
+
+
+class TokenizerConfig(Section):
+    """SentencePiece, trained once on the corpus."""
+
+    kind: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: Annotated[int, Field(ge=260)] = Field(
+        4096, description="pieces, the 256 bytes of the fallback included"
+    )
+    train_bytes: Positive = Field(4_000_000, description="at most this much text trains the tokenizer")
+
+
+class OptimizerConfig(Section):
+    """AdamW; decay is off for norms, biases, vectors and embeddings."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
+
+
+class TrainConfig(Section):
+    """The loop: how long, how much at a time, how precise, what is reported when."""
+
+    steps: Positive = 400
+    global_batch_size: Positive = Field(32, description="sequences a step, over all ranks")
+    micro_batch_size: Positive | None = Field(None, description="sequences a rank holds at once; null: no accumulation")
+    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="bfloat16 keeps float32 master weights")
+    schedule: Literal["cosine", "wsd"] = Field("cosine", description="wsd: warm-up, stable, decay")
+    warmup_steps: NonNegative = 20
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="share of the steps that decay (wsd)")
+    final_lr_ratio: Fraction = Field(0.1, description="last learning rate over the highest")
+    eval_every: NonNegative = Field(100, description="steps between evaluations; 0: only at the end")
+    eval_sequences: Positive = Field(256, description="validation sequences an evaluation reads at most")
+    log_every: Positive = 10
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ConfigError(f"train.warmup_steps={self.warmup_steps} must be less than train.steps={self.steps}")
+        if self.micro_batch_size is not None:
+            _require_divisible(
+                "train.global_batch_size", self.global_batch_size, "train.micro_batch_size", self.micro_batch_size
+            )
+        return self
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "run", description="folder in runs_dir"
+    )
+    runs_dir: str = "runs"
+    seed: NonNegative = 0
+    tensorboard: bool = True
+    summary_copy: str | None = Field(None, description="a file that also receives summary.json; --json FILE sets it")
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    world: WorldConfig = WorldConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _layout_possible(self) -> Self:
+        world, moe = self.world, self.moe
+        if moe.kind == "clustered":
+            if world.cluster is not None and moe.clusters % world.cluster:
+                raise ConfigError(f"moe.clusters={moe.clusters} cannot be divided over world.cluster={world.cluster}")
+            if moe.experts_per_cluster % world.shard:
+                raise ConfigError(
+                    f"a cluster of {moe.experts_per_cluster} experts (moe.experts={moe.experts} / "
+                    f"moe.clusters={moe.clusters}) cannot be divided over world.shard={world.shard}"
+                )
+        if moe.kind == "standard" and moe.experts % ((world.cluster or 1) * world.shard):
+            raise ConfigError(
+                f"moe.experts={moe.experts} cannot be divided over world.cluster={world.cluster or 1} x "
+                f"world.shard={world.shard} ranks"
+            )
+        return self

@@ -1,0 +1,82 @@
+"""What a configuration means for a given number of ranks: the mesh sizes and the batch each rank takes."""
+
+from dataclasses import dataclass
+from math import gcd
+
+from moe_dist.config.schema import RunConfig
+from moe_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class WorldShape:
+    """Sizes of the three axes; world = data x cluster x shard."""
+
+    data: int
+    cluster: int
+    shard: int
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.cluster * self.shard
+
+    def __str__(self) -> str:
+        return f"data {self.data} x cluster {self.cluster} x shard {self.shard}"
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Sequences a rank takes: `accumulation` micro-batches of `micro` sequences each step."""
+
+    micro: int
+    accumulation: int
+
+
+def _divisible_units(config: RunConfig) -> int:
+    """What the cluster axis divides: clusters, or (standard) experts per shard, or (dense) nothing."""
+    moe = config.moe
+    if moe.kind == "clustered":
+        return moe.clusters
+    return moe.experts // config.world.shard if moe.kind == "standard" else 1
+
+
+def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
+    """Fits `world.data|cluster|shard` to the number of ranks, filling in the axes left null.
+
+    Raises:
+        ConfigError: the axes do not multiply to `ranks`, naming keys and values.
+    """
+    world = config.world
+    if ranks % world.shard:
+        raise ConfigError(f"world.shard={world.shard} does not divide the number of ranks ({ranks})")
+    per_shard = ranks // world.shard
+    cluster = world.cluster
+    if cluster is None:
+        cluster = gcd(_divisible_units(config), per_shard if world.data is None else max(per_shard // world.data, 1))
+    data = world.data if world.data is not None else max(per_shard // cluster, 1)
+    if data * cluster * world.shard != ranks:
+        raise ConfigError(
+            f"world.data={data} x world.cluster={cluster} x world.shard={world.shard} = {data * cluster * world.shard} "
+            f"ranks, but {ranks} were started: start that many or change one of these keys"
+        )
+    return WorldShape(data, cluster, world.shard)
+
+
+def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:
+    """Divides `train.global_batch_size` over the ranks and into micro-batches.
+
+    Raises:
+        ConfigError: it does not divide, naming keys and values.
+    """
+    train = config.train
+    if train.global_batch_size % ranks:
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is not divisible by the {ranks} ranks started"
+        )
+    per_rank = train.global_batch_size // ranks
+    micro = train.micro_batch_size or per_rank
+    if per_rank % micro:
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} / {ranks} ranks = {per_rank} sequences a rank, "
+            f"not divisible by train.micro_batch_size={micro}"
+        )
+    return BatchShape(micro, per_rank // micro)

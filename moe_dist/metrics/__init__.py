@@ -1,0 +1,23 @@
+"""What a run measures and shows: load balance, the run folder, live progress, the final table."""
+
+from moe_dist.metrics.host import installed_versions, peak_rss_bytes
+from moe_dist.metrics.json_text import strict_json, write_json
+from moe_dist.metrics.load import LoadStatistics, load_statistics
+from moe_dist.metrics.progress import Progress
+from moe_dist.metrics.report import render_summary
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.metrics.summary import REQUIRED_KEYS, missing_keys
+
+__all__ = [
+    "REQUIRED_KEYS",
+    "LoadStatistics",
+    "Progress",
+    "RunFolder",
+    "installed_versions",
+    "load_statistics",
+    "missing_keys",
+    "peak_rss_bytes",
+    "render_summary",
+    "strict_json",
+    "write_json",
+]

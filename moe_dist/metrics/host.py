@@ -1,0 +1,33 @@
+"""What a process can say about the machine it runs on, without torch."""
+
+import platform
+import resource
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("moe-dist", "torch", "deepspeed", "megatron-core")
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Version of Python and of each package that decides a run's figures; null where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far, in bytes.
+
+    Linux's VmHWM, since getrusage's ru_maxrss survives exec: a rank would inherit its launcher's peak.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,159 @@
+"""The table that ends a run: the figures of `summary.json` as a person reads them."""
+
+from collections.abc import Mapping, Sequence
+from math import exp
+from pathlib import Path
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from moe_dist.metrics.summary import look_up
+
+CURVE_ROWS = 10
+MISSING = "-"
+
+
+def render_summary(summary: Mapping[str, Any], console: Console, folder: Path | None = None) -> None:
+    """Prints a run's figures: the curve of its evaluations, then speed, size, traffic, balance, memory, files.
+
+    Args:
+        summary: the tree of `summary.json`; a figure that is missing or null is shown as a dash.
+        folder: where the run's files are.
+    """
+    console.print()
+    console.print(_headline(summary, folder.name if folder else None))
+    if curve := look_up(summary, "validation.curve"):
+        console.print(_curve_table(curve, console.width))
+    console.print(_figures_table(summary, folder))
+
+
+def _headline(summary: Mapping[str, Any], name: str | None) -> Panel:
+    loss, perplexity = (look_up(summary, f"validation.{key}") for key in ("loss", "perplexity"))
+    text = Text.assemble(
+        ("validation loss ", "dim"),
+        (_number(loss, ".4f"), "bold green"),
+        ("   perplexity ", "dim"),
+        (_number(perplexity, ",.2f"), "bold green"),
+        ("   after ", "dim"),
+        (_number(summary.get("tokens"), ",d"), "bold"),
+        (" tokens, ", "dim"),
+        (_number(summary.get("steps"), ",d"), "bold"),
+        (" steps", "dim"),
+    )
+    return Panel(text, title=name, border_style="green", expand=False)
+
+
+def _curve_table(curve: Sequence[Mapping[str, Any]], width: int) -> Table:
+    points = [point for point in curve if point.get("loss") is not None]
+    table = Table(box=None, padding=(0, 2), header_style="dim", title_justify="left")
+    for name in ("tokens", "step", "val. loss", "perplexity"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    if not points:
+        return table
+    lowest, highest = (pick(point["loss"] for point in points) for pick in (min, max))
+    span = (highest - lowest) or 1.0
+    bar_width = max(10, min(40, width - 55))
+    for point in _spread(points, CURVE_ROWS):
+        loss = point["loss"]
+        share = 0.08 + 0.92 * (loss - lowest) / span  # the best point keeps a stub, so that its row has a bar
+        table.add_row(
+            _number(point.get("tokens"), ",d"),
+            _number(point.get("step"), ",d"),
+            f"{loss:.4f}",
+            _perplexity(loss),
+            Bar(1.0, 0.0, share, width=bar_width, color="green"),
+        )
+    return table
+
+
+def _spread(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """At most `most` points, evenly spread, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def _perplexity(loss: float) -> str:
+    return f"{exp(loss):,.2f}" if loss < 50 else MISSING
+
+
+def _figures_table(summary: Mapping[str, Any], folder: Path | None) -> Table:
+    def at(key: str) -> Any:
+        return look_up(summary, key)
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row()
+    table.add_row("ranks", _world(summary))
+    table.add_row("speed", f"{_number(at('tokens_per_second'), ',.0f')} tokens/s")
+    table.add_row("parameters", f"{_count(at('parameters.total'))} in all")
+    table.add_row("in experts", _experts(summary))
+    table.add_row(
+        "all-to-all",
+        f"{_bytes(at('all_to_all.bytes_per_token_layer'))} a token and layer, {_bytes(at('all_to_all.bytes'))} in all, "
+        f"{_bytes(at('all_to_all.bytes_inter_node'))} between nodes",
+    )
+    table.add_row(
+        "expert load",
+        f"variance {_number(at('load.variance'), '.2e')}, cv² {_number(at('load.cv2'), '.4f')} (0: equal)",
+    )
+    table.add_row("peak memory", _memory(summary))
+    if folder is not None:
+        table.add_row("files", Text(f"{folder}/", "bold"))
+    return table
+
+
+def _world(summary: Mapping[str, Any]) -> str:
+    sizes = [look_up(summary, f"world.{axis}") for axis in ("data", "cluster", "shard")]
+    if None in sizes:
+        return MISSING
+    data, cluster, shard = sizes
+    return f"{data * cluster * shard} = data {data} x cluster {cluster} x shard {shard}"
+
+
+def _experts(summary: Mapping[str, Any]) -> str:
+    own, standard = (look_up(summary, f"parameters.{key}") for key in ("expert", "expert_standard"))
+    text = f"{_count(own)}; standard experts would need {_count(standard)}"
+    return f"{text} ({own / standard:.1%} of that)" if own is not None and standard else text
+
+
+def _memory(summary: Mapping[str, Any]) -> str:
+    by_rank = look_up(summary, "memory.peak_rss_bytes_by_rank") or []
+    text = f"{_bytes(look_up(summary, 'memory.peak_rss_bytes'))} on the largest rank"
+    if len(by_rank) > 1:
+        text += f" (each: {', '.join(_bytes(value) for value in by_rank)})" if len(by_rank) <= 8 else ""
+    if device := look_up(summary, "memory.peak_device_bytes"):
+        text += f", {_bytes(device)} on its device"
+    return text
+
+
+def _number(value: Any, form: str) -> str:
+    if value is None:
+        return MISSING
+    return format(round(value) if form.endswith("d") else value, form)
+
+
+def _count(value: Any) -> str:
+    if value is None:
+        return MISSING
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.2f}{unit}"
+    return str(value)
+
+
+def _bytes(value: Any) -> str:
+    if value is None:
+        return MISSING
+    size = float(value)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

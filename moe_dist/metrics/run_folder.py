@@ -1,0 +1,131 @@
+"""The folder of one run, `runs/<name>/`: a contract that people and tools read (docs/metrics.md).
+
+    config.yaml     the resolved configuration
+    metrics.jsonl   one JSON object a logged step
+    events.jsonl    one JSON object an event: evaluations, re-clusterings, checkpoints, faults, how the run ended
+    tensorboard/    the metrics again, for TensorBoard
+    summary.json    the figures of the finished run
+
+Each line is written whole and flushed, so that a run that is interrupted or killed leaves a folder that can be read.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from moe_dist.errors import MoeDistError
+from moe_dist.metrics.json_text import strict_json, write_json
+from moe_dist.metrics.summary import flatten, missing_keys
+
+
+class RunFolder:
+    """Writes one run's files; rank 0 alone holds one.
+
+    Attributes:
+        path: the folder; its name is the run's, with a suffix where that name was taken.
+    """
+
+    def __init__(self, path: Path, *, tensorboard: bool = True, summary_copy: str | Path | None = None) -> None:
+        self.path = path
+        self._summary_copy = summary_copy
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._events = (path / "events.jsonl").open("a", encoding="utf-8")
+        self._board = _open_tensorboard(path / "tensorboard") if tensorboard else None
+        self._last_step = 0
+
+    @classmethod
+    def create(
+        cls,
+        runs_dir: str | Path,
+        name: str,
+        config_yaml: str,
+        *,
+        tensorboard: bool = True,
+        summary_copy: str | Path | None = None,
+    ) -> Self:
+        """Makes a new folder, `<name>`, or `<name>-2`, `<name>-3`, ... where earlier runs hold those names.
+
+        Args:
+            config_yaml: text of `config.yaml`.
+            summary_copy: a file that also receives the summary (`--json FILE`).
+
+        Raises:
+            MoeDistError: the folder cannot be made.
+        """
+        try:
+            path = _claim_folder(Path(runs_dir), name)
+        except OSError as error:
+            raise MoeDistError(f"runs_dir={str(runs_dir)!r}: cannot make a run folder: {error.strerror}") from error
+        (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        return cls(path, tensorboard=tensorboard, summary_copy=summary_copy)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a line to `metrics.jsonl`, and each number in it to TensorBoard under its dotted key."""
+        self._last_step = step
+        self._write_line(self._metrics, {"step": step, "time": time.time(), **values})
+        if self._board is not None:
+            for key, value in flatten(values):
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._board.add_scalar(key.replace(".", "/", 1), value, step)
+
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        """Adds a line to `events.jsonl`."""
+        self._write_line(self._events, {"event": name, "step": step, "time": time.time(), **fields})
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes `summary.json` (and its copy) whole or not at all.
+
+        Raises:
+            MoeDistError: a file cannot be written.
+            ValueError: a key of the contract is missing.
+        """
+        if missing := missing_keys(summary):
+            raise ValueError(f"summary lacks {', '.join(missing)}")
+        write_json(self.path / "summary.json", summary)
+        if self._summary_copy is not None:
+            write_json(Path(self._summary_copy), summary)
+
+    def close(self) -> None:
+        """Closes the files; doing so twice is harmless."""
+        self._metrics.close()
+        self._events.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self.event("interrupted", self._last_step)
+        elif error is not None:
+            self.event("failed", self._last_step, error=f"{type(error).__name__}: {error}")
+        self.close()
+
+    @staticmethod
+    def _write_line(file: Any, record: Mapping[str, Any]) -> None:
+        file.write(strict_json(record) + "\n")
+        file.flush()
+
+
+def _claim_folder(runs_dir: Path, name: str) -> Path:
+    """`mkdir` refuses an existing folder atomically, so that two runs started together never share one."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    path, number = runs_dir / name, 1
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+            path = runs_dir / f"{name}-{number}"
+
+
+def _open_tensorboard(path: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # here, since it loads torch
+
+    return SummaryWriter(log_dir=str(path), flush_secs=10)

@@ -1,0 +1,151 @@
+"""Where a value comes from, what is refused, and what the refusal says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_dist.config import RunConfig, dump_config, load_config
+from moe_dist.errors import ConfigError, MoeDistError
+
+Write = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_file(name: str, text: str) -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write_file
+
+
+def refusal(path: Path | None = None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert caught.value.exit_code == 2
+    return line
+
+
+def test_later_sources_win_key_by_key(write: Write) -> None:
+    write("base.yaml", "train: {steps: 100, log_every: 3, warmup_steps: 5}\nseed: 1\n")
+    write("second.yaml", "train: {log_every: 4}\n")
+    path = write("run.yaml", "include: [base.yaml, second.yaml]\ntrain: {warmup_steps: 6}\n")
+    config = load_config(path, ["seed=2", "train.eval_every=9", "seed=3"])
+    assert config.train.global_batch_size == RunConfig().train.global_batch_size  # a default
+    assert config.train.steps == 100  # an included file
+    assert config.train.log_every == 4  # the later one of two
+    assert config.train.warmup_steps == 6  # the file itself
+    assert (config.seed, config.train.eval_every) == (3, 9)  # the last word
+
+
+def test_includes_are_found_beside_the_file_and_nest(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    write("model/tiny.yaml", "include: [../base.yaml]\nmodel: {layers: 1}\n")
+    write("base.yaml", "model: {layers: 9, heads: 2}\n")
+    config = load_config(write("run.yaml", "include: [model/tiny.yaml]\n"))
+    assert (config.model.layers, config.model.heads) == (1, 2)
+
+
+def test_a_circle_of_includes_is_refused(write: Write) -> None:
+    write("a.yaml", "include: [b.yaml]\n")
+    assert "includes itself" in refusal(write("b.yaml", "include: [a.yaml]\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("train: {stps: 3}", ["'train.stps'", "'train.steps'"]),
+        ("steps: 3", ["'steps'", "'train.steps'"]),
+        ("moe: {expert: 3}", ["'moe.expert'", "'moe.experts'"]),
+        ("modle: {}", ["'modle'", "'model'"]),
+        ("- 1", ["must hold"]),
+        ("a: [", ["not valid YAML"]),
+        ("include: base.yaml", ["`include`", "'base.yaml'"]),
+        ("train: 3", ["train=3"]),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_one_line(write: Write, text: str, parts: list[str]) -> None:
+    line = refusal(write("run.yaml", text))
+    for part in parts:
+        assert part in line
+
+
+def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
+    assert "nowhere.yaml: cannot be read" in refusal(tmp_path / "nowhere.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+    assert "not UTF-8" in refusal(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["moe.experts=30"], ["moe.experts=30", "moe.clusters=4"]),
+        (["moe.top_k=9"], ["moe.top_k=9", "moe.experts=32", "moe.clusters=4", "8 experts"]),
+        (["moe.top_clusters=5"], ["moe.top_clusters=5", "moe.clusters=4"]),
+        (["moe.kind=standard", "moe.top_k=33"], ["moe.top_k=33", "moe.experts=32"]),
+        (["moe.shared_expert_hidden=8"], ["moe.shared_expert_hidden=8", "moe.kind=standard"]),
+        (["world.cluster=3"], ["moe.clusters=4", "world.cluster=3"]),
+        (["world.shard=3"], ["moe.experts=32", "world.shard=3"]),
+        (["moe.kind=standard", "world.cluster=5"], ["moe.experts=32", "world.cluster=5"]),
+        (["world.zero_stage=3"], ["world.zero_stage=3", "0, 1 or 2"]),
+        (["model.hidden_size=130"], ["model.hidden_size=130", "model.heads=4"]),
+        (["model.heads=4", "model.kv_heads=3"], ["model.heads=4", "model.kv_heads=3"]),
+        (["model.hidden_size=20"], ["model.hidden_size=20", "model.heads=4", "even"]),
+        (["train.warmup_steps=400"], ["train.warmup_steps=400", "train.steps=400"]),
+        (["train.micro_batch_size=5"], ["train.global_batch_size=32", "train.micro_batch_size=5"]),
+        (["corpus.kind=text"], ["corpus.kind=text", "corpus.paths"]),
+        (["corpus.kind=hub"], ["corpus.kind=hub", "corpus.name"]),
+        (["corpus.paths=[a.txt]"], ["corpus.kind=stdlib", "corpus.paths=['a.txt']"]),
+        (["corpus.validation_paths=[b.txt]"], ["corpus.kind=stdlib", "corpus.validation_paths=['b.txt']"]),
+        (["corpus.name=a/b"], ["corpus.kind=stdlib", "corpus.name='a/b'"]),
+        (["optimizer.beta1=1"], ["optimizer.beta1=1", "less than 1"]),
+        (["optimizer.beta2=1.0"], ["optimizer.beta2=1.0", "less than 1"]),
+        (["train.steps=0"], ["train.steps=0"]),
+        (["train.steps=many"], ["train.steps='many'"]),
+        (["optimizer.learning_rate=.nan"], ["optimizer.learning_rate"]),
+        (["name=../elsewhere"], ["name='../elsewhere'"]),
+        (["moe.kind=sparse"], ["moe.kind='sparse'", "clustered"]),
+        (["train.steps"], ["'train.steps'", "key.sub=value"]),
+        (["train..steps=3"], ["key.sub=value"]),
+        (["train.steps=[1"], ["train.steps", "'[1'"]),
+        (["train.stepz=3"], ["'train.stepz'", "'train.steps'"]),
+    ],
+)
+def test_each_refusal_names_keys_and_values(words: list[str], parts: list[str]) -> None:
+    line = refusal(None, *words)
+    for part in parts:
+        assert part in line
+
+
+def test_a_config_error_is_an_error_for_the_user() -> None:
+    assert issubclass(ConfigError, MoeDistError)
+
+
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["clustered", "standard", "dense"]),
+    st.floats(1e-6, 1.0),
+    st.lists(st.text(st.characters(exclude_categories=["C"])), min_size=1),
+)
+def test_what_is_dumped_is_read_back_equal(seed: int, kind: str, rate: float, paths: list[str]) -> None:
+    corpus = {"kind": "text", "paths": paths, "name": paths[0]}
+    config = RunConfig.model_validate(
+        {"seed": seed, "moe": {"kind": kind}, "optimizer": {"learning_rate": rate}, "corpus": corpus}
+    )
+    assert RunConfig.model_validate(yaml.safe_load(dump_config(config))) == config
+
+
+def test_a_dumped_file_loads(write: Write) -> None:
+    config = load_config(None, ["train.steps=77", "world.cluster=2"])
+    assert load_config(write("resolved.yaml", dump_config(config))) == config
+
+
+def test_where_a_summary_was_copied_is_not_kept() -> None:
+    """Else to run a run folder's config.yaml again would overwrite the earlier figures."""
+    assert "summary_copy" not in dump_config(load_config(None, ["summary_copy=figures.json"]))

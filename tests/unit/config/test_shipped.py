@@ -1,0 +1,34 @@
+"""Every configuration file that the project ships loads, and some number of ranks can run it."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_dist.config import WorldShape, load_config, resolve_batch, resolve_world
+from moe_dist.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def fits(path: Path, ranks: int) -> bool:
+    config = load_config(path)
+    try:
+        resolve_world(config, ranks)
+        resolve_batch(config, ranks)
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_loads_and_fits_some_number_of_ranks(path: Path) -> None:
+    assert any(fits(path, ranks) for ranks in (1, 2, 4, 8, 16, 32, 64))
+
+
+@pytest.mark.parametrize(("ranks", "data", "cluster"), [(1, 1, 1), (2, 1, 2), (4, 1, 4), (8, 2, 4)])
+def test_the_demo_runs_on_any_usual_number_of_ranks(ranks: int, data: int, cluster: int) -> None:
+    config = load_config(ROOT / "configs" / "experiment" / "demo.yaml")
+    assert (config.moe.experts, config.moe.clusters, config.moe.top_k) == (32, 4, 2)
+    assert resolve_world(config, ranks) == WorldShape(data, cluster, 1)
+    resolve_batch(config, ranks)

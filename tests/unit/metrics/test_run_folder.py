@@ -1,0 +1,110 @@
+"""The run folder: what it holds, that runs never mix, that a broken run can still be read."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_dist.errors import MoeDistError
+from moe_dist.metrics import REQUIRED_KEYS, RunFolder, installed_versions, missing_keys, peak_rss_bytes
+from tests.unit.metrics.example import summary
+
+
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not strict JSON")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line, parse_constant=refuse_constant) for line in path.read_text().splitlines()]
+
+
+def test_holds_config_metrics_events_and_summary(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.json"
+    with RunFolder.create(tmp_path / "runs", "demo", "seed: 0\n", tensorboard=False, summary_copy=copy) as run:
+        run.log(10, {"loss": np.float32(2.5), "load": {"cv2": float("nan"), "counts": np.array(3)}})
+        run.log(20, {"loss": float("inf")})
+        run.event("checkpoint", 20, path="x", values=(1, 2))
+        run.write_summary(summary())
+    assert (run.path / "config.yaml").read_text() == "seed: 0\n"
+    first, second = lines(run.path / "metrics.jsonl")
+    assert (first["step"], first["loss"], first["load"]) == (10, 2.5, {"cv2": None, "counts": 3})
+    assert second["loss"] is None
+    (event,) = lines(run.path / "events.jsonl")
+    assert (event["event"], event["step"], event["values"]) == ("checkpoint", 20, [1, 2])
+    assert json.loads((run.path / "summary.json").read_text()) == summary() == json.loads(copy.read_text())
+    assert not (run.path / "tensorboard").exists()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_taken_name_gets_a_suffix_and_keeps_its_files(tmp_path: Path) -> None:
+    runs = [RunFolder.create(tmp_path, "demo", f"seed: {i}\n", tensorboard=False) for i in range(3)]
+    assert [run.path.name for run in runs] == ["demo", "demo-2", "demo-3"]
+    assert [(run.path / "config.yaml").read_text() for run in runs] == [f"seed: {i}\n" for i in range(3)]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MoeDistError, match=r"^runs_dir='.*file': cannot make a run folder: [^\n]+$"):
+        RunFolder.create(tmp_path / "file", "demo", "", tensorboard=False)
+
+
+def test_a_summary_that_breaks_the_contract_is_refused(tmp_path: Path) -> None:
+    lacking = summary()
+    del lacking["load"]["cv2"], lacking["seed"]
+    with (
+        RunFolder.create(tmp_path, "demo", "", tensorboard=False) as run,
+        pytest.raises(ValueError, match=r"^summary lacks load\.cv2, seed$"),
+    ):
+        run.write_summary(lacking)
+    assert not (run.path / "summary.json").exists()
+    assert missing_keys({}) == list(REQUIRED_KEYS)
+
+
+@pytest.mark.parametrize(("error", "event"), [(KeyboardInterrupt(), "interrupted"), (ValueError("boom"), "failed")])
+def test_how_a_run_ended_is_an_event(tmp_path: Path, error: BaseException, event: str) -> None:
+    run = RunFolder.create(tmp_path, "demo", "", tensorboard=False)
+
+    def work() -> None:
+        with run:
+            run.log(7, {"loss": 1.0})
+            raise error
+
+    with pytest.raises(type(error)):
+        work()
+    (last,) = lines(run.path / "events.jsonl")
+    assert (last["event"], last["step"]) == (event, 7)
+    assert ("boom" in last.get("error", "")) == (event == "failed")
+
+
+def test_a_killed_run_leaves_whole_lines(tmp_path: Path) -> None:
+    work = (
+        "import sys, time; from moe_dist.metrics import RunFolder\n"
+        "run = RunFolder.create(sys.argv[1], 'demo', '', tensorboard=False)\n"
+        "for step in range(5): run.log(step, {'loss': 1.0})\n"
+        "print('ready', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", work, str(tmp_path)], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        child.send_signal(signal.SIGKILL)
+    assert [line["step"] for line in lines(tmp_path / "demo" / "metrics.jsonl")] == list(range(5))
+
+
+def test_tensorboard_gets_numbers_by_dotted_key(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "demo", "") as run:
+        run.log(1, {"loss": 2.0, "note": "text", "load": {"cv2": 0.5}})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run.path / "tensorboard"))
+    board.Reload()
+    assert sorted(board.Tags()["scalars"]) == ["load/cv2", "loss"]
+
+
+def test_host_figures() -> None:
+    assert peak_rss_bytes() > 10_000_000
+    assert {"python", "torch", "deepspeed", "megatron-core", "moe-dist"} == set(installed_versions())
