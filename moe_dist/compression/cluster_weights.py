@@ -1,0 +1,49 @@
+"""The tensors of one cluster of experts: a shared base, and for each expert a low-rank residual and optional vectors.
+
+Shapes: N experts of the cluster, D model width, F hidden width, H = 2 F (gate | up), R rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ClusterWeights:
+    """Tensors of experts lead with the expert, since experts migrate one by one.
+
+    Expert e has `W = B + U_e V_e` for its gate, up and output projections and computes
+    `pre = x W_in + hidden_bias`, `h = silu(pre_gate) * pre_up * (1 + tanh(hidden_gate))`, `h W_out + output_bias`.
+    """
+
+    base_in_DH: Tensor  # [d, 2f]: gate | up
+    base_out_FD: Tensor  # [f, d]
+    in_u_NDR: Tensor  # [n, d, 2r]: U of gate | U of up
+    in_v_NRH: Tensor  # [n, 2, r, f]: V of gate, V of up
+    out_u_NFR: Tensor  # [n, f, r]
+    out_v_NRD: Tensor  # [n, r, d]
+    hidden_gate_NF: Tensor | None = None  # [n, f]; the three vectors come together or not at all
+    hidden_bias_NH: Tensor | None = None  # [n, 2f]
+    output_bias_ND: Tensor | None = None  # [n, d]
+
+    @property
+    def experts(self) -> int:
+        """n: experts of this cluster that are here."""
+        return self.in_v_NRH.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """r: rank of each residual."""
+        return self.in_v_NRH.shape[2]
+
+    @property
+    def expert_hidden(self) -> int:
+        """f: hidden width of the base and of every expert."""
+        return self.in_v_NRH.shape[3]
+
+    def vectors(self) -> tuple[Tensor, Tensor] | None:
+        """What multiplies the hidden units, `1 + tanh(hidden_gate)` [n, f], and the bias before them [n, 2f]."""
+        if self.hidden_gate_NF is None or self.hidden_bias_NH is None:
+            return None
+        return 1 + torch.tanh(self.hidden_gate_NF), self.hidden_bias_NH

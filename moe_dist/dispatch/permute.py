@@ -1,0 +1,36 @@
+"""Small index operations that the dispatch strategies share."""
+
+import torch
+from torch import Tensor
+
+from moe_dist.dispatch.channel import Channel
+from moe_dist.dispatch.traffic import Payload
+
+
+def count(index_R: Tensor, bins: int) -> Tensor:
+    """How often each of `bins` values occurs, int64; like bincount, without its synchronisation."""
+    return index_R.new_zeros(bins, dtype=torch.int64).scatter_add_(0, index_R, torch.ones_like(index_R))
+
+
+def inverse(order_R: Tensor) -> Tensor:
+    """The permutation that undoes `order_R`."""
+    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
+
+
+def group_order(count_SG: Tensor, rows: int) -> Tensor:
+    """Order that turns rows sorted by (source, group) into rows sorted by (group, source).
+
+    Args:
+        count_SG: rows that each source sent for each group, int64.
+        rows: their sum, known to the host.
+    """
+    sources, groups = count_SG.shape
+    group_R = torch.arange(groups, device=count_SG.device).repeat(sources)
+    return group_R.repeat_interleave(count_SG.flatten(), output_size=rows).argsort(stable=True)
+
+
+def travel(channel: Channel, x_RD: Tensor, send: list[int], receive: list[int], wire_dtype: torch.dtype) -> Tensor:
+    """Exchanges hidden vectors as `wire_dtype`; where nobody else is in the group they stay as they are."""
+    if channel.alone:
+        return x_RD
+    return channel.exchange_rows(x_RD.to(wire_dtype), send, receive, Payload.HIDDEN).to(x_RD.dtype)

@@ -1,0 +1,105 @@
+"""Stage one: each token hops to the ranks of its clusters, one copy for each destination rank, and one vector returns.
+
+With one cluster a token (M=1) the rows' order and counts say which cluster they are for, so that nothing but the
+vectors travels. With several, each row carries the token's logits for the destination's clusters, and the log-mass of
+what was computed comes back: partial sums of clusters on one rank are combined there, and those of several ranks are
+weighed against each other at the source. The nested softmaxes equal one softmax over all chosen experts.
+
+Shapes: T tokens here, R rows arrived, D hidden, G clusters, M chosen clusters, B blocks (ranks of the group),
+L clusters a block.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.dispatch.channel import Channel
+from moe_dist.dispatch.permute import count, group_order, inverse, travel
+from moe_dist.dispatch.traffic import Payload
+from moe_dist.topology.placement import ExpertPlacement
+
+NEVER = float("-inf")
+
+ClusterFunction = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""(local cluster index, x_RD) -> (y_RD, log_mass_R): what the experts of one cluster make of its rows."""
+
+
+@dataclass(frozen=True)
+class StageOne:
+    """Takes tokens to their clusters, has them computed there, and brings the results back."""
+
+    channel: Channel
+    placement: ExpertPlacement
+    wire_dtype: torch.dtype
+
+    def run_single(self, x_TD: Tensor, cluster_T: Tensor, compute: ClusterFunction) -> Tensor:
+        """M=1: returns y_TD, what cluster `cluster_T` makes of each token (ungated)."""
+        position_T = inverse(self._clusters_in_order(x_TD.device))[cluster_T]
+        order_T = position_T.argsort(stable=True)
+        count_BL = count(position_T, self.placement.clusters).view(self.channel.group.size, -1)
+        received_BL = self.channel.exchange_counts(count_BL)
+        send, receive = torch.stack([count_BL.sum(1), received_BL.sum(1)]).tolist()
+        x_RD = self._travel(x_TD[order_T], send, receive)
+        y_RD = self._compute_disjoint(x_RD, received_BL, compute)
+        y_TD = self._travel(y_RD, receive, send)
+        return y_TD[inverse(order_T)]
+
+    def run_several(self, x_TD: Tensor, logits_TG: Tensor, chosen_TG: Tensor, compute: ClusterFunction) -> Tensor:
+        """M>1: returns y_TD, weighted by softmax over all chosen experts of (cluster logit + expert logit).
+
+        Args:
+            chosen_TG: which clusters each token goes to, bool; a token that goes to none gets zeros.
+        """
+        in_order_G, shape = self._clusters_in_order(x_TD.device), (self.channel.group.size, -1)
+        logits_TBL = logits_TG.masked_fill(~chosen_TG, NEVER)[:, in_order_G].unflatten(1, shape)
+        block_R, token_R = chosen_TG[:, in_order_G].unflatten(1, shape).any(-1).T.nonzero(as_tuple=True)
+        count_B1 = count(block_R, self.channel.group.size).view(-1, 1)
+        send, receive = torch.cat([count_B1, self.channel.exchange_counts(count_B1)], dim=1).T.tolist()
+        x_RD = self._travel(x_TD[token_R], send, receive)
+        logits_RL = self.channel.exchange_rows(logits_TBL[token_R, block_R], send, receive, Payload.ROUTING)
+        y_RD, mass_R = self._compute_overlapping(x_RD, logits_RL, compute)
+        if self.channel.alone and len(token_R) == len(x_TD):  # all are here, in order, and their weights sum to one
+            return y_RD
+        y_RD = self._travel(y_RD, receive, send)
+        mass_R1 = self.channel.exchange_rows(mass_R[:, None], receive, send, Payload.ROUTING)
+        mass_TB = mass_R1.new_full((x_TD.shape[0], self.channel.group.size), NEVER)
+        weight_TB = mass_TB.index_put((token_R, block_R), mass_R1[:, 0]).softmax(dim=1)
+        weighted_RD = (weight_TB[token_R, block_R, None] * y_RD).to(x_TD.dtype)
+        return torch.zeros_like(x_TD).index_add(0, token_R, weighted_RD)
+
+    def _travel(self, x_RD: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        return travel(self.channel, x_RD, send, receive, self.wire_dtype)
+
+    def _clusters_in_order(self, device: torch.device) -> Tensor:
+        """cluster_G: the clusters as they stand on the ranks of the group, block by block."""
+        blocks = range(self.placement.blocks)
+        return torch.tensor([c for block in blocks for c in self.placement.clusters_of_block(block)], device=device)
+
+    def _compute_disjoint(self, x_RD: Tensor, count_BL: Tensor, compute: ClusterFunction) -> Tensor:
+        """Each row belongs to one local cluster; the rows come by source, then by cluster."""
+        blocks, clusters = count_BL.shape
+        if clusters == 1:
+            return compute(0, x_RD)[0]
+        if blocks == 1:  # one source: the clusters' rows are runs already
+            runs = x_RD.split(count_BL[0].tolist())
+            return torch.cat([compute(cluster, run)[0] for cluster, run in enumerate(runs)])
+        order_R = group_order(count_BL, len(x_RD))
+        runs = x_RD[order_R].split(count_BL.sum(0).tolist())
+        return torch.cat([compute(cluster, run)[0] for cluster, run in enumerate(runs)])[inverse(order_R)]
+
+    @staticmethod
+    def _compute_overlapping(x_RD: Tensor, logits_RL: Tensor, compute: ClusterFunction) -> tuple[Tensor, Tensor]:
+        """A row belongs to every local cluster whose logit is finite; returns the combined (y_RD, log_mass_R)."""
+        rows_L = [column_R.isfinite().nonzero()[:, 0] for column_R in logits_RL.detach().T]
+        results = [compute(cluster, x_RD[row_N]) for cluster, row_N in enumerate(rows_L)]
+        mass_RL = logits_RL
+        for cluster, (row_N, (_, log_mass_N)) in enumerate(zip(rows_L, results, strict=True)):
+            index = (row_N, torch.full_like(row_N, cluster))
+            mass_RL = mass_RL.index_put(index, log_mass_N, accumulate=True)
+        weight_RL = mass_RL.softmax(dim=1)
+        y_RD = torch.zeros_like(x_RD)
+        for cluster, (row_N, (y_ND, _)) in enumerate(zip(rows_L, results, strict=True)):
+            y_RD = y_RD.index_add(0, row_N, (weight_RL[row_N, cluster, None] * y_ND).to(y_RD.dtype))
+        return y_RD, mass_RL.logsumexp(dim=1)

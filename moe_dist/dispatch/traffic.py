@@ -1,0 +1,96 @@
+"""The account of what crosses between ranks: `channel.py` enters every collective of the dispatch here.
+
+Bytes are `rows * row width * element size` of the tensors handed to the collective, towards each peer; what a rank
+sends to itself is never counted. A message is one non-empty chunk towards one peer.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from moe_dist.topology.links import LinkKind, Links
+
+
+class Stage(StrEnum):
+    """Which hop of the dispatch."""
+
+    ONE = "one"  # to the ranks of the chosen clusters
+    TWO = "two"  # inside a cluster group, to the shards that hold the chosen experts
+    FLAT = "flat"  # standard: straight to the ranks of the chosen experts
+
+
+class Payload(StrEnum):
+    """What is carried."""
+
+    HIDDEN = "hidden"  # token vectors and expert outputs
+    ROUTING = "routing"  # logits, gates and slots that travel with a token
+    COUNTS = "counts"  # how many rows follow
+
+
+class Direction(StrEnum):
+    """Pass of the step; a recomputed forward pass counts as forward, since it crosses again."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+class TrafficKey(NamedTuple):
+    """What one entry of the account is about."""
+
+    layer: int
+    stage: Stage
+    payload: Payload
+    direction: Direction
+    peer: int
+
+
+@dataclass
+class Volume:
+    """Bytes and messages."""
+
+    bytes: int = 0
+    messages: int = 0
+
+
+@dataclass
+class TrafficLedger:
+    """What this rank has sent, by layer, stage, payload, direction and peer, while `recording`."""
+
+    links: Links
+    recording: bool = True
+    sent: defaultdict[TrafficKey, Volume] = field(default_factory=lambda: defaultdict(Volume))
+
+    def record(
+        self,
+        layer: int,
+        stage: Stage,
+        payload: Payload,
+        direction: Direction,
+        peers: Sequence[int],
+        bytes_to: Iterable[int],
+    ) -> None:
+        """Enters one collective: `bytes_to[i]` bytes towards global rank `peers[i]`."""
+        if not self.recording:
+            return
+        for peer, size in zip(peers, bytes_to, strict=True):
+            if size and peer != self.links.rank:
+                volume = self.sent[TrafficKey(layer, stage, payload, direction, peer)]
+                volume.bytes += size
+                volume.messages += 1
+
+    def total(
+        self, link: LinkKind | None = None, payload: Payload | None = None, direction: Direction | None = None
+    ) -> Volume:
+        """Sum over all entries, or over those of one kind of link, payload or direction."""
+        result = Volume()
+        for key, volume in self.sent.items():
+            wanted = ((link, self.links.kind(key.peer)), (payload, key.payload), (direction, key.direction))
+            if all(asked is None or asked is found for asked, found in wanted):
+                result.bytes += volume.bytes
+                result.messages += volume.messages
+        return result
+
+    def clear(self) -> None:
+        self.sent.clear()

@@ -1,0 +1,35 @@
+"""Selection biases that keep loads equal without a loss: each step moves a bias against its load's error.
+
+Shapes: L layers, E experts, G clusters. Source: auxiliary-loss-free balancing (Wang et al. 2024), here in two stages.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def update_expert_bias(bias_LE: Tensor, count_LE: Tensor, rate: float) -> None:
+    """Standard routing, in place: b_e += rate * sign(mean load - load_e)."""
+    count_LE = count_LE.to(bias_LE.dtype)
+    bias_LE += rate * torch.sign(count_LE.mean(dim=-1, keepdim=True) - count_LE)
+
+
+def update_two_stage_bias(
+    cluster_bias_LG: Tensor,
+    expert_bias_LE: Tensor,
+    count_LE: Tensor,
+    members: Sequence[Sequence[int]],
+    rate: float,
+) -> None:
+    """Two-stage routing, in place: a cluster's bias follows its share of all copies, an expert's its share within
+    its cluster: b_c += rate * sign(1/G - load_c), b_e += rate * sign(G/E - load_e / load_c).
+
+    A cluster that got nothing says nothing about its experts: their biases stay.
+    """
+    member_GN = torch.tensor(members, device=count_LE.device)
+    count_LGN = count_LE.to(expert_bias_LE.dtype)[:, member_GN]
+    count_LG = count_LGN.sum(dim=-1)
+    cluster_bias_LG += rate * torch.sign(count_LG.mean(dim=-1, keepdim=True) - count_LG)
+    step_LGN = rate * torch.sign(count_LGN.mean(dim=-1, keepdim=True) - count_LGN)
+    expert_bias_LE.index_add_(1, member_GN.flatten(), step_LGN.flatten(1))

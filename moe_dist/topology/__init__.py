@@ -1,0 +1,1 @@
+"""Where ranks and experts are: mesh and process groups, links between ranks, expert placement."""

@@ -1,0 +1,63 @@
+"""What kind of link joins two ranks: none (the rank itself), inside a node, or between nodes."""
+
+import hashlib
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class LinkKind(StrEnum):
+    """What a message crosses."""
+
+    SELF = "self"
+    INTRA_NODE = "intra_node"
+    INTER_NODE = "inter_node"
+
+
+@dataclass(frozen=True)
+class Links:
+    """`node_of_rank[r]` is an identifier of the node that rank r runs on."""
+
+    rank: int
+    node_of_rank: tuple[int, ...]
+
+    def kind(self, peer: int) -> LinkKind:
+        """The link between this rank and `peer` (global rank)."""
+        if peer == self.rank:
+            return LinkKind.SELF
+        same_node = self.node_of_rank[peer] == self.node_of_rank[self.rank]
+        return LinkKind.INTRA_NODE if same_node else LinkKind.INTER_NODE
+
+    @classmethod
+    def alone(cls) -> "Links":
+        return cls(0, (0,))
+
+    @classmethod
+    def discover(cls, device: torch.device) -> "Links":
+        """Learns every rank's node from its host name and boot; collective over all ranks."""
+        digest = hashlib.sha256(_node_identity().encode()).digest()
+        mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=device)
+        nodes = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(nodes, mine)
+        return cls(dist.get_rank(), _numbered([int(node) for node in nodes]))
+
+
+def _node_identity() -> str:
+    """Host name and the kernel's boot: nodes may all be called localhost, containers of one kernel may be nodes."""
+    try:
+        return f"{socket.gethostname()} {BOOT_ID.read_text().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _numbered(identifiers: Sequence[int]) -> tuple[int, ...]:
+    """Nodes numbered from 0 in the order of their first rank."""
+    order = {node: i for i, node in enumerate(dict.fromkeys(identifiers))}
+    return tuple(order[node] for node in identifiers)

@@ -1,0 +1,101 @@
+"""Compiling on demand: cached, private, safe for many ranks, and never a reason to stop."""
+
+import ctypes
+import logging
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from moe_dist.compression import native
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "answer.c"
+    path.write_text("int answer(void) { return ANSWER; }\n")
+    return path
+
+
+def answer(library: ctypes.CDLL | None) -> int:
+    assert library is not None
+    return int(library.answer())
+
+
+def compiled_files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "moe-dist" / "native").glob("*.so"))
+
+
+@needs_compiler
+def test_one_library_for_each_set_of_defines(source: Path, tmp_path: Path) -> None:
+    assert answer(native.library(source, ("ANSWER=3",))) == 3
+    assert answer(native.library(source, ("ANSWER=4",))) == 4
+    assert len(compiled_files(tmp_path)) == 2
+    assert not list(tmp_path.rglob("*.part"))
+    assert (tmp_path / "cache" / "moe-dist" / "native").stat().st_mode & 0o077 == 0
+
+
+@needs_compiler
+def test_a_changed_source_is_compiled_anew(source: Path) -> None:
+    assert answer(native.library(source, ("ANSWER=3",))) == 3
+    source.write_text("int answer(void) { return ANSWER + 1; }\n")
+    native.library.cache_clear()
+    assert answer(native.library(source, ("ANSWER=3",))) == 4
+
+
+@needs_compiler
+def test_many_at_once_compile_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compilations: list[list[str]] = []
+    compile_one = native._compile
+
+    def counted(command: list[str], target: Path) -> None:
+        compilations.append(command)
+        compile_one(command, target)
+
+    monkeypatch.setattr(native, "_compile", counted)
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: native._compiled(source, ("ANSWER=5",)), range(8)))
+    assert len(compilations) == 1
+    assert set(paths) == set(compiled_files(tmp_path))
+
+
+@needs_compiler
+def test_broken_source_warns_and_gives_none(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source.write_text("this is not C\n")
+    with caplog.at_level(logging.WARNING):
+        assert native.library(source, ()) is None
+    assert "answer.c is not compiled, torch is used instead" in caplog.text
+    assert not compiled_files(tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_no_compiler_gives_none(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert native.library(source, ()) is None
+
+
+@needs_compiler
+def test_a_cache_that_others_can_write_is_not_used(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "moe-dist" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert native.library(source, ("ANSWER=3",)) is None
+
+
+def test_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.enabled()
+    monkeypatch.setenv("MOE_DIST_NATIVE", "0")
+    assert not native.enabled()

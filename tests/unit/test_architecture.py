@@ -1,0 +1,161 @@
+"""The shape of the code: imports point downward, and each foreign framework lives in one room.
+
+Read from the source by `ast`, so that an import inside a function counts as well.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LEVELS = [
+    {"errors"},
+    {"config", "metrics"},
+    {"topology"},
+    {"clustering", "compression", "routing"},
+    {"dispatch", "memory"},
+    {"migration", "model"},
+    {"engine", "data"},
+    {"checkpoint"},
+    {"evaluation"},
+    {"training"},
+    {"measurement"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
+# The command and the entry script meet at the top: cli calls the launcher, and a rank that has been accepted trains.
+LAUNCHER_MAY_IMPORT = {"moe_dist.config", "moe_dist.errors"}
+HANDS_OVER = ("launcher/train.py", "moe_dist.training.run")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement's target, as a dotted name."""
+
+    file: str
+    line: int
+    target: str
+    at_run_time: bool  # false under `if TYPE_CHECKING:`
+    at_module_level: bool
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.target}"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def modules() -> dict[str, Path]:
+    files = [*(ROOT / "moe_dist").rglob("*.py"), *(ROOT / "launcher").rglob("*.py")]
+    return {module_name(path): path for path in files}
+
+
+def statements(node: ast.AST, run_time: bool = True, top: bool = True) -> Iterator[tuple[ast.stmt, bool, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child, run_time, top
+        guarded = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        yield from statements(child, run_time and not guarded, top and not inside)
+
+
+def targets(statement: ast.stmt) -> Iterator[str]:
+    if isinstance(statement, ast.Import):
+        yield from (alias.name for alias in statement.names)
+    if isinstance(statement, ast.ImportFrom):
+        assert statement.level == 0, f"relative import on line {statement.lineno}"
+        for alias in statement.names:  # `from package import module` names a module, `from module import name` does not
+            longer = f"{statement.module}.{alias.name}"
+            yield longer if longer in modules() else str(statement.module)
+
+
+@cache
+def imports() -> tuple[Import, ...]:
+    found = []
+    for path in modules().values():
+        for statement, run_time, top in statements(ast.parse(path.read_text(encoding="utf-8"))):
+            file = path.relative_to(ROOT).as_posix()
+            found += [Import(file, statement.lineno, target, run_time, top) for target in targets(statement)]
+    return tuple(found)
+
+
+def package(name: str) -> str | None:
+    """The package of the project that a dotted name or a file lies in, None for another's."""
+    parts = name.removesuffix(".py").replace("/", ".").split(".")
+    return parts[1] if parts[0] == "moe_dist" and len(parts) > 1 and parts[1] != "__init__" else None
+
+
+def complain(broken: list[Import]) -> None:
+    assert not broken, "\n" + "\n".join(map(str, broken))
+
+
+def test_every_package_has_a_level() -> None:
+    packages = {package(name) for name in modules()} - {None}
+    assert packages <= LEVEL.keys(), f"without a level: {packages - LEVEL.keys()}"
+
+
+def test_imports_point_downward() -> None:
+    def upward(found: Import) -> bool:
+        own, other = package(found.file), package(found.target)
+        return own is not None and other is not None and own != other and LEVEL[other] >= LEVEL[own]
+
+    complain([found for found in imports() if upward(found)])
+
+
+def test_the_launcher_uses_configuration_and_errors_alone() -> None:
+    def foreign(found: Import) -> bool:
+        if not found.file.startswith("launcher/") or not found.target.startswith("moe_dist"):
+            return False
+        if (found.file, found.target) == HANDS_OVER:
+            return found.at_module_level
+        return not any(found.target == name or found.target.startswith(f"{name}.") for name in LAUNCHER_MAY_IMPORT)
+
+    complain([found for found in imports() if foreign(found)])
+
+
+def test_only_the_command_line_uses_the_launcher() -> None:
+    own = ("launcher/", "moe_dist/cli.py")
+    complain([f for f in imports() if f.target.split(".")[0] == "launcher" and not f.file.startswith(own)])
+
+
+@pytest.mark.parametrize(
+    ("framework", "room"), [("megatron", "moe_dist/model/megatron_gpt.py"), ("deepspeed", "moe_dist/engine/")]
+)
+def test_each_framework_lives_in_one_room(framework: str, room: str) -> None:
+    users = [found for found in imports() if found.target.split(".")[0] == framework]
+    complain([found for found in users if not found.file.startswith(room)])
+    assert users, f"nothing imports {framework}: is this test still reading the right files?"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {name: set() for name in modules()}
+    names = {path.relative_to(ROOT).as_posix(): name for name, path in modules().items()}
+    for found in imports():
+        if found.at_run_time and found.target in graph and found.target != names[found.file]:
+            graph[names[found.file]].add(found.target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+    "module", ["moe_dist.cli", "moe_dist.config", "moe_dist.metrics", "launcher.train", "launcher.runners"]
+)
+def test_answers_without_torch(module: str) -> None:
+    """Transitively: help and refusals must not wait for seconds of imports."""
+    heavy = ("torch", "deepspeed", "megatron", "datasets", "scipy", "tensorboard")
+    code = f"import sys, {module}; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
