@@ -1,0 +1,124 @@
+"""From configuration to token files, once: the first process does the work, the others wait and read.
+
+A corpus and tokenizer have one folder in the cache, named by the hash of all they depend on:
+
+    prepared/<key>/tokenizer.model  train.tokens  validation.tokens  manifest.json (written last)
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from moe_dist.config import CorpusConfig, TokenizerConfig
+from moe_dist.data.cache import exclusive, remove_leftovers, written_whole
+from moe_dist.data.corpora import Corpus, open_corpus
+from moe_dist.data.documents import Document, limit_bytes
+from moe_dist.data.token_file import TokenFile, open_token_file, write_token_file
+from moe_dist.data.tokenizer import Tokenizer, train_tokenizer
+from moe_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1  # raise it when the same corpus and settings give other files
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Two token files and the tokenizer they were made with; the same `key` on all ranks means the same data."""
+
+    train: TokenFile
+    validation: TokenFile
+    tokenizer_path: Path
+    vocab_size: int
+    key: str
+
+
+def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedData:
+    """Finds the data in the cache or makes it; safe in any number of processes at once.
+
+    Damaged files in the cache are made again.
+
+    Raises:
+        DataError: the corpus cannot be read, the vocabulary does not fit it, or the cache cannot be written.
+    """
+    source = open_corpus(corpus)
+    key = _key(source, tokenizer)
+    folder = Path(corpus.cache_dir).expanduser() / "prepared" / key
+    ready = _open(folder)
+    if ready:
+        return ready
+    try:
+        with exclusive(folder.with_suffix(".lock")):
+            ready = _open(folder)  # another process may have made it while this one waited
+            if not ready:
+                _make(folder, source, tokenizer)
+                ready = _open(folder)
+    except OSError as error:
+        raise DataError(f"corpus.cache_dir={corpus.cache_dir} cannot be used: {error}") from error
+    if not ready:
+        raise DataError(f"corpus.cache_dir={corpus.cache_dir}: {folder} does not keep what is written to it")
+    return ready
+
+
+def _key(corpus: Corpus, tokenizer: TokenizerConfig) -> str:
+    parts = {
+        "format": _FORMAT,
+        "sentencepiece": sentencepiece.__version__,
+        "corpus": corpus.identity(),
+        "tokenizer": tokenizer.model_dump(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _open(folder: Path) -> PreparedData | None:
+    """The finished data in `folder`; None if there is none or it is damaged (which is logged)."""
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        return None
+    try:
+        return _open_finished(folder, manifest)
+    except (DataError, OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("making %s again: %s", folder, error)
+        return None
+
+
+def _open_finished(folder: Path, manifest: Path) -> PreparedData:
+    facts = json.loads(manifest.read_text())
+    model = folder / "tokenizer.model"
+    if hashlib.sha256(model.read_bytes()).hexdigest() != facts["tokenizer_sha256"]:
+        raise DataError(f"{model} is damaged: its SHA-256 is not {facts['tokenizer_sha256']}")
+    train, validation = (open_token_file(folder / f"{split}.tokens") for split in ("train", "validation"))
+    if [train.checksum, validation.checksum] != facts["checksums"]:
+        raise DataError(f"the token files in {folder} are not those of {manifest.name}")
+    return PreparedData(train, validation, model, train.facts.vocab_size, folder.name)
+
+
+def _make(folder: Path, corpus: Corpus, config: TokenizerConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    split = corpus.documents()
+    logger.info("training a %s tokenizer of %d pieces", config.kind, config.vocab_size)
+    model = train_tokenizer(_sample(split.train, config.train_bytes), config)
+    with written_whole(folder / "tokenizer.model") as path:
+        path.write_bytes(model)
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    checksums = []
+    for name, documents in split._asdict().items():
+        logger.info("encoding %d documents (%s)", len(documents), name)
+        path = folder / f"{name}.tokens"
+        write_token_file(path, (document.text for document in documents), tokenizer)
+        checksums.append(open_token_file(path).checksum)
+    manifest = {"tokenizer_sha256": hashlib.sha256(model).hexdigest(), "checksums": checksums}
+    with written_whole(folder / "manifest.json") as path:
+        path.write_text(json.dumps(manifest))
+
+
+def _sample(documents: list[Document], max_bytes: int) -> Iterable[str]:
+    """Documents up to `max_bytes` in the order of their digests, which no name or place in the corpus biases."""
+    by_digest = sorted(documents, key=lambda document: document.digest)
+    return (document.text for document in limit_bytes(by_digest, max_bytes))

@@ -1,0 +1,119 @@
+"""One split of a corpus as token ids in one memory-mapped file.
+
+Layout: a header block of 4096 bytes (magic, then JSON, then spaces), then the ids as little-endian uint16 or uint32.
+Every document is followed by one end-of-document token. The header holds a CRC-32 over its other facts and all ids.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import tee
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_dist.data.cache import written_whole
+from moe_dist.data.tokenizer import Tokenizer
+from moe_dist.errors import DataError
+
+_MAGIC = b"moe-dist tokens 1\n"
+_HEADER_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What a token file says of itself; bytes (UTF-8), words (between white space) and lines are the text's."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    words: int
+    lines: int
+    vocab_size: int
+    end_of_document: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """An open token file; `ids` [tokens] is read from disk as it is used.
+
+    nats per byte = (nats per token) * tokens / bytes.
+    """
+
+    path: Path
+    facts: TokenFacts
+    checksum: int
+    ids: npt.NDArray[Any]
+
+    def __len__(self) -> int:
+        return self.facts.tokens
+
+
+def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> None:
+    """Encodes documents to `path`, which appears whole or not at all."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    tokens = documents = size = words = lines = crc = 0
+    to_count, to_encode = tee(texts)
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        file.write(b" " * _HEADER_BYTES)
+        for text, ids in zip(to_count, tokenizer.encode_all(to_encode), strict=True):
+            data = np.array([*ids, tokenizer.end_of_document], dtype=dtype).tobytes()
+            file.write(data)
+            crc = zlib.crc32(data, crc)
+            tokens += len(ids) + 1
+            documents += 1
+            size += len(text.encode())
+            words += len(text.split())
+            lines += text.count("\n")
+        eod = tokenizer.end_of_document
+        facts = TokenFacts(tokens, documents, size, words, lines, tokenizer.vocab_size, eod, dtype.str)
+        file.seek(0)
+        file.write(_header(facts, crc))
+
+
+def open_token_file(path: Path) -> TokenFile:
+    """Maps a token file after checking its size and checksum (about a second a gigabyte).
+
+    Raises:
+        DataError: the file is missing, damaged, cut short or not a token file.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+            size = file.seek(0, 2)
+    except OSError as error:
+        raise DataError(f"token file {path} cannot be read: {error.strerror}") from error
+    facts, checksum = _parse(path, header)
+    expected = _HEADER_BYTES + facts.tokens * np.dtype(facts.dtype).itemsize
+    if size != expected:
+        raise DataError(f"token file {path} is damaged: {size} bytes instead of {expected}; remove it")
+    ids = np.memmap(path, dtype=facts.dtype, mode="r", offset=_HEADER_BYTES, shape=(facts.tokens,))
+    if _checksum(facts, zlib.crc32(ids.data)) != checksum:
+        raise DataError(f"token file {path} is damaged: its checksum is not {checksum}; remove it")
+    return TokenFile(path, facts, checksum, ids)
+
+
+def _checksum(facts: TokenFacts, ids_crc: int) -> int:
+    return zlib.crc32(json.dumps(asdict(facts), sort_keys=True).encode(), ids_crc)
+
+
+def _header(facts: TokenFacts, ids_crc: int) -> bytes:
+    content = json.dumps({"facts": asdict(facts), "checksum": _checksum(facts, ids_crc)})
+    return (_MAGIC + content.encode()).ljust(_HEADER_BYTES)
+
+
+def _parse(path: Path, header: bytes) -> tuple[TokenFacts, int]:
+    try:
+        if not header.startswith(_MAGIC):
+            raise ValueError("magic")
+        content = json.loads(header.removeprefix(_MAGIC))
+        facts, checksum = TokenFacts(**content["facts"]), int(content["checksum"])
+        if facts.dtype not in ("<u2", "<u4") or not isinstance(facts.tokens, int) or facts.tokens < 1:
+            raise ValueError("facts")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"token file {path} is damaged: its header is not one of a token file; remove it") from error
+    return facts, checksum

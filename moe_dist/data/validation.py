@@ -1,0 +1,44 @@
+"""Validation batches: the same sequences and the same mean loss for any number of ranks.
+
+b sequences a batch, S tokens a sequence.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from moe_dist.data.loader import read_sequences, sequence_count
+from moe_dist.data.token_file import TokenFile
+
+
+class ValidationBatch(NamedTuple):
+    """Sequences, int64 [b, S + 1], and what each counts, float32 [b]: 1, or 0 for padding.
+
+    mean loss = sum over ranks and batches of weight_b * loss_b / sum of weight_b, with loss_b a sequence's mean.
+    """
+
+    tokens: torch.Tensor
+    weight: torch.Tensor
+
+
+def validation_batches(
+    tokens: TokenFile, sequence_length: int, max_sequences: int, rank: int, ranks: int, batch: int
+) -> Iterator[ValidationBatch]:
+    """This rank's share of at most `max_sequences` sequences, spread evenly over the file, none of them twice.
+
+    Every rank gets as many batches of the same shapes as the others, since all take part in the model's collectives:
+    where the sequences do not divide by the ranks, the last ranks are padded with sequences of weight 0.
+
+    Raises:
+        DataError: the text is shorter than one sequence (at the first batch).
+    """
+    available = sequence_count(tokens, sequence_length)
+    count = min(max_sequences, available)
+    per_rank = -(-count // ranks)
+    for start in range(rank * per_rank, (rank + 1) * per_rank, batch):
+        numbers = np.arange(start, min(start + batch, (rank + 1) * per_rank), dtype=np.int64)
+        indices = np.where(numbers < count, numbers * available // count, 0)
+        weight = torch.from_numpy((numbers < count).astype(np.float32))
+        yield ValidationBatch(read_sequences(tokens, sequence_length, indices), weight)

@@ -1,0 +1,103 @@
+"""One training step at a time, through DeepSpeed: accumulation, reduction by class, clipping, ZeRO, AdamW."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.config import BatchShape, RunConfig
+from moe_dist.engine import gradient_norm
+from moe_dist.engine.expert_groups import MarkedModel, register_groups
+from moe_dist.engine.parameter_groups import parameter_groups
+from moe_dist.engine.startup import Process
+from moe_dist.model.language_model import LanguageModel, copies_of
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What all ranks know after the backward passes of a step, before its update."""
+
+    loss: float
+    """Mean over all ranks and micro-batches, nats a token."""
+    broken_ranks: tuple[int, ...]
+    """Ranks whose own loss was NaN or infinite."""
+    count_LE: Tensor
+    """Copies routed to each expert of each layer, over all ranks; float64, on the CPU."""
+    dropped: float
+    """Copies beyond the capacity, over all layers and ranks."""
+
+
+class Engine:
+    """A language model under training."""
+
+    def __init__(self, model: LanguageModel, config: RunConfig, batch: BatchShape, process: Process) -> None:
+        self.model, self.config, self.batch, self.process = model.to_device(process.device), config, batch, process
+        mesh = model.context.mesh
+        register_groups(model, mesh)
+        groups = parameter_groups(model, config.optimizer)
+        options = config.optimizer
+        adamw = torch.optim.AdamW(
+            groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), eps=options.epsilon, fused=True
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=MarkedModel(model, config.moe.experts),
+            optimizer=adamw,
+            config=_deepspeed_config(config, batch, process.ranks),
+            dist_init_required=False,
+        )
+        gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm)
+
+    def forward_backward(self, sequences_BS: Tensor) -> StepOutcome:
+        """Runs this rank's share of a step, [micro * accumulation, S+1] token numbers, in micro-batches; collective."""
+        loss = torch.zeros((), device=self.process.device)
+        for sequence_BS in sequences_BS.to(self.process.device).split(self.batch.micro):
+            micro_loss = self._engine(sequence_BS)
+            self._engine.backward(micro_loss)
+            loss += micro_loss.detach().float() / self.batch.accumulation
+            if not self._engine.is_gradient_accumulation_boundary():
+                self._engine.step()
+        return self._agree(loss)
+
+    def update(self, outcome: StepOutcome, learning_rate: float) -> float:
+        """Clips, updates the weights and the balance biases; returns the global gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        context, moe = self.model.context, self.config.moe
+        if moe.kind != "dense":
+            context.balance.update(outcome.count_LE.to(self.process.device), moe, context.placement)
+        return float(self._engine.optimizer._global_grad_norm)
+
+    def _agree(self, loss: Tensor) -> StepOutcome:
+        """Sums loads, losses and faults over the ranks: the one small collective of a step."""
+        balance, ranks = self.model.context.balance, self.process.ranks
+        faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
+        faults[self.process.rank] = (~loss.isfinite()).double()
+        mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double()])
+        packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
+        dist.all_reduce(packed)
+        balance.clear_counts()
+        (loss_sum, dropped), faults, counts = packed.cpu().split([2, ranks, balance.count_LE.numel()])
+        broken = tuple(faults.nonzero().flatten().tolist())
+        return StepOutcome(float(loss_sum) / ranks, broken, counts.view(balance.count_LE.shape), float(dropped))
+
+
+def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:
+    return {
+        "train_batch_size": batch.micro * batch.accumulation * ranks,
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": config.train.precision == "bfloat16"},
+        "zero_optimization": {
+            "stage": config.world.zero_stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }

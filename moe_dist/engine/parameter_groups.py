@@ -1,0 +1,32 @@
+"""Optimizer groups: by weight decay, and by which ranks reduce them."""
+
+from typing import Any
+
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from torch import nn
+
+from moe_dist.config import OptimizerConfig
+from moe_dist.engine.expert_groups import has_experts
+
+VECTORS = ("hidden_gate_NF", "hidden_bias_NH", "output_bias_ND")
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to norms, biases, expert vectors and embeddings."""
+    return parameter.ndim > 1 and "embedding" not in name and name.rpartition(".")[2] not in VECTORS
+
+
+def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups for the optimizer, in an order that is the same on all ranks."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {
+            "name": "decayed" if decayed else "undecayed",
+            "params": [parameter for name, parameter in named if decays(name, parameter) is decayed],
+            "weight_decay": optimizer.weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
+    if has_experts(model):
+        groups = split_params_into_different_moe_groups_for_optimizer(groups)
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,102 @@
+"""Joins this process to the job: device, threads, process group."""
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger
+
+from moe_dist.config import WorldConfig
+from moe_dist.errors import LaunchError
+
+INIT_METHOD = "MOE_DIST_INIT_METHOD"
+"""Set by `moe-dist launch` to a file of the job's own: no port that another process could take meanwhile."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process in the job."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    timeout: timedelta
+
+
+def join(world: WorldConfig) -> Process:
+    """Forms the default process group from the launcher's environment, or that of a single process.
+
+    Raises:
+        LaunchError: there is no GPU for this rank, or the other ranks cannot be reached.
+    """
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device(world.backend, local_rank)
+    if device.type == "cpu":
+        _set_threads(world.threads, ranks)
+    backend = world.backend if world.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
+    timeout = timedelta(seconds=world.timeout_seconds)
+    if not dist.is_initialized():
+        _form_group(backend, rank, ranks, timeout)
+    _adopt_in_deepspeed(backend)
+    return Process(dist.get_rank(), dist.get_world_size(), device, timeout)
+
+
+def leave() -> None:
+    """Gives the process group up; harmless where there is none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(backend: str, local_rank: int) -> torch.device:
+    """A CUDA GPU of this rank's own, or the CPU: where there is none, or where the user wants it."""
+    cpu_wanted = backend == "gloo" or os.environ.get("DS_ACCELERATOR") == "cpu"
+    if cpu_wanted or not torch.cuda.is_available():
+        if backend == "nccl":
+            why = "DS_ACCELERATOR=cpu is set" if cpu_wanted else "torch finds none here"
+            raise LaunchError(f"world.backend=nccl needs a CUDA GPU, but {why}: use auto or gloo")
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise LaunchError(
+            f"LOCAL_RANK={local_rank} has no GPU: torch finds {gpus} on this machine; start at most {gpus} ranks here, "
+            "or set world.backend=gloo to use the CPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _set_threads(wanted: int, ranks: int) -> None:
+    """Threads of torch on the CPU; OMP_NUM_THREADS, which torch has read itself, holds where none are wanted."""
+    if wanted:
+        torch.set_num_threads(wanted)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_node))
+
+
+def _form_group(backend: str, rank: int, ranks: int, timeout: timedelta) -> None:
+    if ranks == 1 and "MASTER_PORT" not in os.environ:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    where = os.environ.get(INIT_METHOD, "env://")
+    try:
+        dist.init_process_group(backend, init_method=where, rank=rank, world_size=ranks, timeout=timeout)
+    except (dist.DistError, ValueError, RuntimeError) as error:
+        address = ":".join(os.environ.get(name, f"({name} unset)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise LaunchError(f"rank {rank} of {ranks} cannot join the others ({where}, {address}): {error}") from error
+
+
+def _adopt_in_deepspeed(backend: str) -> None:
+    """DeepSpeed takes over the group that exists; its messages below warnings are silenced."""
+    logger.setLevel(logging.ERROR)
+    # Its shared-memory all-reduce is compiled at start-up (half a minute), and a build killed half-way leaves a lock on
+    # which later runs hang: leave it out, gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a single process
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -1,0 +1,125 @@
+"""Puts a language model together from its configuration, and counts its parameters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.config import RunConfig
+from moe_dist.dispatch.traffic import TrafficLedger
+from moe_dist.model.balance_state import BalanceState
+from moe_dist.model.clustered_layer import ClusteredMoE, LayerContext
+from moe_dist.model.dense_layer import SwiGLU
+from moe_dist.model.megatron_gpt import build_gpt, initialize_megatron
+from moe_dist.model.parameter_class import REDUCED_OVER, ParameterClass, class_of
+from moe_dist.model.standard_layer import StandardMoE
+from moe_dist.topology.links import Links
+from moe_dist.topology.mesh import Mesh
+from moe_dist.topology.placement import ExpertPlacement
+
+PROJECTIONS = 3  # gate, up and out of a SwiGLU
+
+
+class LanguageModel(nn.Module):
+    """A causal language model whose parts stand for this rank's share of the experts.
+
+    Attributes:
+        context: mesh, placement, balance state and traffic ledger that its layers share.
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int, mesh: Mesh, links: Links, micro_batches: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        moe = config.moe
+        placement = None
+        if moe.kind == "clustered":
+            placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)
+        balance = BalanceState.create(config.model.layers, moe, torch.device("cpu"))
+        self.context = LayerContext(mesh, placement, balance, TrafficLedger(links), config.seed)
+        self._micro_batches = micro_batches
+        initialize_megatron(config.world.timeout_seconds)
+        self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._uncounted)
+
+    def forward(self, sequence_BS: Tensor) -> Tensor:
+        """Mean loss in nats a token over [B, S+1] token numbers: each predicts the next."""
+        return self.token_losses(sequence_BS).mean()
+
+    def token_losses(self, sequence_BS: Tensor) -> Tensor:
+        """Loss of every predicted token, [B, S]."""
+        tokens_BS, labels_BS = sequence_BS[:, :-1].contiguous(), sequence_BS[:, 1:].contiguous()
+        position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        losses: Tensor = self.gpt(tokens_BS, position_BS, None, labels=labels_BS)
+        return losses
+
+    def _feed_forward(self, layer: int) -> nn.Module:
+        config = self.config
+        if config.moe.kind == "dense":
+            return SwiGLU(layer, config.moe.dense_width, config.model, config.seed)
+        if config.moe.kind == "standard":
+            return StandardMoE(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
+        return ClusteredMoE(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """While a layer is recomputed its loads, already counted, are not counted again."""
+        balance = self.context.balance
+        before, balance.counting = balance.counting, False
+        try:
+            yield
+        finally:
+            balance.counting = before
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, and neither loads nor traffic enter the account of the training."""
+        ledger = self.context.ledger
+        before, ledger.recording = ledger.recording, False
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad(), self._uncounted():
+                yield
+        finally:
+            ledger.recording = before
+            self.train(was_training)
+
+    def to_device(self, device: torch.device) -> "LanguageModel":
+        """Moves parameters and the balance state."""
+        self.context.balance.to(device)
+        return self.to(device)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of the whole model, each once, however many ranks hold a copy."""
+
+    total: int
+    expert: int
+    """Bases, residuals and vectors of all clusters, or all standard experts, without routers; 0 for dense."""
+    expert_standard: int
+    """What as many standard experts of the same width would have."""
+
+
+def count_parameters(model: LanguageModel) -> ParameterCounts:
+    """Counts from the tensors that this rank holds: every rank holds equally much of each class."""
+    config, shape = model.config, model.context.mesh.shape
+    held = dict.fromkeys(ParameterClass, 0)
+    for parameter in model.parameters():
+        held[class_of(parameter)] += parameter.numel()
+    base = held[ParameterClass.BASE] * shape.cluster
+    expert = held[ParameterClass.EXPERT] * shape.cluster * shape.shard
+    moe = config.moe
+    standard = 0
+    if moe.kind != "dense":
+        one = PROJECTIONS * config.model.hidden_size * moe.expert_hidden
+        standard = config.model.layers * moe.experts * one
+    return ParameterCounts(held[ParameterClass.DENSE] + base + expert, base + expert, standard)
+
+
+def copies_of(parameter: nn.Parameter, mesh: Mesh) -> int:
+    """How many ranks hold the same values of a parameter."""
+    kind = REDUCED_OVER.get(class_of(parameter))
+    return mesh.shape.ranks if kind is None else mesh.group(kind).size

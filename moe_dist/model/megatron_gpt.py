@@ -1,0 +1,147 @@
+"""The Megatron-core GPT backbone with our feed-forward layers; the one file that imports megatron.
+
+Megatron-core expects CUDA in three places; on other devices this file stands in for each: rotary positions
+(`_RotaryOnDevice`), attention (`SdpaCoreAttention`, which is also the faster one), and fused kernels (off).
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_dist.config import ModelConfig
+
+FeedForwardFactory = Callable[[int], nn.Module]
+"""layer index, from 0 -> a module that takes and returns [..., hidden]."""
+
+
+def initialize_megatron(timeout_seconds: int) -> None:
+    """Creates Megatron-core's process groups (no tensor or pipeline parallelism); collective."""
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            create_gloo_process_groups=False, distributed_timeout_minutes=max(1, timeout_seconds // 60)
+        )
+
+
+def build_gpt(
+    model: ModelConfig,
+    vocab_size: int,
+    feed_forward: FeedForwardFactory,
+    seed: int,
+    recompute_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> nn.Module:
+    """A GPT whose `forward(tokens, positions, attention_mask, labels=...)` gives the loss of every token, [B, S].
+
+    Args:
+        vocab_size: rows of the embedding.
+        feed_forward: makes the feed-forward module of each layer.
+        seed: all ranks draw the same initial values from it.
+        recompute_context: entered while a layer's forward pass is recomputed (activation checkpointing).
+    """
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    torch.manual_seed(seed)
+    config = _transformer_config(model)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    spec.submodules.mlp = ModuleSpec(module=_FeedForward, params={"factory": feed_forward})
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=vocab_size,
+        max_sequence_length=model.sequence_length,
+        position_embedding_type="rope",
+        rotary_base=int(model.rope_base),
+        share_embeddings_and_output_weights=model.tie_embeddings,
+    )
+    if not torch.cuda.is_available():
+        gpt.rotary_pos_emb = _RotaryOnDevice(
+            config.kv_channels, 1.0, rotary_base=int(model.rope_base), use_cpu_initialization=True
+        )
+    if model.activation_checkpointing:
+        for layer in gpt.decoder.layers:
+            _recompute_in_backward(layer, recompute_context)
+    return cast(nn.Module, gpt)
+
+
+def _transformer_config(model: ModelConfig) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads or model.heads,
+        ffn_hidden_size=4 * model.hidden_size,  # of Megatron's own MLP, which ours replaces
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_std,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        perform_initialization=True,
+        params_dtype=torch.float32,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+class _FeedForward(nn.Module):
+    """Gives our feed-forward module the interface of Megatron-core's MLP: (output, bias)."""
+
+    def __init__(self, config: TransformerConfig, factory: FeedForwardFactory, **_: Any) -> None:
+        super().__init__()
+        self.factory: FeedForwardFactory | None = factory
+
+    def set_layer_number(self, number: int) -> None:
+        """Megatron-core numbers its layers from 1, just after it made them: only now do we know which this is."""
+        assert self.factory is not None
+        self.inner, self.factory = self.factory(number - 1), None
+
+    def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return self.inner(hidden), None
+
+
+class SdpaCoreAttention(nn.Module):
+    """Causal attention on torch's scaled_dot_product_attention, in Megatron-core's [S, B, heads, head size] layout."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.grouped = config.num_query_groups != config.num_attention_heads
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class _RotaryOnDevice(RotaryEmbedding):  # type: ignore[misc]
+    """Rotary positions where there is no CUDA: the frequencies stay on the device they were made on."""
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
+        freqs = self.get_freqs_non_repeated(max_seq_len, offset)
+        return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]
+
+
+def _recompute_in_backward(layer: nn.Module, recompute_context: Callable[[], AbstractContextManager[None]]) -> None:
+    forward = layer.forward
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        contexts = lambda: (nullcontext(), recompute_context())  # noqa: E731
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    layer.forward = checkpointed

@@ -1,0 +1,90 @@
+"""What rank 0 keeps and shows of a run; the other ranks get one that does nothing."""
+
+import math
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+
+from moe_dist.config import RunConfig, dump_config
+from moe_dist.metrics import Progress, RunFolder, render_summary
+
+
+class Recorder:
+    """Does nothing: the recorder of every rank but the first."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def announce(self, message: str) -> None:
+        """A line above the progress display."""
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """Figures of a logged step."""
+
+    def evaluation(self, step: int, tokens: int, loss: float) -> None:
+        """A validation loss."""
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """The run is complete."""
+
+
+class RunRecorder(Recorder):
+    """Writes the run folder and shows progress and summary."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._folder = RunFolder.create(
+            config.runs_dir,
+            config.name,
+            dump_config(config),
+            tensorboard=config.tensorboard,
+            summary_copy=config.summary_copy,
+        )
+        self._console = Console()
+        self._progress = Progress(config.train.steps, self._console)
+
+    def __enter__(self) -> Self:
+        self._folder.__enter__()
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._progress.__exit__(kind, error, trace)
+        finally:
+            self._folder.__exit__(kind, error, trace)
+
+    def announce(self, message: str) -> None:
+        self._progress.note(message)
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        self._folder.log(step, values)
+        self._progress.update(
+            step,
+            loss=values["train"]["loss"],
+            tokens_per_second=values["tokens_per_second"],
+            load_cv2=values["load"]["cv2"] if "load" in values else None,
+        )
+
+    def evaluation(self, step: int, tokens: int, loss: float) -> None:
+        self._folder.event("evaluation", step, tokens=tokens, loss=loss, perplexity=perplexity(loss))
+        self._folder.log(step, {"tokens": tokens, "validation": {"loss": loss, "perplexity": perplexity(loss)}})
+        self._progress.update(step, validation_loss=loss)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._folder.write_summary(summary)
+        self._folder.event("finished", summary["steps"])
+        self._progress.__exit__(None, None, None)
+        render_summary(summary, self._console, self._folder.path)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

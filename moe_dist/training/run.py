@@ -1,0 +1,199 @@
+"""A training run from configuration to summary, as one of its ranks."""
+
+import hashlib
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
+from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
+from moe_dist.engine.engine import Engine, StepOutcome
+from moe_dist.engine.startup import Process, join, leave
+from moe_dist.errors import DataError, TrainingError
+from moe_dist.metrics import LoadStatistics, installed_versions, load_statistics
+from moe_dist.model.language_model import LanguageModel, count_parameters
+from moe_dist.topology.links import Links
+from moe_dist.topology.mesh import Mesh
+from moe_dist.training.evaluate import validation_loss
+from moe_dist.training.recorder import Recorder, RunRecorder, perplexity
+from moe_dist.training.schedule import learning_rate
+from moe_dist.training.totals import all_to_all_totals, peak_memory
+
+
+def train(config: RunConfig) -> None:
+    """Trains the configured model; every rank of the job calls this.
+
+    Raises:
+        MoeDistError: the data, the launch or the training fails in a way that the user can act upon.
+    """
+    process = join(config.world)
+    shape = resolve_world(config, process.ranks)
+    if process.rank == 0:
+        print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
+    data = prepare_data(config.corpus, config.tokenizer)
+    _require_same_data(data, process)
+    recorder = RunRecorder(config) if process.rank == 0 else Recorder()
+    with recorder:
+        TrainingRun(config, process, shape, data, recorder).run()
+    leave()
+
+
+class TrainingRun:
+    """The loop and its account of time, loads and losses."""
+
+    def __init__(
+        self, config: RunConfig, process: Process, shape: WorldShape, data: PreparedData, recorder: Recorder
+    ) -> None:
+        self.config, self.process, self.shape, self.data, self.recorder = config, process, shape, data, recorder
+        self.batch = resolve_batch(config, process.ranks)
+        mesh = Mesh.create(shape, process.timeout)
+        links = Links.discover(process.device)
+        self.model = LanguageModel(config, data.vocab_size, mesh, links, self.batch.accumulation)
+        self.engine = Engine(self.model, config, self.batch, process)
+        self.loader = SequenceLoader(
+            data.train,
+            config.model.sequence_length,
+            config.train.global_batch_size,
+            config.seed,
+            process.rank,
+            process.ranks,
+        )
+        sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
+        self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
+        self.step_seconds: list[float] = []
+        self.loads: list[dict[str, float]] = []
+        self.curve: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        train = self.config.train
+        self.recorder.announce(self._description())
+        for step in range(1, train.steps + 1):
+            self._train_step(step)
+            last = step == train.steps
+            if last or (train.eval_every and step % train.eval_every == 0):
+                self._evaluate(step)
+        self._finish()
+
+    def _train_step(self, step: int) -> None:
+        started = time.perf_counter()
+        outcome = self.engine.forward_backward(self.loader.batch(step - 1))
+        _stop_if_broken(step, outcome)
+        rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
+        norm = self.engine.update(outcome, rate)
+        _stop_if_norm_broken(step, norm)
+        self.step_seconds.append(time.perf_counter() - started)
+        if self.config.moe.kind != "dense":
+            self.loads.append(self._loads(outcome))
+        if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
+            self.recorder.step(step, self._figures(step, outcome, rate, norm))
+
+    def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
+        recent = self.step_seconds[-self.config.train.log_every :]
+        figures: dict[str, Any] = {
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
+            "train": {"loss": outcome.loss, "learning_rate": rate, "gradient_norm": norm},
+        }
+        if self.loads:
+            figures["load"] = self.loads[-1]
+        return figures
+
+    def _loads(self, outcome: StepOutcome) -> dict[str, float]:
+        moe = self.config.moe
+        copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
+        routed = self.tokens_per_step * self.config.model.layers * copies
+        return {**vars(load_statistics(outcome.count_LE.numpy())), "dropped": outcome.dropped / routed}
+
+    def _evaluate(self, step: int) -> None:
+        loss = validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
+        if not math.isfinite(loss):
+            raise TrainingError(f"step {step}: the validation loss is {loss}: the weights are no longer finite")
+        tokens = step * self.tokens_per_step
+        self.curve.append({"step": step, "tokens": tokens, "loss": loss})
+        self.recorder.evaluation(step, tokens, loss)
+
+    def _finish(self) -> None:
+        config, steps = self.config, self.config.train.steps
+        counts, peaks = count_parameters(self.model), peak_memory(self.process)
+        tokens, loss = steps * self.tokens_per_step, self.curve[-1]["loss"]
+        ledger = self.model.context.ledger
+        timed = self.step_seconds[1:] or self.step_seconds  # the first step warms up
+        self.recorder.finish(
+            {
+                "name": config.name,
+                "kind": config.moe.kind,
+                "steps": steps,
+                "tokens": tokens,
+                "seconds": sum(self.step_seconds),
+                "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.curve},
+                "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
+                "parameters": vars(counts),
+                "all_to_all": all_to_all_totals(ledger, tokens, config.model.layers, self.process),
+                "load": _last_fifth(self.loads),
+                "memory": {
+                    "peak_rss_bytes": max(peaks.rss_by_rank),
+                    "peak_rss_bytes_by_rank": peaks.rss_by_rank,
+                    "peak_device_bytes": peaks.device,
+                },
+                "world": vars(self.shape),
+                "seed": config.seed,
+                "versions": installed_versions(),
+            }
+        )
+
+    def _description(self) -> str:
+        config, moe = self.config, self.config.moe
+        experts = {
+            "clustered": f"{moe.experts} experts in {moe.clusters} clusters, {moe.top_k} of each of "
+            f"{moe.top_clusters} cluster(s) a token, rank {moe.rank}",
+            "standard": f"{moe.experts} standard experts, {moe.top_k} a token",
+            "dense": f"dense, width {moe.dense_width}",
+        }[moe.kind]
+        return (
+            f"{config.name}: {config.model.layers} layers of {config.model.hidden_size}, {experts}; "
+            f"{self.process.ranks} rank(s): {self.shape}; ZeRO {config.world.zero_stage}, {config.train.precision}, "
+            f"{len(self.data.train):,} tokens of {config.corpus.kind} text, {self.data.vocab_size} pieces"
+        )
+
+
+def _require_same_data(data: PreparedData, process: Process) -> None:
+    """Nodes without a shared file system prepare their own: another Python has another standard library."""
+    digest = hashlib.sha256(f"{data.train.checksum} {data.validation.checksum}".encode()).digest()
+    mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=process.device)
+    found = [torch.empty_like(mine) for _ in range(process.ranks)]
+    dist.all_gather(found, mine)
+    different = [rank for rank, other in enumerate(found) if not torch.equal(other, found[0])]
+    if different:
+        raise DataError(
+            f"rank {', '.join(map(str, different))} prepared other tokens than rank 0: give all nodes the same text, "
+            "or a shared corpus.cache_dir"
+        )
+
+
+def _stop_if_broken(step: int, outcome: StepOutcome) -> None:
+    if outcome.broken_ranks:
+        ranks = ", ".join(map(str, outcome.broken_ranks))
+        raise TrainingError(
+            f"step {step}: the loss of rank {ranks} is NaN or infinite; all ranks stop before the update. "
+            "Lower optimizer.learning_rate, or look at the data of that step"
+        )
+
+
+def _stop_if_norm_broken(step: int, norm: float) -> None:
+    if not math.isfinite(norm):
+        raise TrainingError(
+            f"step {step}: the global gradient norm is {norm}, though the losses were finite; all ranks stop. Lower "
+            "optimizer.learning_rate, or train in float32"
+        )
+
+
+def _last_fifth(loads: list[dict[str, float]]) -> dict[str, float | None]:
+    """Means over the last fifth of the steps; null for a dense model."""
+    if not loads:
+        return dict.fromkeys((*LoadStatistics.__dataclass_fields__, "dropped"))
+    recent = loads[-max(1, len(loads) // 5) :]
+    return {name: float(np.mean([load[name] for load in recent])) for name in recent[0]}

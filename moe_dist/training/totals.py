@@ -1,0 +1,55 @@
+"""Figures of a whole run, gathered from all ranks for its summary."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.dispatch.traffic import Direction, Payload, TrafficLedger
+from moe_dist.engine.startup import Process
+from moe_dist.metrics import peak_rss_bytes
+from moe_dist.topology.links import LinkKind
+
+
+def all_to_all_totals(ledger: TrafficLedger, tokens: int, moe_layers: int, process: Process) -> dict[str, Any]:
+    """Bytes and messages of all ranks' all-to-alls while training, what a rank sends itself left out; collective."""
+    parts = [(link, payload, way) for link in LinkKind for payload in Payload for way in Direction]
+    mine = [ledger.total(link, payload, way) for link, payload, way in parts]
+    sent = torch.tensor([[volume.bytes, volume.messages] for volume in mine], device=process.device)
+    dist.all_reduce(sent)
+    volumes = dict(zip(parts, sent.tolist(), strict=True))
+
+    def total(index: int, wanted: object = None) -> int:
+        return sum(volume[index] for key, volume in volumes.items() if wanted is None or wanted in key)
+
+    token_layers = max(1, tokens * moe_layers)
+    return {
+        "bytes": total(0),
+        "bytes_inter_node": total(0, LinkKind.INTER_NODE),
+        "bytes_per_token_layer": total(0) / token_layers,
+        "hidden_bytes_per_token_layer": total(0, Payload.HIDDEN) / token_layers,
+        "messages": total(1),
+        "bytes_by_payload": {payload.value: total(0, payload) for payload in Payload},
+        "bytes_by_direction": {way.value: total(0, way) for way in Direction},
+    }
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Largest footprints so far, bytes."""
+
+    rss_by_rank: list[int]
+    device: int
+    """Largest over ranks of what torch allocated on the accelerator; 0 on a CPU."""
+
+
+def peak_memory(process: Process) -> PeakMemory:
+    """Gathers every rank's peaks; collective."""
+    device_peak = 0
+    if process.device.type != "cpu":
+        device_peak = torch.get_device_module(process.device).max_memory_allocated()
+    mine = torch.tensor([peak_rss_bytes(), device_peak], device=process.device)
+    peaks = [torch.empty_like(mine) for _ in range(process.ranks)]
+    dist.all_gather(peaks, mine)
+    return PeakMemory([int(peak[0]) for peak in peaks], max(int(peak[1]) for peak in peaks))

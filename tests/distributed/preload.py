@@ -1,0 +1,7 @@
+"""Imported once by the fork server, so that each rank starts with everything loaded."""
+
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import moe_dist.training.run  # noqa: F401

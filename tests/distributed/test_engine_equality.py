@@ -1,0 +1,219 @@
+"""One rank and N ranks train alike: same losses, gradient norms, updated weights and biases, for any layout."""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.config import RunConfig, WorldShape, load_config, resolve_batch
+from moe_dist.engine.engine import Engine
+from moe_dist.engine.startup import join
+from moe_dist.model.clustered_layer import ClusteredExperts
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.standard_layer import StandardMoE
+from moe_dist.topology.links import Links
+from moe_dist.topology.mesh import Mesh
+from tests.distributed.ranks import run_ranks
+
+STEPS, SEQUENCES, VOCABULARY = 5, 8, 97
+SHAPES = [(1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)]
+pytestmark = pytest.mark.timeout(400)
+SMALL = [
+    "model.hidden_size=32", "model.heads=2", "model.sequence_length=16", "moe.experts=8", "moe.clusters=4",
+    "moe.expert_hidden=16", "moe.rank=2", "moe.wire_dtype=float32", "train.precision=float32",
+    f"train.global_batch_size={SEQUENCES}", "train.micro_batch_size=1", "optimizer.clip_norm=0.5",
+    "optimizer.learning_rate=1e-3",
+]  # fmt: skip
+
+
+@dataclass
+class Trained:
+    """What a run leaves on one rank, weights under names that do not depend on the layout."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    biases: list[Tensor] = field(default_factory=list)
+
+
+def _train(axes: tuple[int, int, int], variants: list[list[str]]) -> list[Trained]:
+    return [_train_variant(WorldShape(*axes), load_config(None, [*SMALL, *words])) for words in variants]
+
+
+def _train_variant(shape: WorldShape, config: RunConfig) -> Trained:
+    process = join(config.world)
+    mesh = Mesh.create(shape, timedelta(seconds=60))
+    batch = resolve_batch(config, process.ranks)
+    model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
+    engine, trained = Engine(model, config, batch, process), Trained()
+    data = torch.randint(VOCABULARY, (STEPS, SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
+    share = SEQUENCES // process.ranks
+    for step in range(STEPS):
+        outcome = engine.forward_backward(data[step, process.rank * share : (process.rank + 1) * share])
+        assert not outcome.broken_ranks
+        trained.losses.append(outcome.loss)
+        trained.norms.append(engine.update(outcome, config.optimizer.learning_rate))
+    trained.weights = {name: value.clone() for name, value in _weights_by_global_name(model).items()}
+    trained.biases = [model.context.balance.cluster_bias_LG, model.context.balance.expert_bias_LE]
+    return trained
+
+
+def _weights_by_global_name(model: LanguageModel) -> dict[str, Tensor]:
+    """Clusters and experts under their own numbers, whatever local module or slot holds them."""
+    held: dict[str, Tensor] = {}
+    placement, mesh = model.context.placement, model.context.mesh
+    names = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if ".clusters." in name:
+            assert placement is not None
+            layer, _, rest = name.partition(".clusters.")
+            local, _, leaf = rest.partition(".")
+            cluster = placement.clusters_of_block(mesh.at.cluster)[int(local)]
+            assert isinstance(names[f"{layer}.clusters.{local}"], ClusteredExperts)
+            if leaf.startswith("residuals"):
+                for expert, value in zip(placement.experts_of(cluster, mesh.at.shard), parameter, strict=True):
+                    held[f"{layer}.expert {expert}.{leaf}"] = value.detach()
+            else:
+                held[f"{layer}.cluster {cluster}.{leaf}"] = parameter.detach()
+        elif ".experts." in name:
+            layer, _, leaf = name.partition(".experts.")
+            moe = names[layer]
+            assert isinstance(moe, StandardMoE)
+            group = moe.dispatch.channel.group
+            first = group.ranks.index(mesh.rank) * (moe.dispatch.experts // group.size)
+            kind, _, index = leaf.rpartition(".")
+            held[f"{layer}.expert {first + int(index)}.{kind}"] = parameter.detach()
+        else:
+            held[f"{owner}.{name}"] = parameter.detach()
+    return held
+
+
+CLUSTERED = [
+    ["moe.top_clusters=1", "world.zero_stage=0"],
+    ["moe.top_clusters=1", "world.zero_stage=1"],
+    ["moe.top_clusters=1", "world.zero_stage=2"],
+    ["moe.top_clusters=2", "world.zero_stage=1", "moe.shared_init=true", "moe.gate_scale=3"],
+    ["moe.top_clusters=3", "moe.top_k=1", "moe.expert_vectors=false", "world.zero_stage=1"],
+    ["moe.top_clusters=1", "world.zero_stage=1", "model.activation_checkpointing=true"],
+    ["moe.top_clusters=1", "moe.top_k=1", "world.zero_stage=1", "moe.z_loss_weight=0.01"],
+    ["moe.top_clusters=2", "moe.top_k=1", "world.zero_stage=2", "moe.z_loss_weight=0.01"],
+]
+OTHERS = [
+    ["moe.kind=standard", "world.zero_stage=0"],
+    [
+        "moe.kind=standard", "world.zero_stage=1", "moe.shared_expert_hidden=8", "model.tie_embeddings=false",
+        "model.kv_heads=1",
+    ],
+    ["moe.kind=standard", "world.zero_stage=2", "moe.top_k=1"],
+    ["moe.kind=dense", "world.zero_stage=1"],
+]  # fmt: skip
+VARIANTS = CLUSTERED + OTHERS
+
+
+@cache
+def _reference() -> list[Trained]:
+    (trained,) = run_ranks(_train, 1, (1, 1, 1), VARIANTS, timeout=180)
+    return list(trained)
+
+
+@pytest.mark.parametrize("axes", SHAPES, ids=str)
+def test_any_layout_trains_like_one_rank(axes: tuple[int, int, int]) -> None:
+    ranks = axes[0] * axes[1] * axes[2]
+    outcomes = run_ranks(_train, ranks, axes, VARIANTS, timeout=180)
+    for number, (words, expected) in enumerate(zip(VARIANTS, _reference(), strict=True)):
+        assert all(norm > 0.5 for norm in expected.norms), "the clipping must act, or it is not tested"
+        seen: set[str] = set()
+        for rank in range(ranks):
+            _assert_alike(outcomes[rank][number], expected, f"{words}, rank {rank}")
+            seen |= set(outcomes[rank][number].weights)
+        assert seen == set(expected.weights), f"{words}: every weight must be held by some rank"
+
+
+def _assert_alike(trained: Trained, expected: Trained, where: str) -> None:
+    assert trained.losses == pytest.approx(expected.losses, rel=1e-5), where
+    assert trained.norms == pytest.approx(expected.norms, rel=1e-4), where
+    for name, value in trained.weights.items():
+        _assert_close(value, expected.weights[name], 1e-5, f"{where}, {name}")
+    for bias, expected_bias in zip(trained.biases, expected.biases, strict=True):
+        _assert_close(bias, expected_bias, 1e-6, f"{where}, biases")
+
+
+def _assert_close(value: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=tolerance, msg=lambda text: f"{what}: {text}")
+
+
+def test_stages_and_recomputation_agree_on_one_rank() -> None:
+    reference = dict(zip(map(tuple, VARIANTS), _reference(), strict=True))
+    plain, *same = [reference[tuple(words)] for words in (CLUSTERED[1], CLUSTERED[0], CLUSTERED[2], CLUSTERED[5])]
+    for other in same:
+        _assert_alike(other, plain, "ZeRO stage or recomputation")
+
+
+def _train_plainly(words: list[str]) -> Trained:
+    """The same steps with nothing but torch: one process, one AdamW, torch's own clipping."""
+    config = load_config(None, [*SMALL, *words])
+    process = join(config.world)
+    mesh = Mesh.create(WorldShape(1, 1, 1), timedelta(seconds=60))
+    model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), SEQUENCES)
+    options, trained = config.optimizer, Trained()
+    decayed: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        vector = parameter.ndim == 1 or leaf in ("hidden_gate_NF", "hidden_bias_NH", "output_bias_ND")
+        decayed[not vector and "embedding" not in name].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed[True], "weight_decay": options.weight_decay},
+        {"params": decayed[False]},
+    ]
+    adamw = torch.optim.AdamW(
+        groups, options.learning_rate, (options.beta1, options.beta2), options.epsilon, weight_decay=0.0
+    )
+    data = torch.randint(VOCABULARY, (STEPS, SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
+    for step in range(STEPS):
+        adamw.zero_grad()
+        losses = [model(sequence[None]) / SEQUENCES for sequence in data[step]]
+        for loss in losses:
+            loss.backward()
+        trained.losses.append(sum(float(loss.detach()) for loss in losses))
+        trained.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)))
+        adamw.step()
+        balance = model.context.balance
+        if config.moe.kind != "dense":
+            balance.update(balance.count_LE, config.moe, model.context.placement)
+        balance.count_LE.zero_()
+    trained.weights = {name: value.clone() for name, value in _weights_by_global_name(model).items()}
+    trained.biases = [model.context.balance.cluster_bias_LG, model.context.balance.expert_bias_LE]
+    return trained
+
+
+def _train_all_plainly(variants: list[list[str]]) -> list[Trained]:
+    return [_train_plainly(words) for words in variants]
+
+
+def test_the_engine_does_what_plain_torch_does() -> None:
+    (plain,) = run_ranks(_train_all_plainly, 1, VARIANTS)
+    for words, trained, expected in zip(VARIANTS, _reference(), plain, strict=True):
+        _assert_alike(trained, expected, f"{words} against plain torch")
+
+
+def test_every_weight_is_trained() -> None:
+    (started,) = run_ranks(_initial_weights, 1, VARIANTS)
+    for words, before, trained in zip(VARIANTS, started, _reference(), strict=True):
+        still = [name for name, value in trained.weights.items() if torch.equal(value, before[name])]
+        assert not still, f"{words}: {still}"
+
+
+def _initial_weights(variants: list[list[str]]) -> list[dict[str, Tensor]]:
+    weights = []
+    for words in variants:
+        config = load_config(None, [*SMALL, *words])
+        process = join(config.world)
+        mesh = Mesh.create(WorldShape(1, 1, 1), timedelta(seconds=60))
+        model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device))
+        weights.append({name: value.clone() for name, value in _weights_by_global_name(model).items()})
+    return weights

@@ -1,0 +1,71 @@
+"""Process groups: the same order on all ranks, and each joins the ranks it says."""
+
+from datetime import timedelta
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_dist.config import WorldShape
+from moe_dist.topology.links import LinkKind, Links
+from moe_dist.topology.mesh import GroupKind, Mesh, coordinates_of, group_layout, rank_at
+from tests.distributed.ranks import run_ranks
+
+SHAPES = [(1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (4, 1, 1)]
+
+
+def _sums_over_groups(shape: WorldShape) -> tuple[list[tuple[int, ...]], dict[str, float]]:
+    with mock.patch.object(dist, "new_group", wraps=dist.new_group) as new_group:
+        mesh = Mesh.create(shape, timedelta(seconds=60))
+    created = [tuple(call.args[0]) for call in new_group.call_args_list]
+    sums = {}
+    for kind in GroupKind:
+        value = torch.tensor(float(2 ** dist.get_rank()))
+        dist.all_reduce(value, group=mesh.group(kind).handle)
+        sums[kind.value] = float(value)
+    return created, sums
+
+
+@pytest.mark.parametrize("axes", SHAPES)
+def test_groups_are_created_alike_and_join_their_ranks(axes: tuple[int, int, int]) -> None:
+    shape = WorldShape(*axes)
+    outcomes = run_ranks(_sums_over_groups, shape.ranks, shape)
+    layout = group_layout(shape)
+    for rank, (created, sums) in enumerate(outcomes):
+        assert created == [ranks for _, ranks in layout]
+        for kind in GroupKind:
+            (mine,) = [ranks for k, ranks in layout if k is kind and rank in ranks]
+            assert sums[kind.value] == sum(2**r for r in mine)
+
+
+@pytest.mark.parametrize("axes", SHAPES)
+def test_coordinates_and_sizes(axes: tuple[int, int, int]) -> None:
+    shape = WorldShape(*axes)
+    sizes = {
+        GroupKind.STAGE_ONE: shape.cluster,
+        GroupKind.CLUSTER: shape.shard,
+        GroupKind.EXPERT_PARALLEL: shape.cluster * shape.shard,
+        GroupKind.BASE_DATA: shape.data * shape.shard,
+        GroupKind.EXPERT_DATA: shape.data,
+    }
+    assert [rank_at(shape, coordinates_of(shape, rank)) for rank in range(shape.ranks)] == list(range(shape.ranks))
+    for kind, size in sizes.items():
+        groups = [ranks for k, ranks in group_layout(shape) if k is kind]
+        assert sorted(rank for ranks in groups for rank in ranks) == list(range(shape.ranks))
+        assert {len(ranks) for ranks in groups} == {size}
+    clusters = [ranks for k, ranks in group_layout(shape) if k is GroupKind.CLUSTER]
+    assert all(ranks == tuple(range(ranks[0], ranks[0] + len(ranks))) for ranks in clusters), "neighbours share a node"
+
+
+def _links() -> tuple[int, ...]:
+    return Links.discover(torch.device("cpu")).node_of_rank
+
+
+def test_ranks_of_one_host_are_one_node() -> None:
+    assert run_ranks(_links, 2) == [(0, 0), (0, 0)]
+
+
+def test_link_kinds() -> None:
+    links = Links(rank=1, node_of_rank=(0, 0, 1))
+    assert [links.kind(peer) for peer in range(3)] == [LinkKind.INTRA_NODE, LinkKind.SELF, LinkKind.INTER_NODE]

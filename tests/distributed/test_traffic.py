@@ -1,0 +1,145 @@
+"""The ledger against the collectives themselves, and the bytes against the floor that the routing sets."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_dist.config import ModelConfig, MoEConfig, WorldShape
+from moe_dist.dispatch.traffic import Direction, Payload, Stage, TrafficLedger
+from moe_dist.model.balance_state import BalanceState
+from moe_dist.model.clustered_layer import ClusteredMoE, LayerContext
+from moe_dist.model.standard_layer import StandardMoE
+from moe_dist.routing.flat import choose_flat
+from moe_dist.routing.two_stage import choose_clusters, router_logits
+from moe_dist.topology.links import LinkKind, Links
+from moe_dist.topology.mesh import GroupKind, Mesh
+from moe_dist.topology.placement import ExpertPlacement
+from tests.distributed.ranks import run_ranks
+
+HIDDEN, TOKENS = 32, 96
+MODEL = ModelConfig(hidden_size=HIDDEN, heads=2, layers=1)
+
+
+def _layer(moe: MoEConfig, shape: WorldShape, nodes: tuple[int, ...]) -> nn.Module:
+    mesh = Mesh.create(shape, timedelta(seconds=60))
+    placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, shape) if moe.kind == "clustered" else None
+    balance = BalanceState.create(1, moe, torch.device("cpu"))
+    context = LayerContext(mesh, placement, balance, TrafficLedger(Links(mesh.rank, nodes)), 0)
+    kind = ClusteredMoE(0, MODEL, moe, context) if placement else StandardMoE(0, MODEL, moe, context, 1.0)
+    kind.context = context  # type: ignore[assignment]
+    return kind
+
+
+@contextmanager
+def _spied() -> Iterator[Counter[tuple[int, str]]]:
+    """Counts, from outside, the bytes and messages each all-to-all hands over for each other rank."""
+    sent: Counter[tuple[int, str]] = Counter()
+    real = dist.all_to_all_single
+
+    def spy(output: Tensor, given: Tensor, receive: Any = None, send: Any = None, group: Any = None) -> Any:
+        ranks = dist.get_process_group_ranks(group)
+        chunks = given.split(send) if send is not None else given.chunk(len(ranks))
+        for peer, chunk in zip(ranks, chunks, strict=True):
+            if peer != dist.get_rank() and chunk.numel():
+                sent[peer, "bytes"] += chunk.numel() * chunk.element_size()
+                sent[peer, "messages"] += 1
+        return real(output, given, receive, send, group=group)
+
+    with mock.patch.object(dist, "all_to_all_single", spy):
+        yield sent
+
+
+def _ledger_against_spy(moe: MoEConfig, shape: WorldShape) -> None:
+    layer = _layer(moe, shape, nodes=(0, 0, 1, 1)[: shape.ranks])
+    ledger: TrafficLedger = layer.context.ledger  # type: ignore[union-attr, assignment]
+    x_TD = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    with _spied() as sent:
+        layer(x_TD).square().sum().backward()
+    counted: Counter[tuple[int, str]] = Counter()
+    for key, volume in ledger.sent.items():
+        counted[key.peer, "bytes"] += volume.bytes
+        counted[key.peer, "messages"] += volume.messages
+    assert sent, "nothing crossed"
+    assert counted == sent
+    across = sum(size for (peer, what), size in sent.items() if what == "bytes" and peer // 2 != dist.get_rank() // 2)
+    assert ledger.total(LinkKind.INTER_NODE).bytes == across
+    assert ledger.total(LinkKind.SELF).bytes == 0
+    before = ledger.total().bytes
+    ledger.recording = False
+    layer(x_TD)
+    assert ledger.total().bytes == before
+
+
+CLUSTERED = MoEConfig(experts=16, clusters=4, top_k=2, expert_hidden=16, rank=2)
+STANDARD = MoEConfig(kind="standard", experts=16, top_k=2, expert_hidden=16)
+TWO_CLUSTERS = CLUSTERED.model_copy(update={"top_clusters": 2})
+
+
+@pytest.mark.parametrize(
+    ("moe", "axes"),
+    [
+        (CLUSTERED, (1, 4, 1)),
+        (CLUSTERED, (1, 2, 2)),
+        (TWO_CLUSTERS, (2, 2, 1)),
+        (TWO_CLUSTERS, (1, 2, 2)),
+        (STANDARD, (2, 2, 1)),
+        (STANDARD, (1, 4, 1)),
+        (CLUSTERED.model_copy(update={"wire_dtype": "float16"}), (1, 4, 1)),
+        (CLUSTERED.model_copy(update={"capacity_factor": 0.5}), (1, 2, 2)),
+        (TWO_CLUSTERS.model_copy(update={"capacity_factor": 0.5}), (1, 4, 1)),
+        (STANDARD.model_copy(update={"capacity_factor": 0.5}), (1, 4, 1)),
+    ],
+    ids=str,
+)
+def test_every_byte_and_message_is_counted(moe: MoEConfig, axes: tuple[int, int, int]) -> None:
+    run_ranks(_ledger_against_spy, 4, moe, WorldShape(*axes))
+
+
+def _hidden_bytes(moe: MoEConfig, shape: WorldShape) -> tuple[dict[str, int], int]:
+    """Bytes of hidden vectors sent over stage one, and the copies that this rank's tokens need at the least."""
+    layer = _layer(moe, shape, nodes=(0,) * shape.ranks)
+    context: LayerContext = layer.context  # type: ignore[assignment]
+    torch.manual_seed(dist.get_rank())
+    x_TD = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    layer(x_TD).sum().backward()
+    group = context.mesh.group(GroupKind.EXPERT_PARALLEL if moe.kind == "standard" else GroupKind.STAGE_ONE)
+    remote = _copies(layer, x_TD, moe, group.size) != group.ranks.index(context.mesh.rank)
+    sent = {
+        way.value: sum(
+            volume.bytes
+            for key, volume in context.ledger.sent.items()
+            if key.payload is Payload.HIDDEN and key.direction is way and key.stage is not Stage.TWO
+        )
+        for way in Direction
+    }
+    return sent, int(remote.sum())
+
+
+def _copies(layer: nn.Module, x_TD: Tensor, moe: MoEConfig, ranks: int) -> Tensor:
+    """Destination of each copy: the distinct ranks of a token's clusters, or the rank of each chosen expert."""
+    if isinstance(layer, StandardMoE):
+        logits_TE = router_logits(x_TD, layer.router.weight)
+        return choose_flat(logits_TE, torch.zeros(moe.experts), moe.top_k).expert_TK.flatten() // (moe.experts // ranks)
+    assert isinstance(layer, ClusteredMoE)
+    logits_TG = layer.router.cluster_logits(x_TD, torch.tensor(layer.placement.members))
+    blocks_TM = choose_clusters(logits_TG, torch.zeros(moe.clusters), moe.top_clusters) // (moe.clusters // ranks)
+    return torch.tensor([block for row in blocks_TM.tolist() for block in set(row)])
+
+
+@pytest.mark.parametrize("moe", [CLUSTERED, TWO_CLUSTERS, STANDARD], ids=str)
+@pytest.mark.parametrize("axes", [(1, 4, 1), (2, 2, 1)], ids=str)
+def test_hidden_bytes_are_one_copy_a_destination_each_way(moe: MoEConfig, axes: tuple[int, int, int]) -> None:
+    outcomes = run_ranks(_hidden_bytes, 4, moe, WorldShape(*axes))
+    copies = sum(copies for _, copies in outcomes)
+    one_way = copies * HIDDEN * torch.bfloat16.itemsize  # wire_dtype's default
+    assert copies > 0
+    for way in Direction:  # there and back, in each pass
+        assert sum(sent[way.value] for sent, _ in outcomes) == 2 * one_way

@@ -1,0 +1,33 @@
+"""Small texts, corpora and token files for the tests of the data layer."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from moe_dist.config import CorpusConfig, TokenizerConfig
+from moe_dist.data.token_file import TokenFacts, TokenFile
+
+SMALL_TOKENIZER = TokenizerConfig(vocab_size=400)
+
+
+def documents_of(seed: int, count: int) -> Iterator[str]:
+    """Texts of 50 to 200 words out of 500."""
+    chance = random.Random(seed)
+    words = ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(2, 7))) for _ in range(500)]
+    for _ in range(count):
+        yield " ".join(chance.choices(words, k=chance.randint(50, 200))) + ".\n"
+
+
+def text_corpus(folder: Path, count: int = 60) -> CorpusConfig:
+    """A corpus of `count` files of one document each, with its cache, in `folder`."""
+    for number, text in enumerate(documents_of(0, count)):
+        (folder / f"{number:03}.txt").write_text(text)
+    return CorpusConfig(kind="text", paths=[str(folder / "*.txt")], cache_dir=str(folder / "cache"))
+
+
+def tokens_in_memory(count: int) -> TokenFile:
+    """A token file whose ids are 0, 1, 2, ...: an id tells its position."""
+    facts = TokenFacts(count, 1, count, count, 0, max(count, 1), 0, "<u4")
+    return TokenFile(Path("train.tokens"), facts, 0, np.arange(count, dtype="<u4"))

@@ -1,0 +1,108 @@
+"""Hub data sets: the one line without a network, the local cache, and names that do not exist."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.config import CorpusConfig
+from moe_dist.data import hub
+from moe_dist.data.corpora import open_corpus
+from moe_dist.errors import DataError
+
+HUB = CorpusConfig(kind="hub", name="Some/wikitext", subset="raw", validation_split=None)
+
+
+def documents_or_line(config: CorpusConfig) -> list[str] | str:
+    try:
+        return [document.text for side in open_corpus(config).documents() for document in side]
+    except DataError as error:
+        return str(error)
+
+
+def test_without_a_network_the_line_says_what_to_do(tmp_path: Path) -> None:
+    # a process of its own: the hub's address is read when its library is imported; port 1 refuses every connection
+    code = (
+        "from tests.unit.data.test_hub_corpus import HUB, documents_or_line; import time; start = time.monotonic();"
+        "line = documents_or_line(HUB); print(time.monotonic() - start, line)"
+    )
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": "http://127.0.0.1:1",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    seconds, line = run.stdout.strip().split(" ", 1)
+    assert line.startswith("corpus.name=Some/wikitext (corpus.subset=raw, corpus.split=train) is not in this machine's")
+    assert "HF_HOME" in line
+    assert "corpus.kind=text" in line
+    # the library's own retries take 24 s; this is no timing test, but a test that they are not made
+    assert float(seconds) < 20
+
+
+def test_a_name_server_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            time.sleep(60)
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(hub, "_PROBE_SECONDS", 0.05)
+    assert not hub.hub_reachable()
+
+
+def test_a_data_set_downloaded_before_is_used_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    rows = ["", " = One = \n", "", " First text . \n", "", " = Two = \n", "", " Second text . \n"]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    with hub.offline():
+        builder = datasets.load_dataset_builder("json", data_files={"train": [str(source)]}, cache_dir=str(tmp_path))
+        builder.download_and_prepare()
+    # where the library keeps what it downloaded: <owner>___<name>/<subset>/<version>/<hash>/<name>-<split>.arrow
+    kept = tmp_path / "Some___wikitext" / "raw" / "0.0.0" / "0123"
+    kept.parent.mkdir(parents=True)
+    Path(builder.cache_dir).rename(kept)
+    (kept / "json-train.arrow").rename(kept / "wikitext-train.arrow")
+    info = kept / "dataset_info.json"
+    info.write_text(info.read_text().replace('"config_name": "default"', '"config_name": "raw"'))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    found = documents_or_line(HUB)
+    assert isinstance(found, list)
+    assert sorted(found) == [" = One = \n\n First text . \n\n", " = Two = \n\n Second text . \n"]
+    assert open_corpus(HUB).identity() == open_corpus(HUB).identity()
+
+
+def test_what_the_hub_refuses_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(*names: Any, **settings: Any) -> None:
+        raise ValueError("Unknown split \"validation\". Should be one of ['train'].\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
+    line = documents_or_line(HUB.model_copy(update={"validation_split": "validation"}))
+    assert "cannot be loaded: Unknown split" in line
+    assert "\n" not in line
+
+
+def test_offline_is_undone() -> None:
+    import datasets
+    import huggingface_hub
+
+    switches: list[Any] = [datasets.config, huggingface_hub.constants]
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    with hub.offline():
+        assert all(switch.HF_HUB_OFFLINE for switch in switches)
+    assert [switch.HF_HUB_OFFLINE for switch in switches] == before
