@@ -1,0 +1,193 @@
+"""Which rank this process is, read from what its launcher put into the environment."""
+
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from moe_dist.errors import LaunchError
+
+Kind = Literal["alone", "deepspeed", "torchrun", "environment", "mpi", "slurm"]
+
+INIT_METHOD = "MOE_DIST_INIT_METHOD"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """One rank's place in the job.
+
+    Attributes:
+        kind: who started this process; `alone`: nobody, it is the whole job.
+        local_rank, local_world_size: the place among the ranks of this machine.
+
+    The ranks meet at MASTER_ADDR and MASTER_PORT, checked here and left as they are, or at MOE_DIST_INIT_METHOD.
+    """
+
+    kind: Kind
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    def export(self, environment: MutableMapping[str, str]) -> None:
+        """Writes the variables that torch.distributed and DeepSpeed read, the same ones whoever started the rank."""
+        environment.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world_size),
+            LOCAL_RANK=str(self.local_rank),
+            LOCAL_WORLD_SIZE=str(self.local_world_size),
+        )
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.world_size} ({self.kind})"
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The variables in which one kind of launcher tells a process its place."""
+
+    kind: Kind
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+
+
+_TORCHRUN = _Names("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_DEEPSPEED = _Names("deepspeed", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+_ENVIRONMENT = _Names("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OPEN_MPI = _Names("mpi", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+_PMI = _Names("mpi", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH, Intel MPI
+_SLURM = _Names("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+
+
+def discover(environment: Mapping[str, str]) -> RankEnvironment:
+    """Reads the rank's place from environment variables.
+
+    Raises:
+        LaunchError: variables that are missing, are not numbers, or contradict each other, each named with its value.
+    """
+    names = _names(environment)
+    if names is None:
+        return RankEnvironment("alone", 0, 1, 0, 1)
+    rank, world = _number(environment, names.rank), _number(environment, names.world_size)
+    local_world = _local_world_size(environment, names, world)
+    local_rank = _number(environment, names.local_rank, default=rank if local_world == world else None)
+    _require_below(names.rank, rank, names.world_size, world)
+    _require_below(names.local_rank, local_rank, "the ranks of this machine", local_world)
+    if local_world > world:
+        raise LaunchError(f"{names.local_world_size}={local_world} is more than {names.world_size}={world}")
+    if world > 1 or "MASTER_PORT" in environment:
+        _require_meeting_point(environment)
+    return RankEnvironment(names.kind, rank, world, local_rank, local_world)
+
+
+def _names(environment: Mapping[str, str]) -> _Names | None:
+    """Who started this process, None: nobody; RANK and WORLD_SIZE come first: their launcher may be a task itself."""
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        if "TORCHELASTIC_RUN_ID" in environment:
+            return _TORCHRUN
+        return _DEEPSPEED if "LOCAL_SIZE" in environment and "CROSS_SIZE" in environment else _ENVIRONMENT
+    if _OPEN_MPI.rank in environment:
+        return _OPEN_MPI
+    if _PMI.rank in environment and _PMI.local_rank in environment:
+        return _PMI  # before SLURM: mpirun may have used it to start one helper a node, whose variables ranks inherit
+    if environment.get(_SLURM.world_size, "1") != "1":
+        return _SLURM  # a step of srun; an sbatch script itself is one process, whatever SLURM_NTASKS says
+    return _PMI if _PMI.rank in environment else None
+
+
+def _local_world_size(environment: Mapping[str, str], names: _Names, world: int) -> int:
+    if names is not _SLURM or names.local_world_size not in environment:
+        return _number(environment, names.local_world_size, default=world)
+    text, node, counts = environment[names.local_world_size], _number(environment, "SLURM_NODEID", default=0), []
+    for part in text.split(","):  # such as 4(x2),3: tasks of each node
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        counts += [int(found[1])] * int(found[2] or 1) if found else []
+    if node >= len(counts):
+        raise LaunchError(f"{names.local_world_size}={text!r} does not say how many tasks SLURM_NODEID={node} runs")
+    return counts[node]
+
+
+def _require_meeting_point(environment: Mapping[str, str]) -> None:
+    if INIT_METHOD in environment:
+        return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise LaunchError(
+                f"{name} is not set: export MASTER_ADDR (the host of rank 0) and MASTER_PORT (a free port there), the "
+                "same for all ranks, or start them with `moe-dist launch`, deepspeed or torchrun"
+            )
+    port = _number(environment, "MASTER_PORT")
+    if not 0 < port < 65536:
+        raise LaunchError(f"MASTER_PORT={port} is not a port: give one from 1 to 65535")
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    if not environment.get(name):
+        raise LaunchError(
+            f"{name} is not set, though a launcher's other variables are: start ranks with `moe-dist launch`, "
+            "deepspeed, torchrun, mpirun or srun, or unset RANK and WORLD_SIZE to run alone"
+        )
+    return environment[name]
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if default is not None and name not in environment:
+        return default
+    text = _text(environment, name)
+    if not text.isdecimal():
+        raise LaunchError(f"{name}={text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def _require_below(name: str, value: int, limit_name: str, limit: int) -> None:
+    if value >= limit:
+        raise LaunchError(f"{name}={value} must be less than {limit_name} ({limit}): ranks count from 0")
+
+
+def free_port() -> int:
+    """A TCP port that the system just had free on the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def has_gpu() -> bool:
+    """Whether torch could find a GPU here, told without loading torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and not _torch_is_cpu_build() and any(Path(device).exists() for device in GPU_DEVICES)
+
+
+def _torch_is_cpu_build() -> bool:
+    try:
+        return metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def prepare_process(environment: MutableMapping[str, str], threads: int, local_world_size: int) -> None:
+    """Sets what torch and DeepSpeed read when they are imported: the accelerator, and threads of the CPU.
+
+    Args:
+        threads: wanted threads a rank; 0: what the environment says, else the cores shared among the local ranks.
+    """
+    if not has_gpu():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    share = str(threads or max(1, usable_cores() // local_world_size))
+    for name in THREAD_VARIABLES:
+        if threads:
+            environment[name] = share
+        else:
+            environment.setdefault(name, environment.get("OMP_NUM_THREADS", share))
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

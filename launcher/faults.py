@@ -1,0 +1,137 @@
+"""What a rank says of itself, so that whoever started it can name the rank that failed and why.
+
+A supervised job (`moe-dist launch`) has a folder, named by an environment variable. Each rank leaves there
+`rank-R.pid` when it starts, and `rank-R.done` or `rank-R.fault` when it ends. A rank that ends with neither was killed.
+"""
+
+import json
+import os
+import re
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moe_dist.errors import EXIT_FAILURE, MoeDistError
+
+JOB_FOLDER = "MOE_DIST_JOB_FOLDER"
+SUPERVISOR = "MOE_DIST_SUPERVISOR_PID"
+EXIT_INTERRUPTED = 130
+LONGEST_LINE = 500
+PEER_LOST = re.compile(
+    r"closed by (remote )?peer|reset by peer|broken pipe|socket closed|connection refused|remote process exited"
+    r"|recvValue failed|DistNetworkError",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a rank ended.
+
+    Attributes:
+        time: seconds since the epoch.
+        line: the error in one line.
+        consequence: it only met the end of another rank, so it is not the cause.
+    """
+
+    rank: int
+    time: float
+    line: str
+    exit_code: int
+    consequence: bool = False
+
+
+def supervised_folder() -> Path | None:
+    """The job's folder, or None where nobody supervises this rank."""
+    name = os.environ.get(JOB_FOLDER)
+    return Path(name) if name else None
+
+
+def register(rank: int, *, leave_with_parent: bool) -> None:
+    """Tells the supervisor that this process is `rank`, and sees to it that the rank never outlives its launcher."""
+    watched = [os.getppid()] if leave_with_parent else []
+    folder = supervised_folder()
+    if folder is not None:
+        _write(folder / f"rank-{rank}.pid", json.dumps({"pid": os.getpid(), "group": os.getpgid(0)}))
+        watched.append(int(os.environ[SUPERVISOR]))
+    threading.Thread(target=_leave_with, args=(watched,), name="leave-with-launcher", daemon=True).start()
+
+
+def _leave_with(watched: list[int]) -> None:
+    """Ends this process at once when any of the watched ones ends, even while it is blocked in a collective."""
+    poller = select.poll()
+    try:
+        for pid in watched:
+            poller.register(os.pidfd_open(pid), select.POLLIN)
+        poller.poll()
+    except ProcessLookupError:
+        pass  # it ended before we looked
+    except (AttributeError, OSError):
+        return  # a kernel without pidfd: the launcher's own signals must do
+    os._exit(128 + signal.SIGTERM)
+
+
+def mark_done(rank: int) -> None:
+    """Tells the supervisor that this rank ended as it should."""
+    if (folder := supervised_folder()) is not None:
+        _write(folder / f"rank-{rank}.done", "")
+
+
+def report(rank: int, world_size: int, error: BaseException) -> int:
+    """Prints a rank's error, records it for the supervisor, and returns the rank's exit code.
+
+    One clear line for an error meant for the user, the traceback before it for any other. A rank that merely lost a
+    peer stays silent under a supervisor, which names the one that was first; without one it says just that.
+    """
+    expected = isinstance(error, MoeDistError)
+    line = describe(error)
+    lost = isinstance(error, ConnectionError) or PEER_LOST.search(line) is not None
+    consequence = world_size > 1 and not expected and lost
+    exit_code = error.exit_code if isinstance(error, MoeDistError) else EXIT_FAILURE
+    fault = Fault(rank, time.time(), line, exit_code, consequence)
+    folder = supervised_folder()
+    if folder is not None:
+        _write(folder / f"rank-{rank}.fault", json.dumps(asdict(fault)))
+    if not expected and not consequence:
+        traceback.print_exception(error)
+    if folder is None:
+        print(f"moe-dist: {_complaint(fault, world_size)}", file=sys.stderr, flush=True)
+    return exit_code
+
+
+def _complaint(fault: Fault, world_size: int) -> str:
+    if fault.consequence:
+        return f"rank {fault.rank} lost a peer: another rank ended first ({fault.line})"
+    return f"rank {fault.rank} failed: {fault.line}" if world_size > 1 else f"error: {fault.line}"
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line: the message of one meant for the user, type and message of any other."""
+    message = " ".join(str(error).split())
+    kind = type(error).__name__
+    line = message if isinstance(error, MoeDistError) else f"{kind}: {message}" if message else kind
+    return line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 4] + " ..."
+
+
+def read_fault(folder: Path, rank: int) -> Fault | None:
+    """What a rank recorded, or None where it recorded nothing."""
+    try:
+        return Fault(**json.loads((folder / f"rank-{rank}.fault").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def root_cause(faults: list[Fault]) -> Fault | None:
+    """The fault that the others follow from: the first in time that is not itself a consequence."""
+    return min(faults, key=lambda fault: (fault.consequence, fault.time), default=None)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(path.suffix + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

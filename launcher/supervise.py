@@ -1,0 +1,238 @@
+"""Runs one launcher command and watches its ranks: when one fails all stop, and the last line names it and its error.
+
+DeepSpeed's and torch's launchers stop the other ranks themselves, but neither says in one line which rank was first and
+why, both may wait long for a rank that does not listen, and DeepSpeed's returns 0 when its own helper is killed.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from launcher import faults
+from launcher.environment import INIT_METHOD
+from moe_dist.errors import EXIT_FAILURE, LaunchError
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 6.0  # for the launcher to stop the other ranks by itself after a failure
+INTERRUPT_SECONDS = 15.0  # for the ranks to close their files after Ctrl-C
+TERMINATE_SECONDS = 4.0  # between SIGTERM and SIGKILL
+SHOW_CURSOR = "\x1b[?25h"
+
+
+def run_job(command: Sequence[str], environment: Mapping[str, str], ranks: int, *, rendezvous_file: bool) -> int:
+    """Runs a launcher's command until it and all its ranks have ended; leaves no process behind.
+
+    Args:
+        command: words of the launcher's command, run without a shell.
+        environment: the whole environment of the command.
+        ranks: how many ranks must report that they are done.
+        rendezvous_file: the ranks meet through a file in the job's folder instead of a TCP port.
+
+    Returns:
+        0 if every rank is done; the exit code of the rank that failed first; 130 after Ctrl-C, 143 after SIGTERM.
+
+    Raises:
+        LaunchError: the kernel offers no way to watch processes.
+    """
+    _require_pidfd()
+    with tempfile.TemporaryDirectory(prefix="moe-dist-", ignore_cleanup_errors=True) as name:
+        variables = {**environment, faults.JOB_FOLDER: name, faults.SUPERVISOR: str(os.getpid())}
+        if rendezvous_file:
+            variables[INIT_METHOD] = f"file://{name}/rendezvous"
+        job = _Job(Path(name), ranks)
+        with _signals_passed_to(job):
+            try:
+                job.start(command, variables)
+                job.watch()
+            finally:
+                job.stop()
+        return job.conclude()
+
+
+def _require_pidfd() -> None:
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError) as error:
+        raise LaunchError(
+            f"`moe-dist launch` watches ranks by pidfd_open, which this system lacks ({error}): use Linux 5.3 or "
+            "later, or start ranks with deepspeed or torchrun directly"
+        ) from error
+
+
+@contextmanager
+def _signals_passed_to(job: "_Job") -> Iterator[None]:
+    def handle(signum: int, frame: FrameType | None) -> None:
+        job.receive(signum)
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """A living rank; `descriptor` is its pidfd, which no other process can ever take over."""
+
+    rank: int
+    pid: int
+    descriptor: int
+
+
+class _Job:
+    """One running command, the ranks it has started so far, and the faults seen."""
+
+    def __init__(self, folder: Path, ranks: int) -> None:
+        self._folder = folder
+        self._awaited = set(range(ranks))
+        self._living: dict[int, _Rank] = {}
+        self._undone = set(range(ranks))
+        self._groups: set[int] = set()
+        self._faults: list[faults.Fault] = []
+        self._signal: int | None = None
+        self._deadline: float | None = None
+        self._poller = select.poll()
+        self._launcher: subprocess.Popen[bytes] | None = None
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        # A session of its own: Ctrl-C reaches the ranks through us alone, and one group holds launcher and ranks.
+        self._launcher = subprocess.Popen(
+            list(command), env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        self._groups.add(self._launcher.pid)
+
+    def receive(self, signum: int) -> None:
+        """Passes a first Ctrl-C on to the ranks; any other signal, or a second one, ends the job at once."""
+        gently = self._signal is None and signum == signal.SIGINT and bool(self._living)
+        self._signal = self._signal or signum
+        self._deadline = time.monotonic() + (INTERRUPT_SECONDS if gently else 0.0)
+        if gently:
+            for rank in self._living.values():
+                _interrupt(rank)
+
+    def watch(self) -> None:
+        """Returns when the launcher has ended, or when the time it had to do so is over."""
+        while self._launcher is not None and self._launcher.poll() is None:
+            self._look(POLL_SECONDS)
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                return
+        self._look(0.0)
+
+    def stop(self) -> None:
+        """Ends whatever is left, first by SIGTERM, then by SIGKILL."""
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            for group in self._groups:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, signum)
+            deadline = time.monotonic() + TERMINATE_SECONDS
+            while self._anything_left() and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS / 2)
+
+    def conclude(self) -> int:
+        """Says how the job ended, and returns its exit code."""
+        assert self._launcher is not None
+        code = self._launcher.wait()
+        if self._signal is None and code == 0 and not self._undone:
+            return 0
+        if sys.stdout.isatty():  # rank 0 may have been killed with its live display on
+            sys.stdout.write(SHOW_CURSOR)
+            sys.stdout.flush()
+        if self._signal is not None:
+            print("moe-dist: interrupted", file=sys.stderr, flush=True)
+            return 128 + self._signal
+        fault = faults.root_cause(self._faults)
+        if fault is None:
+            missing = f"without rank {', '.join(map(str, sorted(self._undone)))}" if self._undone else "after its ranks"
+            print(f"moe-dist: error: the launcher ended {missing}, exit code {code}", file=sys.stderr, flush=True)
+            return code if code > 0 else EXIT_FAILURE
+        print(f"moe-dist: rank {fault.rank} failed: {fault.line}", file=sys.stderr, flush=True)
+        return fault.exit_code or EXIT_FAILURE
+
+    def _look(self, seconds: float) -> None:
+        for rank in sorted(self._awaited):
+            self._find(rank)
+        for descriptor, _ in self._poller.poll(seconds * 1000):
+            ended = self._living.pop(descriptor)
+            self._ended(ended.rank, ended.pid)
+            self._poller.unregister(descriptor)
+            os.close(descriptor)
+
+    def _find(self, number: int) -> None:
+        try:
+            entry = json.loads((self._folder / f"rank-{number}.pid").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        self._awaited.discard(number)
+        self._groups.add(entry["group"])
+        try:
+            rank = _Rank(number, entry["pid"], os.pidfd_open(entry["pid"]))
+        except ProcessLookupError:
+            self._ended(number, entry["pid"])
+            return
+        self._living[rank.descriptor] = rank
+        self._poller.register(rank.descriptor, select.POLLIN)
+        if self._signal is not None:
+            _interrupt(rank)
+
+    def _ended(self, rank: int, pid: int) -> None:
+        if (self._folder / f"rank-{rank}.done").exists():
+            self._undone.discard(rank)
+            return
+        self._faults.append(faults.read_fault(self._folder, rank) or _killed(rank, pid, first=not self._faults))
+        self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
+
+    def _anything_left(self) -> bool:
+        if self._launcher is not None:
+            self._launcher.poll()
+        return any(_lives(group) for group in self._groups)
+
+
+def _interrupt(rank: _Rank) -> None:
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(rank.descriptor, signal.SIGINT)
+
+
+def _lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _killed(rank: int, pid: int, *, first: bool) -> faults.Fault:
+    """The fault of a rank that ended without a word; how, is known while its launcher has not yet waited for it.
+
+    Args:
+        first: no rank had failed before; else SIGTERM is how the launcher ends the others.
+    """
+    status = _wait_status(pid)
+    if status is None:
+        return faults.Fault(rank, time.time(), f"process {pid} was killed", EXIT_FAILURE)
+    if os.WIFSIGNALED(status):
+        signum = os.WTERMSIG(status)
+        line = f"process {pid} was killed by signal {signum} ({signal.Signals(signum).name})"
+        return faults.Fault(rank, time.time(), line, 128 + signum, consequence=signum == signal.SIGTERM and not first)
+    code = os.WEXITSTATUS(status)
+    return faults.Fault(rank, time.time(), f"process {pid} ended with exit code {code}", code)
+
+
+def _wait_status(pid: int) -> int | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return int(fields[-1]) if fields[0] in "ZX" else None

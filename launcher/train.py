@@ -1,0 +1,133 @@
+"""The entry script of every rank: `deepspeed --num_gpus 4 launcher/train.py CONFIG [key=value ...]`, or torchrun's.
+
+A configuration that cannot work is refused before torch is imported and before any process group forms.
+"""
+
+import json
+import os
+import sys
+import time
+import warnings
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # started by path: import from the repository, not from this folder's `train`, `faults`, ...
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launcher import environment, faults
+from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
+from moe_dist.errors import ConfigError, LaunchError
+
+SPEAK_LATER_SECONDS = 3.0
+
+
+def run_rank(config_path: str, overrides: Sequence[str]) -> int:
+    """Does one rank's whole work: finds its place, checks the configuration, trains.
+
+    Returns:
+        The exit code; whatever went wrong has been printed and recorded by then.
+    """
+    try:
+        place = environment.discover(os.environ)
+    except LaunchError as error:
+        return faults.report(0, 1, error)
+    if place.kind != "alone":
+        faults.register(place.rank, leave_with_parent=place.kind in ("deepspeed", "torchrun"))
+    try:
+        config = _accepted_config(place, config_path, overrides)
+        _train(config)
+    except KeyboardInterrupt:
+        return _leave(place, _interrupted(place))
+    except ConfigError as error:
+        _speak_later(place)
+        return faults.report(place.rank, place.world_size, error)
+    except Exception as error:
+        return _leave(place, faults.report(place.rank, place.world_size, error))
+    faults.mark_done(place.rank)
+    return 0
+
+
+def with_json(overrides: Sequence[str], file: Path | None) -> list[str]:
+    """The overrides, and one more for `--json FILE`: the file also receives the run's summary.
+
+    Raises:
+        LaunchError: the file cannot be written; said now rather than after the work.
+    """
+    return [*overrides] if file is None else [*overrides, f"summary_copy={json.dumps(writable(file))}"]
+
+
+def writable(file: Path) -> str:
+    """The absolute path of a file that can be written, or a LaunchError."""
+    target = file.absolute()
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise LaunchError(f"--json {file}: cannot be written: give a file in a folder that exists")
+    return str(target)
+
+
+def _accepted_config(place: environment.RankEnvironment, config_path: str, overrides: Sequence[str]) -> RunConfig:
+    config = load_config(config_path, overrides)
+    resolve_world(config, place.world_size)
+    resolve_batch(config, place.world_size)
+    place.export(os.environ)
+    if config.world.backend == "gloo":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a GPU when it is imported
+    environment.prepare_process(os.environ, config.world.threads, place.local_world_size)
+    return config
+
+
+def _train(config: RunConfig) -> None:
+    _hush_libraries()
+    from moe_dist.training.run import train  # here, since it loads torch
+
+    train(config)
+
+
+def _hush_libraries() -> None:
+    """Other packages' advice to their own developers would tear the live display of rank 0, once from every rank."""
+    if not sys.warnoptions:  # someone who asks for warnings gets them all
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"(torch|torchao|megatron|deepspeed|apex)\b")
+
+
+def _speak_later(place: environment.RankEnvironment) -> None:
+    """All ranks refuse the same configuration: the first one says so, its launcher then ends the others."""
+    if place.local_rank:
+        time.sleep(SPEAK_LATER_SECONDS)
+
+
+def _interrupted(place: environment.RankEnvironment) -> int:
+    faults.mark_done(place.rank)
+    if faults.supervised_folder() is not None:
+        return 0  # a failure would make the launcher kill ranks that are still closing their files
+    if place.rank == 0:
+        print("moe-dist: interrupted", file=sys.stderr, flush=True)
+    return faults.EXIT_INTERRUPTED
+
+
+def _leave(place: environment.RankEnvironment, code: int) -> int:
+    """Ends a rank of several at once: a normal exit can wait for ever on peers that are already gone."""
+    if place.world_size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the words after the script's name; `--local_rank` is DeepSpeed's, which the environment tells as well."""
+    parser = ArgumentParser(prog="launcher/train.py", description="One rank of a training run.")
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the run's summary here")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
+    words = parser.parse_intermixed_args(arguments)
+    try:
+        overrides = with_json(words.overrides, words.json)
+    except LaunchError as error:
+        return faults.report(0, 1, error)
+    return run_rank(words.config, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Clustered experts against their baselines: the same text, tokens and steps, several seeds, one table.
+
+Each cell (recipe, corpus, seed) is a `moe-dist train` process of its own, so that any cell can be had alone by the same
+command. A finished cell is a JSON file named by a hash of its configuration and of this package's source: it is not run
+again.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist import __version__
+from moe_dist.config import dump_config, load_config
+from moe_dist.errors import ConfigError, MoeDistError
+
+RECIPES = ("dense", "standard-aux", "standard-aux-scaled", "standard-bias", "cheap", "good")
+YARDSTICK = "standard-aux-scaled"
+PACKAGE = Path(__file__).parents[1]
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the comparison."""
+
+    recipe: str
+    corpus: str
+    seed: int
+    config: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}-{self.corpus}-{self.seed}"
+
+    def result_file(self, folder: Path) -> Path:
+        """Where its summary is kept; another configuration has another file, and so has other code."""
+        resolved = dump_config(load_config(self.config, self.overrides))
+        key = hashlib.sha256(f"{resolved}\n{__version__} {source_digest(PACKAGE)}".encode())
+        return folder / f"{self.name}-{key.hexdigest()[:8]}.json"
+
+
+@functools.cache
+def source_digest(package: Path) -> str:
+    """A hash of all Python and C files under `package`, by path and content."""
+    digest = hashlib.sha256()
+    for file in sorted(file for suffix in ("py", "c") for file in package.rglob(f"*.{suffix}")):
+        digest.update(f"{file.relative_to(package)} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def cells(
+    configs: Path, corpora: Mapping[str, Sequence[str]], seeds: int, recipes: Sequence[str], overrides: Sequence[str]
+) -> list[Cell]:
+    """All runs of the comparison, seed by seed, so that an early stop leaves whole rows.
+
+    Args:
+        configs: folder of the `quality-<recipe>.yaml` files.
+        corpora: name -> overrides that select the text.
+
+    Raises:
+        ConfigError: a recipe has no file, or a configuration is refused.
+    """
+    found = []
+    for seed in range(seeds):
+        for corpus, selection in corpora.items():
+            for recipe in recipes:
+                config = configs / f"quality-{recipe}.yaml"
+                if not config.is_file():
+                    raise ConfigError(f"{config}: no such recipe; give --configs, the folder that holds it")
+                words = (*selection, *overrides, f"seed={seed}", "world.threads=1", "tensorboard=false")
+                load_config(config, words)
+                found.append(Cell(recipe, corpus, seed, config, words))
+    return found
+
+
+def run_cells(todo: Sequence[Cell], folder: Path, jobs: int, report: Callable[[str], None]) -> dict[Cell, Summary]:
+    """Runs what is not there yet, `jobs` at a time; a cell that fails is reported and the others go on."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def finish(cell: Cell) -> tuple[Cell, Summary | None]:
+        file = cell.result_file(folder)
+        if not file.exists():
+            report(f"{cell.name}: running")
+            if problem := _train(cell, file, folder):
+                report(f"{cell.name}: failed: {problem}")
+                return cell, None
+        summary: Summary = json.loads(file.read_text(encoding="utf-8"))
+        report(f"{cell.name}: validation loss {summary['validation']['loss']:.4f}")
+        return cell, summary
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return {cell: summary for cell, summary in pool.map(finish, todo) if summary is not None}
+
+
+def _train(cell: Cell, file: Path, folder: Path) -> str | None:
+    """Trains one cell as a single process; returns what went wrong, in one line."""
+    words = [*cell.overrides, f"name={cell.name}", f"runs_dir={json.dumps(str(folder / 'runs'))}"]
+    command = [sys.executable, "-m", "moe_dist", "train", str(cell.config), *words, "--json", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe on a corpus, over its seeds."""
+
+    recipe: str
+    corpus: str
+    losses: dict[int, float]
+    expert_share: float | None
+    """Expert parameters over those of standard experts."""
+    load_variance: float | None
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; 0 for one."""
+        return stdev(self.losses.values()) if len(self.losses) > 1 else 0.0
+
+
+def rows(results: dict[Cell, Summary]) -> list[Row]:
+    """One row for each corpus and recipe, in the order of the cells."""
+    groups: dict[tuple[str, str], list[tuple[Cell, Summary]]] = {}
+    for cell, summary in results.items():
+        groups.setdefault((cell.corpus, cell.recipe), []).append((cell, summary))
+    found = []
+    for (corpus, recipe), members in sorted(groups.items(), key=lambda item: item[0][0]):
+        parameters = members[0][1]["parameters"]
+        variances = [summary["load"]["variance"] for _, summary in members]
+        share = parameters["expert"] / parameters["expert_standard"] if parameters["expert_standard"] else None
+        losses = {cell.seed: summary["validation"]["loss"] for cell, summary in members}
+        found.append(Row(recipe, corpus, losses, share, None if None in variances else mean(variances)))
+    return found
+
+
+def differences(table: Sequence[Row], row: Row) -> list[float]:
+    """Loss less the yardstick's, seed by seed, on the same corpus."""
+    base = next((other for other in table if (other.corpus, other.recipe) == (row.corpus, YARDSTICK)), None)
+    if base is None:
+        return []
+    return [loss - base.losses[seed] for seed, loss in row.losses.items() if seed in base.losses]
+
+
+def render(results: dict[Cell, Summary], console: Console) -> None:
+    """Prints the table."""
+    table = rows(results)
+    view = Table(title="validation loss, nats a token (mean ± standard deviation over seeds)", title_justify="left")
+    for name in ("corpus", "recipe", "loss", f"less {YARDSTICK}", "expert parameters", "load variance", "seeds"):
+        view.add_column(name, justify="left" if name in ("corpus", "recipe") else "right")
+    for row in table:
+        less = differences(table, row)
+        view.add_row(
+            row.corpus,
+            row.recipe,
+            f"{mean(row.losses.values()):.4f} ± {row.spread:.4f}",
+            f"{mean(less):+.4f} ({min(less):+.4f} to {max(less):+.4f})" if less else "-",
+            "-" if row.expert_share is None else f"{row.expert_share:.1%}",
+            "-" if row.load_variance is None else f"{row.load_variance:.2e}",
+            str(len(row.losses)),
+        )
+    console.print(view)
+
+
+def to_dict(results: dict[Cell, Summary]) -> dict[str, Any]:
+    """The figures for `--json`: the table, and every cell's summary."""
+    table = rows(results)
+    return {
+        "rows": [{**vars(row), "difference": differences(table, row)} for row in table],
+        "cells": [{"recipe": c.recipe, "corpus": c.corpus, "seed": c.seed, **s} for c, s in results.items()],
+    }
+
+
+def require_all(results: dict[Cell, Summary], wanted: Sequence[Cell]) -> None:
+    """Raises MoeDistError naming the cells that failed."""
+    if failed := [cell.name for cell in wanted if cell not in results]:
+        raise MoeDistError(f"{len(failed)} of {len(wanted)} runs failed: {', '.join(failed)}")

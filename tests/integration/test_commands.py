@@ -1,0 +1,132 @@
+"""The commands as users type them: real launchers, real ranks, real text; each in a process of its own."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_dist.metrics import missing_keys
+
+ROOT = Path(__file__).parents[2]
+SMOKE = str(ROOT / "configs" / "test" / "smoke.yaml")
+BIN = Path(sys.executable).parent
+LIMIT_SECONDS = 150
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(170)]
+
+
+def _words(folder: Path, *more: str) -> list[str]:
+    return [SMOKE, f"runs_dir={folder}/runs", f"corpus.cache_dir={folder}/cache", *more]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "runs" / "smoke" / "summary.json").read_text())
+    assert missing_keys(summary) == []
+    return summary
+
+
+DEMO_IN_SHORT = [
+    "name=smoke", "train.steps=4", "train.warmup_steps=1", "train.eval_sequences=8", "corpus.max_bytes=600000",
+    "tokenizer.vocab_size=512",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "config", "more"),
+    [("deepspeed", 4, str(ROOT / "configs" / "experiment" / "demo.yaml"), DEMO_IN_SHORT), ("torchrun", 2, SMOKE, [])],
+    ids=["demo on deepspeed", "torchrun"],
+)
+def test_launch_trains_and_shows_its_summary(
+    tmp_path: Path, launcher: str, ranks: int, config: str, more: list[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    launch = [str(BIN / "moe-dist"), "launch", "--launcher", launcher, "--ranks", str(ranks), "--json", str(figures)]
+    done = _run([*launch, config, *_words(tmp_path, *more)[1:]])
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = _summary(tmp_path)
+    assert json.loads(figures.read_text()) == summary
+    assert summary["world"] == {"data": 1, "cluster": ranks, "shard": 1}
+    assert summary["all_to_all"]["bytes"] > 0
+    assert "perplexity" in done.stdout
+    assert "Warning" not in done.stdout + done.stderr
+
+
+def test_deepspeed_starts_the_entry_script_as_its_users_expect(tmp_path: Path) -> None:
+    done = _run([str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *_words(tmp_path, "train.steps=3")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _summary(tmp_path)["steps"] == 3
+
+
+def test_one_process_alone_learns(tmp_path: Path) -> None:
+    words = ["train.steps=40", "optimizer.learning_rate=1e-2"]
+    done = _run([str(BIN / "moe-dist"), "train", *_words(tmp_path, *words)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    guessing = math.log(512)  # of the vocabulary, each piece as likely as another
+    assert _summary(tmp_path)["validation"]["loss"] < 0.85 * guessing
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    command = [str(BIN / "moe-dist"), "launch", "--ranks", "2", *_words(tmp_path, "train.steps=100000")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        metrics = tmp_path / "runs" / "smoke" / "metrics.jsonl"
+        _wait_for(lambda: metrics.exists() and bool(metrics.read_text()))
+        (victim,) = [pid for pid, environment in _descendants(job.pid) if environment.get("RANK") == "1"]
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        output, _ = job.communicate(timeout=30)
+    assert time.monotonic() - killed < 30
+    assert job.returncode not in (0, None)
+    assert "rank 1" in output.strip().splitlines()[-1]
+    assert "SIGKILL" in output.strip().splitlines()[-1]
+    assert [json.loads(line) for line in metrics.read_text().splitlines()], "the folder can be read"
+
+
+def _wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline, "the job did not start to train"
+        time.sleep(0.2)
+
+
+def _descendants(root: int) -> list[tuple[int, dict[str, str]]]:
+    """Processes below `root` that run the entry script, with their environments."""
+    parents, found = {}, []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
+            parents[pid] = int(rest[1])
+        except OSError:
+            continue  # it has just ended
+    for pid in parents:
+        above = pid
+        while above in parents and above != root:
+            above = parents[above]
+        if above == root and pid != root:
+            try:
+                entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if any(word.endswith("launcher/train.py") for word in words) and "deepspeed.launcher" not in str(words):
+                found.append((pid, dict(entry.split("=", 1) for entry in entries if "=" in entry)))
+    return found

@@ -1,0 +1,61 @@
+"""A rank without torch: the real entry script with another `train`, whose behaviour RANK_n variables choose."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from launcher import train as entry
+from moe_dist.config import RunConfig
+from moe_dist.errors import TrainingError
+
+
+def wait_for_all(rank: str) -> None:
+    folder = Path(os.environ["MOE_DIST_JOB_FOLDER"])
+    (folder / f"{rank}.up").touch()
+    while len(list(folder.glob("*.up"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)
+
+
+def behave(config: RunConfig) -> None:
+    rank = os.environ["RANK"]
+    wait_for_all(rank)
+    print(f"rank {rank} of {os.environ['WORLD_SIZE']} pid {os.getpid()} tty {sys.stdout.isatty()}", flush=True)
+    how = os.environ.get(f"RANK_{rank}", "succeed")
+    if how in ("raise", "refuse", "lose_peer", "die", "terminate", "exit"):
+        time.sleep(0.3)  # the others have said that they are there
+    match how:
+        case "raise":
+            raise ValueError("boom\nof two lines")
+        case "refuse":
+            raise TrainingError(f"step 3: loss is nan on rank {rank}")
+        case "lose_peer":
+            time.sleep(0.02)
+            raise RuntimeError("gloo: Connection closed by peer [127.0.0.1]:1")
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        case "exit":
+            os._exit(3)
+        case "sleep":
+            time.sleep(600)
+        case "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        case "close":  # a rank that has files to close when it is interrupted
+            try:
+                time.sleep(600)
+            except KeyboardInterrupt:
+                time.sleep(0.3)
+                print(f"rank {rank} closed", flush=True)
+                raise
+
+
+entry._train = behave
+
+if __name__ == "__main__":
+    sys.exit(entry.main())

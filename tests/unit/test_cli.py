@@ -1,0 +1,166 @@
+"""The command line: what it says, where, and with which exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launcher import runners
+from moe_dist import __version__, cli
+from moe_dist.config import RunConfig, load_config
+from moe_dist.errors import TrainingError
+
+Run = tuple[int, str, str]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 3\n")
+    return str(path)
+
+
+@pytest.fixture
+def moe_dist(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: str) -> Run:
+        with pytest.raises(SystemExit) as left:
+            cli.main(list(words))
+        shown = capsys.readouterr()
+        return int(left.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+def test_help_and_version(moe_dist: Any) -> None:
+    code, out, err = moe_dist("--help")
+    assert (code, err) == (0, "")
+    for command in ("train", "launch", "config", "bench"):
+        assert command in out
+    assert moe_dist("--version") == (0, f"moe-dist {__version__}\n", "")
+
+
+def test_it_runs_as_a_module_too() -> None:
+    words = [sys.executable, "-m", "moe_dist", "--version"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == f"moe-dist {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ([], "Missing command"),
+        (["frob"], "'frob'"),
+        (["train"], "CONFIG"),
+        (["bench"], "Missing command"),
+        (["launch", "--ranks", "x", "CONFIG"], "--ranks"),
+        (["launch", "--ranks", "0", "CONFIG"], "--ranks 0"),
+        (["launch", "--ranks", "3", "CONFIG"], "train.global_batch_size=32 is not divisible by the 3 ranks"),
+        (["launch", "--launcher", "mpi", "CONFIG"], "'mpi'"),
+        (["launch", "--frob", "CONFIG"], "--frob"),
+        (["launch", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["config", "CONFIG", "moe.expert=3"], "did you mean 'moe.experts'?"),
+        (["config", "CONFIG", "--ranks", "5"], "divisible by the 5 ranks"),
+        (["train", "CONFIG", "moe.top_k=99"], "moe.top_k=99"),
+        (["train", "CONFIG", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
+        (["launch", "CONFIG", "--json", "/"], "--json /"),
+        (["bench", "layer", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
+    ],
+)
+def test_refusals_are_one_line_and_exit_2(moe_dist: Any, config: str, words: list[str], part: str) -> None:
+    code, out, err = moe_dist(*[config if word == "CONFIG" else word for word in words])
+    assert (code, out) == (2, "")
+    assert err.startswith("moe-dist: error: ")
+    assert err.count("\n") == 1
+    assert part in err
+
+
+def test_config_prints_yaml_that_loads_again(moe_dist: Any, config: str, tmp_path: Path) -> None:
+    code, out, _ = moe_dist("config", config, "train.steps=50", "--ranks", "4")
+    (tmp_path / "resolved.yaml").write_text(out)
+    assert code == 0
+    assert load_config(tmp_path / "resolved.yaml") == load_config(config, ["train.steps=50"])
+
+
+def test_launch_shows_its_command(moe_dist: Any, config: str) -> None:
+    code, out, err = moe_dist("launch", "--ranks", "2", "--dry-run", config, "seed=4")
+    assert (code, err) == (0, "")
+    assert "deepspeed.launcher.runner" in out
+    assert out.endswith(f"train.py {config} seed=4\n")
+
+
+def test_launch_passes_on_the_exit_code_and_the_json_file(
+    moe_dist: Any, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[runners.Job] = []
+
+    def launch(job: runners.Job) -> int:
+        jobs.append(job)
+        return 137
+
+    monkeypatch.setattr(runners, "launch", launch)
+    target = tmp_path / "a file: with odd name.json"
+    code, _, _ = moe_dist("launch", "--launcher", "torchrun", "--json", str(target), config)
+    assert code == 137
+    assert jobs[0].launcher is runners.Launcher.TORCHRUN
+    assert load_config(jobs[0].words[0], jobs[0].words[1:]).summary_copy == str(target)
+
+
+def test_train_runs_the_entry_script(moe_dist: Any, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, list[str]]] = []
+
+    def run_rank(path: str, words: list[str]) -> int:
+        calls.append((path, list(words)))
+        return 7
+
+    monkeypatch.setattr(cli, "run_rank", run_rank)
+    assert moe_dist("train", config, "seed=1", "seed=2")[0] == 7
+    assert calls == [(config, ["seed=1", "seed=2"])]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "last"),
+    [
+        (TrainingError("step 3: loss is nan"), 1, "moe-dist: error: step 3: loss is nan"),
+        (KeyboardInterrupt(), 130, ""),
+        (ValueError("ours"), 1, "moe-dist: error: ValueError: ours"),
+    ],
+)
+def test_errors_end_in_one_line(
+    moe_dist: Any, config: str, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, last: str
+) -> None:
+    def fail(*_: object) -> RunConfig:
+        raise error
+
+    monkeypatch.setattr(cli, "load_config", fail)
+    found, _, err = moe_dist("config", config)
+    assert found == code
+    assert (err.splitlines() or [""])[-1] == last
+    assert ("Traceback" in err) == isinstance(error, ValueError)
+
+
+def test_bench_layer_takes_what_is_given_and_writes_json(
+    moe_dist: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs: list[dict[str, Any]] = []
+
+    def run(spec: dict[str, Any]) -> SimpleNamespace:
+        specs.append(spec)
+        return SimpleNamespace(to_dict=lambda: {"ratio": float("nan")})
+
+    bench = ModuleType("moe_dist.measurement.layer_bench")
+    vars(bench).update(
+        LayerBenchSpec=lambda **given: given,
+        run_layer_bench=run,
+        render=lambda result, console: console.print("a table"),
+    )
+    monkeypatch.setitem(sys.modules, bench.__name__, bench)
+    monkeypatch.setattr("moe_dist.measurement.layer_bench", bench, raising=False)
+    target = tmp_path / "bench.json"
+    words = ["--tokens", "64", "--top-k", "2", "--top-k", "4", "--dtype", "float32", "--no-vectors", "--form", "mask"]
+    code, out, _ = moe_dist("bench", "layer", *words, "--json", str(target))
+    assert (code, out) == (0, "a table\n")
+    assert specs == [{"tokens": 64, "top_k": (2, 4), "dtypes": ("float32",), "vectors": False, "form": "mask"}]
+    assert json.loads(target.read_text()) == {"ratio": None}
