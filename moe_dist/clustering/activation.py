@@ -1,0 +1,88 @@
+"""What each expert is given: exponential moving averages of the tokens routed to it, weighted by the router.
+
+Both averages are sums that start from zero and decay together, so that they are linear in the tokens: micro-batches
+and ranks may add to them in any order, and the sums of ranks that counted the same steps add up to what one rank
+would have counted. An expert that moves therefore need not take its history along.
+
+Shapes: E experts, D model width, R rows (tokens), K experts of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ActivationStatistics:
+    """Decayed sums over steps s up to t, with decay b: `sum_s b^(t-s) (...)`. The tensors are the whole state."""
+
+    weighted_ED: Tensor  # sum of weight * token, float32
+    mass_E: Tensor  # sum of weight, float32
+    steps: Tensor  # sum of 1 = (1 - b^t) / (1 - b), what corrects the start from zero; float64, no dimensions
+    decay: float
+
+    @classmethod
+    def empty(
+        cls, experts: int, hidden: int, decay: float, device: torch.device | str | None = None
+    ) -> "ActivationStatistics":
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of activation statistics must be in [0, 1), not {decay}")
+        weighted_ED = torch.zeros(experts, hidden, device=device)
+        return cls(weighted_ED, weighted_ED.new_zeros(experts), torch.zeros((), dtype=torch.float64), decay)
+
+    @classmethod
+    def merged(cls, ranks: Sequence["ActivationStatistics"]) -> "ActivationStatistics":
+        """All ranks' tokens together; what a sum over ranks of `weighted_ED` and `mass_E` gives.
+
+        Raises:
+            ValueError: they do not cover the same steps with the same decay.
+        """
+        first = ranks[0]
+        if any(not torch.equal(one.steps, first.steps) or one.decay != first.decay for one in ranks):
+            raise ValueError("activation statistics of different steps or decays cannot be merged")
+        weighted_ED = torch.stack([one.weighted_ED for one in ranks]).sum(0)
+        return cls(weighted_ED, torch.stack([one.mass_E for one in ranks]).sum(0), first.steps.clone(), first.decay)
+
+    def begin_step(self) -> None:
+        """Lets the past fade; called once a step, before its tokens, on every rank alike."""
+        self.weighted_ED *= self.decay
+        self.mass_E *= self.decay
+        self.steps = self.steps * self.decay + 1
+
+    @torch.no_grad()
+    def update(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> None:
+        """Adds tokens of the present step.
+
+        Args:
+            x_RD: rows that were routed, any floating type.
+            expert_RK: the experts of each row, int64; -1 is absent.
+            weight_RK: the router's weight of each.
+        """
+        weight_RK = weight_RK.float().masked_fill(expert_RK < 0, 0.0)
+        weight_RE = weight_RK.new_zeros(len(x_RD), len(self.mass_E))
+        weight_RE.scatter_add_(1, expert_RK.clamp(min=0), weight_RK)
+        self.weighted_ED += weight_RE.T @ x_RD.float()
+        self.mass_E += weight_RE.sum(0)
+
+    def reset(self) -> None:
+        """Forgets everything: a value that is not finite would never fade."""
+        for tensor in (self.weighted_ED, self.mass_E, self.steps):
+            tensor.zero_()
+
+    @property
+    def seen(self) -> Tensor:
+        """bool [E]: experts that were given anything. NaN is not nothing."""
+        return self.mass_E != 0
+
+    def mean_mass(self) -> Tensor:
+        """Bias-corrected moving average of the router's weight a step, sum / ((1 - b^t) / (1 - b)), float32 [E]."""
+        return self.mass_E / self.steps.to(self.mass_E).clamp(min=1.0)
+
+    def centroids(self) -> Tensor:
+        """Moving average of weight * token over that of weight, float32 [E, D]; 0 for an expert given nothing.
+
+        Both start from zero and lack the same factor 1 - b^t, so their quotient is free of that bias.
+        """
+        return torch.where(self.seen[:, None], self.weighted_ED / self.mass_E[:, None], 0.0)

@@ -1,0 +1,51 @@
+"""New clusters given the names and slots of old ones, so that as few experts as possible move."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+Members = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Match:
+    """New members by cluster and slot, fit for `ExpertPlacement.with_members`, and who changes cluster."""
+
+    members: Members
+    movers: tuple[int, ...]
+
+    @property
+    def moved(self) -> int:
+        """Experts that change cluster."""
+        return len(self.movers)
+
+
+def match_clusters(old: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> Match:
+    """Names each new group after the old cluster it takes over; who stays keeps the slot, movers fill what is free.
+
+    The Hungarian method on the overlaps makes the number of movers the least possible.
+
+    Args:
+        old: present members by cluster and slot.
+        groups: new clusters, in any order; as many and as large as the old ones.
+
+    Raises:
+        ValueError: the new groups do not divide the same experts into equally many clusters of the same size.
+    """
+    everyone = [sorted(e for cluster in clusters for e in cluster) for clusters in (old, groups)]
+    shapes = [sorted(map(len, clusters)) for clusters in (old, groups)]
+    if everyone[0] != everyone[1] or shapes[0] != shapes[1] or len(set(shapes[0])) != 1:
+        raise ValueError(f"clusters of sizes {shapes[1]} cannot take over the experts of clusters of sizes {shapes[0]}")
+    overlap = np.array([[len(set(before) & set(after)) for after in groups] for before in old])
+    _, group_of = linear_sum_assignment(overlap, maximize=True)
+    members = tuple(_keep_slots(before, groups[group]) for before, group in zip(old, group_of, strict=True))
+    movers = [e for before, after in zip(old, members, strict=True) for e in set(after) - set(before)]
+    return Match(members, tuple(sorted(movers)))
+
+
+def _keep_slots(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
+    staying = set(before) & set(after)
+    arriving = iter(sorted(set(after) - staying))
+    return tuple(expert if expert in staying else next(arriving) for expert in before)

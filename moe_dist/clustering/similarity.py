@@ -1,0 +1,87 @@
+"""How alike experts are, in what they are and in what they are given, as one matrix with its parts.
+
+    S = alpha S_param + (1 - alpha) S_act,    S_act = (1 - rho) S_centroid + rho S_router
+
+All parts are cosines less the mean over experts, so that they are on one scale.
+
+Shapes: E experts, D model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.clustering.activation import ActivationStatistics
+from moe_dist.clustering.cosine import cosine_of_vectors
+
+
+@dataclass(frozen=True)
+class FusedSimilarity:
+    """S and the parts it is made of, float64 [E, E] each; a part that has no weight may be None."""
+
+    fused_EE: Tensor
+    parameter_EE: Tensor | None
+    centroid_EE: Tensor | None
+    router_EE: Tensor | None
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The parts that were given, by name."""
+        named = {"parameter": self.parameter_EE, "centroid": self.centroid_EE, "router": self.router_EE}
+        return {name: part for name, part in named.items() if part is not None}
+
+    @property
+    def not_finite(self) -> tuple[str, ...]:
+        """Names of parts that hold NaN or infinity; where there are any, no expert should move."""
+        return tuple(name for name, part in self.parts.items() if not bool(torch.isfinite(part).all()))
+
+    @property
+    def usable(self) -> bool:
+        """Whether every part is finite."""
+        return not self.not_finite
+
+
+def centroid_similarity(statistics: ActivationStatistics) -> Tensor:
+    """S_centroid: cosines of the experts' token centroids; experts that were given nothing resemble nobody."""
+    return cosine_of_vectors(statistics.centroids(), statistics.seen)
+
+
+def router_similarity(weight_ED: Tensor) -> Tensor:
+    """S_router: cosines of the experts' router embeddings."""
+    return cosine_of_vectors(weight_ED)
+
+
+def fuse(
+    parameter_EE: Tensor | None,
+    centroid_EE: Tensor | None,
+    router_EE: Tensor | None = None,
+    *,
+    alpha: float,
+    router_weight: float = 0.0,
+) -> FusedSimilarity:
+    """Weighs the parts together.
+
+    Args:
+        parameter_EE: S_param, needed if alpha > 0.
+        centroid_EE: S_centroid, needed if (1 - alpha) (1 - router_weight) > 0.
+        router_EE: S_router, needed if (1 - alpha) router_weight > 0.
+        alpha: weight of the parameters, in [0, 1].
+        router_weight: rho, weight of the router's embeddings within S_act, in [0, 1].
+
+    Raises:
+        ValueError: a weight outside [0, 1], or a part that has weight but is missing.
+    """
+    for name, value in (("alpha", alpha), ("router_weight", router_weight)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} must be in [0, 1]")
+    weights = (alpha, (1 - alpha) * (1 - router_weight), (1 - alpha) * router_weight)
+    terms = []
+    for name, weight, part in zip(
+        ("parameter", "centroid", "router"), weights, (parameter_EE, centroid_EE, router_EE), strict=True
+    ):
+        if weight > 0:
+            if part is None:
+                raise ValueError(f"similarity of {name} has weight {weight:g} but was not given")
+            terms.append(weight * part)
+    return FusedSimilarity(torch.stack(terms).sum(0), parameter_EE, centroid_EE, router_EE)
