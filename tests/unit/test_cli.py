@@ -11,6 +11,7 @@ import pytest
 
 from launcher import runners
 from moe_dist import __version__, cli
+from moe_dist.cli import training
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import TrainingError
 
@@ -115,7 +116,7 @@ def test_train_runs_the_entry_script(moe_dist: Any, config: str, monkeypatch: py
         calls.append((path, list(words)))
         return 7
 
-    monkeypatch.setattr(cli, "run_rank", run_rank)
+    monkeypatch.setattr(training, "run_rank", run_rank)
     assert moe_dist("train", config, "seed=1", "seed=2")[0] == 7
     assert calls == [(config, ["seed=1", "seed=2"])]
 
@@ -134,7 +135,7 @@ def test_errors_end_in_one_line(
     def fail(*_: object) -> RunConfig:
         raise error
 
-    monkeypatch.setattr(cli, "load_config", fail)
+    monkeypatch.setattr(training, "load_config", fail)
     found, _, err = moe_dist("config", config)
     assert found == code
     assert (err.splitlines() or [""])[-1] == last

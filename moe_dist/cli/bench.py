@@ -1,95 +1,30 @@
-"""The `moe-dist` command. Imports no torch: help and refusals come at once, each command loads what it needs."""
+"""`moe-dist bench`: measurements of parts of the system on this machine."""
 
 import json
-import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from launcher import runners
-from launcher.train import run_rank, with_json, writable
-from moe_dist import __version__
-from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
-from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, LaunchError, MoeDistError
-
-EXIT_INTERRUPTED = 130
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of the click inside typer
-
-app = typer.Typer(
-    help="Train Mixture-of-Experts language models with clustered, compressed experts.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-bench = typer.Typer(help="Measure parts of the system on this machine.")
-app.add_typer(bench, name="bench")
-
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/experiment/demo.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over CONFIG.")]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here, as JSON.")]
+from launcher.train import writable
+from moe_dist.cli.words import Json, Overrides
+from moe_dist.errors import LaunchError
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"moe-dist {__version__}")
-        raise typer.Exit
+def register(app: typer.Typer) -> None:
+    """Adds the group `bench` and its commands."""
+    bench = typer.Typer(help="Measure parts of the system on this machine.")
+    bench.callback()(_group)  # a group with one command would else be that command
+    bench.command("layer")(bench_layer)
+    bench.command("quality")(bench_quality)
+    app.add_typer(bench, name="bench")
 
 
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+def _group() -> None:
     pass
 
 
-@app.command()
-def train(config: Config, overrides: Overrides = None, json_file: Json = None) -> None:
-    """Train: one process alone, or as one rank inside a launcher (deepspeed, torchrun, mpirun, srun)."""
-    raise typer.Exit(run_rank(config, with_json(overrides or (), json_file)))
-
-
-@app.command()
-def launch(
-    config: Config,
-    overrides: Overrides = None,
-    launcher: Annotated[runners.Launcher, typer.Option(help="Who starts the ranks.")] = runners.Launcher.DEEPSPEED,
-    ranks: Annotated[int | None, typer.Option(help="How many; default: what the keys under `world` say.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the command and start nothing.")] = False,
-    json_file: Json = None,
-) -> None:
-    """Start ranks on this machine and train; when one fails all stop, and the last line says which and why."""
-    job = runners.plan(launcher, ranks, config, with_json(overrides or (), json_file))
-    if dry_run:
-        typer.echo(runners.dry_run(job))
-        return
-    raise typer.Exit(runners.launch(job))
-
-
-@app.command("config")
-def show_config(
-    config: Config,
-    overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(help="Also check that this many ranks can run it.")] = None,
-) -> None:
-    """Check a configuration and print it resolved, as YAML."""
-    resolved = load_config(config, overrides or ())
-    if ranks is not None:
-        resolve_world(resolved, ranks)
-        resolve_batch(resolved, ranks)
-    typer.echo(dump_config(resolved), nl=False)
-
-
-@bench.callback()
-def _bench() -> None:
-    pass
-
-
-@bench.command("layer")
 def bench_layer(
     tokens: Annotated[int | None, typer.Option(help="Tokens in the batch.")] = None,
     hidden: Annotated[int | None, typer.Option(help="d: width of the model.")] = None,
@@ -135,7 +70,6 @@ def bench_layer(
         write_json(Path(target), result.to_dict())
 
 
-@bench.command("quality")
 def bench_quality(
     overrides: Overrides = None,
     text: Annotated[
@@ -174,29 +108,3 @@ def _text_corpus(word: str) -> tuple[str, list[str]]:
         for key, file in (("paths", train), ("validation_paths", validation))
     )
     return name, ["corpus.kind=text", *(f"corpus.{key}={value}" for key, value in paths)]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: what a user did wrong is one line, only our own mistakes show a traceback."""
-    sys.exit(_exit_code(arguments))
-
-
-def _exit_code(arguments: list[str] | None) -> int:
-    try:
-        code = app(args=arguments, prog_name="moe-dist", standalone_mode=False)
-    except UsageError as error:
-        shown = getattr(error, "format_message", error.__str__)()
-        return _complain(f"{' '.join(shown.split())} (moe-dist --help shows what there is)", EXIT_REFUSED)
-    except MoeDistError as error:
-        return _complain(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except Exception as error:
-        traceback.print_exc()
-        return _complain(f"{type(error).__name__}: {error}", EXIT_FAILURE)
-    return code if isinstance(code, int) else 0
-
-
-def _complain(line: str, code: int) -> int:
-    print(f"moe-dist: error: {line}", file=sys.stderr, flush=True)
-    return code

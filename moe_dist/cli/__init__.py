@@ -1,0 +1,69 @@
+"""The `moe-dist` command; each group of commands is a file here.
+
+Imports no torch: help and refusals come at once, each command loads what it needs.
+"""
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from moe_dist import __version__
+from moe_dist.cli import bench, training
+from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError
+
+EXIT_INTERRUPTED = 130
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of the click inside typer
+
+app = typer.Typer(
+    help="Train Mixture-of-Experts language models with clustered, compressed experts.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moe-dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for group in (training, bench):
+    group.register(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits: what a user did wrong is one line, only our own mistakes show a traceback."""
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str] | None) -> int:
+    try:
+        code = app(args=arguments, prog_name="moe-dist", standalone_mode=False)
+    except UsageError as error:
+        shown = getattr(error, "format_message", error.__str__)()
+        return _complain(f"{' '.join(shown.split())} (moe-dist --help shows what there is)", EXIT_REFUSED)
+    except MoeDistError as error:
+        return _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        traceback.print_exc()
+        return _complain(f"{type(error).__name__}: {error}", EXIT_FAILURE)
+    return code if isinstance(code, int) else 0
+
+
+def _complain(line: str, code: int) -> int:
+    print(f"moe-dist: error: {line}", file=sys.stderr, flush=True)
+    return code

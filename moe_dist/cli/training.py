@@ -1,0 +1,51 @@
+"""Commands that train, start ranks, and check a configuration."""
+
+from typing import Annotated
+
+import typer
+
+from launcher import runners
+from launcher.train import run_rank, with_json
+from moe_dist.cli.words import Config, Json, Overrides
+from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands of this file."""
+    app.command()(train)
+    app.command()(launch)
+    app.command("config")(show_config)
+
+
+def train(config: Config, overrides: Overrides = None, json_file: Json = None) -> None:
+    """Train: one process alone, or as one rank inside a launcher (deepspeed, torchrun, mpirun, srun)."""
+    raise typer.Exit(run_rank(config, with_json(overrides or (), json_file)))
+
+
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    launcher: Annotated[runners.Launcher, typer.Option(help="Who starts the ranks.")] = runners.Launcher.DEEPSPEED,
+    ranks: Annotated[int | None, typer.Option(help="How many; default: what the keys under `world` say.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the command and start nothing.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Start ranks on this machine and train; when one fails all stop, and the last line says which and why."""
+    job = runners.plan(launcher, ranks, config, with_json(overrides or (), json_file))
+    if dry_run:
+        typer.echo(runners.dry_run(job))
+        return
+    raise typer.Exit(runners.launch(job))
+
+
+def show_config(
+    config: Config,
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(help="Also check that this many ranks can run it.")] = None,
+) -> None:
+    """Check a configuration and print it resolved, as YAML."""
+    resolved = load_config(config, overrides or ())
+    if ranks is not None:
+        resolve_world(resolved, ranks)
+        resolve_batch(resolved, ranks)
+    typer.echo(dump_config(resolved), nl=False)
