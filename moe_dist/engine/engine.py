@@ -13,6 +13,7 @@ from moe_dist.engine import gradient_norm
 from moe_dist.engine.expert_groups import MarkedModel, register_groups
 from moe_dist.engine.parameter_groups import parameter_groups
 from moe_dist.engine.startup import Process
+from moe_dist.engine.training_state import TrainingState
 from moe_dist.model.language_model import LanguageModel, copies_of
 
 
@@ -48,6 +49,7 @@ class Engine:
             config=_deepspeed_config(config, batch, process.ranks),
             dist_init_required=False,
         )
+        self.training_state().undo_trial_step()
         gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm)
 
     def forward_backward(self, sequences_BS: Tensor) -> StepOutcome:
@@ -70,6 +72,10 @@ class Engine:
         if moe.kind != "dense":
             context.balance.update(outcome.count_LE.to(self.process.device), moe, context.placement)
         return float(self._engine.optimizer._global_grad_norm)
+
+    def training_state(self) -> TrainingState:
+        """Masters and moments of the parameters, as they are between two steps."""
+        return TrainingState(self._engine.optimizer)
 
     def _agree(self, loss: Tensor) -> StepOutcome:
         """Sums loads, losses and faults over the ranks: the one small collective of a step."""
