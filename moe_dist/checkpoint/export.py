@@ -36,7 +36,7 @@ def export_weights(weights: TrainedWeights, file: Path, dtype: torch.dtype | Non
     read_checkpoint(weights.path, state)
     tensors = {name.removeprefix(PREFIX): tensor.shards[0].values.view(tensor.shape) for name, tensor in state.items()}
     manifest = weights.manifest
-    placements = [record.model_dump() for record in manifest.placements or []]
+    placements = [record.model_dump() for record in manifest.placements]
     metadata = {
         "format": "pt",
         "step": str(manifest.step),

@@ -10,6 +10,7 @@ from moe_dist.checkpoint.fit import config_of
 from moe_dist.checkpoint.manifest import Manifest, read_index
 from moe_dist.checkpoint.model_state import weights_of
 from moe_dist.checkpoint.parts import hand_back, room_for
+from moe_dist.checkpoint.placement_record import adopt_placements
 from moe_dist.checkpoint.transfer import read_checkpoint
 from moe_dist.config import RunConfig
 from moe_dist.errors import CheckpointError
@@ -57,6 +58,7 @@ def load_model(
     """
     model = LanguageModel(weights.config, weights.manifest.data.vocab_size, mesh, links)
     model = model.to_device(device).to(dtype or getattr(torch, weights.config.train.precision))
+    adopt_placements(model, weights.manifest)
     parts = {"balance": model.context.balance}
     room = room_for(parts, read_index(weights.path), mesh.rank, mesh.shape.ranks)
     read_checkpoint(weights.path, {**weights_of(model), **room})

@@ -76,7 +76,8 @@ class Manifest(Record):
     ranks: Annotated[int, Field(ge=1)]
     config: dict[str, JsonValue]
     data: DataRecord
-    placements: list[PlacementRecord] | None = None
+    placements: list[PlacementRecord] = []
+    """Of each layer; empty unless experts are clustered."""
     values: dict[str, dict[str, JsonValue]] = {}
     versions: dict[str, str | None] = {}
     written: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

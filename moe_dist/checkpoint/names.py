@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moe_dist.model.clustered_layer import ClusteredExperts, ClusteredMoE, LayerContext
+from moe_dist.model.clustered_experts import ClusteredExperts
+from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.standard_layer import StandardMoE
 
@@ -29,7 +30,7 @@ def named_runs(model: LanguageModel) -> dict[nn.Parameter, list[NamedRun]]:
     runs: dict[nn.Parameter, list[NamedRun]] = {}
     for path, module in model.named_modules():
         if isinstance(module, ClusteredMoE):
-            runs.update(_of_clusters(path, module, model.context))
+            runs.update(_of_clusters(path, module))
         elif isinstance(module, StandardMoE):
             runs.update(_of_standard_experts(path, module))
     for name, parameter in model.named_parameters():
@@ -37,14 +38,13 @@ def named_runs(model: LanguageModel) -> dict[nn.Parameter, list[NamedRun]]:
     return runs
 
 
-def _of_clusters(
-    path: str, layer: ClusteredMoE, context: LayerContext
-) -> Iterator[tuple[nn.Parameter, list[NamedRun]]]:
-    for cluster, held in zip(layer.local_clusters, layer.clusters, strict=True):
+def _of_clusters(path: str, layer: ClusteredMoE) -> Iterator[tuple[nn.Parameter, list[NamedRun]]]:
+    placement, at = layer.placement, layer.context.mesh.at
+    for cluster, held in zip(placement.clusters_of_block(at.cluster), layer.clusters, strict=True):
         assert isinstance(held, ClusteredExperts)
         for name, parameter in held.base.named_parameters():
             yield parameter, [NamedRun(f"{path}.cluster.{cluster}.{name}", tuple(parameter.shape))]
-        experts = layer.placement.experts_of(cluster, context.mesh.at.shard)
+        experts = placement.experts_of(cluster, at.shard)
         for name, parameter in held.residuals.named_parameters():
             shape, one = tuple(parameter.shape[1:]), parameter[0].numel()
             leaf = name.replace("_N", "_", 1)  # without the axis over the experts: in_u_NDR holds each one's in_u_DR

@@ -1,8 +1,10 @@
 """Placements in a checkpoint's manifest, and how they are laid out on another shape of ranks."""
 
-from moe_dist.checkpoint.manifest import PlacementRecord
+from moe_dist.checkpoint.manifest import Manifest, PlacementRecord
 from moe_dist.config import WorldShape
 from moe_dist.errors import CheckpointError
+from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.model.language_model import LanguageModel
 from moe_dist.topology.placement import ExpertPlacement
 
 
@@ -34,3 +36,20 @@ def placement_from_record(record: PlacementRecord, shape: WorldShape) -> ExpertP
         return ExpertPlacement(members, tuple(blocks), shape.cluster, shape.shard, record.version)
     except (ValueError, ZeroDivisionError, IndexError) as error:
         raise CheckpointError(f"the checkpoint's placement does not fit {shape}: {error}") from error
+
+
+def adopt_placements(model: LanguageModel, manifest: Manifest) -> None:
+    """Makes a model route by the placements of a checkpoint, whose weights it is about to be given.
+
+    Raises:
+        CheckpointError: they are not of this model, or cannot be laid out on its ranks.
+    """
+    context, records = model.context, manifest.placements
+    placements = [placement_from_record(record, context.mesh.shape) for record in records]
+    sizes = [(placement.experts, placement.clusters) for placement in placements]
+    if sizes != [(placement.experts, placement.clusters) for placement in context.placements]:
+        raise CheckpointError("the checkpoint's placements are of another number of layers, experts or clusters")
+    context.placements[:] = placements
+    for module in model.modules():
+        if isinstance(module, ClusteredMoE):
+            module.follow_placement()

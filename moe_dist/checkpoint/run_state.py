@@ -4,7 +4,7 @@ from moe_dist.checkpoint.find import Found
 from moe_dist.checkpoint.manifest import DataRecord, Manifest, read_index
 from moe_dist.checkpoint.model_state import training_tensors_of, weights_of
 from moe_dist.checkpoint.parts import Parts, hand_back, room_for, tensors_of, values_of
-from moe_dist.checkpoint.placement_record import placement_to_record
+from moe_dist.checkpoint.placement_record import adopt_placements, placement_to_record
 from moe_dist.checkpoint.shards import State
 from moe_dist.checkpoint.transfer import read_checkpoint
 from moe_dist.engine.engine import Engine
@@ -50,6 +50,7 @@ class RunState:
         if manifest.kind != "training":
             raise CheckpointError(f"{found.path} holds weights only: training cannot go on from it")
         index, process = read_index(found.path), engine.process
+        adopt_placements(engine.model, manifest)
         optimizer = engine.training_state()
         parts = room_for(self._parts, index, process.rank, process.ranks)
         read_checkpoint(found.path, weights_of(engine.model))
@@ -59,14 +60,13 @@ class RunState:
 
     def _manifest(self, step: int) -> Manifest:
         engine = self._engine
-        placement = engine.model.context.placement
         return Manifest(
             kind="weights",
             step=step,
             ranks=engine.process.ranks,
             config=engine.config.model_dump(mode="json"),
             data=self._data.model_copy(update={"next_step": step}),
-            placements=None if placement is None else [placement_to_record(placement)],
+            placements=[placement_to_record(placement) for placement in engine.model.context.placements],
             versions=installed_versions(),
         )
 
