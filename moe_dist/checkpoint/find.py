@@ -31,7 +31,7 @@ def newest_good(run: Path, *, weights: bool = False) -> Found | None:
         CheckpointError: there are checkpoints, but every one is damaged.
     """
     damaged: dict[Path, str] = {}
-    for candidate in _agreed(list(_candidates(run, weights))):
+    for candidate in agreed(list(_candidates(run, weights))):
         problem = first_problem(candidate)
         if problem is None:
             return Found(candidate, read_manifest(candidate), damaged)
@@ -79,7 +79,7 @@ def _candidates(run: Path, weights: bool) -> Iterator[Path]:
     yield from checkpoints_of(run)
 
 
-def _agreed(value: Any) -> Any:
+def agreed(value: Any) -> Any:
     """Rank 0's value: a shared file system may show the others a folder a little later."""
     if not dist.is_initialized():
         return value

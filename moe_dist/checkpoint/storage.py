@@ -94,6 +94,7 @@ class ShardWriter(StorageWriter):
             assert isinstance(values, torch.Tensor)
             tensors[key_of(item.index)] = values
         save_file(tensors, path)
+        path.chmod(self._folder.stat().st_mode & 0o666)  # safetensors lets only its user read it
         written = (path.name, recorded(path))
         return [WriteResult(item.index, tensors[key_of(item.index)].nbytes, written) for item in plan.items]
 

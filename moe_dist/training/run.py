@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moe_dist.checkpoint.parts import Parts
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
 from moe_dist.engine.engine import Engine, StepOutcome
@@ -18,8 +19,11 @@ from moe_dist.metrics import LoadStatistics, installed_versions, load_statistics
 from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
+from moe_dist.training.account import RunAccount
+from moe_dist.training.checkpoints import RunCheckpoints
 from moe_dist.training.evaluate import validation_loss
-from moe_dist.training.recorder import Recorder, RunRecorder, perplexity
+from moe_dist.training.recorder import Recorder, perplexity
+from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.totals import all_to_all_totals, peak_memory
 
@@ -36,9 +40,13 @@ def train(config: RunConfig) -> None:
         print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
     data = prepare_data(config.corpus, config.tokenizer)
     _require_same_data(data, process)
-    recorder = RunRecorder(config) if process.rank == 0 else Recorder()
+    resumption = find_resumption(config, data)
+    recorder = open_recorder(config, process.rank, resumption)
     with recorder:
-        TrainingRun(config, process, shape, data, recorder).run()
+        run = TrainingRun(config, process, shape, data, recorder)
+        if resumption is not None:
+            run.resume(resumption)
+        run.run()
     leave()
 
 
@@ -64,19 +72,26 @@ class TrainingRun:
         )
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
-        self.step_seconds: list[float] = []
-        self.loads: list[dict[str, float]] = []
-        self.curve: list[dict[str, Any]] = []
+        self.account, self.steps_done = RunAccount(), 0
+        parts: Parts = {"account": self.account, "traffic": self.model.context.ledger}
+        self.checkpoints = RunCheckpoints(config, self.engine, data_record(data), parts, recorder)
+
+    def resume(self, resumption: Resumption) -> None:
+        """Puts everything into the state of a checkpoint; collective."""
+        self.checkpoints.restore(resumption)
+        self.steps_done = resumption.step
 
     def run(self) -> None:
         train = self.config.train
         self.recorder.announce(self._description())
-        for step in range(1, train.steps + 1):
-            self._train_step(step)
-            last = step == train.steps
-            if last or (train.eval_every and step % train.eval_every == 0):
-                self._evaluate(step)
-        self._finish()
+        with self.checkpoints:
+            for step in range(self.steps_done + 1, train.steps + 1):
+                self._train_step(step)
+                last = step == train.steps
+                if last or (train.eval_every and step % train.eval_every == 0):
+                    self._evaluate(step)
+                self.checkpoints.after_step(step)
+            self._finish()
 
     def _train_step(self, step: int) -> None:
         started = time.perf_counter()
@@ -85,21 +100,21 @@ class TrainingRun:
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
-        self.step_seconds.append(time.perf_counter() - started)
+        self.account.step_seconds.append(time.perf_counter() - started)
         if self.config.moe.kind != "dense":
-            self.loads.append(self._loads(outcome))
+            self.account.loads.append(self._loads(outcome))
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
-        recent = self.step_seconds[-self.config.train.log_every :]
+        recent = self.account.step_seconds[-self.config.train.log_every :]
         figures: dict[str, Any] = {
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
             "train": {"loss": outcome.loss, "learning_rate": rate, "gradient_norm": norm},
         }
-        if self.loads:
-            figures["load"] = self.loads[-1]
+        if self.account.loads:
+            figures["load"] = self.account.loads[-1]
         return figures
 
     def _loads(self, outcome: StepOutcome) -> dict[str, float]:
@@ -113,27 +128,30 @@ class TrainingRun:
         if not math.isfinite(loss):
             raise TrainingError(f"step {step}: the validation loss is {loss}: the weights are no longer finite")
         tokens = step * self.tokens_per_step
-        self.curve.append({"step": step, "tokens": tokens, "loss": loss})
+        self.account.curve.append({"step": step, "tokens": tokens, "loss": loss})
         self.recorder.evaluation(step, tokens, loss)
 
     def _finish(self) -> None:
         config, steps = self.config, self.config.train.steps
+        if not self.account.curve or self.account.curve[-1]["step"] != steps:
+            self._evaluate(steps)  # resumed where another run, of more steps, was not evaluated
+        self.checkpoints.finish(steps)
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
-        tokens, loss = steps * self.tokens_per_step, self.curve[-1]["loss"]
+        tokens, loss = steps * self.tokens_per_step, self.account.curve[-1]["loss"]
         ledger = self.model.context.ledger
-        timed = self.step_seconds[1:] or self.step_seconds  # the first step warms up
+        timed = self.account.step_seconds[1:] or self.account.step_seconds  # the first step warms up
         self.recorder.finish(
             {
                 "name": config.name,
                 "kind": config.moe.kind,
                 "steps": steps,
                 "tokens": tokens,
-                "seconds": sum(self.step_seconds),
-                "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.curve},
+                "seconds": sum(self.account.step_seconds),
+                "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.account.curve},
                 "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(ledger, tokens, config.model.layers, self.process),
-                "load": _last_fifth(self.loads),
+                "load": _last_fifth(self.account.loads),
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),
                     "peak_rss_bytes_by_rank": peaks.rss_by_rank,
