@@ -36,7 +36,7 @@ def run_rank(config_path: str, overrides: Sequence[str]) -> int:
         faults.register(place.rank, leave_with_parent=place.kind in ("deepspeed", "torchrun"))
     try:
         config = _accepted_config(place, config_path, overrides)
-        _train(config)
+        _train(config, place)
     except KeyboardInterrupt:
         return _leave(place, _interrupted(place))
     except ConfigError as error:
@@ -57,11 +57,11 @@ def with_json(overrides: Sequence[str], file: Path | None) -> list[str]:
     return [*overrides] if file is None else [*overrides, f"summary_copy={json.dumps(writable(file))}"]
 
 
-def writable(file: Path) -> str:
-    """The absolute path of a file that can be written, or a LaunchError."""
+def writable(file: Path, option: str = "--json") -> str:
+    """The absolute path of a file that can be written, or a LaunchError that names the option."""
     target = file.absolute()
     if target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise LaunchError(f"--json {file}: cannot be written: give a file in a folder that exists")
+        raise LaunchError(f"{option} {file}: cannot be written: give a file in a folder that exists")
     return str(target)
 
 
@@ -76,11 +76,14 @@ def _accepted_config(place: environment.RankEnvironment, config_path: str, overr
     return config
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig, place: environment.RankEnvironment) -> None:
     _hush_libraries()
     from moe_dist.training.run import train  # here, since it loads torch
 
-    train(config)
+    def give_up(error: Exception) -> None:
+        os._exit(faults.report(place.rank, place.world_size, error))
+
+    train(config, give_up)
 
 
 def _hush_libraries() -> None:

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from moe_dist.checkpoint.load_model import TrainedWeights
-from moe_dist.checkpoint.manifest import read_index
-from moe_dist.checkpoint.model_state import WEIGHT
+from moe_dist.checkpoint.manifest import WEIGHT, read_index
 from moe_dist.checkpoint.shards import ShardedTensor
 from moe_dist.checkpoint.transfer import read_checkpoint
+from moe_dist.checkpoint.weights import TrainedWeights
 from moe_dist.errors import CheckpointError
 
 PREFIX = f"{WEIGHT}/"
@@ -45,7 +44,10 @@ def export_weights(weights: TrainedWeights, file: Path, dtype: torch.dtype | Non
     }
     partial = file.with_name(f".{file.name}.part")
     try:
+        partial.touch()
+        readable_by = partial.stat().st_mode
         save_file(tensors, partial, metadata)
+        partial.chmod(readable_by)  # safetensors lets only its user read it
         partial.replace(file)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be written: {error.strerror or error}") from error

@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from moe_dist.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from moe_dist.checkpoint.store import FINAL, check, checkpoints_of
 from moe_dist.errors import CheckpointError
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def _candidates(run: Path, weights: bool) -> Iterator[Path]:
     yield from checkpoints_of(run)
 
 
-def agreed(value: Any) -> Any:
+def agreed(value: Value) -> Value:
     """Rank 0's value: a shared file system may show the others a folder a little later."""
     if not dist.is_initialized():
         return value

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from moe_dist.checkpoint.manifest import WEIGHT
 from moe_dist.checkpoint.names import NamedRun, named_runs
 from moe_dist.checkpoint.shards import Shard, ShardedTensor, State
 from moe_dist.engine.training_state import MASTER, STATE_NAMES, TrainingState
 from moe_dist.model.language_model import LanguageModel
-
-WEIGHT = "weight"
 
 
 def weights_of(model: LanguageModel) -> State:

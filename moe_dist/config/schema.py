@@ -241,8 +241,10 @@ class CheckpointConfig(Section):
 class WatchdogConfig(Section):
     """What happens when a rank hangs."""
 
-    seconds: NonNegative = Field(
-        300, description="without progress for so long, all ranks write their stacks and stop; 0: never"
+    seconds: NonNegative | None = Field(
+        None,
+        description="without progress for so long, all ranks write their stacks and stop; 0: never; null: half of "
+        "world.timeout_seconds",
     )
 
 

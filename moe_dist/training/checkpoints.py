@@ -24,11 +24,18 @@ class RunCheckpoints:
     def __init__(self, config: RunConfig, engine: Engine, data: DataRecord, parts: Parts, recorder: Recorder) -> None:
         """Args: parts: what outlives a step besides the model, its optimizer, its balance and the random generators."""
         self._options, self._recorder = config.checkpoint, recorder
-        self._run: Path = agreed(recorder.folder)
-        self._saver = CheckpointSaver(self._run, config.checkpoint, engine.process)
+        run = agreed(recorder.folder)
+        assert run is not None, "rank 0 has a folder"
+        self._run = run
+        self._saver = CheckpointSaver(run, config.checkpoint, engine.process)
         own: Parts = {"balance": engine.model.context.balance, "random": RandomState()}
         self._state = RunState(engine, data, {**own, **parts})
         self._last: int | None = None
+
+    @property
+    def run(self) -> Path:
+        """The run's folder, known to all ranks."""
+        return self._run
 
     def __enter__(self) -> Self:
         return self

@@ -9,12 +9,13 @@ from pathlib import Path
 from moe_dist.checkpoint.find import Found, agreed, checked, is_checkpoint, newest_good
 from moe_dist.checkpoint.fit import require_fit
 from moe_dist.checkpoint.manifest import DataRecord
-from moe_dist.checkpoint.store import set_aside
+from moe_dist.checkpoint.store import checkpoints_of, set_aside
 from moe_dist.config import RunConfig
 from moe_dist.data import PreparedData
 from moe_dist.errors import CheckpointError
 from moe_dist.training.recorder import Recorder, RunRecorder
 
+WORDS = ("none", "auto", "requeued")
 RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """Set above 0 by those that start the same job again."""
 
@@ -97,20 +98,28 @@ def job_id() -> str | None:
 
 def _wanted(config: RunConfig) -> tuple[Path | None, Found | None]:
     resume = config.checkpoint.resume
-    if resume == "none" or (resume == "requeued" and not _started_again()):
+    run = run_to_go_on(config)
+    if run is not None:
+        return run, newest_good(run)
+    if resume in WORDS:
         return None, None
-    if resume in ("auto", "requeued"):
-        run = agreed(_newest_run(config, job_id() if resume == "requeued" else None))
-        return run, None if run is None else newest_good(run)
     path = Path(resume)
-    if agreed(is_checkpoint(path)):
-        return None, checked(path)
-    found = newest_good(path)
-    if found is None:
+    if not agreed(is_checkpoint(path)):
         raise CheckpointError(
             f"checkpoint.resume={resume!r} holds no checkpoint: give auto, none, or the folder of a run or a checkpoint"
         )
-    return path, found
+    return None, checked(path)
+
+
+def run_to_go_on(config: RunConfig) -> Path | None:
+    """The folder of the run that `checkpoint.resume` speaks of, if it speaks of one; collective."""
+    resume = config.checkpoint.resume
+    if resume == "none" or (resume == "requeued" and not _started_again()):
+        return None
+    if resume in WORDS:
+        return agreed(_newest_run(config, job_id() if resume == "requeued" else None))
+    path = Path(resume)
+    return agreed(path if bool(checkpoints_of(path)) and not is_checkpoint(path) else None)
 
 
 def _started_again() -> bool:

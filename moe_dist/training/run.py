@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,28 @@ from moe_dist.topology.mesh import Mesh
 from moe_dist.training.account import RunAccount
 from moe_dist.training.checkpoints import RunCheckpoints
 from moe_dist.training.evaluate import validation_loss
+from moe_dist.training.finished import show_if_finished
 from moe_dist.training.recorder import Recorder, perplexity
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.totals import all_to_all_totals, peak_memory
+from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process) -> None:
     """Trains the configured model; every rank of the job calls this.
+
+    Args:
+        give_up: ends this process with an error while its main thread hangs.
 
     Raises:
         MoeDistError: the data, the launch or the training fails in a way that the user can act upon.
     """
     process = join(config.world)
     shape = resolve_world(config, process.ranks)
+    if show_if_finished(config, process.rank):
+        leave()
+        return
     if process.rank == 0:
         print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
     data = prepare_data(config.corpus, config.tokenizer)
@@ -46,7 +55,13 @@ def train(config: RunConfig) -> None:
         run = TrainingRun(config, process, shape, data, recorder)
         if resumption is not None:
             run.resume(resumption)
-        run.run()
+
+        def hangs(error: TrainingError) -> None:
+            recorder.event("failed", run.steps_done, error=str(error))
+            give_up(error)
+
+        with Watchdog(watched_seconds(config), run.checkpoints.run, process.rank, hangs) as watchdog:
+            run.run(watchdog.alive)
     leave()
 
 
@@ -81,16 +96,21 @@ class TrainingRun:
         self.checkpoints.restore(resumption)
         self.steps_done = resumption.step
 
-    def run(self) -> None:
+    def run(self, alive: Callable[[str], None] = lambda doing: None) -> None:
+        """Does the steps that are left, telling `alive` what it is about to do."""
         train = self.config.train
         self.recorder.announce(self._description())
         with self.checkpoints:
             for step in range(self.steps_done + 1, train.steps + 1):
+                alive(f"step {step}")
                 self._train_step(step)
                 last = step == train.steps
                 if last or (train.eval_every and step % train.eval_every == 0):
+                    alive(f"the evaluation after step {step}")
                     self._evaluate(step)
                 self.checkpoints.after_step(step)
+                self.steps_done = step
+            alive("the end of the run")
             self._finish()
 
     def _train_step(self, step: int) -> None:

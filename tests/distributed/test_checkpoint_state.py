@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from moe_dist.checkpoint.find import checked
-from moe_dist.checkpoint.load_model import find_weights, load_model
+from moe_dist.checkpoint.load_model import load_model
 from moe_dist.checkpoint.manifest import DataRecord
 from moe_dist.checkpoint.model_state import training_tensors_of, weights_of
 from moe_dist.checkpoint.run_state import RunState
 from moe_dist.checkpoint.shards import State
 from moe_dist.checkpoint.transfer import write_checkpoint
+from moe_dist.checkpoint.weights import find_weights
 from moe_dist.config import WorldShape, load_config, resolve_batch
 from moe_dist.engine.engine import Engine
 from moe_dist.engine.startup import join
