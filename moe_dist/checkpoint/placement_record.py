@@ -3,7 +3,6 @@
 from moe_dist.checkpoint.manifest import Manifest, PlacementRecord
 from moe_dist.config import WorldShape
 from moe_dist.errors import CheckpointError
-from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.topology.placement import ExpertPlacement
 
@@ -50,6 +49,5 @@ def adopt_placements(model: LanguageModel, manifest: Manifest) -> None:
     if sizes != [(placement.experts, placement.clusters) for placement in context.placements]:
         raise CheckpointError("the checkpoint's placements are of another number of layers, experts or clusters")
     context.placements[:] = placements
-    for module in model.modules():
-        if isinstance(module, ClusteredMoE):
-            module.follow_placement()
+    for layer in model.clustered_layers():
+        layer.follow_placement()

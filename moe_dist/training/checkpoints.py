@@ -97,7 +97,7 @@ class RunCheckpoints:
         if saved is None:
             return
         if saved.error is not None:
-            self._recorder.announce(f"warning: {saved.error}")
+            self._recorder.note(f"warning: {saved.error}")
             self._recorder.event("checkpoint_failed", saved.step, error=saved.error)
             return
         times = {"stall_seconds": saved.stall_seconds, "seconds": saved.seconds}

@@ -27,17 +27,17 @@ class Recorder:
         """The run's folder; None on a rank that does not write it."""
         return None
 
-    def announce(self, message: str) -> None:
-        """A line above the progress display."""
+    def note(self, message: str) -> None:
+        """A line above the progress display, about something that has just happened."""
+
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        """Something that happened, for `events.jsonl`."""
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """Figures of a logged step."""
 
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
         """A validation loss."""
-
-    def event(self, name: str, step: int, **fields: Any) -> None:
-        """Something that happened."""
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The run is complete."""
@@ -76,7 +76,7 @@ class RunRecorder(Recorder):
     def folder(self) -> Path:
         return self._folder.path
 
-    def announce(self, message: str) -> None:
+    def note(self, message: str) -> None:
         self._progress.note(message)
 
     def event(self, name: str, step: int, **fields: Any) -> None:

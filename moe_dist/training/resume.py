@@ -73,10 +73,10 @@ def _tell(recorder: RunRecorder, resumption: Resumption) -> None:
     found, step = resumption.found, resumption.step
     for path, problem in found.damaged.items():
         kept = set_aside(path) if resumption.run is not None else path
-        recorder.announce(f"warning: {problem}; it is kept as {kept.name}, and the one before is used")
+        recorder.note(f"warning: {problem}; it is kept as {kept.name}, and the one before is used")
         recorder.event("checkpoint_damaged", step, path=path.name, error=problem)
     changes = f"; changed: {', '.join(resumption.changes)}" if resumption.changes else ""
-    recorder.announce(f"resumes after step {step} from {found.path}{changes}")
+    recorder.note(f"resumes after step {step} from {found.path}{changes}")
     recorder.event("resumed", step, path=str(found.path), changes=resumption.changes)
 
 

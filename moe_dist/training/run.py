@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moe_dist.checkpoint.parts import Parts
+from moe_dist.checkpoint.parts import Part
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
 from moe_dist.engine.engine import Engine, StepOutcome
@@ -24,6 +24,7 @@ from moe_dist.training.account import RunAccount
 from moe_dist.training.checkpoints import RunCheckpoints
 from moe_dist.training.evaluate import validation_loss
 from moe_dist.training.finished import show_if_finished
+from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, perplexity
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.schedule import learning_rate
@@ -87,8 +88,15 @@ class TrainingRun:
         )
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
+        self.coordinator = Coordinator(self.engine, config, recorder)
         self.account, self.steps_done = RunAccount(), 0
-        parts: Parts = {"account": self.account, "traffic": self.model.context.ledger}
+        parts: dict[str, Part] = {
+            "account": self.account,
+            "traffic": self.model.context.ledger,
+            "coordinator": self.coordinator,
+        }
+        if self.model.context.statistics is not None:
+            parts["statistics"] = self.model.context.statistics
         self.checkpoints = RunCheckpoints(config, self.engine, data_record(data), parts, recorder)
 
     def resume(self, resumption: Resumption) -> None:
@@ -99,7 +107,8 @@ class TrainingRun:
     def run(self, alive: Callable[[str], None] = lambda doing: None) -> None:
         """Does the steps that are left, telling `alive` what it is about to do."""
         train = self.config.train
-        self.recorder.announce(self._description())
+        self.recorder.note(self._description())
+        self.coordinator.begin(self.steps_done)
         with self.checkpoints:
             for step in range(self.steps_done + 1, train.steps + 1):
                 alive(f"step {step}")
@@ -115,11 +124,14 @@ class TrainingRun:
 
     def _train_step(self, step: int) -> None:
         started = time.perf_counter()
-        outcome = self.engine.forward_backward(self.loader.batch(step - 1))
+        self.coordinator.before_step(step)
+        sequences_BS = self.loader.batch(step - 1)
+        outcome = self.engine.forward_backward(sequences_BS)
         _stop_if_broken(step, outcome)
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
+        self.coordinator.after_step(step, outcome, sequences_BS)
         self.account.step_seconds.append(time.perf_counter() - started)
         if self.config.moe.kind != "dense":
             self.account.loads.append(self._loads(outcome))
@@ -152,6 +164,7 @@ class TrainingRun:
         self.recorder.evaluation(step, tokens, loss)
 
     def _finish(self) -> None:
+        self.coordinator.close()
         config, steps = self.config, self.config.train.steps
         if not self.account.curve or self.account.curve[-1]["step"] != steps:
             self._evaluate(steps)  # resumed where another run, of more steps, was not evaluated
@@ -172,6 +185,7 @@ class TrainingRun:
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(ledger, tokens, config.model.layers, self.process),
                 "load": _last_fifth(self.account.loads),
+                "recluster": self.coordinator.totals,
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),
                     "peak_rss_bytes_by_rank": peaks.rss_by_rank,
