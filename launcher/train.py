@@ -36,7 +36,7 @@ def run_rank(config_path: str, overrides: Sequence[str]) -> int:
         faults.register(place.rank, leave_with_parent=place.kind in ("deepspeed", "torchrun"))
     try:
         config = _accepted_config(place, config_path, overrides)
-        _train(config, place)
+        _train(config)
     except KeyboardInterrupt:
         return _leave(place, _interrupted(place))
     except ConfigError as error:
@@ -76,14 +76,16 @@ def _accepted_config(place: environment.RankEnvironment, config_path: str, overr
     return config
 
 
-def _train(config: RunConfig, place: environment.RankEnvironment) -> None:
+def _train(config: RunConfig) -> None:
     _hush_libraries()
     from moe_dist.training.run import train  # here, since it loads torch
 
-    def give_up(error: Exception) -> None:
-        os._exit(faults.report(place.rank, place.world_size, error))
+    train(config, _give_up)
 
-    train(config, give_up)
+
+def _give_up(error: Exception) -> None:
+    """Ends a rank whose main thread hangs, from another thread."""
+    os._exit(faults.report(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), error))
 
 
 def _hush_libraries() -> None:

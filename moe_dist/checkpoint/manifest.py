@@ -7,6 +7,7 @@ index.json      every tensor: dtype, shape, and which run of its elements is in 
 import hashlib
 import json
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -92,6 +93,10 @@ class TensorRecord(Record):
     dtype: Literal[tuple(DTYPES)]  # type: ignore[valid-type]
     shape: list[NonNegative]
     chunks: list[tuple[NonNegative, NonNegative, FileName]]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -29,7 +29,7 @@ from moe_dist.checkpoint.shards import Shard, ShardedTensor, State
 class ShardSavePlanner(DefaultSavePlanner):
     """Writes every shard of a `State`; of shards that several ranks hold alike, one rank writes each.
 
-    torch's own planner checks that the shards of all ranks cover every tensor once.
+    torch's own planner refuses shards that overlap otherwise.
     """
 
     state_dict: State

@@ -116,7 +116,10 @@ class ShardWriter(StorageWriter):
         chunks = [
             (chunk.offsets[0], chunk.sizes[0], where[MetadataIndex(name, chunk.offsets)]) for chunk in stored.chunks
         ]
-        return TensorRecord(dtype=dtype, shape=list(self._shapes[name]), chunks=chunks)
+        record = TensorRecord(dtype=dtype, shape=list(self._shapes[name]), chunks=chunks)
+        if sum(length for _, length, _ in chunks) != record.numel:
+            raise CheckpointError(f"{name} of shape {record.shape} is not whole: no rank has some of its elements")
+        return record
 
 
 class ShardReader(StorageReader):
@@ -204,6 +207,4 @@ def _take_name(folder: Path, target: Path) -> None:
 
 def _flat(tensor: TensorRecord) -> TensorStorageMetadata:
     chunks = [ChunkStorageMetadata(torch.Size([start]), torch.Size([length])) for start, length, _ in tensor.chunks]
-    return TensorStorageMetadata(
-        TensorProperties(dtype=tensor.torch_dtype), torch.Size([torch.Size(tensor.shape).numel()]), chunks
-    )
+    return TensorStorageMetadata(TensorProperties(dtype=tensor.torch_dtype), torch.Size([tensor.numel]), chunks)

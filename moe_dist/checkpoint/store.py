@@ -55,7 +55,7 @@ def check(checkpoint: Path, part: int = 0, parts: int = 1) -> Manifest:
                     raise CheckpointError(f"checkpoint {checkpoint} is damaged: the checksum of {name} is wrong")
         except OSError as error:
             raise CheckpointError(f"checkpoint {checkpoint}: {name} cannot be read: {error.strerror}") from error
-    _require_listed(checkpoint, manifest)
+    _require_consistent(checkpoint, manifest)
     return manifest
 
 
@@ -97,8 +97,14 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def _require_listed(checkpoint: Path, manifest: Manifest) -> None:
-    """Every file that the index speaks of has been checked."""
+def _require_consistent(checkpoint: Path, manifest: Manifest) -> None:
+    """The index speaks of checked files only, of whole tensors, and of no more than is in the files."""
+    size = 0
     for name, tensor in read_index(checkpoint).tensors.items():
         if any(file not in manifest.files for _, _, file in tensor.chunks):
             raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json: {name} is in a file not listed")
+        if sum(length for _, length, _ in tensor.chunks) != tensor.numel:
+            raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json: {name} is not whole")
+        size += tensor.numel * tensor.torch_dtype.itemsize
+    if size > sum(record.bytes for record in manifest.files.values()):
+        raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json tells of more than its files hold")

@@ -55,7 +55,7 @@ def behave(config: RunConfig) -> None:
                 raise
 
 
-entry._train = lambda config, place: behave(config)
+entry._train = behave
 
 if __name__ == "__main__":
     sys.exit(entry.main())
