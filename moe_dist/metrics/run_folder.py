@@ -81,7 +81,7 @@ class RunFolder:
         `events.jsonl` keeps all it has, since what happened has happened; a summary made too early goes.
 
         Raises:
-            MoeDistError: the folder cannot be written.
+            ConfigError: the folder cannot be written.
         """
         try:
             for file in path.glob("*.jsonl"):
@@ -89,7 +89,7 @@ class RunFolder:
             (path / "summary.json").unlink(missing_ok=True)
             (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         except OSError as error:
-            raise MoeDistError(f"{path}: cannot go on with this run: {error.strerror}") from error
+            raise ConfigError(f"{path}: cannot go on with this run: {error.strerror}") from error
         return cls(path, tensorboard=tensorboard, summary_copy=summary_copy, step=step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:

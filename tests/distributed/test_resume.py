@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.store import check, checkpoints_of
 from moe_dist.config import load_config
+from moe_dist.data import SequenceLoader
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.errors import MoeDistError, TrainingError
 from moe_dist.training.run import train
@@ -226,6 +227,39 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(folder: Path) -> None:
     assert "rank 1: " in failed["error"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     check(run / "checkpoints" / "step-00000003")
+
+
+def _train_until_it_hangs(words: list[str]) -> None:
+    """Rank 1 waits for ever in its fourth step; a rank that gives up says why, and ends."""
+    config = load_config(SMOKE, words)
+
+    def give_up(error: Exception) -> None:
+        (Path(config.runs_dir) / f"rank-{dist.get_rank()}.error").write_text(str(error))
+        os._exit(7)
+
+    before, steps = SequenceLoader.batch, iter(range(1, 100))
+
+    def batch(self: SequenceLoader, step: int) -> Tensor:
+        if next(steps) == 4 and dist.get_rank() == 1:
+            threading.Event().wait()
+        return before(self, step)
+
+    SequenceLoader.batch = batch  # type: ignore[method-assign]
+    train(config, give_up)
+
+
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(folder: Path) -> None:
+    words = _words(folder, "hangs", "world.zero_stage=2", "watchdog.seconds=8", "checkpoint.resume=auto")
+    with pytest.raises(AssertionError, match="ended with exit code 7"):
+        run_ranks(_train_until_it_hangs, 2, words, timeout=120)
+    run = folder / "runs" / "hangs"
+    assert "since step 4: this rank hangs in " in (folder / "runs" / "rank-1.error").read_text()
+    waits, hangs = ((run / "stacks" / f"rank-0000{rank}.txt").read_text() for rank in (0, 1))
+    assert "torch/distributed" in waits
+    assert "_train_until_it_hangs" in hangs
+    assert _lines(run, "events.jsonl")[-1]["event"] == "failed"
+    run_ranks(_train, 2, words)
+    _assert_same_end(run, _straight(folder))
 
 
 def _refused(words: list[str]) -> tuple[str, int]:
