@@ -61,7 +61,7 @@ def open_recorder(config: RunConfig, rank: int, resumption: Resumption | None) -
         return Recorder()
     if resumption is None or resumption.run is None:
         recorder = RunRecorder(config)
-        recorder.event("started", 0, name=config.name, job=job_id())
+        recorder.event("started", 0, run=config.name, job=job_id())
     else:
         recorder = RunRecorder(config, resumption.run, resumption.step)
     if resumption is not None:
@@ -140,6 +140,6 @@ def _is_run_of(run: Path, name: str, job: str | None) -> bool:
     try:
         with (run / "events.jsonl").open(encoding="utf-8") as file:
             started = json.loads(file.readline())
-        return bool(started["name"] == name and job in (None, started["job"]))
+        return bool(started["run"] == name and job in (None, started["job"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -24,7 +24,7 @@ def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(runs: Path, name: str, job: str | None = None, of: str = "a") -> Path:
     run = runs / name
     run.mkdir()
-    (run / "events.jsonl").write_text(json.dumps({"event": "started", "step": 0, "name": of, "job": job}) + "\n")
+    (run / "events.jsonl").write_text(json.dumps({"event": "started", "step": 0, "run": of, "job": job}) + "\n")
     return run
 
 
