@@ -78,11 +78,11 @@ class Soak:
         self._compare(self._newest(name))
 
     def _choose(self) -> tuple[KillPoint, float | None]:
-        """A third of the points lies beyond the end, so that a run gets there."""
+        """A point within the next quarter of a run: it is killed several times, and lives on when the rest is shorter."""
         part, rank = self._random.choice([*PARTS, ANY_TIME]), self._random.randrange(RANKS)
         if part == ANY_TIME:
-            return KillPoint(part, rank, 0), self._random.uniform(0.0, 1.5 * self._seconds)
-        return KillPoint(part, rank, self._random.randint(1, int(1.5 * self._lines[part]))), None
+            return KillPoint(part, rank, 0), self._random.uniform(0.0, self._seconds / 2)
+        return KillPoint(part, rank, self._random.randint(1, self._lines[part] // 4)), None
 
     def _look(self, run: Path | None, done: int) -> int:
         """After a kill: every committed checkpoint is whole, and none that was there is gone; returns the newest."""
