@@ -78,7 +78,7 @@ class Soak:
         self._compare(self._newest(name))
 
     def _choose(self) -> tuple[KillPoint, float | None]:
-        """A point within the next quarter of a run: it is killed several times, and lives on when the rest is shorter."""
+        """A point within the next quarter of a run: it dies several times, and lives when less than that is left."""
         part, rank = self._random.choice([*PARTS, ANY_TIME]), self._random.randrange(RANKS)
         if part == ANY_TIME:
             return KillPoint(part, rank, 0), self._random.uniform(0.0, self._seconds / 2)
