@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moe_dist.checkpoint.saver import CheckpointSaver
 from moe_dist.checkpoint.store import check, checkpoints_of
 from moe_dist.config import load_config
 from moe_dist.data import SequenceLoader
@@ -227,6 +228,37 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(folder: Path) -> None:
     assert "rank 1: " in failed["error"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     check(run / "checkpoints" / "step-00000003")
+
+
+def _write_late(words: list[str]) -> None:
+    """The checkpoint of step 3 is written only when step 5 has begun: training that waited for it would never end."""
+    reached, write, steps = threading.Event(), CheckpointSaver._write, iter(range(1, 100))
+    before = Engine.forward_backward
+
+    def forward_backward(self: Engine, sequences_BS: Tensor, *args: Any) -> StepOutcome:
+        if next(steps) == 5:
+            reached.set()
+        return before(self, sequences_BS, *args)
+
+    def late(self: CheckpointSaver, *args: Any) -> None:
+        assert reached.wait(60)
+        write(self, *args)
+
+    Engine.forward_backward = forward_backward  # type: ignore[method-assign]
+    CheckpointSaver._write = late  # type: ignore[method-assign,assignment]
+    _train(words)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(folder: Path) -> None:
+    words = ["checkpoint.keep_last=9", "checkpoint.save_final=false"]
+    run_ranks(_write_late, 1, _words(folder, "late", *words))
+    run_ranks(_train, 1, _words(folder, "waits", *words, "checkpoint.asynchronous=false"))
+    late, waits = (checkpoints_of(folder / "runs" / name) for name in ("late", "waits"))
+    assert [path.name for path in late] == [path.name for path in waits] == ["step-00000006", "step-00000003"]
+    for one, other in zip(late, waits, strict=True):
+        found, wanted = (load_file(path / "rank-00000.safetensors") for path in (one, other))
+        different = [name for name, value in wanted.items() if not torch.equal(found[name], value)]
+        assert set(different) <= {"part/account/step_seconds@0", "part/random/python@0"}  # torch's logging draws
 
 
 def _train_until_it_hangs(words: list[str]) -> None:
