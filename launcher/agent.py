@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 from dataclasses import asdict, dataclass
-from typing import BinaryIO
 
 from launcher import faults
 from launcher.environment import prepare_process
@@ -46,7 +45,7 @@ class Part:
 
 def main() -> int:
     """Reads the job and sees it to its end."""
-    orders = sys.stdin.buffer.raw
+    orders = sys.stdin.fileno()
     part = Part(**json.loads(_read_line(orders)))
     environment = {**os.environ, **part.variables}
     prepare_process(environment, part.threads, part.ranks)
@@ -61,7 +60,7 @@ def main() -> int:
     return outcome.exit_code
 
 
-def _obey(orders: BinaryIO) -> None:
+def _obey(orders: int) -> None:
     """Turns orders into signals to this very process, whose supervisor hears them; the end of orders ends all."""
     while line := _read_line(orders):
         if line.strip():
@@ -69,12 +68,12 @@ def _obey(orders: BinaryIO) -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
 
-def _read_line(orders: BinaryIO) -> bytes:
+def _read_line(orders: int) -> bytes:
     """One line, or nothing where the stream has ended or has been silent for too long."""
     line = b""
     while not line.endswith(b"\n"):
         readable, _, _ = select.select([orders], [], [], SILENCE_SECONDS)
-        byte = orders.read(1) if readable else b""
+        byte = os.read(orders, 1) if readable else b""
         if not byte:
             return b""
         line += byte

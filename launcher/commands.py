@@ -24,7 +24,10 @@ def node_command(job: Job, node: int) -> list[str]:
 def _local(job: Job, node: int) -> list[str]:
     ranks = job.ranks_of(node)
     command = [sys.executable, "-m", "launcher.local", f"--ranks={len(ranks)}"]
-    return command if job.is_here else [*command, f"--first-rank={ranks.start}", f"--world-size={job.ranks}"]
+    if job.is_here:
+        return command
+    meet = f"--meet={job.nodes[0].host}:{job.port}"
+    return [*command, f"--first-rank={ranks.start}", f"--world-size={job.ranks}", meet]
 
 
 def _torchrun(job: Job, node: int) -> list[str]:
@@ -37,7 +40,7 @@ def _torchrun(job: Job, node: int) -> list[str]:
 def _deepspeed(job: Job, node: int) -> list[str]:
     """Its runner on this machine; on several, what its runner starts on each of them."""
     if job.is_here:
-        # Ranks meet through a file (supervise.py); DeepSpeed still exports a port, so it gets one that was free just now.
+        # Ranks meet through a file (supervise.py); DeepSpeed still exports a port, so it gets one free just now.
         address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile=", "--log_level=critical"]
         return [*runner, _devices(job.ranks), *address]

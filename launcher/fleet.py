@@ -48,10 +48,9 @@ def run(job: Job, variables: Mapping[str, str]) -> Outcome:
     Raises:
         LaunchError: there is no ssh.
     """
-    parts = []
+    parts: list[_RemotePart] = []
     try:
-        for number in range(len(job.nodes)):
-            parts.append(_RemotePart(job, number, variables))
+        parts.extend(_RemotePart(job, number, variables) for number in range(len(job.nodes)))
         with _signals_passed_to(parts) as heard:
             _watch(parts)
     finally:

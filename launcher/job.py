@@ -45,7 +45,9 @@ class Job:
     options: tuple[str, ...] = ()
 
     @classmethod
-    def here(cls, launcher: Launcher, ranks: int, words: tuple[str, ...], entry: Path = ENTRY, threads: int = 0) -> "Job":
+    def here(
+        cls, launcher: Launcher, ranks: int, words: tuple[str, ...], entry: Path = ENTRY, threads: int = 0
+    ) -> "Job":
         """A job on this machine alone."""
         return cls(launcher, (Node(THIS_MACHINE[0], ranks),), words, threads, entry)
 

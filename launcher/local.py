@@ -1,6 +1,6 @@
 """Starts ranks on this machine, with nothing but the standard library: what `--launcher local` runs on each node.
 
-python -m launcher.local --ranks 2 [--first-rank 0 --world-size 4] ENTRY [word ...]
+python -m launcher.local --ranks 2 [--first-rank 2 --world-size 4 --meet n1:29500] ENTRY [word ...]
 
 Whoever supervises it (`supervise.py`) tells which rank failed and why; here the first failure ends the others.
 """
@@ -25,19 +25,21 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, required=True, help="how many to start here")
     parser.add_argument("--first-rank", type=int, default=0, help="number of the first of them")
     parser.add_argument("--world-size", type=int, help="ranks of the whole job; default: those started here")
+    parser.add_argument("--meet", metavar="HOST:PORT", help="where they meet, of rank 0's machine")
     parser.add_argument("command", nargs=REMAINDER, help="the script of a rank and its words")
     words = parser.parse_args()
-    world = words.world_size or words.ranks
+    common = {
+        STARTER: "local",
+        "WORLD_SIZE": str(words.world_size or words.ranks),
+        "LOCAL_WORLD_SIZE": str(words.ranks),
+    }
+    if words.meet:
+        common["MASTER_ADDR"], _, common["MASTER_PORT"] = words.meet.rpartition(":")
     running = []
     for local_rank in range(words.ranks):
-        place = {
-            STARTER: "local",
-            "RANK": str(words.first_rank + local_rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_RANK": str(local_rank),
-            "LOCAL_WORLD_SIZE": str(words.ranks),
-        }
-        running.append(subprocess.Popen([sys.executable, "-u", *words.command], env={**os.environ, **place}))
+        place = {"RANK": str(words.first_rank + local_rank), "LOCAL_RANK": str(local_rank)}
+        command = [sys.executable, "-u", *words.command]
+        running.append(subprocess.Popen(command, env={**os.environ, **common, **place}))
 
     def stop(signum: int, frame: FrameType | None) -> None:
         sys.exit(128 + signum)

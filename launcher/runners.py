@@ -23,6 +23,8 @@ TRAVELLING = re.compile(  # what other machines are given of this one's environm
     r"PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(PYTHON|OMP_|MKL_|OPENBLAS_|DS_|TORCH|NCCL_|GLOO_|UCX_|MOE_DIST_|HF_|CUDA_HOME).*"
 )
 
+SECRET = re.compile("TOKEN|SECRET|PASSWORD|_KEY")
+
 
 def environment(job: Job) -> dict[str, str]:
     """This process's environment made fit for ranks here: their own place removed, threads and accelerator set."""
@@ -66,7 +68,9 @@ def dry_run(job: Job) -> str:
     """The command, or one for each machine, as one would type it."""
     if job.launcher in (Launcher.MPI, Launcher.SLURM) or job.is_here:
         return shlex.join(_command(job) if job.is_here else _foreign_command(job))
-    told = [f"{name}={value}" for name, value in sorted(travelling(os.environ).items())]
+    told = [
+        f"{name}={'...' if SECRET.search(name) else value}" for name, value in sorted(travelling(os.environ).items())
+    ]
     lines = []
     for number, node in enumerate(job.nodes):
         there = ["env", *told, *commands.node_command(job, number)]

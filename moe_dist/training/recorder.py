@@ -30,6 +30,9 @@ class Recorder:
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
         """A validation loss."""
 
+    def stopped(self, step: int) -> None:
+        """The run stops after this step because it was asked to."""
+
     def finish(self, summary: dict[str, Any]) -> None:
         """The run is complete."""
 
@@ -77,6 +80,10 @@ class RunRecorder(Recorder):
         self._folder.event("evaluation", step, tokens=tokens, loss=loss, perplexity=perplexity(loss))
         self._folder.log(step, {"tokens": tokens, "validation": {"loss": loss, "perplexity": perplexity(loss)}})
         self._progress.update(step, validation_loss=loss)
+
+    def stopped(self, step: int) -> None:
+        self._folder.event("stopped", step)
+        self._progress.note(f"asked to stop: stopped after step {step}")
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._folder.write_summary(summary)

@@ -19,13 +19,17 @@ from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
 from moe_dist.training.evaluate import validation_loss
+from moe_dist.training.interrupt import StopSignals
 from moe_dist.training.recorder import Recorder, RunRecorder, perplexity
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.totals import all_to_all_totals, peak_memory
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig) -> bool:
     """Trains the configured model; every rank of the job calls this.
+
+    Returns:
+        Whether it stopped before its last step because it was asked to (`interrupt.py`).
 
     Raises:
         MoeDistError: the data, the launch or the training fails in a way that the user can act upon.
@@ -37,18 +41,26 @@ def train(config: RunConfig) -> None:
     data = prepare_data(config.corpus, config.tokenizer)
     _require_same_data(data, process)
     recorder = RunRecorder(config) if process.rank == 0 else Recorder()
-    with recorder:
-        TrainingRun(config, process, shape, data, recorder).run()
+    with recorder, StopSignals() as signals:
+        stopped = TrainingRun(config, process, shape, data, recorder, signals).run()
     leave()
+    return stopped
 
 
 class TrainingRun:
     """The loop and its account of time, loads and losses."""
 
     def __init__(
-        self, config: RunConfig, process: Process, shape: WorldShape, data: PreparedData, recorder: Recorder
+        self,
+        config: RunConfig,
+        process: Process,
+        shape: WorldShape,
+        data: PreparedData,
+        recorder: Recorder,
+        signals: StopSignals,
     ) -> None:
         self.config, self.process, self.shape, self.data, self.recorder = config, process, shape, data, recorder
+        self.signals = signals
         self.batch = resolve_batch(config, process.ranks)
         mesh = Mesh.create(shape, process.timeout)
         links = Links.discover(process.device)
@@ -68,19 +80,25 @@ class TrainingRun:
         self.loads: list[dict[str, float]] = []
         self.curve: list[dict[str, Any]] = []
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Does the steps; returns whether it stopped before the last one because it was asked to."""
         train = self.config.train
         self.recorder.announce(self._description())
         for step in range(1, train.steps + 1):
-            self._train_step(step)
-            last = step == train.steps
+            stop_asked, last = self._train_step(step), step == train.steps
+            if stop_asked and not last:
+                self.signals.reached()
+                self.recorder.stopped(step)
+                return True
             if last or (train.eval_every and step % train.eval_every == 0):
                 self._evaluate(step)
         self._finish()
+        return False
 
-    def _train_step(self, step: int) -> None:
+    def _train_step(self, step: int) -> bool:
+        """One step; returns whether a rank has asked to stop after it."""
         started = time.perf_counter()
-        outcome = self.engine.forward_backward(self.loader.batch(step - 1))
+        outcome = self.engine.forward_backward(self.loader.batch(step - 1), lambda: self.signals.wanted)
         _stop_if_broken(step, outcome)
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
@@ -90,6 +108,7 @@ class TrainingRun:
             self.loads.append(self._loads(outcome))
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
+        return outcome.stop
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
         recent = self.step_seconds[-self.config.train.log_every :]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launcher import runners
+from launcher.job import Job, Launcher
 from moe_dist import __version__, cli
 from moe_dist.cli import training
 from moe_dist.config import RunConfig, load_config
@@ -59,7 +60,7 @@ def test_it_runs_as_a_module_too() -> None:
         (["launch", "--ranks", "x", "CONFIG"], "--ranks"),
         (["launch", "--ranks", "0", "CONFIG"], "--ranks 0"),
         (["launch", "--ranks", "3", "CONFIG"], "train.global_batch_size=32 is not divisible by the 3 ranks"),
-        (["launch", "--launcher", "mpi", "CONFIG"], "'mpi'"),
+        (["launch", "--launcher", "pbs", "CONFIG"], "'pbs'"),
         (["launch", "--frob", "CONFIG"], "--frob"),
         (["launch", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["config", "CONFIG", "moe.expert=3"], "did you mean 'moe.experts'?"),
@@ -95,9 +96,9 @@ def test_launch_shows_its_command(moe_dist: Any, config: str) -> None:
 def test_launch_passes_on_the_exit_code_and_the_json_file(
     moe_dist: Any, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs: list[runners.Job] = []
+    jobs: list[Job] = []
 
-    def launch(job: runners.Job) -> int:
+    def launch(job: Job) -> int:
         jobs.append(job)
         return 137
 
@@ -105,7 +106,7 @@ def test_launch_passes_on_the_exit_code_and_the_json_file(
     target = tmp_path / "a file: with odd name.json"
     code, _, _ = moe_dist("launch", "--launcher", "torchrun", "--json", str(target), config)
     assert code == 137
-    assert jobs[0].launcher is runners.Launcher.TORCHRUN
+    assert jobs[0].launcher is Launcher.TORCHRUN
     assert load_config(jobs[0].words[0], jobs[0].words[1:]).summary_copy == str(target)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from launcher import runners
+from launcher.job import Job, Launcher
 from launcher.supervise import run_job
 
 HERE = Path(__file__).resolve().parent
@@ -13,12 +14,14 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> int:
     who, count, config = sys.argv[1:]
-    if who in list(runners.Launcher):
-        entry = HERE / "fake_rank.py"
-        return runners.launch(runners.Job(runners.Launcher(who), int(count), (config,), entry=entry))
+    if who in list(Launcher):
+        return runners.launch(Job.here(Launcher(who), int(count), (config,), HERE / "fake_rank.py"))
     command = [sys.executable, str(HERE / "fake_launcher.py"), count, who, str(HERE / "fake_rank.py"), config]
-    job = runners.Job(runners.Launcher.DEEPSPEED, int(count), ())
-    return run_job(command, runners.environment(job), int(count), rendezvous_file=True)
+    job = Job.here(Launcher.DEEPSPEED, int(count), ())
+    outcome = run_job(command, runners.environment(job), job.ranks_of(0), rendezvous_file=True)
+    if outcome.line:
+        print(f"moe-dist: {outcome.line}", file=sys.stderr)
+    return outcome.exit_code
 
 
 if __name__ == "__main__":
