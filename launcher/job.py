@@ -95,7 +95,7 @@ def plan(
         LaunchError: sizes that contradict each other, machines that are not named, more ranks than visible GPUs.
     """
     config = load_config(config_path, overrides)
-    nodes = _nodes(launcher, size, config)
+    nodes = machines(launcher, size, _ranks_wanted(config))
     job = Job(launcher, nodes, (config_path, *overrides), config.world.threads, port=port, options=tuple(options))
     gpus = visible_gpus() if job.is_here and config.world.backend != "gloo" else []
     if 0 < len(gpus) < job.ranks:
@@ -106,28 +106,35 @@ def plan(
     return job
 
 
-def _nodes(launcher: Launcher, size: Size, config: RunConfig) -> tuple[Node, ...]:
+def machines(launcher: Launcher, size: Size, ranks_wanted: int) -> tuple[Node, ...]:
+    """The machines of a job and how many ranks each runs.
+
+    Args:
+        ranks_wanted: of the whole job, where `size` does not say.
+
+    Raises:
+        LaunchError: sizes that contradict each other, or machines that are not named.
+    """
     _require_positive(size)
     if size.hostfile is not None:
         if launcher is Launcher.SLURM:
             raise LaunchError("--hostfile does not go with --launcher slurm, which chooses the nodes: give --nodes")
         nodes = take(read_hostfile(size.hostfile), size.nodes, size.ranks_per_node)
     else:
-        nodes = _unnamed(launcher, size, config)
+        nodes = _unnamed(launcher, size, size.ranks or ranks_wanted)
     ranks = sum(node.ranks for node in nodes)
     if size.ranks not in (None, ranks):
         raise LaunchError(f"--ranks {size.ranks} contradicts {len(nodes)} node(s) with {ranks} ranks together")
     return nodes
 
 
-def _unnamed(launcher: Launcher, size: Size, config: RunConfig) -> tuple[Node, ...]:
+def _unnamed(launcher: Launcher, size: Size, wanted: int) -> tuple[Node, ...]:
     """Machines without a host file: this one, or as many as asked of SLURM."""
     count = size.nodes or 1
     if count > 1 and launcher is not Launcher.SLURM:
         raise LaunchError(f"--nodes {count} needs --hostfile: a file with a line `HOST slots=N` for each machine")
     per_node = size.ranks_per_node
     if per_node is None:
-        wanted = size.ranks or _ranks_wanted(config)
         per_node, left = divmod(wanted, count)
         if left or not per_node:
             raise LaunchError(f"{wanted} ranks cannot be divided over --nodes {count}: give --ranks-per-node")

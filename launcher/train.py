@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder's `train`, `faults`, ...
@@ -23,8 +23,11 @@ from moe_dist.errors import EXIT_STOPPED, ConfigError, LaunchError
 SPEAK_LATER_SECONDS = 3.0
 
 
-def run_rank(config_path: str, overrides: Sequence[str]) -> int:
+def run_rank(config_path: str | None, overrides: Sequence[str], work: Callable[[RunConfig], bool] | None = None) -> int:
     """Does one rank's whole work: finds its place, checks the configuration, trains.
+
+    Args:
+        work: what to do instead of training; true: stopped before its end because it was asked to.
 
     Returns:
         The exit code; whatever went wrong has been printed and recorded by then.
@@ -38,7 +41,8 @@ def run_rank(config_path: str, overrides: Sequence[str]) -> int:
         faults.register(place.rank, leave_with_parent=place.kind != "environment")
     try:
         config = _accepted_config(place, config_path, overrides)
-        if _train(config):
+        _hush_libraries()
+        if (work or _train)(config):
             return _stopped(place)
     except KeyboardInterrupt:
         return _leave(place, _interrupted(place))
@@ -68,7 +72,9 @@ def writable(file: Path) -> str:
     return str(target)
 
 
-def _accepted_config(place: environment.RankEnvironment, config_path: str, overrides: Sequence[str]) -> RunConfig:
+def _accepted_config(
+    place: environment.RankEnvironment, config_path: str | None, overrides: Sequence[str]
+) -> RunConfig:
     config = load_config(config_path, overrides)
     resolve_world(config, place.world_size)
     resolve_batch(config, place.world_size)
@@ -84,7 +90,6 @@ def _accepted_config(place: environment.RankEnvironment, config_path: str, overr
 
 def _train(config: RunConfig) -> bool:
     """Trains; returns whether it stopped before its end because it was asked to."""
-    _hush_libraries()
     from moe_dist.training.run import train  # here, since it loads torch
 
     return train(config)

@@ -21,17 +21,17 @@ class Recorder:
     ) -> None:
         pass
 
-    def announce(self, message: str) -> None:
-        """A line above the progress display."""
+    def note(self, message: str) -> None:
+        """A line above the progress display, about something that has just happened."""
+
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        """Something that happened, for `events.jsonl`."""
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """Figures of a logged step."""
 
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
         """A validation loss."""
-
-    def stopped(self, step: int) -> None:
-        """The run stops after this step because it was asked to."""
 
     def finish(self, summary: dict[str, Any]) -> None:
         """The run is complete."""
@@ -64,8 +64,11 @@ class RunRecorder(Recorder):
         finally:
             self._folder.__exit__(kind, error, trace)
 
-    def announce(self, message: str) -> None:
+    def note(self, message: str) -> None:
         self._progress.note(message)
+
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        self._folder.event(name, step, **fields)
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         self._folder.log(step, values)
@@ -80,10 +83,6 @@ class RunRecorder(Recorder):
         self._folder.event("evaluation", step, tokens=tokens, loss=loss, perplexity=perplexity(loss))
         self._folder.log(step, {"tokens": tokens, "validation": {"loss": loss, "perplexity": perplexity(loss)}})
         self._progress.update(step, validation_loss=loss)
-
-    def stopped(self, step: int) -> None:
-        self._folder.event("stopped", step)
-        self._progress.note(f"asked to stop: stopped after step {step}")
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._folder.write_summary(summary)

@@ -20,6 +20,7 @@ from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
 from moe_dist.training.evaluate import validation_loss
 from moe_dist.training.interrupt import StopSignals
+from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, RunRecorder, perplexity
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.totals import all_to_all_totals, peak_memory
@@ -76,6 +77,7 @@ class TrainingRun:
         )
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
+        self.coordinator = Coordinator(self.engine, config, recorder)
         self.step_seconds: list[float] = []
         self.loads: list[dict[str, float]] = []
         self.curve: list[dict[str, Any]] = []
@@ -83,12 +85,13 @@ class TrainingRun:
     def run(self) -> bool:
         """Does the steps; returns whether it stopped before the last one because it was asked to."""
         train = self.config.train
-        self.recorder.announce(self._description())
+        self.recorder.note(self._description())
         for step in range(1, train.steps + 1):
             stop_asked, last = self._train_step(step), step == train.steps
             if stop_asked and not last:
                 self.signals.reached()
-                self.recorder.stopped(step)
+                self.recorder.note(f"asked to stop: stopped after step {step}")
+                self.recorder.event("stopped", step)
                 return True
             if last or (train.eval_every and step % train.eval_every == 0):
                 self._evaluate(step)
@@ -98,11 +101,14 @@ class TrainingRun:
     def _train_step(self, step: int) -> bool:
         """One step; returns whether a rank has asked to stop after it."""
         started = time.perf_counter()
-        outcome = self.engine.forward_backward(self.loader.batch(step - 1), lambda: self.signals.wanted)
+        self.coordinator.before_step(step)
+        sequences_BS = self.loader.batch(step - 1)
+        outcome = self.engine.forward_backward(sequences_BS, lambda: self.signals.wanted)
         _stop_if_broken(step, outcome)
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
+        self.coordinator.after_step(step, outcome, sequences_BS)
         self.step_seconds.append(time.perf_counter() - started)
         if self.config.moe.kind != "dense":
             self.loads.append(self._loads(outcome))
@@ -136,6 +142,7 @@ class TrainingRun:
         self.recorder.evaluation(step, tokens, loss)
 
     def _finish(self) -> None:
+        self.coordinator.close()
         config, steps = self.config, self.config.train.steps
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
         tokens, loss = steps * self.tokens_per_step, self.curve[-1]["loss"]
@@ -153,6 +160,7 @@ class TrainingRun:
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(ledger, tokens, config.model.layers, self.process),
                 "load": _last_fifth(self.loads),
+                "recluster": self.coordinator.totals,
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),
                     "peak_rss_bytes_by_rank": peaks.rss_by_rank,
