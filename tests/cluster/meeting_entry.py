@@ -22,7 +22,8 @@ def meet(config: RunConfig) -> bool:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     hosts: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
-    print(f"rank {dist.get_rank()} met {hosts}, seed {config.seed}", flush=True)
+    line = f"rank {dist.get_rank()} met {hosts}, seed {config.seed}\n"
+    os.write(sys.stdout.fileno(), line.encode())  # whole: print may let another rank in before the end of the line
     dist.barrier()
     what, _, who = os.environ.get("MOE_DIST_TEST_MEETING", "").partition(":")
     if what == "exit" and int(who) == dist.get_rank():

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,16 @@ def test_launch_on_two_nodes(ssh: Bed, config: Path, hostfile: Path, launcher: s
     assert_met(output, started_by, 5)
 
 
+def wait_for_ranks(launch: "subprocess.Popen[str]") -> None:
+    """Returns when all four have told whom they met."""
+    assert launch.stdout is not None
+    told, lines = 0, []
+    while told < 4:
+        lines.append(launch.stdout.readline())
+        assert lines[-1], f"the job ended: {lines}"
+        told += " met [" in lines[-1]
+
+
 def ranks_on(node: Node) -> list[str]:
     """Commands that belong to a job and still run on a node."""
     shown = node.run("sh", "-c", r"for f in /proc/[0-9]*/cmdline; do tr '\0' ' ' <$f; echo; done 2>/dev/null")
@@ -122,9 +133,7 @@ def test_ctrl_c_ends_the_job_on_all_nodes(ssh: Bed, config: Path, hostfile: Path
     command = ("python", LAUNCH, "local", hostfile, config)
     launch = ssh.head.start(*command, env=RANKS | {TOLD: "sleep"})
     try:
-        assert launch.stdout is not None
-        lines = iter(launch.stdout.readline, "")
-        assert sum("met" in line and "seed" in line for line, _ in zip(lines, range(5), strict=False)) == 4
+        wait_for_ranks(launch)
         supervisor = ssh.head.run("pgrep", "-f", "launch_meeting.py local").split()[0]
         ssh.head.run("kill", f"-{signal.SIGINT.value}", supervisor)
         output = finish(launch, 30)
@@ -147,9 +156,7 @@ def test_a_node_that_is_lost_ends_the_job(fragile: Bed, config: Path, hostfile: 
     command = ("python", LAUNCH, "local", hostfile, config)
     launch = fragile.head.start(*command, env=RANKS | {TOLD: "sleep"})
     try:
-        assert launch.stdout is not None
-        while "rank 2 met" not in (line := launch.stdout.readline()):
-            assert line, "the job ended"
+        wait_for_ranks(launch)
         fragile.crash("n2")
         output = finish(launch, 60)
         assert launch.returncode == 1, output
