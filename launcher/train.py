@@ -120,7 +120,8 @@ def _interrupted(place: environment.RankEnvironment) -> int:
 def _stopped(place: environment.RankEnvironment) -> int:
     """A rank that stopped as asked, with all others: whoever started the job may start it again."""
     faults.mark_done(place.rank, faults.STOPPED)
-    return 0 if faults.supervised_folder() is not None else EXIT_STOPPED
+    others_would_be_killed = faults.supervised_folder() is not None or place.kind == "slurm"
+    return 0 if others_would_be_killed else EXIT_STOPPED
 
 
 def _leave(place: environment.RankEnvironment, code: int) -> int:
