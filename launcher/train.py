@@ -64,11 +64,11 @@ def with_json(overrides: Sequence[str], file: Path | None) -> list[str]:
     return [*overrides] if file is None else [*overrides, f"summary_copy={json.dumps(writable(file))}"]
 
 
-def writable(file: Path) -> str:
-    """The absolute path of a file that can be written, or a LaunchError."""
+def writable(file: Path, option: str = "--json") -> str:
+    """The absolute path of a file that can be written, or a LaunchError that names the option."""
     target = file.absolute()
     if target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise LaunchError(f"--json {file}: cannot be written: give a file in a folder that exists")
+        raise LaunchError(f"{option} {file}: cannot be written: give a file in a folder that exists")
     return str(target)
 
 
@@ -92,7 +92,12 @@ def _train(config: RunConfig) -> bool:
     """Trains; returns whether it stopped before its end because it was asked to."""
     from moe_dist.training.run import train  # here, since it loads torch
 
-    return train(config)
+    return train(config, _give_up)
+
+
+def _give_up(error: Exception) -> None:
+    """Ends a rank whose main thread hangs, from another thread."""
+    os._exit(faults.report(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), error))
 
 
 def _hush_libraries() -> None:

@@ -35,3 +35,9 @@ class DataError(MoeDistError):
 
 class TrainingError(MoeDistError):
     """A run that had to stop: a loss that is not finite, a rank that disagrees with the others."""
+
+
+class CheckpointError(MoeDistError):
+    """A checkpoint that is missing, damaged, hostile, or does not fit the configuration."""
+
+    exit_code = EXIT_REFUSED

@@ -164,6 +164,10 @@ def _train_until_asked(words: list[str]) -> bool:
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
     assert run_ranks(_train_until_asked, 2, _words(tmp_path)) == [True, True]
-    events = [json.loads(line) for line in (tmp_path / "runs" / "smoke" / "events.jsonl").read_text().splitlines()]
-    assert (events[-1]["event"], events[-1]["step"]) == ("stopped", 3)
-    assert not (tmp_path / "runs" / "smoke" / "summary.json").exists()
+    run = tmp_path / "runs" / "smoke"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events[-2:]] == [("checkpoint", 3), ("stopped", 3)]
+    assert not (run / "summary.json").exists()
+    run_ranks(_train, 2, _words(tmp_path, "name=undisturbed"))
+    run_ranks(_train, 2, _words(tmp_path, "checkpoint.resume=auto"))
+    assert _summary(tmp_path, "smoke")["validation"] == _summary(tmp_path, "undisturbed")["validation"]
