@@ -56,7 +56,7 @@ def main() -> int:
         outcome = run_job(part.command, environment, ranks, rendezvous_file=False)
     except (OSError, LaunchError) as error:
         outcome = Outcome(EXIT_REFUSED, faults.describe(error))
-    print(OUTCOME + json.dumps(asdict(outcome)), file=sys.stderr, flush=True)
+    print(say_outcome(outcome), file=sys.stderr, flush=True)
     return outcome.exit_code
 
 
@@ -78,6 +78,11 @@ def _read_line(orders: int) -> bytes:
             return b""
         line += byte
     return line
+
+
+def say_outcome(outcome: Outcome) -> str:
+    """The line that tells how a part has ended."""
+    return OUTCOME + json.dumps(asdict(outcome))
 
 
 def read_outcome(line: str) -> Outcome | None:

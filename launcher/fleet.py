@@ -58,7 +58,7 @@ def run(job: Job, variables: Mapping[str, str]) -> Outcome:
             part.stop()
         for part in parts:
             part.kill()
-    return _conclude([part.outcome() for part in parts], heard)
+    return conclude([part.outcome() for part in parts], heard)
 
 
 class _RemotePart:
@@ -161,7 +161,7 @@ def _signals_passed_to(parts: list[_RemotePart]) -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _conclude(outcomes: list[Outcome], heard: list[int]) -> Outcome:
+def conclude(outcomes: list[Outcome], heard: list[int]) -> Outcome:
     """What the parts' endings mean for the job: the fault that the others follow from, else the first that is odd."""
     known = [outcome.fault for outcome in outcomes if outcome.fault is not None]
     cause = faults.root_cause(known)

@@ -15,7 +15,7 @@ from moe_dist.training.interrupt import StopSignals
 
 
 def wait_for_all(rank: str) -> None:
-    folder = Path(os.environ["MOE_DIST_JOB_FOLDER"])
+    folder = Path(os.environ.get("FAKE_MEETING") or os.environ["MOE_DIST_JOB_FOLDER"])
     (folder / f"{rank}.up").touch()
     while len(list(folder.glob("*.up"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)

@@ -1,4 +1,7 @@
-"""Supervises one job of fake ranks in a process of its own, as `moe-dist launch` does: WHO N CONFIG."""
+"""Supervises one job of fake ranks in a process of its own, as `moe-dist launch` does: WHO N CONFIG.
+
+WHO `fleet`: half of the ranks on each of two machines, a and b.
+"""
 
 import sys
 from pathlib import Path
@@ -6,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from launcher import runners
+from launcher.hosts import Node
 from launcher.job import Job, Launcher
 from launcher.supervise import run_job
 
@@ -14,6 +18,9 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> int:
     who, count, config = sys.argv[1:]
+    if who == "fleet":
+        nodes = tuple(Node(host, int(count) // 2) for host in ("a", "b"))
+        return runners.launch(Job(Launcher.LOCAL, nodes, (config,), entry=HERE / "fake_rank.py"))
     if who in list(Launcher):
         return runners.launch(Job.here(Launcher(who), int(count), (config,), HERE / "fake_rank.py"))
     command = [sys.executable, str(HERE / "fake_launcher.py"), count, who, str(HERE / "fake_rank.py"), config]
