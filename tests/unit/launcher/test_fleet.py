@@ -18,6 +18,7 @@ from launcher.faults import Fault
 from launcher.hosts import Node
 from launcher.job import Job, Launcher
 from launcher.supervise import STOPPED, Outcome
+from moe_dist.errors import LaunchError
 from tests.unit.launcher.test_supervise import JOB, LIMIT, assert_none_left, wait_for_ranks
 
 HERE = Path(__file__).parent
@@ -112,7 +113,7 @@ def test_a_machine_that_cannot_be_reached_is_named(config: Path, monkeypatch: py
 
 def test_without_ssh_it_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "MOE_DIST_SSH", "/nowhere/ssh")
-    with pytest.raises(fleet.LaunchError, match=r"ssh cannot be run \(No such file or directory\)"):
+    with pytest.raises(LaunchError, match=r"ssh cannot be run \(No such file or directory\)"):
         fleet.run(Job(Launcher.LOCAL, (Node("a", 1), Node("b", 1)), (str(config),)), {})
 
 

@@ -1,5 +1,6 @@
 """What the doctor makes of the facts, and the whole examination on two ranks."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,9 +74,8 @@ def _examine(folder: str, nodes: tuple[int, ...], blind: int | None) -> str:
 
     Links.discover = classmethod(lambda cls, device: cls(dist.get_rank(), nodes))  # type: ignore[method-assign, assignment]
     if dist.get_rank() == blind:
-        doctor.SHARED_SECONDS = 0.0  # type: ignore[misc]
-        doctor._appears = lambda path: False  # type: ignore[assignment]
-    doctor.leave = lambda: None  # run_ranks ends the group itself
+        doctor._appears = lambda path: False
+    doctor.leave = lambda: None  # type: ignore[attr-defined]  # run_ranks ends the group itself
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
@@ -86,31 +86,21 @@ def _examine(folder: str, nodes: tuple[int, ...], blind: int | None) -> str:
 
 
 def test_an_examination_says_one_line_a_check(tmp_path: Path) -> None:
-    said, silence = run_ranks(_examine, 2, str(tmp_path), (0, 1), None)
+    said, silence = run_ranks(_examine, 2, str(tmp_path), (0, 0), None)
     assert silence == ""
     lines = [line.split(maxsplit=1) for line in said.splitlines()]
     assert {status for status, _ in lines} <= {"ok", "warn"}, said
-    starts = [
-        "ranks",
-        "versions",
-        "devices",
-        "host names",
-        "inside",
-        "between",
-        "shared",
-        "clocks",
-        "memory",
-        "disk",
-        "C",
-    ]
+    starts = ["ranks", "versions", "devices", "host", "inside", "between", "shared", "clocks", "memory", "disk", "C"]
     assert [text for _, text in lines if not any(text.startswith(start) for start in starts)] == []
     assert len(lines) == len(starts)
-    assert "2 on 2 node(s)" in said
-    assert "MB/s out of each node" in said
+    assert "2 on 1 node(s)" in said
+    assert "MB/s out of each rank" in said
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_check_is_named_and_fails_the_command(tmp_path: Path) -> None:
-    said, _ = run_ranks(_examine, 2, str(tmp_path), (0, 0), 1)
+    said, _ = run_ranks(_examine, 2, str(tmp_path), (0, 1), 1)
     assert "fail  shared files" in said
-    assert said.splitlines()[-1] == "1 of 11 checks failed: shared files"
+    assert "MB/s out of each node" in said
+    # whether the host's own name is good enough for a second node depends on this machine
+    assert re.fullmatch(r"\d of 11 checks failed: (host names, )?shared files", said.splitlines()[-1])

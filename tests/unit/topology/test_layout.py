@@ -1,6 +1,7 @@
 """Which groups reach across nodes, against a count over all pairs of ranks."""
 
-from itertools import combinations
+from collections.abc import Callable
+from itertools import combinations, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,10 +18,10 @@ SHAPES = st.builds(WorldShape, SIZES, SIZES, SIZES)
 def test_pairs_are_those_that_share_a_group(shape: WorldShape, data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, shape.ranks), max_size=3).map(sorted))
     edges = [0, *cuts, shape.ranks]
-    nodes = nodes_of_ranks([after - before for before, after in zip(edges, edges[1:], strict=False)])
+    nodes = nodes_of_ranks([after - before for before, after in pairwise(edges)])
     found = {entry.kind: entry for entry in crossings(shape, nodes)}
     at = [coordinates_of(shape, rank) for rank in range(shape.ranks)]
-    together = {
+    together: dict[GroupKind | None, Callable[[int, int], bool]] = {
         GroupKind.STAGE_ONE: lambda a, b: (at[a].data, at[a].shard) == (at[b].data, at[b].shard),
         GroupKind.CLUSTER: lambda a, b: (at[a].data, at[a].cluster) == (at[b].data, at[b].cluster),
         GroupKind.EXPERT_PARALLEL: lambda a, b: at[a].data == at[b].data,
