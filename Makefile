@@ -14,9 +14,9 @@ RANKS ?= 4
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo test test-fast test-cluster checks format clean
+.PHONY: help install demo test test-fast test-cluster soak checks format clean
 help:
-	@echo "make install | demo | test | test-fast | test-cluster | checks | format | clean"
+	@echo "make install | demo | test | test-fast | test-cluster | soak | checks | format | clean"
 
 install: $(INSTALLED)
 
@@ -42,6 +42,9 @@ test-fast: install
 test-cluster: install
 	tests/cluster/install.sh
 	python -m pytest tests/cluster
+
+soak: install  # kills training 200 times: an hour or so
+	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)
 
 checks: install
 	ruff check .

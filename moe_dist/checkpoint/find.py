@@ -1,6 +1,5 @@
 """Which checkpoint to go on from: all ranks check the files together, and agree."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -8,7 +7,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from moe_dist.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from moe_dist.checkpoint.store import FINAL, check, checkpoints_of
+from moe_dist.checkpoint.store import FINAL, check, checkpoints_of, step_of
 from moe_dist.errors import CheckpointError
 
 Value = TypeVar("Value")
@@ -33,7 +32,7 @@ def newest_good(run: Path, *, weights: bool = False) -> Found | None:
         CheckpointError: there are checkpoints, but every one is damaged.
     """
     damaged: dict[Path, str] = {}
-    for candidate in agreed(list(_candidates(run, weights))):
+    for candidate in agreed(_candidates(run, weights)):
         problem = first_problem(candidate)
         if problem is None:
             return Found(candidate, read_manifest(candidate), damaged)
@@ -75,10 +74,16 @@ def first_problem(checkpoint: Path) -> str | None:
     return next((problem for problem in problems if problem), None)
 
 
-def _candidates(run: Path, weights: bool) -> Iterator[Path]:
-    if weights and is_checkpoint(run / FINAL):
-        yield run / FINAL
-    yield from checkpoints_of(run)
+def _candidates(run: Path, weights: bool) -> list[Path]:
+    """What may be read, the latest step first; weights of the end before a checkpoint of the same step."""
+    found = [(step_of(path), 0, path) for path in checkpoints_of(run)]
+    final = run / FINAL
+    if weights and is_checkpoint(final):
+        try:
+            found.append((read_manifest(final).step, 1, final))
+        except CheckpointError:
+            found.append((0, 1, final))  # damaged: named as such if nothing else is whole
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def agreed(value: Value) -> Value:

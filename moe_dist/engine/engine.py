@@ -86,17 +86,15 @@ class Engine:
 
     def _agree(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
         """Sums loads, losses, faults and wishes to stop over the ranks: the one small collective of a step."""
-        balance, baseline, ranks = self.model.context.balance, self.model.context.baseline, self.process.ranks
+        balance, ranks = self.model.context.balance, self.process.ranks
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
         faults[self.process.rank] = (~loss.isfinite()).double()
         stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
         mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop])
-        packed = torch.cat([mine, faults, balance.count_LE.flatten().double(), baseline.sum_2LG.flatten()])
+        packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
         balance.clear_counts()
-        sizes = [len(mine), ranks, balance.count_LE.numel(), baseline.sum_2LG.numel()]
-        (loss_sum, dropped, stop), faults, counts, gates = packed.cpu().split(sizes)
-        baseline.finish_step(gates.view_as(baseline.sum_2LG))
+        (loss_sum, dropped, stop), faults, counts = packed.cpu().split([len(mine), ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
         return StepOutcome(float(loss_sum) / ranks, broken, count_LE, float(dropped), bool(stop > 0))

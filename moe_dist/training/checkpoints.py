@@ -24,7 +24,7 @@ class RunCheckpoints:
     def __init__(self, config: RunConfig, engine: Engine, data: DataRecord, parts: Parts, recorder: Recorder) -> None:
         """Args: parts: what outlives a step besides the model, its optimizer, its balance and the random generators."""
         self._options, self._recorder = config.checkpoint, recorder
-        run = agreed(recorder.folder)
+        run = agreed(recorder.folder and recorder.folder.absolute())
         assert run is not None, "rank 0 has a folder"
         self._run = run
         self._saver = CheckpointSaver(run, config.checkpoint, engine.process)

@@ -61,7 +61,7 @@ def open_recorder(config: RunConfig, rank: int, resumption: Resumption | None) -
         return Recorder()
     if resumption is None or resumption.run is None:
         recorder = RunRecorder(config)
-        recorder.event("started", 0, job=job_id())
+        recorder.event("started", 0, run=config.name, job=job_id())
     else:
         recorder = RunRecorder(config, resumption.run, resumption.step)
     if resumption is not None:
@@ -132,14 +132,14 @@ def _newest_run(config: RunConfig, job: str | None) -> Path | None:
     runs = Path(config.runs_dir)
     found = [path for path in (runs.iterdir() if runs.is_dir() else []) if pattern.fullmatch(path.name)]
     numbered = sorted(found, key=lambda path: int(path.name.removeprefix(config.name)[1:] or 1), reverse=True)
-    return next((path for path in numbered if job is None or _job_of(path) == job), None)
+    return next((path for path in numbered if _is_run_of(path, config.name, job)), None)
 
 
-def _job_of(run: Path) -> str | None:
-    """The job that made a run's folder, as the first line of its events says."""
+def _is_run_of(run: Path, name: str, job: str | None) -> bool:
+    """Whether the first line of a run's events says that name, and that job where one is given."""
     try:
         with (run / "events.jsonl").open(encoding="utf-8") as file:
-            job = json.loads(file.readline()).get("job")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return job if isinstance(job, str) else None
+            started = json.loads(file.readline())
+        return bool(started["run"] == name and job in (None, started["job"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -19,9 +20,11 @@ from moe_dist.config import RunConfig
 from moe_dist.errors import EXIT_FAILURE, TrainingError
 
 STACKS = "stacks"
-WAITING_SECONDS = 2.0
-"""How long a rank that only waits for another leaves that one to speak first."""
-LOCKED_SECONDS = 5.0
+STACKS_SECONDS = 2.0
+"""How long a rank stays after it has written its stacks, so that all others write theirs: losing a peer ends them."""
+WAITING_SECONDS = 4.0
+"""The same for one that only waits for another rank: that one speaks first."""
+LOCKED_SECONDS = 3.0
 """How long after the watchdog in Python the one in C acts."""
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/moe_dist/dispatch/channel.py")
 
@@ -52,7 +55,7 @@ class Watchdog:
         self._path = run / STACKS / f"rank-{rank:05}.txt"
         self._main = threading.main_thread().ident or 0
         self._doing, self._deadline = "start", 0.0
-        self._ended = threading.Event()
+        self._ended, self._barked = threading.Event(), False
         self._file: TextIO | None = None
 
     def alive(self, doing: str) -> None:
@@ -63,7 +66,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self._seconds:
-            self._path.parent.mkdir(exist_ok=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("w", encoding="utf-8")
             self.alive("start")
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -76,8 +79,9 @@ class Watchdog:
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
-            self._path.unlink(missing_ok=True)
-            if not any(self._path.parent.iterdir()):
+            if not self._barked:
+                self._path.unlink()
+            with suppress(OSError):  # another rank has left its stacks, or is still here
                 self._path.parent.rmdir()
 
     def _watch(self) -> None:
@@ -85,12 +89,14 @@ class Watchdog:
             if self._ended.wait(left):
                 return
         assert self._file is not None
+        self._barked = True
+        faulthandler.cancel_dump_traceback_later()  # Python's lock is free: no need for the other guard
         self._file.write(f"rank {self._rank}: no progress for {self._seconds:g} s since {self._doing}\n")
         self._file.flush()
         faulthandler.dump_traceback(self._file)
         where, waits = self._place()
-        if waits:
-            time.sleep(WAITING_SECONDS)
+        if self._ended.wait(WAITING_SECONDS if waits else STACKS_SECONDS):
+            return  # it went on, or fails by itself
         what = "waits for another rank" if waits else "hangs"
         self._give_up(
             TrainingError(

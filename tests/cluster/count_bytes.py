@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from moe_dist.config import ModelConfig, MoEConfig, WorldShape
 from moe_dist.dispatch.traffic import TrafficLedger
-from moe_dist.model.advantage_gate import GateBaseline
 from moe_dist.model.balance_state import BalanceState
 from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.context import LayerContext
@@ -50,8 +49,7 @@ def main() -> None:
     mesh = Mesh.create(shape, timedelta(seconds=60))
     ledger = TrafficLedger(Links.discover(device))
     placement = ExpertPlacement.contiguous(MOE.experts, MOE.clusters, shape)
-    balance, baseline = BalanceState.create(1, MOE, device), GateBaseline.create(1, MOE.clusters, device)
-    context = LayerContext(mesh, [placement], balance, baseline, ledger, 0)
+    context = LayerContext(mesh, [placement], BalanceState.create(1, MOE, device), ledger, 0)
     layer = ClusteredMoE(0, ModelConfig(hidden_size=HIDDEN, heads=2, layers=1), MOE, context)
     torch.manual_seed(mesh.rank)
     x_TD = torch.randn(TOKENS, HIDDEN, requires_grad=True)

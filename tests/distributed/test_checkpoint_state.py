@@ -31,7 +31,7 @@ HALF = 3
 DATA = DataRecord(train_checksum=1, validation_checksum=2, vocab_size=VOCABULARY, next_step=0)
 VARIANTS = [
     *(["moe.top_clusters=2", f"world.zero_stage={stage}", "train.precision=float32"] for stage in (0, 1, 2)),
-    ["world.zero_stage=1", "train.precision=bfloat16"],
+    *([f"world.zero_stage={stage}", "train.precision=bfloat16"] for stage in (0, 1, 2)),
     ["moe.kind=standard", "world.zero_stage=2", "train.precision=float32", "moe.shared_expert_hidden=8"],
     ["moe.kind=dense", "world.zero_stage=1", "train.precision=float32"],
 ]

@@ -18,8 +18,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moe_dist.checkpoint.saver import CheckpointSaver
 from moe_dist.checkpoint.store import check, checkpoints_of
 from moe_dist.config import load_config
+from moe_dist.data import SequenceLoader
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.errors import MoeDistError, TrainingError
 from moe_dist.training.run import train
@@ -226,6 +228,70 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(folder: Path) -> None:
     assert "rank 1: " in failed["error"]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     check(run / "checkpoints" / "step-00000003")
+
+
+def _write_late(words: list[str]) -> None:
+    """The checkpoint of step 3 is written only when step 5 has begun: training that waited for it would never end."""
+    reached, write, steps = threading.Event(), CheckpointSaver._write, iter(range(1, 100))
+    before = Engine.forward_backward
+
+    def forward_backward(self: Engine, sequences_BS: Tensor, *args: Any) -> StepOutcome:
+        if next(steps) == 5:
+            reached.set()
+        return before(self, sequences_BS, *args)
+
+    def late(self: CheckpointSaver, *args: Any) -> None:
+        assert reached.wait(60)
+        write(self, *args)
+
+    Engine.forward_backward = forward_backward  # type: ignore[method-assign, assignment]
+    CheckpointSaver._write = late  # type: ignore[method-assign,assignment]
+    _train(words)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(folder: Path) -> None:
+    words = ["checkpoint.keep_last=9", "checkpoint.save_final=false"]
+    run_ranks(_write_late, 1, _words(folder, "late", *words))
+    run_ranks(_train, 1, _words(folder, "waits", *words, "checkpoint.asynchronous=false"))
+    late, waits = (checkpoints_of(folder / "runs" / name) for name in ("late", "waits"))
+    assert [path.name for path in late] == [path.name for path in waits] == ["step-00000006", "step-00000003"]
+    for one, other in zip(late, waits, strict=True):
+        found, wanted = (load_file(path / "rank-00000.safetensors") for path in (one, other))
+        different = [name for name, value in wanted.items() if not torch.equal(found[name], value)]
+        assert set(different) <= {"part/account/step_seconds@0", "part/random/python@0"}  # torch's logging draws
+
+
+def _train_until_it_hangs(words: list[str]) -> None:
+    """Rank 1 waits for ever in its fourth step; a rank that gives up says why, and ends."""
+    config = load_config(SMOKE, words)
+
+    def give_up(error: Exception) -> None:
+        (Path(config.runs_dir) / f"rank-{dist.get_rank()}.error").write_text(str(error))
+        os._exit(7)
+
+    before, steps = SequenceLoader.batch, iter(range(1, 100))
+
+    def batch(self: SequenceLoader, step: int) -> Tensor:
+        if next(steps) == 4 and dist.get_rank() == 1:
+            threading.Event().wait()
+        return before(self, step)
+
+    SequenceLoader.batch = batch  # type: ignore[method-assign]
+    train(config, give_up)
+
+
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(folder: Path) -> None:
+    words = _words(folder, "hangs", "world.zero_stage=2", "watchdog.seconds=8", "checkpoint.resume=auto")
+    with pytest.raises(AssertionError, match="ended with exit code 7"):
+        run_ranks(_train_until_it_hangs, 2, words, timeout=120)
+    run = folder / "runs" / "hangs"
+    assert "since step 4: this rank hangs in " in (folder / "runs" / "rank-1.error").read_text()
+    waits, hangs = ((run / "stacks" / f"rank-0000{rank}.txt").read_text() for rank in (0, 1))
+    assert "torch/distributed" in waits
+    assert "_train_until_it_hangs" in hangs
+    assert _lines(run, "events.jsonl")[-1]["event"] == "failed"
+    run_ranks(_train, 2, words)
+    _assert_same_end(run, _straight(folder))
 
 
 def _refused(words: list[str]) -> tuple[str, int]:

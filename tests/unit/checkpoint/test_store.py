@@ -122,3 +122,19 @@ def test_the_manifest_is_a_table_for_people_too(tmp_path: Path) -> None:
     content = json.loads((checkpoint / "manifest.json").read_text())
     assert (content["step"], content["kind"], content["data"]["vocab_size"]) == (3, "training", 300)
     assert set(content["files"]) == {SHARD, "index.json"}
+
+
+def test_weights_come_from_the_latest_step(tmp_path: Path) -> None:
+    def latest() -> str:
+        found = newest_good(tmp_path, weights=True)
+        assert found is not None
+        return found.path.name
+
+    saved(tmp_path, 3)
+    write_checkpoint(tmp_path / "final", manifest(3), state(), rank=0)
+    assert latest() == "final"
+    saved(tmp_path, 5)  # the run went on
+    assert latest() == "step-00000005"
+    write_checkpoint(tmp_path / "final", manifest(6), state(), rank=0)
+    cut(tmp_path / "final" / "manifest.json")
+    assert latest() == "step-00000005"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.metrics import REQUIRED_KEYS, RunFolder, installed_versions, missing_keys, peak_rss_bytes
 from tests.unit.metrics.example import summary
 
@@ -135,5 +135,5 @@ def test_a_run_that_goes_on_repeats_no_line(tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_go_on_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(MoeDistError, match=r"cannot go on with this run: [^\n]+$"):
+    with pytest.raises(ConfigError, match=r"cannot go on with this run: [^\n]+$"):
         RunFolder.reopen(tmp_path / "nowhere", 3, "", tensorboard=False)

@@ -21,10 +21,10 @@ def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def folder(runs: Path, name: str, job: str | None = None) -> Path:
+def folder(runs: Path, name: str, job: str | None = None, of: str = "a") -> Path:
     run = runs / name
     run.mkdir()
-    (run / "events.jsonl").write_text(json.dumps({"event": "started", "step": 0, "job": job}) + "\n")
+    (run / "events.jsonl").write_text(json.dumps({"event": "started", "step": 0, "run": of, "job": job}) + "\n")
     return run
 
 
@@ -37,6 +37,7 @@ def test_auto_takes_the_newest_run_of_the_name(tmp_path: Path) -> None:
     assert chosen(tmp_path / "none", "auto") is None
     for name in ("a", "a-2", "a-10", "a-b", "b-11", "ab", "a-3x"):
         folder(tmp_path, name)
+    folder(tmp_path, "a-11", of="a-11")  # a name that only looks like one of ours
     assert chosen(tmp_path, "auto") == "a-10"
     assert chosen(tmp_path, "none") is None
     assert chosen(tmp_path, "requeued") is None
