@@ -30,7 +30,7 @@ GENTLE_SECONDS = {  # for the ranks to act upon a signal that is passed on to th
 }
 TERMINATE_SECONDS = 4.0  # between SIGTERM and SIGKILL
 SHOW_CURSOR = "\x1b[?25h"
-STOPPED = "stopped as asked; the same command goes on from the checkpoint"
+STOPPED = "stopped as asked, with a checkpoint: the same command and checkpoint.resume=auto goes on from it"
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,19 @@ def test_launch_on_two_nodes(ssh: Bed, config: Path, hostfile: Path, launcher: s
     assert_met(output, started_by, 5)
 
 
+def test_the_doctor_examines_all_nodes(ssh: Bed, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    command = ("moe-dist", "doctor", "--hostfile", tmp_path / "hosts")
+    lines = ssh.head.run(*command, timeout=LIMIT, env=RANKS).splitlines()
+    told = {line[6:19].strip(): line for line in lines if line.split()[0] in ("ok", "warn", "fail")}
+    assert "2 on 2 node(s): n1, n2" in told["ranks"]
+    assert "n1 is 10.77.0.11, n2 is 10.77.0.12" in told["host names"]
+    speed = re.search(r"all-to-all ([\d,]+) MB/s out of each node", told["between nodes"])
+    assert speed is not None
+    assert 0 < int(speed[1].replace(",", "")) < 150  # the cables carry 1 Gbit/s, after a burst
+    assert not any(line.startswith("fail") for line in told.values()), told
+
+
 def wait_for_ranks(launch: "subprocess.Popen[str]") -> None:
     """Returns when all four have told whom they met."""
     assert launch.stdout is not None
