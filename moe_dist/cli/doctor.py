@@ -10,7 +10,7 @@ import typer
 from launcher import doctor as entry
 from launcher import environment, runners
 from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines, plan
-from moe_dist.cli.words import Overrides
+from moe_dist.cli.words import Hostfile, Nodes, Overrides, Port, Ranks, RanksPerNode
 
 ENTRY = Path(entry.__file__)
 
@@ -24,15 +24,16 @@ def doctor(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="YAML file of a run to be started.")] = None,
     overrides: Overrides = None,
     launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.LOCAL,
-    ranks: Annotated[int | None, typer.Option(help="How many; default: what CONFIG says, else 2.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines; default: this one, or all of the host file.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on each machine; default: its slots.")] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="Machines, a line `HOST slots=N` for each.")] = None,
-    port: Annotated[int, typer.Option(help="Where ranks of several machines meet, on the first.")] = DEFAULT_PORT,
+    ranks: Ranks = None,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    hostfile: Hostfile = None,
+    port: Port = DEFAULT_PORT,
 ) -> None:
     """Check versions, devices, links between all ranks, shared files, clocks, memory and disk: one line each.
 
-    Inside a launcher (srun, mpirun, torchrun, deepspeed) this process is one of the ranks. Exit code 1: a check failed.
+    Inside a launcher (srun, mpirun, torchrun, deepspeed) this process is one of the ranks; without CONFIG and --ranks
+    there are two. Exit code 1: a check failed.
     """
     if environment.discover(os.environ).kind != "alone":
         raise typer.Exit(entry.examine_rank(config, overrides or ()))

@@ -1,8 +1,7 @@
 """`moe-dist topology`: where ranks, clusters and experts lie, and what each kind of traffic has to cross."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.table import Table
 
 from launcher.hosts import Node
 from launcher.job import Launcher, Size, plan
-from moe_dist.cli.words import Config, Overrides
+from moe_dist.cli.words import Config, Hostfile, Nodes, Overrides, Ranks, RanksPerNode
 from moe_dist.config import RunConfig, WorldShape, load_config, resolve_world
 
 if TYPE_CHECKING:
@@ -39,10 +38,10 @@ def register(app: typer.Typer) -> None:
 def topology(
     config: Config,
     overrides: Overrides = None,
-    ranks: Annotated[int | None, typer.Option(help="How many; default: what the keys under `world` say.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines; default: one, or all of the host file.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on each machine.")] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="Machines, a line `HOST slots=N` for each.")] = None,
+    ranks: Ranks = None,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    hostfile: Hostfile = None,
 ) -> None:
     """Show which node, clusters and experts each rank has, and which traffic stays inside nodes."""
     # SLURM's rule for sizes fits here: machines need not be named.

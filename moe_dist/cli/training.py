@@ -1,7 +1,6 @@
 """Commands that train, start ranks, and check a configuration."""
 
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +8,7 @@ import typer
 from launcher import runners
 from launcher.job import DEFAULT_PORT, Launcher, Size, plan
 from launcher.train import run_rank, with_json
-from moe_dist.cli.words import Config, Json, Overrides
+from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode
 from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
 
 
@@ -29,11 +28,11 @@ def launch(
     config: Config,
     overrides: Overrides = None,
     launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.DEEPSPEED,
-    ranks: Annotated[int | None, typer.Option(help="How many; default: what the keys under `world` say.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Machines; default: this one, or all of the host file.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on each machine; default: its slots.")] = None,
-    hostfile: Annotated[Path | None, typer.Option(help="Machines, a line `HOST slots=N` for each.")] = None,
-    port: Annotated[int, typer.Option(help="Where ranks of several machines meet, on the first.")] = DEFAULT_PORT,
+    ranks: Ranks = None,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    hostfile: Hostfile = None,
+    port: Port = DEFAULT_PORT,
     launcher_args: Annotated[str, typer.Option(help="Further words for the launcher: '--partition=gpu'.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the command and start nothing.")] = False,
     json_file: Json = None,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import environment
+from launcher import environment, faults
 from launcher import train as entry
 from moe_dist.config import RunConfig
 
@@ -90,7 +90,7 @@ def test_a_run_that_stopped_as_asked_says_so(
     (tmp_path / "run.yaml").write_text("{}")
     os.environ.update(variables)
     monkeypatch.setattr(entry, "_train", lambda config: True)
-    monkeypatch.setattr(entry.faults, "register", lambda rank, leave_with_parent: None)
+    monkeypatch.setattr(faults, "register", lambda rank, leave_with_parent: None)
     assert entry.main([str(tmp_path / "run.yaml")]) == code
 
 
