@@ -159,16 +159,21 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> None:
 class Bed:
     """A head node and nodes n1, n2, ... on one switch, from entering it to leaving it.
 
+    Args:
+        rate: of each node's cable, both ways, in `tc`'s words.
+        delay: microseconds that a frame takes through a cable; a round trip between nodes passes four.
+
     Attributes:
         folder: of its own files; `folder/etc` is what nodes see as parts of /etc.
         nodes: by name, those that are up.
     """
 
-    def __init__(self, folder: Path, nodes: int = 2, rate: str = "1gbit") -> None:
-        self.folder, self._rate = folder, rate
+    def __init__(self, folder: Path, nodes: int = 2, rate: str = "1gbit", delay: int = 0) -> None:
+        self.folder, self._rate, self._delay = folder, rate, delay
         self.addresses = {HEAD: f"{SUBNET}.10", **{f"n{i}": f"{SUBNET}.{10 + i}" for i in range(1, nodes + 1)}}
         self.nodes: dict[str, Node] = {}
         self._switch: subprocess.Popen[bytes] | None = None
+        self._cables: dict[str, subprocess.Popen[bytes]] = {}
         for part in ("ssh", "slurm"):
             (folder / "etc" / part).mkdir(parents=True)
         # The second form of an address is how sockets of IPv6 see it; without it torch warns of every connection.
@@ -206,6 +211,9 @@ class Bed:
         for node in self.nodes.values():
             node.kill()
         self.nodes.clear()
+        for cable in self._cables.values():
+            cable.kill()
+            cable.wait()
         if self._switch is not None:
             self._switch.kill()
             self._switch.wait()
@@ -215,9 +223,7 @@ class Bed:
         node = self.nodes[name] = Node(name, self.addresses[name], self.folder / "etc")
         with suppress(subprocess.CalledProcessError):
             self._on_switch("ip", "link", "del", f"to-{name}")  # of the node's last life
-        self._on_switch(
-            "ip", "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", str(node.pid)
-        )
+        self._lay_cable(node)
         self.plug(name)
         # A fixed MAC address: after a crash the peers' ARP entries stay right, else they send into the void a minute.
         node.run("ip", "link", "set", "eth0", "address", f"02:6d:64:00:00:{int(node.address.split('.')[-1]):02x}")
@@ -245,6 +251,22 @@ class Bed:
         limit = ("root", "tbf", "rate", rate, "burst", MTU_BURST, "limit", QUEUE)
         self.nodes[name].run("tc", "qdisc", "replace", "dev", "eth0", *limit)
         self._on_switch("tc", "qdisc", "replace", "dev", f"to-{name}", *limit)
+
+    def _lay_cable(self, node: Node) -> None:
+        """Joins the node's eth0 to the switch's device `to-NAME`."""
+        here, pid = f"to-{node.name}", str(node.pid)
+        if not self._delay:
+            self._on_switch("ip", "link", "add", here, "type", "veth", "peer", "name", "eth0", "netns", pid)
+            return
+        if (before := self._cables.pop(node.name, None)) is not None:
+            before.kill()
+            before.wait()
+        command = ["nsenter", "-t", str(self._switch_pid), "-n", "--", *DIES_WITH_US, sys.executable]
+        words = [str(HERE / "cable.py"), f"from-{node.name}", here, str(self._delay)]
+        cable = self._cables[node.name] = subprocess.Popen([*command, *words], stdout=subprocess.PIPE)
+        assert cable.stdout is not None
+        assert cable.stdout.readline() == b"ready\n", f"no cable for {node.name}"
+        self._on_switch("ip", "link", "set", f"from-{node.name}", "netns", pid, "name", "eth0")
 
     @property
     def _switch_pid(self) -> int:

@@ -1,6 +1,9 @@
 """The bed itself: what the other tests take for granted."""
 
 import time
+from pathlib import Path
+
+import pytest
 
 from tests.cluster.bed import HERE, Bed, finish, stop
 
@@ -24,6 +27,20 @@ def test_a_cable_carries_no_more_than_its_rate_and_every_byte_is_counted(bed: Be
         bed.shape(name, "1gbit")
     assert size <= payload < 1.01 * size
     assert seconds > 0.9 * size / rate
+
+
+@pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="cables with latency need /dev/net/tun")
+def test_a_cable_may_have_latency(possible: None, tmp_path: Path) -> None:
+    delay = 0.004
+    with Bed(tmp_path / "bed", delay=round(delay * 1e6)) as far:
+        sink = far.nodes["n2"].start("python", HERE / "transfer.py", "receive")
+        before = far.nodes["n1"].counters()
+        assert float(far.nodes["n1"].run("python", HERE / "transfer.py", "send", "n2", "1000000")) > 0
+        assert finish(sink, 20).strip() == "1000000"
+        assert far.nodes["n1"].counters().payload_since(before) >= 1_000_000
+        far.nodes["n1"].run("python", HERE / "transfer.py", "reach", "n2")  # once for the address
+        times = [float(far.nodes["n1"].run("python", HERE / "transfer.py", "trip", "n2")) for _ in range(3)]
+    assert all(4 * delay <= seconds for seconds in times)
 
 
 def test_an_unplugged_node_is_silent_until_it_is_plugged_in(bed: Bed) -> None:

@@ -1,4 +1,4 @@
-"""Bytes over a cable: `receive` prints how many came; `send HOST N` prints the seconds it took; `reach HOST`."""
+"""Bytes over a cable: `receive` prints how many came; `send HOST N` and `trip HOST` the seconds; `reach HOST`."""
 
 import socket
 import sys
@@ -46,10 +46,19 @@ def reach(host: str) -> str:
     return "reached"
 
 
+def trip(host: str) -> str:
+    """Seconds until the host has refused a connection: one round trip."""
+    started = time.perf_counter()
+    reach(host)
+    return str(time.perf_counter() - started)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "receive":
         print(receive())
     elif sys.argv[1] == "send":
         print(send(sys.argv[2], int(sys.argv[3])))
+    elif sys.argv[1] == "trip":
+        print(trip(sys.argv[2]))
     else:
         print(reach(sys.argv[2]))
