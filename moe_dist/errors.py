@@ -6,6 +6,7 @@ The command line prints that line and exits; a traceback is for our own mistakes
 
 EXIT_FAILURE = 1
 EXIT_REFUSED = 2
+EXIT_STOPPED = 75  # as asked, at a step's end and with a checkpoint: start it again to go on (EX_TEMPFAIL)
 
 
 class MoeDistError(Exception):

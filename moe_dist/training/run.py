@@ -24,6 +24,7 @@ from moe_dist.training.account import RunAccount
 from moe_dist.training.checkpoints import RunCheckpoints
 from moe_dist.training.evaluate import validation_loss
 from moe_dist.training.finished import show_if_finished
+from moe_dist.training.interrupt import StopSignals
 from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, perplexity
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
@@ -32,11 +33,14 @@ from moe_dist.training.totals import all_to_all_totals, peak_memory
 from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
 
 
-def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process) -> None:
+def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process) -> bool:
     """Trains the configured model; every rank of the job calls this.
 
     Args:
         give_up: ends this process with an error while its main thread hangs.
+
+    Returns:
+        Whether it stopped before its last step because it was asked to (`interrupt.py`); a checkpoint is there then.
 
     Raises:
         MoeDistError: the data, the launch or the training fails in a way that the user can act upon.
@@ -45,14 +49,14 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
     shape = resolve_world(config, process.ranks)
     if show_if_finished(config, process.rank):
         leave()
-        return
+        return False
     if process.rank == 0:
         print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
     data = prepare_data(config.corpus, config.tokenizer)
     _require_same_data(data, process)
     resumption = find_resumption(config, data)
     recorder = open_recorder(config, process.rank, resumption)
-    with recorder:
+    with recorder, StopSignals() as signals:
         run = TrainingRun(config, process, shape, data, recorder)
         if resumption is not None:
             run.resume(resumption)
@@ -62,8 +66,9 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
             give_up(error)
 
         with Watchdog(watched_seconds(config), run.checkpoints.run, process.rank, hangs) as watchdog:
-            run.run(watchdog.alive)
+            stopped = run.run(signals, watchdog.alive)
     leave()
+    return stopped
 
 
 class TrainingRun:
@@ -104,30 +109,46 @@ class TrainingRun:
         self.checkpoints.restore(resumption)
         self.steps_done = resumption.step
 
-    def run(self, alive: Callable[[str], None] = lambda doing: None) -> None:
-        """Does the steps that are left, telling `alive` what it is about to do."""
+    def run(self, signals: StopSignals, alive: Callable[[str], None] = lambda doing: None) -> bool:
+        """Does the steps that are left, telling `alive` what it is about to do.
+
+        Returns:
+            Whether it stopped before the last step because a rank was asked to.
+        """
         train = self.config.train
         self.recorder.note(self._description())
         self.coordinator.begin(self.steps_done)
         with self.checkpoints:
             for step in range(self.steps_done + 1, train.steps + 1):
                 alive(f"step {step}")
-                self._train_step(step)
-                last = step == train.steps
+                stop_asked, last = self._train_step(step, signals), step == train.steps
                 if last or (train.eval_every and step % train.eval_every == 0):
                     alive(f"the evaluation after step {step}")
                     self._evaluate(step)
                 self.checkpoints.after_step(step)
                 self.steps_done = step
+                if stop_asked and not last:
+                    alive("the checkpoint before a stop")
+                    self._stop(step)
+                    return True
             alive("the end of the run")
             self._finish()
+        return False
 
-    def _train_step(self, step: int) -> None:
+    def _stop(self, step: int) -> None:
+        self.checkpoints.stop(step)
+        self.recorder.note(f"asked to stop: stopped after step {step}, with a checkpoint")
+        self.recorder.event("stopped", step)
+
+    def _train_step(self, step: int, signals: StopSignals) -> bool:
+        """One step; returns whether a rank has asked to stop after it."""
         started = time.perf_counter()
         self.coordinator.before_step(step)
         sequences_BS = self.loader.batch(step - 1)
-        outcome = self.engine.forward_backward(sequences_BS)
+        outcome = self.engine.forward_backward(sequences_BS, lambda: signals.wanted)
         _stop_if_broken(step, outcome)
+        if outcome.stop:
+            signals.reached()
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
@@ -137,6 +158,7 @@ class TrainingRun:
             self.account.loads.append(self._loads(outcome))
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
+        return outcome.stop
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
         recent = self.account.step_seconds[-self.config.train.log_every :]

@@ -136,7 +136,7 @@ def _train_and_fall(words: list[str], fall: Callable[[], None], step: int, rank:
             fall()
         return before(self, sequences_BS, *args)
 
-    Engine.forward_backward = forward_backward  # type: ignore[method-assign]
+    Engine.forward_backward = forward_backward  # type: ignore[method-assign, assignment]
     _train(words)
 
 
@@ -251,7 +251,7 @@ def _write_late(words: list[str]) -> None:
         assert reached.wait(60)
         write(self, *args)
 
-    Engine.forward_backward = forward_backward  # type: ignore[method-assign]
+    Engine.forward_backward = forward_backward  # type: ignore[method-assign, assignment]
     CheckpointSaver._write = late  # type: ignore[method-assign,assignment]
     _train(words)
 
