@@ -47,6 +47,13 @@ def require_fit(manifest: Manifest, config: RunConfig, data: DataRecord) -> list
     Raises:
         CheckpointError: keys differ that must not, all of them named; or the tokens are others.
     """
+    changed = require_same_model(manifest, config)
+    _require_same_tokens(manifest.data, data, changed)
+    return [_shown({key: pair}) for key, pair in changed.items() if not _is_below(key, UNSAID)]
+
+
+def require_same_model(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The same without the tokens; returns all keys that differ."""
     changed = changed_keys(manifest, config)
     refused = {key: pair for key, pair in changed.items() if _is_below(key, MUST_FIT) and not _is_below(key, FREE)}
     if refused:
@@ -54,8 +61,7 @@ def require_fit(manifest: Manifest, config: RunConfig, data: DataRecord) -> list
             f"the checkpoint of step {manifest.step} does not fit the configuration: {_shown(refused)}; set them back, "
             "or start a new run with checkpoint.resume=none"
         )
-    _require_same_tokens(manifest.data, data, changed)
-    return [_shown({key: pair}) for key, pair in changed.items() if not _is_below(key, UNSAID)]
+    return changed
 
 
 def _require_same_tokens(then: DataRecord, now: DataRecord, changed: Mapping[str, tuple[Any, Any]]) -> None:

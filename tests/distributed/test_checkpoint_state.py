@@ -134,7 +134,6 @@ def test_the_same_shape_goes_on_bit_by_bit(straight: Straight) -> None:
         ((1, 1, 1), []),
         ((2, 1, 1), ["world.zero_stage=2"]),
         ((2, 2, 1), ["world.zero_stage=0"]),
-        ((1, 4, 1), ["world.zero_stage=1"]),
     ],
     ids=str,
 )
