@@ -14,14 +14,15 @@ from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_c
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.errors import DataError, TrainingError
-from moe_dist.metrics import LoadStatistics, installed_versions, load_statistics
+from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
 from moe_dist.training.evaluate import validation_loss
+from moe_dist.training.loads import LoadRecord
 from moe_dist.training.recorder import Recorder, RunRecorder, perplexity
 from moe_dist.training.schedule import learning_rate
-from moe_dist.training.totals import all_to_all_totals, peak_memory
+from moe_dist.training.totals import all_to_all_totals, memory_now, peak_memory, traffic_matrices
 
 
 def train(config: RunConfig) -> None:
@@ -65,7 +66,9 @@ class TrainingRun:
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
         self.step_seconds: list[float] = []
-        self.loads: list[dict[str, float]] = []
+        moe, layers = config.moe, config.model.layers
+        copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
+        self.loads = LoadRecord(moe, shape, layers, self.tokens_per_step * layers * copies)
         self.curve: list[dict[str, Any]] = []
 
     def run(self) -> None:
@@ -87,9 +90,12 @@ class TrainingRun:
         _stop_if_norm_broken(step, norm)
         self.step_seconds.append(time.perf_counter() - started)
         if self.config.moe.kind != "dense":
-            self.loads.append(self._loads(outcome))
+            placements = [self.model.context.placement] * self.config.model.layers
+            self.loads.add(outcome.count_LE.numpy(), outcome.dropped, placements)
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
+            if self.config.moe.kind != "dense":
+                self.recorder.load(step, self.loads.take_line())
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
         recent = self.step_seconds[-self.config.train.log_every :]
@@ -97,16 +103,11 @@ class TrainingRun:
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
             "train": {"loss": outcome.loss, "learning_rate": rate, "gradient_norm": norm},
+            "memory": memory_now(self.process),
         }
-        if self.loads:
-            figures["load"] = self.loads[-1]
+        if self.config.moe.kind != "dense":
+            figures["load"] = self.loads.latest
         return figures
-
-    def _loads(self, outcome: StepOutcome) -> dict[str, float]:
-        moe = self.config.moe
-        copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
-        routed = self.tokens_per_step * self.config.model.layers * copies
-        return {**vars(load_statistics(outcome.count_LE.numpy())), "dropped": outcome.dropped / routed}
 
     def _evaluate(self, step: int) -> None:
         loss = validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
@@ -121,6 +122,7 @@ class TrainingRun:
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
         tokens, loss = steps * self.tokens_per_step, self.curve[-1]["loss"]
         ledger = self.model.context.ledger
+        self.recorder.traffic(traffic_matrices(ledger, self.process))
         timed = self.step_seconds[1:] or self.step_seconds  # the first step warms up
         self.recorder.finish(
             {
@@ -133,7 +135,7 @@ class TrainingRun:
                 "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(ledger, tokens, config.model.layers, self.process),
-                "load": _last_fifth(self.loads),
+                "load": self.loads.last_fifth(),
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),
                     "peak_rss_bytes_by_rank": peaks.rss_by_rank,
@@ -189,11 +191,3 @@ def _stop_if_norm_broken(step: int, norm: float) -> None:
             f"step {step}: the global gradient norm is {norm}, though the losses were finite; all ranks stop. Lower "
             "optimizer.learning_rate, or train in float32"
         )
-
-
-def _last_fifth(loads: list[dict[str, float]]) -> dict[str, float | None]:
-    """Means over the last fifth of the steps; null for a dense model."""
-    if not loads:
-        return dict.fromkeys((*LoadStatistics.__dataclass_fields__, "dropped"))
-    recent = loads[-max(1, len(loads) // 5) :]
-    return {name: float(np.mean([load[name] for load in recent])) for name in recent[0]}
