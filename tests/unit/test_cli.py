@@ -39,7 +39,7 @@ def moe_dist(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_help_and_version(moe_dist: Any) -> None:
     code, out, err = moe_dist("--help")
     assert (code, err) == (0, "")
-    for command in ("train", "launch", "config", "bench"):
+    for command in ("train", "launch", "config", "bench", "report"):
         assert command in out
     assert moe_dist("--version") == (0, f"moe-dist {__version__}\n", "")
 
@@ -67,6 +67,8 @@ def test_it_runs_as_a_module_too() -> None:
         (["train", "CONFIG", "moe.top_k=99"], "moe.top_k=99"),
         (["train", "CONFIG", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
         (["launch", "CONFIG", "--json", "/"], "--json /"),
+        (["report"], "RUN"),
+        (["report", "/nowhere"], "/nowhere: is no run folder"),
         (["bench", "layer", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
     ],
 )
