@@ -8,7 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
 
 from moe_dist.topology.links import LinkKind, Links
 
@@ -54,12 +56,26 @@ class Volume:
     messages: int = 0
 
 
+class RoutingObserver(Protocol):
+    """Is shown every routing decision; for measurements, since it costs time."""
+
+    def see(self, layer: int, stage: Stage, group: Sequence[int], choice_RK: Tensor, home_RK: Tensor) -> None:
+        """One hop of one layer.
+
+        Args:
+            group: global ranks of the hop's group.
+            choice_RK: what each row goes to (experts, clusters or slots), negative: nothing.
+            home_RK: the index in `group` of the rank that holds it.
+        """
+
+
 @dataclass
 class TrafficLedger:
     """What this rank has sent, by layer, stage, payload, direction and peer, while `recording`."""
 
     links: Links
     recording: bool = True
+    observer: RoutingObserver | None = None
     sent: defaultdict[TrafficKey, Volume] = field(default_factory=lambda: defaultdict(Volume))
 
     def record(

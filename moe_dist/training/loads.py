@@ -42,13 +42,13 @@ class LoadRecord:
         self._since: dict[str, Counts] = {}
         self._since_steps = 0
 
-    def add(self, count_LE: Counts, dropped: float, placements: Sequence[ExpertPlacement | None]) -> None:
+    def add(self, count_LE: Counts, dropped: float, placements: Sequence[ExpertPlacement]) -> None:
         """Enters one step.
 
         Args:
             count_LE: copies routed to each expert, over all ranks.
             dropped: copies beyond the capacity, over all layers.
-            placements: of each layer; None: experts in their numbers' order (standard).
+            placements: of each layer; empty: experts in their numbers' order (standard).
         """
         counts = self._by_holder(count_LE, placements)
         figures = {level: vars(load_statistics(counts_LH)) for level, counts_LH in counts.items()}
@@ -75,12 +75,12 @@ class LoadRecord:
             return dict.fromkeys((*LoadStatistics.__dataclass_fields__, "dropped"))
         return _mean(self._steps[-max(1, len(self._steps) // 5) :])
 
-    def _by_holder(self, count_LE: Counts, placements: Sequence[ExpertPlacement | None]) -> dict[str, Counts]:
+    def _by_holder(self, count_LE: Counts, placements: Sequence[ExpertPlacement]) -> dict[str, Counts]:
         found = {"expert": count_LE}
-        if all(placement is not None for placement in placements):
-            members = [placement.members for placement in placements if placement is not None]
-            found["cluster"] = _summed(count_LE, members)
-        ranks = [experts_of_ranks(self._moe.experts, self._shape, placement) for placement in placements]
+        if placements:
+            found["cluster"] = _summed(count_LE, [placement.members for placement in placements])
+        layers: Sequence[ExpertPlacement | None] = placements or [None] * len(count_LE)
+        ranks = [experts_of_ranks(self._moe.experts, self._shape, placement) for placement in layers]
         return {**found, "rank": _summed(count_LE, ranks)}
 
 

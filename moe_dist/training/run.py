@@ -75,13 +75,14 @@ class TrainingRun:
         train = self.config.train
         self.recorder.announce(self._description())
         for step in range(1, train.steps + 1):
-            self._train_step(step)
+            self.train_step(step)
             last = step == train.steps
             if last or (train.eval_every and step % train.eval_every == 0):
                 self._evaluate(step)
         self._finish()
 
-    def _train_step(self, step: int) -> None:
+    def train_step(self, step: int) -> None:
+        """One update, from its batch to its figures; collective."""
         started = time.perf_counter()
         outcome = self.engine.forward_backward(self.loader.batch(step - 1))
         _stop_if_broken(step, outcome)
@@ -90,8 +91,7 @@ class TrainingRun:
         _stop_if_norm_broken(step, norm)
         self.step_seconds.append(time.perf_counter() - started)
         if self.config.moe.kind != "dense":
-            placements = [self.model.context.placement] * self.config.model.layers
-            self.loads.add(outcome.count_LE.numpy(), outcome.dropped, placements)
+            self.loads.add(outcome.count_LE.numpy(), outcome.dropped, self.model.context.placements)
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
             if self.config.moe.kind != "dense":

@@ -48,7 +48,7 @@ def test_every_level_has_its_own_balance() -> None:
 
 def test_standard_experts_have_no_clusters() -> None:
     record = LoadRecord(MOE, SHAPE, 1, 8)
-    record.add(np.ones((1, 8)), 0, [None])
+    record.add(np.ones((1, 8)), 0, [])
     assert "clusters" not in record.take_line()
     assert record.latest["rank"]["max_over_mean"] == 1
 
