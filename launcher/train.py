@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder's `train`, `faults`, ...
@@ -22,8 +22,11 @@ from moe_dist.errors import ConfigError, LaunchError
 SPEAK_LATER_SECONDS = 3.0
 
 
-def run_rank(config_path: str, overrides: Sequence[str]) -> int:
+def run_rank(config_path: str, overrides: Sequence[str], work: Callable[[RunConfig], None] | None = None) -> int:
     """Does one rank's whole work: finds its place, checks the configuration, trains.
+
+    Args:
+        work: what to do instead of training.
 
     Returns:
         The exit code; whatever went wrong has been printed and recorded by then.
@@ -36,7 +39,8 @@ def run_rank(config_path: str, overrides: Sequence[str]) -> int:
         faults.register(place.rank, leave_with_parent=place.kind in ("deepspeed", "torchrun"))
     try:
         config = _accepted_config(place, config_path, overrides)
-        _train(config)
+        _hush_libraries()
+        (work or _train)(config)
     except KeyboardInterrupt:
         return _leave(place, _interrupted(place))
     except ConfigError as error:
@@ -77,7 +81,6 @@ def _accepted_config(place: environment.RankEnvironment, config_path: str, overr
 
 
 def _train(config: RunConfig) -> None:
-    _hush_libraries()
     from moe_dist.training.run import train  # here, since it loads torch
 
     train(config)

@@ -31,7 +31,7 @@ HIDDEN, TOKENS = 32, 96
 MODEL = ModelConfig(hidden_size=HIDDEN, heads=2, layers=1)
 
 
-def _layer(moe: MoEConfig, shape: WorldShape, nodes: tuple[int, ...]) -> nn.Module:
+def layer_of(moe: MoEConfig, shape: WorldShape, nodes: tuple[int, ...]) -> nn.Module:
     mesh = Mesh.create(shape, timedelta(seconds=60))
     placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, shape)] if moe.kind == "clustered" else []
     balance = BalanceState.create(1, moe, torch.device("cpu"))
@@ -61,7 +61,7 @@ def _spied() -> Iterator[Counter[tuple[int, str]]]:
 
 
 def _ledger_against_spy(moe: MoEConfig, shape: WorldShape) -> None:
-    layer = _layer(moe, shape, nodes=(0, 0, 1, 1)[: shape.ranks])
+    layer = layer_of(moe, shape, nodes=(0, 0, 1, 1)[: shape.ranks])
     ledger: TrafficLedger = layer.context.ledger  # type: ignore[union-attr, assignment]
     x_TD = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     with _spied() as sent:
@@ -109,7 +109,7 @@ def test_every_byte_and_message_is_counted(moe: MoEConfig, axes: tuple[int, int,
 def _formulas_against_ledger(moe: MoEConfig, shape: WorldShape) -> None:
     """Every rank compares what it has sent with what the formulas make of the rows that its routing moved."""
     nodes = (0, 0, 1, 1)[: shape.ranks]
-    layer = _layer(moe, shape, nodes)
+    layer = layer_of(moe, shape, nodes)
     context: LayerContext = layer.context  # type: ignore[assignment]
     observed = ObservedRouting(dist.get_rank(), nodes, keep=TOKENS)
     context.ledger.observer = observed
@@ -154,7 +154,7 @@ def test_the_formulas_give_what_the_ledger_counts(moe: MoEConfig, axes: tuple[in
 
 def _hidden_bytes(moe: MoEConfig, shape: WorldShape) -> tuple[dict[str, int], int]:
     """Bytes of hidden vectors sent over stage one, and the copies that this rank's tokens need at the least."""
-    layer = _layer(moe, shape, nodes=(0,) * shape.ranks)
+    layer = layer_of(moe, shape, nodes=(0,) * shape.ranks)
     context: LayerContext = layer.context  # type: ignore[assignment]
     torch.manual_seed(dist.get_rank())
     x_TD = torch.randn(TOKENS, HIDDEN, requires_grad=True)

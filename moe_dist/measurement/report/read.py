@@ -12,7 +12,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.metrics.summary import look_up
 
 Line = dict[str, Any]
-ENDINGS = ("finished", "interrupted", "failed")
+ENDINGS = ("finished", "measured", "interrupted", "failed")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def _read_run(path: Path, label: str) -> Run:
     if not any((path / name).exists() for name in names):
         raise ConfigError(f"{path}: holds none of {', '.join(names)}: is it the folder of one run?")
     problems: list[str] = []
-    if not (path / "summary.json").exists():
+    events = _read_lines(path / "events.jsonl", problems)
+    if not (path / "summary.json").exists() and not any(event.get("event") == "measured" for event in events):
         problems.append("no summary.json: the run has not ended by itself")
     return Run(
         label,
@@ -86,7 +87,7 @@ def _read_run(path: Path, label: str) -> Run:
         profile=_read_object(path / "profile.json", problems),
         metrics=_read_lines(path / "metrics.jsonl", problems),
         loads=_read_lines(path / "load.jsonl", problems),
-        events=_read_lines(path / "events.jsonl", problems),
+        events=events,
         problems=problems,
     )
 

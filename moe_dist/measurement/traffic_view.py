@@ -1,0 +1,74 @@
+"""The tables of a traffic measurement in the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+MATRIX_RANKS = 16
+
+
+def render(results: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Bytes a token and layer of each kind, by what they are; the matrices; the profile."""
+    console.print(_kinds(results))
+    for kind, figures in results.items():
+        for stage, content in figures["stages"].items():
+            if len(content["bytes"]) <= MATRIX_RANKS:
+                console.print(_matrix(f"{kind}, stage {stage}", content["bytes"], figures["steps"]))
+    if any("profile" in figures for figures in results.values()):
+        console.print(_profile(results))
+
+
+def _kinds(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title="all-to-all, bytes a token and layer, all ranks, both passes", title_justify="left")
+    table.add_column("")
+    for kind in results:
+        table.add_column(kind, justify="right")
+
+    def row(name: str, *key: str) -> None:
+        values = []
+        for figures in results.values():
+            value: Any = figures
+            for part in key:
+                value = value[part]
+            values.append(f"{value / figures['tokens'] / figures['layers']:,.1f}")
+        table.add_row(name, *values)
+
+    row("in all", "bytes")
+    for axis in ("payload", "stage", "direction", "link"):
+        for name in next(iter(results.values()))["bytes_by"][axis]:
+            if any(figures["bytes_by"][axis][name] for figures in results.values()):
+                row(f"  {axis} {name.replace('_', '-')}", "bytes_by", axis, name)
+    row("least possible for its routing", "lower_bound", "bytes")
+    row("  between nodes", "lower_bound", "bytes_inter_node")
+    table.add_row("messages a step", *(f"{figures['messages_per_step']:,.0f}" for figures in results.values()))
+    table.add_row("step, ms (median)", *(f"{1000 * figures['step_seconds']:,.1f}" for figures in results.values()))
+    return table
+
+
+def _matrix(title: str, rows: list[list[int]], steps: int) -> Table:
+    table = Table(title=f"{title}: KiB a step from rank (row) to rank", title_justify="left")
+    table.add_column("")
+    for peer in range(len(rows)):
+        table.add_column(str(peer), justify="right")
+    for rank, row in enumerate(rows):
+        table.add_row(str(rank), *(f"{size / 1024 / steps:,.1f}" if size else "-" for size in row))
+    return table
+
+
+def _profile(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title="time of a step, collectives synchronised (mean over ranks)", title_justify="left")
+    shown = {kind: figures["profile"]["ranks"] for kind, figures in results.items() if "profile" in figures}
+    table.add_column("")
+    for kind in shown:
+        table.add_column(kind, justify="right")
+    for part in next(iter(shown.values()))[0]:
+        cells = []
+        for ranks in shown.values():
+            seconds = float(np.mean([rank[part] for rank in ranks]))
+            total = float(np.mean([sum(rank.values()) for rank in ranks]))
+            cells.append(f"{1000 * seconds:,.1f} ms  {seconds / total:.0%}")
+        table.add_row(part.replace("_", "-"), *cells)
+    return table
