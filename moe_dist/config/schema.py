@@ -40,7 +40,7 @@ class ModelConfig(Section):
     )
     sequence_length: Positive = Field(256, description="tokens a sequence")
     tie_embeddings: bool = Field(True, description="the output layer shares the token embedding's weights")
-    rope_base: Annotated[float, Field(gt=0)] = 10000.0
+    rope_base: Positive = 10000
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
     activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
@@ -83,7 +83,8 @@ class MoEConfig(Section):
     z_loss_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the router z-loss, in each stage")
     capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="copies of a rank's micro-batch that a cluster or expert takes, over its even share; null: all",
+        description="copies that a cluster takes of each rank's micro-batch, and an expert of all ranks', over an even "
+        "share; null: all",
     )
     gate_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on a layer's gates, else of sum 1")
     form: Literal["auto", "mask", "sort", "compiled", "reference"] = Field(
@@ -125,6 +126,34 @@ class MoEConfig(Section):
         return self.dense_hidden or self.top_k * self.expert_hidden
 
 
+class ReclusterConfig(Section):
+    """Regrouping of experts during training (moe.kind=clustered): when, by what, and how much at a time."""
+
+    period: Positive | None = Field(None, description="T: steps between rounds; null: clusters stay as they start")
+    start: Positive = Field(20, description="step after which the first round comes")
+    growth: Annotated[float, Field(ge=1)] = Field(2.0, description="each interval over the one before")
+    stop: Positive | None = Field(None, description="step after which the structure is frozen; null: never")
+    similarity: Literal["fused", "random"] = Field("fused", description="random: a control that regroups by chance")
+    alpha: Fraction = Field(0.5, description="weight of the experts' parameters against what they are given")
+    router_weight: Fraction = Field(0.0, description="weight of router embeddings within what experts are given")
+    load_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="price of unequal loads of clusters")
+    decay: Decay = Field(0.95, description="of the moving averages of what experts are given, a step")
+    sketch_size: Positive = Field(64, description="rows and columns of the sketches that weights are compared by")
+    threshold: Annotated[float, Field(ge=0)] = Field(
+        0.02, description="least rise of a mover's mean similarity to its cluster, on the scale of a cosine"
+    )
+    max_moved: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="share of the experts a round moves at most"
+    )
+    max_loss_increase: Annotated[float, Field(ge=0)] = Field(
+        0.002, description="moves that would raise the loss by a larger share are dropped"
+    )
+    guard_sequences: Positive = Field(1, description="sequences of a rank's batch on which moves are tried")
+    relocate: bool = Field(
+        True, description="clusters that tokens choose together go to one rank (where it holds several)"
+    )
+
+
 class WorldConfig(Section):
     """How ranks are laid out: world = data x cluster x shard (docs/architecture.md)."""
 
@@ -141,7 +170,7 @@ class WorldConfig(Section):
     def _zero_3_refused(cls, value: int) -> int:
         if value == 3:
             raise ConfigError(
-                "world.zero_stage=3 does not work with experts: DeepSpeed's parameter hooks wait for experts that got "
+                "world.zero_stage=3 is not supported: with experts DeepSpeed's parameter hooks wait for those that got "
                 "no token and hang (deepspeedai/DeepSpeed#2870); use 0, 1 or 2"
             )
         return value
@@ -234,6 +263,7 @@ class RunConfig(Section):
     summary_copy: str | None = Field(None, description="a file that also receives summary.json; --json FILE sets it")
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
+    recluster: ReclusterConfig = ReclusterConfig()
     world: WorldConfig = WorldConfig()
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -251,9 +281,30 @@ class RunConfig(Section):
                     f"a cluster of {moe.experts_per_cluster} experts (moe.experts={moe.experts} / "
                     f"moe.clusters={moe.clusters}) cannot be divided over world.shard={world.shard}"
                 )
+        self._reclustering_possible()
         if moe.kind == "standard" and moe.experts % ((world.cluster or 1) * world.shard):
             raise ConfigError(
                 f"moe.experts={moe.experts} cannot be divided over world.cluster={world.cluster or 1} x "
                 f"world.shard={world.shard} ranks"
             )
         return self
+
+    def _reclustering_possible(self) -> None:
+        recluster, moe = self.recluster, self.moe
+        if recluster.period is None:
+            return
+        if moe.kind != "clustered":
+            raise ConfigError(
+                f"recluster.period={recluster.period} works with moe.kind=clustered only, not {moe.kind}: "
+                "set it to null"
+            )
+        if moe.experts_per_cluster == 1 or moe.clusters == 1:
+            raise ConfigError(
+                f"recluster.period={recluster.period} has nothing to regroup: moe.experts={moe.experts} in "
+                f"moe.clusters={moe.clusters}"
+            )
+        for key, value in (("period", recluster.period), ("start", recluster.start)):
+            if value >= self.train.steps:
+                raise ConfigError(f"recluster.{key}={value} is longer than the run: train.steps={self.train.steps}")
+        if recluster.stop is not None and recluster.stop < recluster.start:
+            raise ConfigError(f"recluster.stop={recluster.stop} is before recluster.start={recluster.start}")

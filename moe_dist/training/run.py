@@ -20,6 +20,7 @@ from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
 from moe_dist.training.evaluate import validation_loss
 from moe_dist.training.loads import LoadRecord
+from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, RunRecorder, perplexity
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.totals import all_to_all_totals, memory_now, peak_memory, traffic_matrices
@@ -65,6 +66,7 @@ class TrainingRun:
         )
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
+        self.coordinator = Coordinator(self.engine, config, recorder)
         self.step_seconds: list[float] = []
         moe, layers = config.moe, config.model.layers
         copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
@@ -73,7 +75,7 @@ class TrainingRun:
 
     def run(self) -> None:
         train = self.config.train
-        self.recorder.announce(self._description())
+        self.recorder.note(self._description())
         for step in range(1, train.steps + 1):
             self.train_step(step)
             last = step == train.steps
@@ -84,14 +86,17 @@ class TrainingRun:
     def train_step(self, step: int) -> None:
         """One update, from its batch to its figures; collective."""
         started = time.perf_counter()
-        outcome = self.engine.forward_backward(self.loader.batch(step - 1))
+        self.coordinator.before_step(step)
+        sequences_BS = self.loader.batch(step - 1)
+        outcome = self.engine.forward_backward(sequences_BS)
         _stop_if_broken(step, outcome)
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
-        self.step_seconds.append(time.perf_counter() - started)
-        if self.config.moe.kind != "dense":
+        if self.config.moe.kind != "dense":  # by the placement that routed them
             self.loads.add(outcome.count_LE.numpy(), outcome.dropped, self.model.context.placements)
+        self.coordinator.after_step(step, outcome, sequences_BS)
+        self.step_seconds.append(time.perf_counter() - started)
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
             if self.config.moe.kind != "dense":
@@ -118,6 +123,7 @@ class TrainingRun:
         self.recorder.evaluation(step, tokens, loss)
 
     def _finish(self) -> None:
+        self.coordinator.close()
         config, steps = self.config, self.config.train.steps
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
         tokens, loss = steps * self.tokens_per_step, self.curve[-1]["loss"]
@@ -136,6 +142,7 @@ class TrainingRun:
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(ledger, tokens, config.model.layers, self.process),
                 "load": self.loads.last_fifth(),
+                "recluster": self.coordinator.totals,
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),
                     "peak_rss_bytes_by_rank": peaks.rss_by_rank,

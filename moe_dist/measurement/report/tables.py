@@ -52,8 +52,21 @@ def _layout(run: Run) -> str:
     return f"{kind}: {axes}" if axes else str(kind)
 
 
-RECLUSTER = ("step", "layer", "moved_experts", "bytes", "seconds", "loss_before", "loss_after")
-OBJECTIVE = ("objective_before", "objective_after", "error")
+RECLUSTER = (
+    "step",
+    "layer",
+    "moved_experts",
+    "dropped_experts",
+    "bytes",
+    "relocation_bytes",
+    "seconds",
+    "loss_before",
+    "loss_after",
+    "guard_loss_increase",
+    "objective_before",
+    "objective_after",
+    "error",
+)
 
 
 def reclusterings(run: Run) -> str:
@@ -61,7 +74,7 @@ def reclusterings(run: Run) -> str:
     events = [event for event in run.events if event.get("event") == "recluster"]
     if not events:
         return ""
-    shown = [column for column in (*RECLUSTER, *OBJECTIVE) if any(column in event for event in events)]
+    shown = [column for column in RECLUSTER if any(column in event for event in events)]
     rows = [[_text(event.get(column, MISSING)) for column in shown] for event in events[-MOST_EVENTS:]]
     return table([column.replace("_", " ") for column in shown], rows)
 
