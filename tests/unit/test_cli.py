@@ -39,7 +39,7 @@ def moe_dist(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_help_and_version(moe_dist: Any) -> None:
     code, out, err = moe_dist("--help")
     assert (code, err) == (0, "")
-    for command in ("train", "launch", "config", "bench", "report"):
+    for command in ("train", "launch", "config", "bench", "measure", "study", "report"):
         assert command in out
     assert moe_dist("--version") == (0, f"moe-dist {__version__}\n", "")
 
@@ -68,6 +68,10 @@ def test_it_runs_as_a_module_too() -> None:
         (["train", "CONFIG", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
         (["launch", "CONFIG", "--json", "/"], "--json /"),
         (["report"], "RUN"),
+        (["measure", "traffic", "--kind", "sparse", "CONFIG"], "'sparse'"),
+        (["measure", "traffic", "--ranks", "3", "CONFIG"], "divisible by the 3 ranks"),
+        (["study", "CONFIG", "--axis", "ranks"], "write NAME=VALUE"),
+        (["study", "CONFIG", "--mode", "odd"], "'odd'"),
         (["report", "/nowhere"], "/nowhere: is no run folder"),
         (["bench", "layer", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
     ],

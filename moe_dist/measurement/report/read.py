@@ -77,7 +77,7 @@ def _read_run(path: Path, label: str) -> Run:
     problems: list[str] = []
     events = _read_lines(path / "events.jsonl", problems)
     if not (path / "summary.json").exists() and not any(event.get("event") == "measured" for event in events):
-        problems.append("no summary.json: the run has not ended by itself")
+        problems.insert(0, "no summary.json: the run has not ended by itself")
     return Run(
         label,
         path,
