@@ -135,6 +135,9 @@ class ReclusterConfig(Section):
     stop: Positive | None = Field(None, description="step after which the structure is frozen; null: never")
     similarity: Literal["fused", "random"] = Field("fused", description="random: a control that regroups by chance")
     alpha: Fraction = Field(0.5, description="weight of the experts' parameters against what they are given")
+    parameters: Literal["effective", "residual"] = Field(
+        "residual", description="what of the parameters is compared: base + residual, or what an expert takes along"
+    )
     router_weight: Fraction = Field(0.0, description="weight of router embeddings within what experts are given")
     load_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="price of unequal loads of clusters")
     decay: Decay = Field(0.95, description="of the moving averages of what experts are given, a step")
@@ -218,6 +221,9 @@ class OptimizerConfig(Section):
     """AdamW; decay is off for norms, biases, vectors and embeddings."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    router_lr_scale: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="the routers' learning rate over that of all else: slow enough for balancing to follow"
+    )
     beta1: Decay = 0.9
     beta2: Decay = 0.95
     epsilon: Annotated[float, Field(gt=0)] = 1e-8

@@ -66,7 +66,7 @@ class Engine:
     def update(self, outcome: StepOutcome, learning_rate: float) -> float:
         """Clips, updates the weights and the balance biases; returns the global gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         self._engine.step()
         context, moe = self.model.context, self.config.moe
         if moe.kind != "dense":

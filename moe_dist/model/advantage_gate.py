@@ -1,0 +1,49 @@
+"""The gate of a token's one cluster: 1, with a gradient that tells the router which tokens a cluster serves best.
+
+What the loss gains from a larger gate is mostly what it would gain from a larger output of the whole layer: the same
+for all tokens of a cluster, and nothing about routing. As a router's gradient it only drives the clusters' logits
+apart, faster than balancing can follow. So the mean over the tokens of the same sequence that went to the same cluster
+is taken from it: what is left is an advantage, as in policy gradients (REINFORCE with a group's mean as its baseline).
+A sequence is never divided over ranks or micro-batches, so the layout does not show.
+
+Shapes: T tokens, G clusters, B sequences; token t belongs to sequence t % B, as where hidden states are [S, B, D].
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def advantage_gate(logits_TG: Tensor, cluster_T1: Tensor, sequences: int) -> Tensor:
+    """gate_T1 = 1, with the gradient of log softmax(logits)[cluster] times the advantage.
+
+    Args:
+        sequences: B.
+    """
+    gate_T1: Tensor = _AdvantageGate.apply(logits_TG, cluster_T1, sequences)  # type: ignore[no-untyped-call]
+    return gate_T1
+
+
+def advantage(grad_T: Tensor, cluster_T: Tensor, clusters: int, sequences: int) -> Tensor:
+    """The gradients less their mean over the tokens of the same sequence and cluster; 0 for one that is alone."""
+    sequence_T = torch.arange(len(grad_T), device=grad_T.device) % sequences
+    group_T = sequence_T * clusters + cluster_T
+    sums = grad_T.new_zeros(sequences * clusters).index_add_(0, group_T, grad_T)
+    numbers = torch.zeros_like(sums).index_add_(0, group_T, torch.ones_like(grad_T))
+    return grad_T - (sums / numbers.clamp(min=1))[group_T]
+
+
+class _AdvantageGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TG: Tensor, cluster_T1: Tensor, sequences: int) -> Tensor:
+        ctx.save_for_backward(logits_TG.softmax(dim=-1), cluster_T1)
+        ctx.sequences = sequences
+        return torch.ones_like(logits_TG[:, :1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_T1: Tensor) -> tuple[Tensor, None, None]:
+        probability_TG, cluster_T1 = ctx.saved_tensors
+        advantage_T = advantage(grad_T1[:, 0], cluster_T1[:, 0], probability_TG.shape[1], ctx.sequences)
+        chosen_TG = torch.zeros_like(probability_TG).scatter_(1, cluster_T1, 1.0)
+        return advantage_T[:, None] * (chosen_TG - probability_TG), None, None
