@@ -1,5 +1,7 @@
 """Formulas for parameters, FLOPs and memory against the model itself."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_dist.config import BatchShape, RunConfig, WorldShape, load_config
 from moe_dist.measurement.simulator.memory import bytes_an_element, memory_of_rank, replicas, saved_elements
 from moe_dist.measurement.simulator.sizes import parameters_on_rank, work_of
+from moe_dist.model import language_model, megatron_gpt
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.parameter_class import ParameterClass, class_of
 from moe_dist.topology.links import Links
@@ -36,6 +39,12 @@ def _mesh(shape: WorldShape) -> Mesh:
 
 
 def _model_and_formulas(words: list[list[str]], shapes: list[WorldShape]) -> None:
+    megatron_gpt.initialize_megatron(60, 1)
+    with mock.patch.object(language_model, "initialize_megatron"):  # which would look for the other ranks
+        _compare_parameters(words, shapes)
+
+
+def _compare_parameters(words: list[list[str]], shapes: list[WorldShape]) -> None:
     for more in words:
         config = load_config(None, [*SMALL, *more])
         for shape in shapes:
