@@ -39,7 +39,7 @@ def moe_dist(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_help_and_version(moe_dist: Any) -> None:
     code, out, err = moe_dist("--help")
     assert (code, err) == (0, "")
-    for command in ("train", "launch", "config", "bench", "measure", "study", "report"):
+    for command in ("train", "launch", "config", "bench", "measure", "study", "plan", "simulate", "report"):
         assert command in out
     assert moe_dist("--version") == (0, f"moe-dist {__version__}\n", "")
 
@@ -70,6 +70,9 @@ def test_it_runs_as_a_module_too() -> None:
         (["report"], "RUN"),
         (["measure", "traffic", "--kind", "sparse", "CONFIG"], "'sparse'"),
         (["measure", "traffic", "--ranks", "3", "CONFIG"], "divisible by the 3 ranks"),
+        (["plan", "CONFIG", "--gpu", "h1000"], "'h1000'"),
+        (["plan", "CONFIG", "--nodes", "3"], "train.global_batch_size=32 is not divisible by 24 GPUs"),
+        (["simulate", "CONFIG", "--trace", "/nowhere"], "--trace /nowhere"),
         (["study", "CONFIG", "--axis", "ranks"], "write NAME=VALUE"),
         (["study", "CONFIG", "--mode", "odd"], "'odd'"),
         (["report", "/nowhere"], "/nowhere: is no run folder"),
