@@ -16,11 +16,12 @@ ENTRY = Path(measure.__file__)
 
 
 class LayerKind(StrEnum):
-    """As `moe.kind`."""
+    """As `moe.kind`; deepspeed: its own MoE layer, alone, on random tokens."""
 
     CLUSTERED = "clustered"
     STANDARD = "standard"
     DENSE = "dense"
+    DEEPSPEED = "deepspeed"
 
 
 def register(app: typer.Typer) -> None:

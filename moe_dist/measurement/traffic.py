@@ -19,7 +19,7 @@ from moe_dist.data import PreparedData, prepare_data
 from moe_dist.dispatch.observed import ObservedRouting
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.errors import ConfigError
-from moe_dist.measurement import traffic_view
+from moe_dist.measurement import peer, traffic_view
 from moe_dist.measurement.collectives import CollectiveWatch, Part, watching
 from moe_dist.measurement.traffic_figures import gather_figures, gather_seconds
 from moe_dist.metrics import RunFolder, write_json
@@ -35,7 +35,8 @@ class TrafficSpec:
     """What to measure.
 
     Attributes:
-        kinds: kinds of layer, one after the other; empty: the configuration's own and `standard`.
+        kinds: kinds of layer, one after the other, or `deepspeed` for its own MoE layer; empty: the configuration's kind
+            and `standard`.
         steps: of each round, after `warmup` steps.
         profile: also tell compute, all-to-all, reduction and waiting apart, and save a trace.
         json_file: also write the figures here.
@@ -75,9 +76,12 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
     """
     with watching() as watch:  # before DeepSpeed is initialised
         process = join(config.world)
-        configs = {kind: of_kind(config, kind, spec) for kind in spec.kinds_for(config)}
+        kinds = spec.kinds_for(config)
+        configs = {kind: of_kind(config, kind, spec) for kind in kinds if kind != peer.NAME}
         data = prepare_data(config.corpus, config.tokenizer)
         results = {kind: _Measurement(single, process, data, watch).take(spec) for kind, single in configs.items()}
+        if peer.NAME in kinds:
+            results[peer.NAME] = peer.measure_deepspeed(config, process, watch, spec.steps, spec.warmup)
     if process.rank == 0:
         traffic_view.render(results, Console())
         if spec.json_file is not None:

@@ -7,6 +7,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.metrics.summary import look_up
+
 MATRIX_RANKS = 16
 
 
@@ -30,16 +32,15 @@ def _kinds(results: Mapping[str, Mapping[str, Any]]) -> Table:
     def row(name: str, *key: str) -> None:
         values = []
         for figures in results.values():
-            value: Any = figures
-            for part in key:
-                value = value[part]
-            values.append(f"{value / figures['tokens'] / figures['layers']:,.1f}")
+            value = look_up(figures, ".".join(key))
+            values.append("-" if value is None else f"{value / figures['tokens'] / figures['layers']:,.1f}")
         table.add_row(name, *values)
 
     row("in all", "bytes")
     for axis in ("payload", "stage", "direction", "link"):
-        for name in next(iter(results.values()))["bytes_by"][axis]:
-            if any(figures["bytes_by"][axis][name] for figures in results.values()):
+        names = dict.fromkeys(name for figures in results.values() for name in figures["bytes_by"].get(axis, ()))
+        for name in names:
+            if any(look_up(figures, f"bytes_by.{axis}.{name}") for figures in results.values()):
                 row(f"  {axis} {name.replace('_', '-')}", "bytes_by", axis, name)
     row("least possible for its routing", "lower_bound", "bytes")
     row("  between nodes", "lower_bound", "bytes_inter_node")

@@ -63,6 +63,18 @@ def _assert_sound(found: dict[str, Any]) -> None:
         assert all(seconds > 0 for seconds in rank.values())
 
 
+def test_deepspeeds_own_layer_is_counted_from_outside(tmp_path: Path) -> None:
+    words = [f"runs_dir={tmp_path}/runs", f"corpus.cache_dir={tmp_path}/cache"]
+    spec = TrafficSpec(kinds=("clustered", "deepspeed"), steps=2, warmup=1, json_file=f"{tmp_path}/figures.json")
+    run_ranks(_measure, 2, words, spec)
+    found = json.loads((tmp_path / "figures.json").read_text())["deepspeed"]
+    assert found["tokens"] == 2 * 16 * 32
+    assert np.sum(found["stages"]["deepspeed"]["bytes"]) == found["bytes"] == found["bytes_by"]["link"]["intra_node"]
+    assert np.trace(found["stages"]["deepspeed"]["bytes"]) == 0
+    least = 2 * 0.5 * 4 * 32 * 4  # k copies, half of them to the other rank, four ways, 32 numbers in float32
+    assert found["bytes_per_token_layer"] > least  # it pads
+
+
 def _watched_layer() -> tuple[int, int, int, int]:
     """All-to-all bytes and messages of a layer's two passes, by the watch and by the ledger."""
     layer = layer_of(TWO_CLUSTERS, WorldShape(1, 2, 1), nodes=(0, 1))
