@@ -1,5 +1,7 @@
 """DeepSpeed's own MoE layer, which measurements hold beside ours; nothing is trained with it."""
 
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 from deepspeed.moe.layer import MoE
@@ -23,7 +25,8 @@ class DeepSpeedMoE(nn.Module):
         )
         groups._EXPERT_PARALLEL_GROUP.pop(self.layer.expert_group_name, None)  # of a model of ours before it
         groups._EXPERT_DATA_PARALLEL_GROUP.pop(self.layer.expert_group_name, None)
-        self.layer.set_deepspeed_parallelism()
+        with redirect_stdout(StringIO()):  # it prints that it makes a group
+            self.layer.set_deepspeed_parallelism()
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Its output, with the auxiliary loss added to every element so that both get a gradient."""

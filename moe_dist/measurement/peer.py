@@ -23,15 +23,14 @@ def measure_deepspeed(
     """One layer, forward and backward, on random tokens in the type of `train.precision`; collective.
 
     Its capacity is that of the fullest expert of any rank, and every expert's chunk is padded to it; its routing is its
-    own, of an untrained gate. `step_seconds` is the time of this one layer, with the watch on.
+    own, of an untrained gate. `layer_seconds` is the time of this one layer, with the watch on.
 
     Raises:
         ConfigError: the ranks do not divide the experts.
     """
     if config.moe.experts % process.ranks:
-        raise ConfigError(
-            f"--kind {NAME}: moe.experts={config.moe.experts} cannot be divided over {process.ranks} ranks"
-        )
+        experts = f"moe.experts={config.moe.experts}"
+        raise ConfigError(f"--kind {NAME}: {experts} cannot be divided over {process.ranks} ranks")
     batch, dtype = resolve_batch(config, process.ranks), getattr(torch, config.train.precision)
     layer = DeepSpeedMoE(config, process.ranks).to(process.device, dtype)
     shape = (batch.micro * config.model.sequence_length, config.model.hidden_size)
@@ -69,7 +68,7 @@ def _figures(process: Process, watch: CollectiveWatch, steps: int, tokens: int, 
         "bytes_per_token_layer": int(sent.sum()) / all_tokens,
         "messages_per_step": int(messages.sum()) / steps,
         "bytes_by": {"link": {LinkKind.INTRA_NODE: int(sent.sum()) - inter, LinkKind.INTER_NODE: inter}},
-        "step_seconds": seconds,
+        "layer_seconds": seconds,
         "node_of_rank": list(links.node_of_rank),
         "stages": {NAME: {"bytes": sent.tolist(), "messages": messages.tolist()}},
     }

@@ -35,7 +35,7 @@ class TrafficSpec:
     """What to measure.
 
     Attributes:
-        kinds: kinds of layer, one after the other, or `deepspeed` for its own MoE layer; empty: the configuration's kind
+        kinds: kinds of layer, one after the other, or `deepspeed` for its own MoE layer; empty: the configuration's
             and `standard`.
         steps: of each round, after `warmup` steps.
         profile: also tell compute, all-to-all, reduction and waiting apart, and save a trace.

@@ -45,7 +45,8 @@ def _kinds(results: Mapping[str, Mapping[str, Any]]) -> Table:
     row("least possible for its routing", "lower_bound", "bytes")
     row("  between nodes", "lower_bound", "bytes_inter_node")
     table.add_row("messages a step", *(f"{figures['messages_per_step']:,.0f}" for figures in results.values()))
-    table.add_row("step, ms (median)", *(f"{1000 * figures['step_seconds']:,.1f}" for figures in results.values()))
+    seconds = [figures.get("step_seconds") for figures in results.values()]
+    table.add_row("step, ms (median)", *("-" if value is None else f"{1000 * value:,.1f}" for value in seconds))
     return table
 
 
