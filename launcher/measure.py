@@ -33,10 +33,11 @@ class TrafficOptions:
 def measure_rank(config_path: str, overrides: Sequence[str], options: TrafficOptions) -> int:
     """Does one rank's whole work and returns its exit code."""
 
-    def measure(config: RunConfig) -> None:
+    def measure(config: RunConfig) -> bool:
         from moe_dist.measurement.traffic import TrafficSpec, measure_traffic  # here, since it loads torch
 
         measure_traffic(config, TrafficSpec(**vars(options)))
+        return False
 
     return run_rank(config_path, overrides, measure)
 

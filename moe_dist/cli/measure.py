@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from launcher import environment, measure, runners
+from launcher.job import DEFAULT_PORT, Launcher, Size, plan
 from launcher.train import writable
-from moe_dist.cli.words import Config, Json, Overrides
+from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode
 
 ENTRY = Path(measure.__file__)
 
@@ -45,8 +46,12 @@ def traffic(
     steps: Annotated[int, typer.Option(min=1, help="Steps that are counted, and as many that are timed.")] = 3,
     warmup: Annotated[int, typer.Option(min=0, help="Steps before.")] = 2,
     profile: Annotated[bool, typer.Option("--profile", help="Also where the time goes, and a trace.")] = False,
-    launcher: Annotated[runners.Launcher, typer.Option(help="Who starts the ranks.")] = runners.Launcher.DEEPSPEED,
-    ranks: Annotated[int | None, typer.Option(help="How many; default: what the keys under `world` say.")] = None,
+    launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.LOCAL,
+    ranks: Ranks = None,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    hostfile: Hostfile = None,
+    port: Port = DEFAULT_PORT,
     json_file: Json = None,
 ) -> None:
     """Train a few steps and tell the all-to-all's bytes: by payload, stage, link and pair of ranks, beside the least.
@@ -57,6 +62,7 @@ def traffic(
     options = measure.TrafficOptions(tuple(kind or ()), steps, warmup, profile, target)
     if environment.discover(os.environ).kind != "alone":
         raise typer.Exit(measure.measure_rank(config, overrides or (), options))
-    job = runners.plan(launcher, ranks, config, overrides or ())
+    size = Size(ranks, nodes, ranks_per_node, hostfile)
+    job = plan(launcher, size, config, overrides or (), port)
     job = replace(job, words=(*job.words, *options.words()), entry=ENTRY)
     raise typer.Exit(runners.launch(job))

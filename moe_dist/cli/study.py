@@ -67,8 +67,7 @@ def study(
         _write_arrays(slurm.array_jobs(todo, folder), folder)
         outcomes = run.gather(todo, folder)
     else:
-        starter = "deepspeed" if launcher is StudyLauncher.LOCAL else launcher.value
-        outcomes = run.run_study(todo, folder, starter, limit, typer.echo)
+        outcomes = run.run_study(todo, folder, launcher.value, limit, typer.echo)
     rows = tables.rows(outcomes)
     tables.render(rows, console)
     tables.write_csv(outcomes, rows, folder)

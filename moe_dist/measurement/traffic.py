@@ -23,6 +23,7 @@ from moe_dist.measurement import peer, traffic_view
 from moe_dist.measurement.collectives import CollectiveWatch, Part, watching
 from moe_dist.measurement.traffic_figures import gather_figures, gather_seconds
 from moe_dist.metrics import RunFolder, write_json
+from moe_dist.training.interrupt import StopSignals
 from moe_dist.training.recorder import Recorder
 from moe_dist.training.run import TrainingRun
 
@@ -98,7 +99,7 @@ class _Measurement:
         resolve_batch(config, process.ranks)
         self.run = TrainingRun(config, process, shape, data, Recorder())
         self.ledger = self.run.model.context.ledger
-        self.steps_done = 0
+        self.steps_done, self.signals = 0, StopSignals()  # not entered: signals end a measurement
         self.folder: RunFolder | None = None
         if process.rank == 0:
             name = f"{config.name}-traffic-{config.moe.kind}"
@@ -128,7 +129,7 @@ class _Measurement:
         for _ in range(steps):
             self.steps_done += 1
             started = time.perf_counter()
-            self.run.train_step(self.steps_done)
+            self.run.train_step(self.steps_done, self.signals)
             seconds.append(time.perf_counter() - started)
         return seconds
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_dist.config import MoEConfig, WorldShape
+from moe_dist.config import WorldShape
 from moe_dist.metrics import LoadStatistics, load_statistics
 from moe_dist.topology.placement import ExpertPlacement
 
 Counts = npt.NDArray[np.float64]
-LEVELS = ("expert", "cluster", "rank")
 
 
 def experts_of_ranks(experts: int, shape: WorldShape, placement: ExpertPlacement | None) -> list[list[int]]:
@@ -30,20 +29,19 @@ def experts_of_ranks(experts: int, shape: WorldShape, placement: ExpertPlacement
 
 
 class LoadRecord:
-    """The account of one run's loads; every rank keeps the same.
+    """Counts of one run's loads between two logged steps; every rank keeps the same.
 
     A rank's load is that of its position in the expert-parallel group, summed over the `data` replicas.
     """
 
-    def __init__(self, moe: MoEConfig, shape: WorldShape, layers: int, copies_per_step: int) -> None:
+    def __init__(self, experts: int, shape: WorldShape, copies_per_step: int) -> None:
         """`copies_per_step`: tokens x layers x experts a token chooses, the base of the dropped share."""
-        self._moe, self._shape, self._layers, self._copies = moe, shape, layers, copies_per_step
-        self._steps: list[dict[str, Any]] = []
+        self._experts, self._shape, self._copies = experts, shape, copies_per_step
         self._since: dict[str, Counts] = {}
         self._since_steps = 0
 
-    def add(self, count_LE: Counts, dropped: float, placements: Sequence[ExpertPlacement]) -> None:
-        """Enters one step.
+    def add(self, count_LE: Counts, dropped: float, placements: Sequence[ExpertPlacement]) -> dict[str, Any]:
+        """Enters one step; returns its balance: of the experts, and below `cluster` and `rank` of those.
 
         Args:
             count_LE: copies routed to each expert, over all ranks.
@@ -51,42 +49,38 @@ class LoadRecord:
             placements: of each layer; empty: experts in their numbers' order (standard).
         """
         counts = self._by_holder(count_LE, placements)
-        figures = {level: vars(load_statistics(counts_LH)) for level, counts_LH in counts.items()}
-        self._steps.append({**figures.pop("expert"), "dropped": dropped / self._copies, **figures})
         for level, counts_LH in counts.items():
             self._since[level] = self._since.get(level, 0) + counts_LH
         self._since_steps += 1
+        figures = {level: vars(load_statistics(counts_LH)) for level, counts_LH in counts.items()}
+        return {**figures.pop("expert"), "dropped": dropped / self._copies, **figures}
 
-    @property
-    def latest(self) -> dict[str, Any]:
-        """Balance of the last step: of the experts, and below `cluster` and `rank` of those."""
-        return self._steps[-1]
-
-    def take_line(self) -> dict[str, Any]:
-        """A line of `load.jsonl`: the copies since the last line, by layer and holder, and the last step's balance."""
+    def take_counts(self) -> dict[str, Any]:
+        """For a line of `load.jsonl`: the copies since the last time, by layer and holder, and of how many steps."""
         counts = {f"{level}s": np.rint(self._since[level]).astype(int).tolist() for level in self._since}
-        line = {"steps": self._since_steps, **counts, "load": self.latest}
+        taken = {"steps": self._since_steps, **counts}
         self._since, self._since_steps = {}, 0
-        return line
-
-    def last_fifth(self) -> dict[str, Any]:
-        """Means over the last fifth of the steps; null for a dense model."""
-        if not self._steps:
-            return dict.fromkeys((*LoadStatistics.__dataclass_fields__, "dropped"))
-        return _mean(self._steps[-max(1, len(self._steps) // 5) :])
+        return taken
 
     def _by_holder(self, count_LE: Counts, placements: Sequence[ExpertPlacement]) -> dict[str, Counts]:
         found = {"expert": count_LE}
         if placements:
             found["cluster"] = _summed(count_LE, [placement.members for placement in placements])
         layers: Sequence[ExpertPlacement | None] = placements or [None] * len(count_LE)
-        ranks = [experts_of_ranks(self._moe.experts, self._shape, placement) for placement in layers]
+        ranks = [experts_of_ranks(self._experts, self._shape, placement) for placement in layers]
         return {**found, "rank": _summed(count_LE, ranks)}
 
 
 def _summed(count_LE: Counts, members: Sequence[Sequence[Sequence[int]]]) -> Counts:
     """Copies of each holder [L, H]; `members[l][h]` are a holder's experts."""
     return np.stack([count_E[np.array(held)].sum(axis=1) for count_E, held in zip(count_LE, members, strict=True)])
+
+
+def last_fifth(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of steps' figures over the last fifth of the steps; null for a dense model."""
+    if not steps:
+        return dict.fromkeys((*LoadStatistics.__dataclass_fields__, "dropped"))
+    return _mean(steps[-max(1, len(steps) // 5) :])
 
 
 def _mean(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:

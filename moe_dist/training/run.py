@@ -3,12 +3,14 @@
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from moe_dist.checkpoint.parts import Part
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
 from moe_dist.engine.engine import Engine, StepOutcome
@@ -18,30 +20,56 @@ from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
+from moe_dist.training.account import RunAccount
+from moe_dist.training.checkpoints import RunCheckpoints
 from moe_dist.training.evaluate import validation_loss
-from moe_dist.training.loads import LoadRecord
+from moe_dist.training.finished import show_if_finished
+from moe_dist.training.interrupt import StopSignals
+from moe_dist.training.loads import LoadRecord, last_fifth
 from moe_dist.training.recluster import Coordinator
-from moe_dist.training.recorder import Recorder, RunRecorder, perplexity
+from moe_dist.training.recorder import Recorder, perplexity
+from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.totals import all_to_all_totals, memory_now, peak_memory, traffic_matrices
+from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process) -> bool:
     """Trains the configured model; every rank of the job calls this.
+
+    Args:
+        give_up: ends this process with an error while its main thread hangs.
+
+    Returns:
+        Whether it stopped before its last step because it was asked to (`interrupt.py`); a checkpoint is there then.
 
     Raises:
         MoeDistError: the data, the launch or the training fails in a way that the user can act upon.
     """
     process = join(config.world)
     shape = resolve_world(config, process.ranks)
+    if show_if_finished(config, process.rank):
+        leave()
+        return False
     if process.rank == 0:
         print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
     data = prepare_data(config.corpus, config.tokenizer)
     _require_same_data(data, process)
-    recorder = RunRecorder(config) if process.rank == 0 else Recorder()
-    with recorder:
-        TrainingRun(config, process, shape, data, recorder).run()
+    resumption = find_resumption(config, data)
+    recorder = open_recorder(config, process.rank, resumption)
+    with recorder, StopSignals() as signals:
+        run = TrainingRun(config, process, shape, data, recorder)
+        if resumption is not None:
+            run.resume(resumption)
+
+        def hangs(error: TrainingError) -> None:
+            recorder.event("failed", run.steps_done, error=str(error))
+            give_up(error)
+
+        with Watchdog(watched_seconds(config), run.checkpoints.run, process.rank, hangs) as watchdog:
+            stopped = run.run(signals, watchdog.alive)
     leave()
+    return stopped
 
 
 class TrainingRun:
@@ -67,51 +95,88 @@ class TrainingRun:
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
         self.coordinator = Coordinator(self.engine, config, recorder)
-        self.step_seconds: list[float] = []
         moe, layers = config.moe, config.model.layers
         copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
-        self.loads = LoadRecord(moe, shape, layers, self.tokens_per_step * layers * copies)
-        self.curve: list[dict[str, Any]] = []
+        self.loads = LoadRecord(moe.experts, shape, self.tokens_per_step * layers * copies)
+        self.account, self.steps_done = RunAccount(), 0
+        parts: dict[str, Part] = {
+            "account": self.account,
+            "traffic": self.model.context.ledger,
+            "coordinator": self.coordinator,
+        }
+        if self.model.context.statistics is not None:
+            parts["statistics"] = self.model.context.statistics
+        self.checkpoints = RunCheckpoints(config, self.engine, data_record(data), parts, recorder)
 
-    def run(self) -> None:
+    def resume(self, resumption: Resumption) -> None:
+        """Puts everything into the state of a checkpoint; collective."""
+        self.checkpoints.restore(resumption)
+        self.steps_done = resumption.step
+
+    def run(self, signals: StopSignals, alive: Callable[[str], None] = lambda doing: None) -> bool:
+        """Does the steps that are left, telling `alive` what it is about to do.
+
+        Returns:
+            Whether it stopped before the last step because a rank was asked to.
+        """
         train = self.config.train
         self.recorder.note(self._description())
-        for step in range(1, train.steps + 1):
-            self.train_step(step)
-            last = step == train.steps
-            if last or (train.eval_every and step % train.eval_every == 0):
-                self._evaluate(step)
-        self._finish()
+        self.coordinator.begin(self.steps_done)
+        with self.checkpoints:
+            for step in range(self.steps_done + 1, train.steps + 1):
+                alive(f"step {step}")
+                stop_asked, last = self.train_step(step, signals), step == train.steps
+                if last or (train.eval_every and step % train.eval_every == 0):
+                    alive(f"the evaluation after step {step}")
+                    self._evaluate(step)
+                self.checkpoints.after_step(step)
+                self.steps_done = step
+                if stop_asked and not last:
+                    alive("the checkpoint before a stop")
+                    self._stop(step)
+                    return True
+            alive("the end of the run")
+            self._finish()
+        return False
 
-    def train_step(self, step: int) -> None:
-        """One update, from its batch to its figures; collective."""
+    def _stop(self, step: int) -> None:
+        self.checkpoints.stop(step)
+        self.recorder.note(f"asked to stop: stopped after step {step}, with a checkpoint")
+        self.recorder.event("stopped", step)
+
+    def train_step(self, step: int, signals: StopSignals) -> bool:
+        """One step; returns whether a rank has asked to stop after it."""
         started = time.perf_counter()
         self.coordinator.before_step(step)
         sequences_BS = self.loader.batch(step - 1)
-        outcome = self.engine.forward_backward(sequences_BS)
+        outcome = self.engine.forward_backward(sequences_BS, lambda: signals.wanted)
         _stop_if_broken(step, outcome)
+        if outcome.stop:
+            signals.reached()
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
         if self.config.moe.kind != "dense":  # by the placement that routed them
-            self.loads.add(outcome.count_LE.numpy(), outcome.dropped, self.model.context.placements)
+            placements = self.model.context.placements
+            self.account.loads.append(self.loads.add(outcome.count_LE.numpy(), outcome.dropped, placements))
         self.coordinator.after_step(step, outcome, sequences_BS)
-        self.step_seconds.append(time.perf_counter() - started)
+        self.account.step_seconds.append(time.perf_counter() - started)
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
-            if self.config.moe.kind != "dense":
-                self.recorder.load(step, self.loads.take_line())
+            if self.account.loads:
+                self.recorder.load(step, {**self.loads.take_counts(), "load": self.account.loads[-1]})
+        return outcome.stop
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
-        recent = self.step_seconds[-self.config.train.log_every :]
+        recent = self.account.step_seconds[-self.config.train.log_every :]
         figures: dict[str, Any] = {
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
             "train": {"loss": outcome.loss, "learning_rate": rate, "gradient_norm": norm},
             "memory": memory_now(self.process),
         }
-        if self.config.moe.kind != "dense":
-            figures["load"] = self.loads.latest
+        if self.account.loads:
+            figures["load"] = self.account.loads[-1]
         return figures
 
     def _evaluate(self, step: int) -> None:
@@ -119,29 +184,32 @@ class TrainingRun:
         if not math.isfinite(loss):
             raise TrainingError(f"step {step}: the validation loss is {loss}: the weights are no longer finite")
         tokens = step * self.tokens_per_step
-        self.curve.append({"step": step, "tokens": tokens, "loss": loss})
+        self.account.curve.append({"step": step, "tokens": tokens, "loss": loss})
         self.recorder.evaluation(step, tokens, loss)
 
     def _finish(self) -> None:
         self.coordinator.close()
         config, steps = self.config, self.config.train.steps
+        if not self.account.curve or self.account.curve[-1]["step"] != steps:
+            self._evaluate(steps)  # resumed where another run, of more steps, was not evaluated
+        self.checkpoints.finish(steps)
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
-        tokens, loss = steps * self.tokens_per_step, self.curve[-1]["loss"]
+        tokens, loss = steps * self.tokens_per_step, self.account.curve[-1]["loss"]
         ledger = self.model.context.ledger
         self.recorder.traffic(traffic_matrices(ledger, self.process))
-        timed = self.step_seconds[1:] or self.step_seconds  # the first step warms up
+        timed = self.account.step_seconds[1:] or self.account.step_seconds  # the first step warms up
         self.recorder.finish(
             {
                 "name": config.name,
                 "kind": config.moe.kind,
                 "steps": steps,
                 "tokens": tokens,
-                "seconds": sum(self.step_seconds),
-                "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.curve},
+                "seconds": sum(self.account.step_seconds),
+                "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.account.curve},
                 "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(ledger, tokens, config.model.layers, self.process),
-                "load": self.loads.last_fifth(),
+                "load": last_fifth(self.account.loads),
                 "recluster": self.coordinator.totals,
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),
