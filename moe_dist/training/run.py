@@ -16,7 +16,7 @@ from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_c
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.errors import DataError, TrainingError
-from moe_dist.metrics import LoadStatistics, installed_versions, load_statistics
+from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
@@ -25,11 +25,12 @@ from moe_dist.training.checkpoints import RunCheckpoints
 from moe_dist.training.evaluate import validation_loss
 from moe_dist.training.finished import show_if_finished
 from moe_dist.training.interrupt import StopSignals
+from moe_dist.training.loads import LoadRecord, last_fifth
 from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, perplexity
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.schedule import learning_rate
-from moe_dist.training.totals import all_to_all_totals, peak_memory
+from moe_dist.training.totals import all_to_all_totals, memory_now, peak_memory, traffic_matrices
 from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
 
 
@@ -94,6 +95,9 @@ class TrainingRun:
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
         self.coordinator = Coordinator(self.engine, config, recorder)
+        moe, layers = config.moe, config.model.layers
+        copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
+        self.loads = LoadRecord(moe.experts, shape, self.tokens_per_step * layers * copies)
         self.account, self.steps_done = RunAccount(), 0
         parts: dict[str, Part] = {
             "account": self.account,
@@ -121,7 +125,7 @@ class TrainingRun:
         with self.checkpoints:
             for step in range(self.steps_done + 1, train.steps + 1):
                 alive(f"step {step}")
-                stop_asked, last = self._train_step(step, signals), step == train.steps
+                stop_asked, last = self.train_step(step, signals), step == train.steps
                 if last or (train.eval_every and step % train.eval_every == 0):
                     alive(f"the evaluation after step {step}")
                     self._evaluate(step)
@@ -140,7 +144,7 @@ class TrainingRun:
         self.recorder.note(f"asked to stop: stopped after step {step}, with a checkpoint")
         self.recorder.event("stopped", step)
 
-    def _train_step(self, step: int, signals: StopSignals) -> bool:
+    def train_step(self, step: int, signals: StopSignals) -> bool:
         """One step; returns whether a rank has asked to stop after it."""
         started = time.perf_counter()
         self.coordinator.before_step(step)
@@ -152,12 +156,15 @@ class TrainingRun:
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
+        if self.config.moe.kind != "dense":  # by the placement that routed them
+            placements = self.model.context.placements
+            self.account.loads.append(self.loads.add(outcome.count_LE.numpy(), outcome.dropped, placements))
         self.coordinator.after_step(step, outcome, sequences_BS)
         self.account.step_seconds.append(time.perf_counter() - started)
-        if self.config.moe.kind != "dense":
-            self.account.loads.append(self._loads(outcome))
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
+            if self.account.loads:
+                self.recorder.load(step, {**self.loads.take_counts(), "load": self.account.loads[-1]})
         return outcome.stop
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
@@ -166,16 +173,11 @@ class TrainingRun:
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
             "train": {"loss": outcome.loss, "learning_rate": rate, "gradient_norm": norm},
+            "memory": memory_now(self.process),
         }
         if self.account.loads:
             figures["load"] = self.account.loads[-1]
         return figures
-
-    def _loads(self, outcome: StepOutcome) -> dict[str, float]:
-        moe = self.config.moe
-        copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
-        routed = self.tokens_per_step * self.config.model.layers * copies
-        return {**vars(load_statistics(outcome.count_LE.numpy())), "dropped": outcome.dropped / routed}
 
     def _evaluate(self, step: int) -> None:
         loss = validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
@@ -194,6 +196,7 @@ class TrainingRun:
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
         tokens, loss = steps * self.tokens_per_step, self.account.curve[-1]["loss"]
         ledger = self.model.context.ledger
+        self.recorder.traffic(traffic_matrices(ledger, self.process))
         timed = self.account.step_seconds[1:] or self.account.step_seconds  # the first step warms up
         self.recorder.finish(
             {
@@ -206,7 +209,7 @@ class TrainingRun:
                 "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(ledger, tokens, config.model.layers, self.process),
-                "load": _last_fifth(self.account.loads),
+                "load": last_fifth(self.account.loads),
                 "recluster": self.coordinator.totals,
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),
@@ -263,11 +266,3 @@ def _stop_if_norm_broken(step: int, norm: float) -> None:
             f"step {step}: the global gradient norm is {norm}, though the losses were finite; all ranks stop. Lower "
             "optimizer.learning_rate, or train in float32"
         )
-
-
-def _last_fifth(loads: list[dict[str, float]]) -> dict[str, float | None]:
-    """Means over the last fifth of the steps; null for a dense model."""
-    if not loads:
-        return dict.fromkeys((*LoadStatistics.__dataclass_fields__, "dropped"))
-    recent = loads[-max(1, len(loads) // 5) :]
-    return {name: float(np.mean([load[name] for load in recent])) for name in recent[0]}
