@@ -90,6 +90,17 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
     leave()
 
 
+class _Silent(Recorder):
+    """Knows the measurement's folder, on rank 0, and writes nothing there: what training tells is not what is asked."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    @property
+    def folder(self) -> Path | None:
+        return self._path
+
+
 class _Measurement:
     """One kind of layer under measurement."""
 
@@ -97,14 +108,14 @@ class _Measurement:
         self.config, self.process, self.watch = config, process, watch
         shape = resolve_world(config, process.ranks)
         resolve_batch(config, process.ranks)
-        self.run = TrainingRun(config, process, shape, data, Recorder())
-        self.ledger = self.run.model.context.ledger
         self.steps_done, self.signals = 0, StopSignals()  # not entered: signals end a measurement
         self.folder: RunFolder | None = None
         if process.rank == 0:
             name = f"{config.name}-traffic-{config.moe.kind}"
             self.folder = RunFolder.create(config.runs_dir, name, dump_config(config), tensorboard=False)
             print(f"{name}: {shape}", flush=True)
+        self.run = TrainingRun(config, process, shape, data, _Silent(self.folder.path if self.folder else None))
+        self.ledger = self.run.model.context.ledger
 
     def take(self, spec: TrafficSpec) -> Figures:
         """All rounds; returns the figures, whole on rank 0, and leaves them in the run folder."""
