@@ -70,7 +70,7 @@ class Engine:
         self._engine.step()
         context, moe = self.model.context, self.config.moe
         if moe.kind != "dense":
-            context.balance.update(outcome.count_LE.to(self.process.device), moe, context.placement)
+            context.balance.update(outcome.count_LE.to(self.process.device), moe, context.placements)
         return float(self._engine.optimizer._global_grad_norm)
 
     def training_state(self) -> TrainingState:

@@ -20,12 +20,15 @@ CopiesOf = Callable[[nn.Parameter], int]
 
 
 def global_norm(gradients: Iterable[tuple[Tensor, int]], device: torch.device) -> Tensor:
-    """sqrt of the sum over all ranks and (gradient, copies) of |gradient|^2 / copies; collective, float32 scalar."""
-    square = torch.zeros((), device=device)
+    """sqrt of the sum over all ranks and (gradient, copies) of |gradient|^2 / copies; collective, float32 scalar.
+
+    Summed in float64, so that the order of the terms, which follows from where clusters live, leaves no trace.
+    """
+    square = torch.zeros((), dtype=torch.float64, device=device)
     for gradient, copies in gradients:
-        square += torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).square() / copies
+        square += torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).square() / copies
     dist.all_reduce(square)
-    return square.sqrt()
+    return square.sqrt().float()
 
 
 def install(engine: Any, copies_of: CopiesOf, clip_norm: float) -> None:

@@ -4,6 +4,7 @@ They are not module buffers: a mixed-precision engine casts those, and a bias th
 bfloat16.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,13 +58,16 @@ class BalanceState:
         for name in ("cluster_bias_LG", "expert_bias_LE", "count_LE", "dropped_L"):
             setattr(self, name, getattr(self, name).to(device))
 
-    def update(self, count_LE: Tensor, moe: MoEConfig, placement: ExpertPlacement | None) -> None:
-        """Moves the biases by the counts of one step, summed over all ranks and micro-batches."""
+    def update(self, count_LE: Tensor, moe: MoEConfig, placements: Sequence[ExpertPlacement]) -> None:
+        """Moves the biases by the counts of one step, summed over all ranks and micro-batches.
+
+        Args:
+            placements: of each layer; empty: the experts are not clustered.
+        """
         if moe.balance != "bias":
             return
-        if placement is None:
+        if not placements:
             update_expert_bias(self.expert_bias_LE, count_LE, moe.balance_rate)
         else:
-            update_two_stage_bias(
-                self.cluster_bias_LG, self.expert_bias_LE, count_LE, placement.members, moe.balance_rate
-            )
+            members = [placement.members for placement in placements]
+            update_two_stage_bias(self.cluster_bias_LG, self.expert_bias_LE, count_LE, members, moe.balance_rate)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic import TrafficLedger
 from moe_dist.model.balance_state import BalanceState
-from moe_dist.model.clustered_layer import ClusteredMoE, LayerContext
+from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.model.context import LayerContext
 from moe_dist.model.dense_layer import SwiGLU
 from moe_dist.model.megatron_gpt import build_gpt, initialize_megatron
 from moe_dist.model.parameter_class import REDUCED_OVER, ParameterClass, class_of
@@ -26,7 +27,7 @@ class LanguageModel(nn.Module):
     """A causal language model whose parts stand for this rank's share of the experts.
 
     Attributes:
-        context: mesh, placement, balance state and traffic ledger that its layers share.
+        context: mesh, placements, balance state and traffic ledger that its layers share.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int, mesh: Mesh, links: Links, micro_batches: int = 1) -> None:
@@ -34,11 +35,11 @@ class LanguageModel(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         moe = config.moe
-        placement = None
+        placements = []
         if moe.kind == "clustered":
-            placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)
+            placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] * config.model.layers
         balance = BalanceState.create(config.model.layers, moe, torch.device("cpu"))
-        self.context = LayerContext(mesh, placement, balance, TrafficLedger(links), config.seed)
+        self.context = LayerContext(mesh, placements, balance, TrafficLedger(links), config.seed)
         self._micro_batches = micro_batches
         initialize_megatron(config.world.timeout_seconds)
         self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._uncounted)

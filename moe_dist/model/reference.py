@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.compression.reference import expert
-from moe_dist.model.clustered_layer import ClusteredExperts, ClusteredMoE
+from moe_dist.model.clustered_experts import ClusteredExperts
+from moe_dist.model.clustered_layer import ClusteredMoE
 
 
 def clustered_moe_reference(layer: ClusteredMoE, x_TD: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from moe_dist.dispatch.channel import Channel
 from moe_dist.dispatch.flat import FlatDispatch
 from moe_dist.dispatch.traffic import Stage
 from moe_dist.model.attached_loss import attach_router_losses
-from moe_dist.model.clustered_layer import LayerContext
+from moe_dist.model.context import LayerContext
 from moe_dist.model.dense_layer import SwiGLU
 from moe_dist.model.initial import SHARED, generator
 from moe_dist.model.parameter_class import ParameterClass, mark

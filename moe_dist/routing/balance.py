@@ -19,17 +19,20 @@ def update_two_stage_bias(
     cluster_bias_LG: Tensor,
     expert_bias_LE: Tensor,
     count_LE: Tensor,
-    members: Sequence[Sequence[int]],
+    members: Sequence[Sequence[Sequence[int]]],
     rate: float,
 ) -> None:
     """Two-stage routing, in place: a cluster's bias follows its share of all copies, an expert's its share within
     its cluster: b_c += rate * sign(1/G - load_c), b_e += rate * sign(G/E - load_e / load_c).
 
     A cluster that got nothing says nothing about its experts: their biases stay.
+
+    Args:
+        members: the experts of each cluster of each layer, [L, G, N].
     """
-    member_GN = torch.tensor(members, device=count_LE.device)
-    count_LGN = count_LE.to(expert_bias_LE.dtype)[:, member_GN]
+    member_LE = torch.tensor(members, device=count_LE.device).flatten(1)
+    count_LGN = count_LE.to(expert_bias_LE.dtype).gather(1, member_LE).unflatten(1, (cluster_bias_LG.shape[1], -1))
     count_LG = count_LGN.sum(dim=-1)
     cluster_bias_LG += rate * torch.sign(count_LG.mean(dim=-1, keepdim=True) - count_LG)
     step_LGN = rate * torch.sign(count_LGN.mean(dim=-1, keepdim=True) - count_LGN)
-    expert_bias_LE.index_add_(1, member_GN.flatten(), step_LGN.flatten(1))
+    expert_bias_LE.scatter_add_(1, member_LE, step_LGN.flatten(1))

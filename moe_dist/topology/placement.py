@@ -61,6 +61,15 @@ class ExpertPlacement:
     def slots_per_shard(self) -> int:
         return self.slots // self.shards
 
+    def home_of(self, cluster: int) -> int:
+        """The block that a run's first placement gives a cluster to."""
+        return cluster // self.clusters_per_block
+
+    @property
+    def at_home(self) -> bool:
+        """Whether every cluster lives where it started."""
+        return all(self.home_of(cluster) == block for cluster, block in enumerate(self.block_of_cluster))
+
     def clusters_of_block(self, block: int) -> tuple[int, ...]:
         """The clusters that the ranks of one block hold, in the order of their local index."""
         return tuple(c for c in range(self.clusters) if self.block_of_cluster[c] == block)

@@ -12,7 +12,8 @@ from torch import Tensor
 from moe_dist.config import RunConfig, WorldShape, load_config, resolve_batch
 from moe_dist.engine.engine import Engine
 from moe_dist.engine.startup import join
-from moe_dist.model.clustered_layer import ClusteredExperts
+from moe_dist.model.clustered_experts import ClusteredExperts
+from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.standard_layer import StandardMoE
 from moe_dist.topology.links import Links
@@ -65,14 +66,16 @@ def _train_variant(shape: WorldShape, config: RunConfig) -> Trained:
 def _weights_by_global_name(model: LanguageModel) -> dict[str, Tensor]:
     """Clusters and experts under their own numbers, whatever local module or slot holds them."""
     held: dict[str, Tensor] = {}
-    placement, mesh = model.context.placement, model.context.mesh
+    mesh = model.context.mesh
     names = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
         if ".clusters." in name:
-            assert placement is not None
             layer, _, rest = name.partition(".clusters.")
             local, _, leaf = rest.partition(".")
+            moe = names[layer]
+            assert isinstance(moe, ClusteredMoE)
+            placement = moe.placement
             cluster = placement.clusters_of_block(mesh.at.cluster)[int(local)]
             assert isinstance(names[f"{layer}.clusters.{local}"], ClusteredExperts)
             if leaf.startswith("residuals"):
@@ -184,7 +187,7 @@ def _train_plainly(words: list[str]) -> Trained:
         adamw.step()
         balance = model.context.balance
         if config.moe.kind != "dense":
-            balance.update(balance.count_LE, config.moe, model.context.placement)
+            balance.update(balance.count_LE, config.moe, model.context.placements)
         balance.count_LE.zero_()
     trained.weights = {name: value.clone() for name, value in _weights_by_global_name(model).items()}
     trained.biases = [model.context.balance.cluster_bias_LG, model.context.balance.expert_bias_LE]

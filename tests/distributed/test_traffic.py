@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from moe_dist.config import ModelConfig, MoEConfig, WorldShape
 from moe_dist.dispatch.traffic import Direction, Payload, Stage, TrafficLedger
 from moe_dist.model.balance_state import BalanceState
-from moe_dist.model.clustered_layer import ClusteredMoE, LayerContext
+from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.model.context import LayerContext
 from moe_dist.model.standard_layer import StandardMoE
 from moe_dist.routing.flat import choose_flat
 from moe_dist.routing.two_stage import choose_clusters, router_logits
@@ -30,11 +31,11 @@ MODEL = ModelConfig(hidden_size=HIDDEN, heads=2, layers=1)
 
 def _layer(moe: MoEConfig, shape: WorldShape, nodes: tuple[int, ...]) -> nn.Module:
     mesh = Mesh.create(shape, timedelta(seconds=60))
-    placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, shape) if moe.kind == "clustered" else None
+    placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, shape)] if moe.kind == "clustered" else []
     balance = BalanceState.create(1, moe, torch.device("cpu"))
-    context = LayerContext(mesh, placement, balance, TrafficLedger(Links(mesh.rank, nodes)), 0)
-    kind = ClusteredMoE(0, MODEL, moe, context) if placement else StandardMoE(0, MODEL, moe, context, 1.0)
-    kind.context = context  # type: ignore[assignment]
+    context = LayerContext(mesh, placements, balance, TrafficLedger(Links(mesh.rank, nodes)), 0)
+    kind = ClusteredMoE(0, MODEL, moe, context) if placements else StandardMoE(0, MODEL, moe, context, 1.0)
+    kind.context = context
     return kind
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.dispatch.traffic import TrafficLedger
 from moe_dist.model.balance_state import BalanceState
-from moe_dist.model.clustered_layer import ClusteredMoE, LayerContext
+from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.model.context import LayerContext
 from moe_dist.model.reference import clustered_moe_reference
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
@@ -21,7 +22,9 @@ def build(moe: MoEConfig, seed: int = 0) -> ClusteredMoE:
     mesh = Mesh.alone()
     placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)
     balance = BalanceState.create(model.layers, moe, torch.device("cpu"))
-    layer = ClusteredMoE(1, model, moe, LayerContext(mesh, placement, balance, TrafficLedger(Links.alone()), seed))
+    layer = ClusteredMoE(
+        1, model, moe, LayerContext(mesh, [placement] * 2, balance, TrafficLedger(Links.alone()), seed)
+    )
     draw = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():  # large enough that every part of the formula shows
         parameter.data = torch.randn(parameter.shape, generator=draw) * 0.5

@@ -12,14 +12,14 @@ from moe_dist.routing.flat import choose_flat
 def test_two_stage_bias_is_its_formula(clusters: int, slots: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     experts, rate = clusters * slots, 0.02
-    order = torch.randperm(experts, generator=draw).tolist()
-    members = [order[c * slots : (c + 1) * slots] for c in range(clusters)]
+    orders = [torch.randperm(experts, generator=draw).tolist() for _ in range(2)]
+    members = [[order[c * slots : (c + 1) * slots] for c in range(clusters)] for order in orders]
     count_LE = torch.randint(0, 5, (2, experts), generator=draw)
     cluster_bias_LG, expert_bias_LE = torch.zeros(2, clusters), torch.zeros(2, experts)
     update_two_stage_bias(cluster_bias_LG, expert_bias_LE, count_LE, members, rate)
     for layer in range(2):
         count = count_LE[layer].tolist()
-        for c, cluster in enumerate(members):
+        for c, cluster in enumerate(members[layer]):
             load = sum(count[e] for e in cluster)
             assert _same_sign(cluster_bias_LG[layer, c], sum(count) - load * clusters)
             for e in cluster:

@@ -1,0 +1,69 @@
+"""The parameters of clustered experts that a rank holds: bases, and the experts' own residuals.
+
+Shapes: A rows at a shard, D hidden, F expert hidden, N experts of a cluster on this shard, K chosen experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.compression import ClusterWeights, clustered_experts, init_base, init_residual
+from moe_dist.config import ModelConfig, MoEConfig
+from moe_dist.model.context import LayerContext
+from moe_dist.model.initial import SHARED, generator
+from moe_dist.model.parameter_class import ParameterClass, mark
+
+
+class ClusterBase(nn.Module):
+    """What the experts of a cluster share."""
+
+    def __init__(self, layer: int, cluster: int, model: ModelConfig, moe: MoEConfig, seed: int) -> None:
+        super().__init__()
+        draw = generator(seed, layer, "base", SHARED if moe.shared_init else cluster)
+        w_in, w_out = init_base(model.hidden_size, moe.expert_hidden, model.init_std, model.output_init_std, draw)
+        self.w_in_DH = nn.Parameter(w_in)
+        self.w_out_FD = nn.Parameter(w_out)
+        mark(self, ParameterClass.BASE)
+
+
+class Residuals(nn.Module):
+    """The low-rank factors and vectors of the experts of a cluster that this shard holds, by slot."""
+
+    def __init__(self, layer: int, experts: tuple[int, ...], model: ModelConfig, moe: MoEConfig, seed: int) -> None:
+        super().__init__()
+        shape = (model.hidden_size, moe.expert_hidden, moe.rank, moe.expert_vectors)
+        drawn = [init_residual(*shape, generator(seed, layer, "residual", expert)) for expert in experts]
+
+        def stacked(name: str) -> nn.Parameter | None:
+            values = [getattr(residual, name) for residual in drawn]
+            return None if values[0] is None else nn.Parameter(torch.stack(values))
+
+        self.in_u_NDR = stacked("in_u_DR")
+        self.in_v_NRH = stacked("in_v_RH")
+        self.out_u_NFR = stacked("out_u_FR")
+        self.out_v_NRD = stacked("out_v_RD")
+        self.hidden_gate_NF = stacked("hidden_gate_F")
+        self.hidden_bias_NH = stacked("hidden_bias_H")
+        self.output_bias_ND = stacked("output_bias_D")
+        mark(self, ParameterClass.EXPERT)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by the names that `ClusterWeights` gives them."""
+        return dict(self.named_parameters())
+
+
+class ClusteredExperts(nn.Module):
+    """The part of one cluster that this rank holds."""
+
+    def __init__(self, layer: int, cluster: int, model: ModelConfig, moe: MoEConfig, context: LayerContext) -> None:
+        super().__init__()
+        experts = context.placements[layer].experts_of(cluster, context.mesh.at.shard)
+        self.form = moe.form
+        self.base = ClusterBase(layer, cluster, model, moe, context.seed)
+        self.residuals = Residuals(layer, experts, model, moe, context.seed)
+
+    def weights(self) -> ClusterWeights:
+        """The tensors in the form that the computation takes."""
+        return ClusterWeights(self.base.w_in_DH, self.base.w_out_FD, **self.residuals.tensors())
+
+    def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:
+        return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.form)

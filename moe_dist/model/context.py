@@ -1,0 +1,20 @@
+"""What every MoE layer of a model shares: where it is, and where it keeps account."""
+
+from dataclasses import dataclass
+
+from moe_dist.dispatch.traffic import TrafficLedger
+from moe_dist.model.balance_state import BalanceState
+from moe_dist.topology.mesh import Mesh
+from moe_dist.topology.placement import ExpertPlacement
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """One value for all layers of a model."""
+
+    mesh: Mesh
+    placements: list[ExpertPlacement]
+    """Where each layer's experts are; empty unless experts are clustered. A re-clustering replaces entries."""
+    balance: BalanceState
+    ledger: TrafficLedger
+    seed: int
