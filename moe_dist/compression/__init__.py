@@ -6,12 +6,13 @@ from moe_dist.compression.expert_matrices import ExpertMatrices, relative_output
 from moe_dist.compression.factorise import (
     FactorisedCluster,
     FactorisedExpert,
-    InputMoments,
     factorise_cluster,
     factorise_expert,
     usage_weighted_mean,
 )
 from moe_dist.compression.initialisation import ExpertResidual, init_base, init_residual
+from moe_dist.compression.input_roots import InputRoots
+from moe_dist.compression.moments import project_first, project_second
 from moe_dist.compression.shared_base import FORMS, choose_form, clustered_experts
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
     "ExpertResidual",
     "FactorisedCluster",
     "FactorisedExpert",
-    "InputMoments",
+    "InputRoots",
     "UnitOrder",
     "align_hidden_units",
     "choose_form",
@@ -30,6 +31,8 @@ __all__ = [
     "factorise_expert",
     "init_base",
     "init_residual",
+    "project_first",
+    "project_second",
     "relative_output_error",
     "usage_weighted_mean",
 ]

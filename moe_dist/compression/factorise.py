@@ -21,15 +21,8 @@ from torch import Tensor
 from moe_dist.compression.cluster_weights import ClusterWeights
 from moe_dist.compression.expert_matrices import ExpertMatrices
 from moe_dist.compression.initialisation import V_STD, ExpertResidual
+from moe_dist.compression.input_roots import InputRoots, Root, apply_root
 from moe_dist.compression.low_rank import leading_right_vectors
-
-
-@dataclass(frozen=True)
-class InputMoments:
-    """Second moments of what an expert's projections are given, over the tokens routed to it; any scale."""
-
-    x: Tensor  # E[x x^T] [d, d], or its diagonal [d]
-    hidden: Tensor  # of the hidden units, [f, f] or [f]
 
 
 @dataclass(frozen=True)
@@ -61,23 +54,24 @@ def factorise_expert(
     rank: int,
     *,
     vectors: bool = False,
-    moments: InputMoments | None = None,
-    check: InputMoments | None = None,
+    inputs: InputRoots | None = None,
+    check: InputRoots | None = None,
     seed: int | None = None,
 ) -> FactorisedExpert:
     """The residual of rank `rank` that brings the base nearest to the expert.
 
     Args:
         vectors: with the expert's vectors, zero.
-        moments: of the tokens that whitening fits; None: plain throughout.
+        inputs: of the tokens that whitening fits; None: plain throughout.
         check: of other tokens, which decide between plain and whitened; None: `moments`.
         seed: of the randomised decomposition, the same on all ranks; None: the exact one.
 
     Raises:
         ValueError: the rank is larger than a matrix allows.
     """
-    fit = _roots(moments, expert)
-    judge = fit if check is None else _roots(check, expert)
+    nothing = InputRoots(None, None)
+    fit = (inputs or nothing).projections()
+    judge = (check or inputs or nothing).projections()
     parts = zip(expert.projections(), base.projections(), fit, judge, strict=True)
     gate, up, out = (_factorise(w_IO, base_IO, rank, fits, judges, seed) for w_IO, base_IO, fits, judges in parts)
     hidden, width = expert.w_out_FD.shape[1], expert.w_out_FD.shape[0]
@@ -114,8 +108,8 @@ def factorise_cluster(
     rank: int,
     *,
     vectors: bool = False,
-    moments: Sequence[InputMoments] | None = None,
-    check: Sequence[InputMoments] | None = None,
+    inputs: Sequence[InputRoots] | None = None,
+    check: Sequence[InputRoots] | None = None,
     seed: int | None = None,
 ) -> FactorisedCluster:
     """All members of a cluster at once: their mean by usage as the base, and a residual for each (`factorise_expert`).
@@ -132,7 +126,7 @@ def factorise_cluster(
             base,
             rank,
             vectors=vectors,
-            moments=None if moments is None else moments[e],
+            inputs=None if inputs is None else inputs[e],
             check=None if check is None else check[e],
             seed=seed,
         )
@@ -153,10 +147,8 @@ class _Factors:
     whitened: bool
 
 
-def _factorise(
-    w_IO: Tensor, base_IO: Tensor, rank: int, fit: Tensor | None, judge: Tensor | None, seed: int | None
-) -> _Factors:
-    """One matrix; `fit` and `judge` are roots of moments."""
+def _factorise(w_IO: Tensor, base_IO: Tensor, rank: int, fit: Root, judge: Root, seed: int | None) -> _Factors:
+    """One matrix; `fit` and `judge` weigh its rows."""
     left_IO = w_IO - base_IO
     whole = _norm(judge, w_IO)
 
@@ -166,7 +158,7 @@ def _factorise(
     q_OR = leading_right_vectors(left_IO, rank, seed)
     error, whitened = kept(q_OR), False
     if fit is not None:
-        fitted_OR = leading_right_vectors(_apply(fit, left_IO), rank, seed)
+        fitted_OR = leading_right_vectors(apply_root(fit, left_IO), rank, seed)
         fitted_error = kept(fitted_OR)
         if fitted_error < error:
             q_OR, error, whitened = fitted_OR, fitted_error, True
@@ -184,31 +176,8 @@ def _balanced(u_IR: Tensor, v_RO: Tensor) -> tuple[Tensor, Tensor]:
     return u_IR / scale_R, v_RO * scale_R[:, None]
 
 
-def _roots(moments: InputMoments | None, expert: ExpertMatrices) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of what gate, up and output projection are given."""
-    if moments is None:
-        return None, None, None
-    x, hidden = _root(moments.x.to(expert.w_in_DH)), _root(moments.hidden.to(expert.w_in_DH))
-    return x, x, hidden
-
-
-def _root(moment: Tensor) -> Tensor:
-    """S with S^T S = moment: [I, I], or [I] for a diagonal; rounding below zero is cut off."""
-    if moment.ndim == 1:
-        return moment.clamp(min=0).sqrt()
-    value_I, vector_II = torch.linalg.eigh(moment)
-    root_II: Tensor = value_I.clamp(min=0).sqrt()[:, None] * vector_II.T
-    return root_II
-
-
-def _apply(root: Tensor | None, w_IO: Tensor) -> Tensor:
-    if root is None:
-        return w_IO
-    return root[:, None] * w_IO if root.ndim == 1 else root @ w_IO
-
-
-def _norm(root: Tensor | None, w_IO: Tensor) -> float:
-    return float(torch.linalg.vector_norm(_apply(root, w_IO)))
+def _norm(root: Root, w_IO: Tensor) -> float:
+    return float(torch.linalg.vector_norm(apply_root(root, w_IO)))
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_dist.compression import (
     ExpertMatrices,
-    InputMoments,
+    InputRoots,
     UnitOrder,
     align_hidden_units,
     factorise_cluster,
@@ -16,6 +16,7 @@ from moe_dist.compression import (
     relative_output_error,
     usage_weighted_mean,
 )
+from moe_dist.compression.input_roots import apply_root
 from moe_dist.compression.low_rank import leading_right_vectors
 from moe_dist.compression.reference import expert as run_expert
 from moe_dist.compression.reference import expert_weights
@@ -33,9 +34,9 @@ def draw_experts(seed: int, experts: int) -> tuple[Tensor, Tensor]:
     return draw(seed, experts, HIDDEN, 2 * WIDTH), draw(seed + 1, experts, WIDTH, HIDDEN)
 
 
-def draw_moments(seed: int, experts: int, tokens: int) -> list[InputMoments]:
+def draw_inputs(seed: int, experts: int, tokens: int) -> list[InputRoots]:
     x_NTD, hidden_NTF = draw(seed + 2, experts, tokens, HIDDEN), draw(seed + 3, experts, tokens, WIDTH)
-    return [InputMoments(x.T @ x, h.T @ h) for x, h in zip(x_NTD, hidden_NTF, strict=True)]
+    return [InputRoots.of_tokens(x, h) for x, h in zip(x_NTD, hidden_NTF, strict=True)]
 
 
 @settings(deadline=None)
@@ -57,10 +58,10 @@ def test_exact_where_residuals_are_of_that_rank(seed: int, experts: int, rank: i
 @settings(deadline=None)
 @given(seed=seeds, experts=st.integers(1, 4), rank=ranks, whitened=st.booleans(), exact=st.booleans())
 def test_never_worse_than_the_mean_alone(seed: int, experts: int, rank: int, whitened: bool, exact: bool) -> None:
-    moments = draw_moments(seed, experts, 5) if whitened else None
+    inputs = draw_inputs(seed, experts, 5) if whitened else None
     w_in, w_out = draw_experts(seed, experts)
     usage_N = torch.ones(experts)
-    found = factorise_cluster(w_in, w_out, usage_N, rank, moments=moments, seed=None if exact else 1)
+    found = factorise_cluster(w_in, w_out, usage_N, rank, inputs=inputs, seed=None if exact else 1)
     for one in found.experts:
         assert all(error <= base + 1e-9 for error, base in zip(one.errors, one.base_errors, strict=True))
 
@@ -69,13 +70,15 @@ def test_never_worse_than_the_mean_alone(seed: int, experts: int, rank: int, whi
 @given(seed=seeds, rank=ranks, tokens=st.sampled_from([3, 200]), full=st.booleans())
 def test_whitening_never_loses_by_its_own_measure(seed: int, rank: int, tokens: int, full: bool) -> None:
     """With singular moments as well (3 tokens), and with their diagonal alone."""
-    (moments,) = draw_moments(seed, 1, tokens)
+    (inputs,) = draw_inputs(seed, 1, tokens)
     if not full:
-        moments = InputMoments(moments.x.diagonal(), moments.hidden.diagonal())
+        assert inputs.x is not None
+        assert inputs.hidden is not None
+        inputs = InputRoots.of_moments((inputs.x**2).sum(0), (inputs.hidden**2).sum(0))
     w_in, w_out = draw_experts(seed, 2)
     expert, base = ExpertMatrices(w_in[0], w_out[0]), ExpertMatrices(w_in[1], w_out[1])
-    whitened = factorise_expert(expert, base, rank, moments=moments)
-    plain = factorise_expert(expert, base, rank, check=moments)
+    whitened = factorise_expert(expert, base, rank, inputs=inputs)
+    plain = factorise_expert(expert, base, rank, check=inputs)
     assert not any(plain.whitened)
     for found, other in zip(whitened.errors, plain.errors, strict=True):
         assert found <= other + 1e-9
@@ -86,8 +89,8 @@ def test_errors_are_those_of_the_tokens(seed: int, rank: int) -> None:
     """The error of the gate by moments is that of its outputs on the tokens the moments are of."""
     x_TD, h_TF = draw(seed, 30, HIDDEN), draw(seed + 1, 30, WIDTH)
     w_in, w_out = draw_experts(seed, 3)
-    moments = [InputMoments(x_TD.T @ x_TD / 30, h_TF.T @ h_TF / 30)] * 3
-    found = factorise_cluster(w_in, w_out, torch.ones(3), rank, moments=moments)
+    inputs = [InputRoots.of_moments(x_TD.T @ x_TD / 30, h_TF.T @ h_TF / 30)] * 3
+    found = factorise_cluster(w_in, w_out, torch.ones(3), rank, inputs=inputs)
     for e, one in enumerate(found.experts):
         mine_in, mine_out = expert_weights(found.weights, e)
         for number, (inputs, mine, true) in enumerate(
@@ -104,22 +107,33 @@ def test_errors_are_those_of_the_tokens(seed: int, rank: int) -> None:
 def test_whitening_helps_where_inputs_lie_in_few_directions() -> None:
     direction = draw(0, 3, HIDDEN)
     x_TD = draw(1, 400, 3) @ direction + 0.05 * draw(2, 400, HIDDEN)
-    fit, check = (InputMoments(x.T @ x, torch.ones(WIDTH, dtype=torch.float64)) for x in x_TD.chunk(2))
+    fit, check = (InputRoots.of_moments(x.T @ x, torch.ones(WIDTH, dtype=torch.float64)) for x in x_TD.chunk(2))
     w_in, w_out = draw_experts(3, 2)
     expert, base = ExpertMatrices(w_in[0], w_out[0]), ExpertMatrices(w_in[1], w_out[1])
-    whitened = factorise_expert(expert, base, 3, moments=fit, check=check)
+    whitened = factorise_expert(expert, base, 3, inputs=fit, check=check)
     plain = factorise_expert(expert, base, 3, check=check)
     assert whitened.whitened == (True, True, False)
     assert whitened.errors[0] < 0.2 * plain.errors[0]
 
 
 def test_tokens_held_back_refuse_a_whitening_that_does_not_generalise() -> None:
-    fit = InputMoments(torch.zeros(HIDDEN, HIDDEN, dtype=torch.float64), torch.zeros(WIDTH, dtype=torch.float64))
-    fit.x[0, 0] = 1.0  # as if tokens had nothing but their first entry
-    check = InputMoments(torch.eye(HIDDEN, dtype=torch.float64), torch.ones(WIDTH, dtype=torch.float64))
+    x_TD, h_TF = torch.zeros(1, HIDDEN, dtype=torch.float64), torch.zeros(1, WIDTH, dtype=torch.float64)
+    x_TD[0, 0] = h_TF[0, 0] = 1.0  # as if tokens had nothing but their first entry
+    fit = InputRoots.of_tokens(x_TD, h_TF)
+    check = InputRoots.of_moments(torch.eye(HIDDEN, dtype=torch.float64), torch.ones(WIDTH, dtype=torch.float64))
     w_in, w_out = draw_experts(3, 2)
     expert, base = ExpertMatrices(w_in[0], w_out[0]), ExpertMatrices(w_in[1], w_out[1])
-    assert not any(factorise_expert(expert, base, 2, moments=fit, check=check).whitened)
+    assert not any(factorise_expert(expert, base, 2, inputs=fit, check=check).whitened)
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_tokens_are_a_root_of_their_moments(tokens: int) -> None:
+    x_TD, h_TF, w = draw(0, tokens, HIDDEN), draw(1, tokens, WIDTH), draw(2, HIDDEN, 5)
+    roots = [InputRoots.of_tokens(x_TD, h_TF), InputRoots.of_moments(x_TD.T @ x_TD, h_TF.T @ h_TF)]
+    for root in roots:
+        torch.testing.assert_close(apply_root(root.x, w).norm(), (x_TD @ w).norm())
+        assert root.x is not None
+        assert len(root.x) <= HIDDEN
 
 
 @settings(deadline=None, max_examples=20)
