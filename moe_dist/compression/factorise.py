@@ -69,6 +69,8 @@ def factorise_expert(
     Raises:
         ValueError: the rank is larger than a matrix allows.
     """
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be 1 or more")
     nothing = InputRoots(None, None)
     fit = (inputs or nothing).projections()
     judge = (check or inputs or nothing).projections()
@@ -158,12 +160,21 @@ def _factorise(w_IO: Tensor, base_IO: Tensor, rank: int, fit: Root, judge: Root,
     q_OR = leading_right_vectors(left_IO, rank, seed)
     error, whitened = kept(q_OR), False
     if fit is not None:
-        fitted_OR = leading_right_vectors(apply_root(fit, left_IO), rank, seed)
+        fitted_OR = _whitened_vectors(fit, left_IO, rank, seed)
         fitted_error = kept(fitted_OR)
         if fitted_error < error:
             q_OR, error, whitened = fitted_OR, fitted_error, True
     u_IR, v_RO = _balanced(left_IO @ q_OR, q_OR.T)
     return _Factors(u_IR, v_RO, error, _ratio(_norm(judge, left_IO), whole), whitened)
+
+
+def _whitened_vectors(fit: Tensor, left_IO: Tensor, rank: int, seed: int | None) -> Tensor:
+    """Those of what comes out; fewer tokens than ranks leave the rest to the matrix itself."""
+    output_IO = apply_root(fit, left_IO)
+    told = min(rank, len(output_IO))
+    q_OR = leading_right_vectors(output_IO, told, seed)
+    rest_OR = leading_right_vectors(left_IO - left_IO @ q_OR @ q_OR.T, rank - told, seed)
+    return torch.cat([q_OR, rest_OR], dim=1)
 
 
 def _balanced(u_IR: Tensor, v_RO: Tensor) -> tuple[Tensor, Tensor]:

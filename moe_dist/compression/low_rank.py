@@ -17,15 +17,17 @@ def leading_right_vectors(a_IO: Tensor, rank: int, seed: int | None = None) -> T
     The sign of each column is fixed (its largest entry is positive), so that equal input gives equal output.
 
     Args:
-        rank: at most min(I, O).
+        rank: from 0 to min(I, O).
         seed: of the randomised range finder (Halko, Martinsson and Tropp 2011), the same on all ranks; None: exact.
 
     Raises:
-        ValueError: the rank is not in 1 to min(I, O).
+        ValueError: the rank is not in 0 to min(I, O).
     """
-    if not 1 <= rank <= min(a_IO.shape):
-        raise ValueError(f"rank={rank} must be in 1 to {min(a_IO.shape)} for a matrix of {tuple(a_IO.shape)}")
+    if not 0 <= rank <= min(a_IO.shape):
+        raise ValueError(f"rank={rank} must be in 0 to {min(a_IO.shape)} for a matrix of {tuple(a_IO.shape)}")
     q_OR: Tensor
+    if rank == 0:
+        return a_IO.new_zeros(a_IO.shape[1], 0)
     if seed is None or rank + OVERSAMPLING >= min(a_IO.shape):
         q_OR = torch.linalg.svd(a_IO, full_matrices=False).Vh[:rank].T
     else:

@@ -67,9 +67,9 @@ def test_never_worse_than_the_mean_alone(seed: int, experts: int, rank: int, whi
 
 
 @settings(deadline=None)
-@given(seed=seeds, rank=ranks, tokens=st.sampled_from([3, 200]), full=st.booleans())
+@given(seed=seeds, rank=ranks, tokens=st.sampled_from([0, 3, 200]), full=st.booleans())
 def test_whitening_never_loses_by_its_own_measure(seed: int, rank: int, tokens: int, full: bool) -> None:
-    """With singular moments as well (3 tokens), and with their diagonal alone."""
+    """With singular moments as well (3 tokens, or none), and with their diagonal alone."""
     (inputs,) = draw_inputs(seed, 1, tokens)
     if not full:
         assert inputs.x is not None
@@ -93,14 +93,14 @@ def test_errors_are_those_of_the_tokens(seed: int, rank: int) -> None:
     found = factorise_cluster(w_in, w_out, torch.ones(3), rank, inputs=inputs)
     for e, one in enumerate(found.experts):
         mine_in, mine_out = expert_weights(found.weights, e)
-        for number, (inputs, mine, true) in enumerate(
+        for number, (told, mine, true) in enumerate(
             [
                 (x_TD, mine_in[:, :WIDTH], w_in[e, :, :WIDTH]),
                 (x_TD, mine_in[:, WIDTH:], w_in[e, :, WIDTH:]),
                 (h_TF, mine_out, w_out[e]),
             ]
         ):
-            expected = (inputs @ (mine - true)).norm() / (inputs @ true).norm()
+            expected = (told @ (mine - true)).norm() / (told @ true).norm()
             assert one.errors[number] == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -128,10 +128,9 @@ def test_tokens_held_back_refuse_a_whitening_that_does_not_generalise() -> None:
 
 @pytest.mark.parametrize("tokens", [3, 50])
 def test_tokens_are_a_root_of_their_moments(tokens: int) -> None:
-    x_TD, h_TF, w = draw(0, tokens, HIDDEN), draw(1, tokens, WIDTH), draw(2, HIDDEN, 5)
-    roots = [InputRoots.of_tokens(x_TD, h_TF), InputRoots.of_moments(x_TD.T @ x_TD, h_TF.T @ h_TF)]
-    for root in roots:
-        torch.testing.assert_close(apply_root(root.x, w).norm(), (x_TD @ w).norm())
+    x_TD, h_TF, w_DF = draw(0, tokens, HIDDEN), draw(1, tokens, WIDTH), draw(2, HIDDEN, 5)
+    for root in (InputRoots.of_tokens(x_TD, h_TF), InputRoots.of_moments(x_TD.T @ x_TD, h_TF.T @ h_TF)):
+        torch.testing.assert_close(apply_root(root.x, w_DF).norm(), (x_TD @ w_DF).norm())
         assert root.x is not None
         assert len(root.x) <= HIDDEN
 
@@ -219,8 +218,8 @@ def _distance(a: ExpertMatrices, b: ExpertMatrices) -> float:
     return float(((a.w_in_DH - b.w_in_DH) ** 2).sum() + ((a.w_out_FD - b.w_out_FD) ** 2).sum())
 
 
-@pytest.mark.parametrize("rank", [0, 13])
-def test_a_rank_that_cannot_be_is_refused(rank: int) -> None:
+@pytest.mark.parametrize(("rank", "why"), [(0, "must be 1 or more"), (13, "must be in 0 to 12")])
+def test_a_rank_that_cannot_be_is_refused(rank: int, why: str) -> None:
     w_in, w_out = draw_experts(0, 2)
-    with pytest.raises(ValueError, match=f"rank={rank} must be in 1 to 12"):
+    with pytest.raises(ValueError, match=f"rank={rank} {why}"):
         factorise_cluster(w_in, w_out, torch.ones(2), rank)
