@@ -24,6 +24,10 @@ class ExpertMatrices:
         gate_DF, up_DF = self.w_in_DH.chunk(2, dim=1)
         return gate_DF, up_DF, self.w_out_FD
 
+    def double(self) -> "ExpertMatrices":
+        """In float64."""
+        return ExpertMatrices(self.w_in_DH.double(), self.w_out_FD.double())
+
     def hidden(self, x_TD: Tensor) -> Tensor:
         """The hidden units of some tokens, [T, F]."""
         gate_TF, up_TF = (x_TD @ self.w_in_DH).chunk(2, dim=1)

@@ -27,6 +27,11 @@ class ExpertResidual:
     hidden_bias_H: Tensor | None  # [2f]
     output_bias_D: Tensor | None  # [d]
 
+    def float(self) -> "ExpertResidual":
+        """In float32."""
+        values = {name: None if value is None else value.float() for name, value in vars(self).items()}
+        return ExpertResidual(**values)  # type: ignore[arg-type]
+
 
 def init_base(
     hidden: int, expert_hidden: int, in_std: float, out_std: float, generator: torch.Generator

@@ -76,6 +76,9 @@ class MoEConfig(Section):
     rank: Positive = Field(4, description="r: rank of an expert's residual (clustered)")
     expert_vectors: bool = Field(True, description="per-expert gate and biases on the hidden units, bias on the output")
     shared_init: bool = Field(False, description="all bases (clustered) or all experts (standard) start from one draw")
+    warmup_standard: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the steps first trained with standard experts, which are then clustered (clustered)"
+    )
     shared_expert_hidden: NonNegative = Field(0, description="width of an expert every token uses (standard); 0: none")
     balance: Literal["bias", "aux_loss", "none"] = Field("bias", description="what keeps the experts' loads equal")
     balance_rate: Annotated[float, Field(ge=0)] = Field(0.02, description="step of a selection bias (balance: bias)")
@@ -95,6 +98,11 @@ class MoEConfig(Section):
     def _possible(self) -> Self:
         if self.kind == "clustered":
             self._clustered_possible()
+        elif self.warmup_standard:
+            raise ConfigError(
+                f"moe.warmup_standard={self.warmup_standard} works with moe.kind=clustered only, not {self.kind}: set "
+                "it to 0"
+            )
         if self.kind == "standard" and self.top_k > self.experts:
             raise ConfigError(f"moe.top_k={self.top_k} is larger than moe.experts={self.experts}")
         return self
@@ -239,6 +247,31 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+
+    @property
+    def standard_steps(self) -> int:
+        """Steps of the standard warm-up that comes before the experts are clustered; 0: there is none."""
+        return round(self.moe.warmup_standard * self.train.steps)
+
+    @property
+    def first_phase(self) -> "RunConfig":
+        """What the run starts as: this, or its standard warm-up, whose experts all start from one draw.
+
+        Of experts drawn apart a mean is no expert: their hidden units are in different places.
+        """
+        if not self.standard_steps:
+            return self
+        standard = {"kind": "standard", "warmup_standard": 0.0, "shared_init": True}
+        return self.model_copy(update={"moe": self.moe.model_copy(update=standard)})
+
+    @model_validator(mode="after")
+    def _warmup_leaves_both_phases(self) -> Self:
+        if self.moe.warmup_standard and not 0 < self.standard_steps < self.train.steps:
+            raise ConfigError(
+                f"moe.warmup_standard={self.moe.warmup_standard} of train.steps={self.train.steps} is "
+                f"{self.standard_steps} steps: at least 1 must be trained before and after the experts are clustered"
+            )
+        return self
 
     @model_validator(mode="after")
     def _layout_possible(self) -> Self:

@@ -30,7 +30,16 @@ class LanguageModel(nn.Module):
         context: mesh, placements, balance state and traffic ledger that its layers share.
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int, mesh: Mesh, links: Links, micro_batches: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        vocab_size: int,
+        mesh: Mesh,
+        links: Links,
+        micro_batches: int = 1,
+        ledger: TrafficLedger | None = None,
+    ) -> None:
+        """Args: ledger: goes on with an account of traffic that exists; None: a new one."""
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
@@ -39,7 +48,7 @@ class LanguageModel(nn.Module):
         if moe.kind == "clustered":
             placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] * config.model.layers
         balance = BalanceState.create(config.model.layers, moe, torch.device("cpu"))
-        self.context = LayerContext(mesh, placements, balance, TrafficLedger(links), config.seed)
+        self.context = LayerContext(mesh, placements, balance, ledger or TrafficLedger(links), config.seed)
         self._micro_batches = micro_batches
         initialize_megatron(config.world.timeout_seconds)
         self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._uncounted)

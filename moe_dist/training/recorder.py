@@ -24,6 +24,9 @@ class Recorder:
     def announce(self, message: str) -> None:
         """A line above the progress display."""
 
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        """Something that happened, for `events.jsonl`."""
+
     def step(self, step: int, values: dict[str, Any]) -> None:
         """Figures of a logged step."""
 
@@ -63,6 +66,9 @@ class RunRecorder(Recorder):
 
     def announce(self, message: str) -> None:
         self._progress.note(message)
+
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        self._folder.event(name, step, **fields)
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         self._folder.log(step, values)

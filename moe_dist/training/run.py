@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
+from moe_dist.dispatch.traffic import TrafficLedger
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.errors import DataError, TrainingError
@@ -22,6 +23,7 @@ from moe_dist.training.evaluate import validation_loss
 from moe_dist.training.recorder import Recorder, RunRecorder, perplexity
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.totals import all_to_all_totals, peak_memory
+from moe_dist.training.warmup import Trained, cluster_experts
 
 
 def train(config: RunConfig) -> None:
@@ -50,10 +52,9 @@ class TrainingRun:
     ) -> None:
         self.config, self.process, self.shape, self.data, self.recorder = config, process, shape, data, recorder
         self.batch = resolve_batch(config, process.ranks)
-        mesh = Mesh.create(shape, process.timeout)
-        links = Links.discover(process.device)
-        self.model = LanguageModel(config, data.vocab_size, mesh, links, self.batch.accumulation)
-        self.engine = Engine(self.model, config, self.batch, process)
+        self.mesh = Mesh.create(shape, process.timeout)
+        self.ledger = TrafficLedger(Links.discover(process.device))
+        self.trained = Trained(*self._build(config.first_phase))
         self.loader = SequenceLoader(
             data.train,
             config.model.sequence_length,
@@ -67,6 +68,19 @@ class TrainingRun:
         self.step_seconds: list[float] = []
         self.loads: list[dict[str, float]] = []
         self.curve: list[dict[str, Any]] = []
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.trained.model
+
+    @property
+    def engine(self) -> Engine:
+        return self.trained.engine
+
+    def _build(self, config: RunConfig) -> tuple[LanguageModel, Engine]:
+        links, accumulation = self.ledger.links, self.batch.accumulation
+        model = LanguageModel(config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger)
+        return model, Engine(model, config, self.batch, self.process)
 
     def run(self) -> None:
         train = self.config.train
@@ -85,11 +99,20 @@ class TrainingRun:
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
-        self.step_seconds.append(time.perf_counter() - started)
         if self.config.moe.kind != "dense":
             self.loads.append(self._loads(outcome))
+        if step == self.config.standard_steps:
+            self._cluster_experts(step)
+        self.step_seconds.append(time.perf_counter() - started)
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
+
+    def _cluster_experts(self, step: int) -> None:
+        """Ends the standard warm-up; the two batches that follow tell what experts are given."""
+        micro, device = self.batch.micro, self.process.device
+        batches_BS = [self.loader.batch(step + ahead).to(device).split(micro) for ahead in (0, 1)]
+        figures = cluster_experts(self.trained, self.config, batches_BS, self._build)
+        self.recorder.event("clustered", step, **figures)
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
         recent = self.step_seconds[-self.config.train.log_every :]
@@ -103,7 +126,7 @@ class TrainingRun:
         return figures
 
     def _loads(self, outcome: StepOutcome) -> dict[str, float]:
-        moe = self.config.moe
+        moe = self.model.config.moe
         copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
         routed = self.tokens_per_step * self.config.model.layers * copies
         return {**vars(load_statistics(outcome.count_LE.numpy())), "dropped": outcome.dropped / routed}
@@ -120,7 +143,6 @@ class TrainingRun:
         config, steps = self.config, self.config.train.steps
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
         tokens, loss = steps * self.tokens_per_step, self.curve[-1]["loss"]
-        ledger = self.model.context.ledger
         timed = self.step_seconds[1:] or self.step_seconds  # the first step warms up
         self.recorder.finish(
             {
@@ -132,7 +154,7 @@ class TrainingRun:
                 "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.curve},
                 "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
                 "parameters": vars(counts),
-                "all_to_all": all_to_all_totals(ledger, tokens, config.model.layers, self.process),
+                "all_to_all": all_to_all_totals(self.ledger, tokens, config.model.layers, self.process),
                 "load": _last_fifth(self.loads),
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),
@@ -149,7 +171,9 @@ class TrainingRun:
         config, moe = self.config, self.config.moe
         experts = {
             "clustered": f"{moe.experts} experts in {moe.clusters} clusters, {moe.top_k} of each of "
-            f"{moe.top_clusters} cluster(s) a token, rank {moe.rank}",
+            f"{moe.top_clusters} cluster(s) a token, rank {moe.rank}"
+            + f", after {config.standard_steps} steps of standard experts"
+            * bool(config.standard_steps),
             "standard": f"{moe.experts} standard experts, {moe.top_k} a token",
             "dense": f"dense, width {moe.dense_width}",
         }[moe.kind]

@@ -1,0 +1,86 @@
+"""Experts' thin states on their way from the ranks that made them to the ranks of their new clusters.
+
+Shapes: W float32 entries of one expert's state, N experts here.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.compression import ExpertResidual
+from moe_dist.engine.training_state import STATE_NAMES
+from moe_dist.engine.whole_state import WholeState
+from moe_dist.topology.mesh import RankGroup
+from moe_dist.topology.placement import ExpertPlacement
+
+ResidualState = dict[str, ExpertResidual]
+"""By `STATE_NAMES`."""
+
+
+def deliver(
+    made: dict[int, ResidualState], placement: ExpertPlacement, group: RankGroup, rank: int
+) -> dict[int, ResidualState]:
+    """Every expert's state on the rank that the placement gives it; collective.
+
+    Args:
+        made: by expert, what this rank made: of E/P consecutive experts on each rank of the group, in their order.
+        group: the ranks that together hold all experts, by block and shard.
+    """
+    template = next(iter(made.values()))
+    owner_of = owners(placement)
+    maker = {expert: expert // len(made) for expert in range(placement.experts)}
+    me = group.ranks.index(rank)
+    leaving = sorted(made, key=lambda expert: (owner_of[expert], expert))
+    coming = sorted(expert for expert in owner_of if owner_of[expert] == me)  # by maker as well, since makers are runs
+    rows_NW = _exchange(
+        torch.stack([_packed(made[expert]) for expert in leaving]),
+        [sum(owner_of[expert] == peer for expert in leaving) for peer in range(group.size)],
+        [sum(maker[expert] == peer for expert in coming) for peer in range(group.size)],
+        group,
+    )
+    return {expert: _unpacked(row_W, template) for expert, row_W in zip(coming, rows_NW, strict=True)}
+
+
+def owners(placement: ExpertPlacement) -> dict[int, int]:
+    """The rank of every expert, as an index into the group that together holds all experts once."""
+    return {
+        expert: block * placement.shards + shard
+        for cluster, block in enumerate(placement.block_of_cluster)
+        for shard in range(placement.shards)
+        for expert in placement.experts_of(cluster, shard)
+    }
+
+
+def stacked(states: list[ResidualState]) -> dict[str, WholeState]:
+    """By the names of `ClusterWeights`: the states of a cluster's experts here, in the order of their slots."""
+    suffix = {"in_u_DR": "in_u_NDR", "in_v_RH": "in_v_NRH", "out_u_FR": "out_u_NFR", "out_v_RD": "out_v_NRD"}
+    suffix |= {"hidden_gate_F": "hidden_gate_NF", "hidden_bias_H": "hidden_bias_NH", "output_bias_D": "output_bias_ND"}
+    return {
+        suffix[name]: {kind: torch.stack([getattr(state[kind], name) for state in states]) for kind in STATE_NAMES}
+        for name, value in vars(states[0][STATE_NAMES[0]]).items()
+        if value is not None
+    }
+
+
+def _exchange(rows_NW: Tensor, send: list[int], receive: list[int], group: RankGroup) -> Tensor:
+    if group.size == 1:
+        return rows_NW
+    received_NW = rows_NW.new_empty(sum(receive), rows_NW.shape[1])
+    dist.all_to_all_single(received_NW, rows_NW, receive, send, group=group.handle)
+    return received_NW
+
+
+def _packed(state: ResidualState) -> Tensor:
+    tensors = (value for kind in STATE_NAMES for value in vars(state[kind]).values() if value is not None)
+    return torch.cat([value.flatten() for value in tensors])
+
+
+def _unpacked(row_W: Tensor, like: ResidualState) -> ResidualState:
+    found, first = {}, 0
+    for kind in STATE_NAMES:
+        fields: dict[str, Tensor | None] = {}
+        for name, value in vars(like[kind]).items():
+            fields[name] = None if value is None else row_W[first : first + value.numel()].view_as(value)
+            first += 0 if value is None else value.numel()
+        found[kind] = ExpertResidual(**fields)  # type: ignore[arg-type]
+    return found

@@ -1,0 +1,65 @@
+"""Which standard experts of a layer belong together, and how often each is used.
+
+Shapes: E experts, N local experts, S entries of a sketch, D hidden, G clusters.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.clustering import (
+    ActivationStatistics,
+    FactoredProjection,
+    FusedSimilarity,
+    assign_balanced,
+    centroid_similarity,
+    fuse,
+    sketch_weights,
+    sketched_parameter_similarity,
+)
+from moe_dist.conversion.held import HeldLayer
+from moe_dist.topology.mesh import RankGroup
+
+
+def usage_of(tokens: list[Tensor], group: RankGroup) -> Tensor:
+    """Tokens that each expert of a layer was given, [E]; collective."""
+    counts_N = torch.tensor([len(x_LD) for x_LD in tokens], dtype=torch.float64, device=tokens[0].device)
+    return gather_rows(counts_N[:, None], group)[:, 0]
+
+
+def similarity_of(layer: HeldLayer, usage_E: Tensor, *, alpha: float, seed: int) -> FusedSimilarity:
+    """Fused similarity of the experts' full weights, and of the centroids of their tokens; collective."""
+    sketch_ES = gather_rows(_sketches(layer, seed), layer.group)
+    centroids = [torch.cat([e.fit_LD, e.check_LD]).double().sum(0).float() for e in layer.experts]
+    weighted_ED = gather_rows(torch.stack(centroids), layer.group)
+    statistics = ActivationStatistics(weighted_ED, usage_E.float(), torch.ones((), dtype=torch.float64), 0.0)
+    return fuse(sketched_parameter_similarity(sketch_ES), centroid_similarity(statistics), alpha=alpha)
+
+
+def members_of(similarity: FusedSimilarity, clusters: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """The members of each cluster; decided by the first rank, told to all."""
+    groups = assign_balanced(similarity.fused_EE.cpu().numpy(), clusters, seed=seed).groups
+    member_GN = torch.tensor(groups, device=similarity.fused_EE.device)
+    dist.broadcast(member_GN, src=0)
+    return tuple(tuple(group) for group in member_GN.tolist())
+
+
+def gather_rows(x_NS: Tensor, group: RankGroup) -> Tensor:
+    """The rows of all ranks of a group, in their order; as many on each."""
+    if group.size == 1:
+        return x_NS
+    found = [torch.empty_like(x_NS) for _ in range(group.size)]
+    dist.all_gather(found, x_NS.contiguous(), group=group.handle)
+    return torch.cat(found)
+
+
+def _sketches(layer: HeldLayer, seed: int) -> Tensor:
+    """Of the local experts' whole weights: each is a base of its own, without a residual."""
+    everyone = torch.arange(len(layer.experts))
+    projections = []
+    for matrices in zip(*(expert.matrices.projections() for expert in layer.experts), strict=True):
+        w_NIO = torch.stack(matrices)
+        experts, rows, columns = w_NIO.shape
+        empty = (w_NIO.new_zeros(experts, rows, 0), w_NIO.new_zeros(experts, 0, columns))
+        projections.append(FactoredProjection(w_NIO, everyone.to(w_NIO.device), *empty))
+    return sketch_weights(projections, seed)
