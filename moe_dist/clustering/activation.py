@@ -4,7 +4,7 @@ Both averages are sums that start from zero and decay together, so that they are
 and ranks may add to them in any order, and the sums of ranks that counted the same steps add up to what one rank
 would have counted. An expert that moves therefore need not take its history along.
 
-Shapes: E experts, D model width, R rows (tokens), K experts of a row.
+Shapes: E experts, N experts of one cluster, D model width, R rows (tokens), K experts of a row.
 """
 
 from collections.abc import Sequence
@@ -52,19 +52,22 @@ class ActivationStatistics:
         self.steps = self.steps * self.decay + 1
 
     @torch.no_grad()
-    def update(self, x_RD: Tensor, expert_RK: Tensor, weight_RK: Tensor) -> None:
+    def update(self, x_RD: Tensor, slot_RK: Tensor, weight_RK: Tensor, expert_N: Tensor | None = None) -> None:
         """Adds tokens of the present step.
 
         Args:
             x_RD: rows that were routed, any floating type.
-            expert_RK: the experts of each row, int64; -1 is absent.
+            slot_RK: the experts of each row, as indices of `expert_N`, int64; -1 is absent.
             weight_RK: the router's weight of each.
+            expert_N: the experts that the rows chose among, int64; None: all.
         """
-        weight_RK = weight_RK.float().masked_fill(expert_RK < 0, 0.0)
-        weight_RE = weight_RK.new_zeros(len(x_RD), len(self.mass_E))
-        weight_RE.scatter_add_(1, expert_RK.clamp(min=0), weight_RK)
-        self.weighted_ED += weight_RE.T @ x_RD.float()
-        self.mass_E += weight_RE.sum(0)
+        weight_RK = weight_RK.float().masked_fill(slot_RK < 0, 0.0)
+        if expert_N is None:
+            expert_N = torch.arange(len(self.mass_E), device=x_RD.device)
+        weight_RN = weight_RK.new_zeros(len(x_RD), len(expert_N))
+        weight_RN.scatter_add_(1, slot_RK.clamp(min=0), weight_RK)
+        self.weighted_ED.index_add_(0, expert_N, weight_RN.T @ x_RD.float())
+        self.mass_E.index_add_(0, expert_N, weight_RN.sum(0))
 
     def reset(self) -> None:
         """Forgets everything: a value that is not finite would never fade."""

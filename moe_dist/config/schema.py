@@ -133,6 +133,37 @@ class MoEConfig(Section):
         return self.dense_hidden or self.top_k * self.expert_hidden
 
 
+class ReclusterConfig(Section):
+    """Regrouping of experts during training (moe.kind=clustered): when, by what, and how much at a time.
+
+    What experts are compared by holds for the end of a standard warm-up too (moe.warmup_standard).
+    """
+
+    period: Positive | None = Field(None, description="T: steps between rounds; null: clusters stay as they start")
+    start: Positive = Field(20, description="step after which the first round comes")
+    growth: Annotated[float, Field(ge=1)] = Field(2.0, description="each interval over the one before")
+    stop: Positive | None = Field(None, description="step after which the structure is frozen; null: never")
+    similarity: Literal["fused", "random"] = Field("fused", description="random: a control that regroups by chance")
+    alpha: Fraction = Field(0.5, description="weight of the experts' parameters against what they are given")
+    router_weight: Fraction = Field(0.0, description="weight of router embeddings within what experts are given")
+    load_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="price of unequal loads of clusters")
+    decay: Decay = Field(0.95, description="of the moving averages of what experts are given, a step")
+    sketch_size: Positive = Field(64, description="rows and columns of the sketches that weights are compared by")
+    threshold: Annotated[float, Field(ge=0)] = Field(
+        0.02, description="least rise of a mover's mean similarity to its cluster, on the scale of a cosine"
+    )
+    max_moved: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="share of the experts a round moves at most"
+    )
+    max_loss_increase: Annotated[float, Field(ge=0)] = Field(
+        0.002, description="moves that would raise the loss by a larger share are dropped"
+    )
+    guard_sequences: Positive = Field(1, description="sequences of a rank's batch on which moves are tried")
+    relocate: bool = Field(
+        True, description="clusters that tokens choose together go to one rank (where it holds several)"
+    )
+
+
 class WorldConfig(Section):
     """How ranks are laid out: world = data x cluster x shard (docs/architecture.md)."""
 
@@ -242,6 +273,7 @@ class RunConfig(Section):
     summary_copy: str | None = Field(None, description="a file that also receives summary.json; --json FILE sets it")
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
+    recluster: ReclusterConfig = ReclusterConfig()
     world: WorldConfig = WorldConfig()
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -262,7 +294,7 @@ class RunConfig(Section):
         if not self.standard_steps:
             return self
         standard = {"kind": "standard", "warmup_standard": 0.0, "shared_init": True}
-        return self.model_copy(update={"moe": self.moe.model_copy(update=standard)})
+        return self.model_copy(update={"moe": self.moe.model_copy(update=standard), "recluster": ReclusterConfig()})
 
     @model_validator(mode="after")
     def _warmup_leaves_both_phases(self) -> Self:
@@ -284,9 +316,30 @@ class RunConfig(Section):
                     f"a cluster of {moe.experts_per_cluster} experts (moe.experts={moe.experts} / "
                     f"moe.clusters={moe.clusters}) cannot be divided over world.shard={world.shard}"
                 )
+        self._reclustering_possible()
         if moe.kind == "standard" and moe.experts % ((world.cluster or 1) * world.shard):
             raise ConfigError(
                 f"moe.experts={moe.experts} cannot be divided over world.cluster={world.cluster or 1} x "
                 f"world.shard={world.shard} ranks"
             )
         return self
+
+    def _reclustering_possible(self) -> None:
+        recluster, moe = self.recluster, self.moe
+        if recluster.period is None:
+            return
+        if moe.kind != "clustered":
+            raise ConfigError(
+                f"recluster.period={recluster.period} works with moe.kind=clustered only, not {moe.kind}: "
+                "set it to null"
+            )
+        if moe.experts_per_cluster == 1 or moe.clusters == 1:
+            raise ConfigError(
+                f"recluster.period={recluster.period} has nothing to regroup: moe.experts={moe.experts} in "
+                f"moe.clusters={moe.clusters}"
+            )
+        for key, value in (("period", recluster.period), ("start", recluster.start)):
+            if value >= self.train.steps:
+                raise ConfigError(f"recluster.{key}={value} is longer than the run: train.steps={self.train.steps}")
+        if recluster.stop is not None and recluster.stop < recluster.start:
+            raise ConfigError(f"recluster.stop={recluster.stop} is before recluster.start={recluster.start}")

@@ -58,8 +58,8 @@ def read_clustered(
         together = [torch.cat(pair) for pair in zip(fit[number], check[number], strict=True)]
         usage_E = usage_of(together, layer.dispatch.channel.group)
         held = hold_layer(layer, state, mesh, fit[number], check[number], usage_E)
-        similarity = similarity_of(held, usage_E, alpha=0.5, seed=config.seed + number)
-        members = members_of(similarity, moe.clusters, config.seed + number)
+        similarity = similarity_of(held, layer.router.weight, usage_E, config)
+        members = members_of(similarity, usage_E, config)
         alike.append(_within(similarity, members))
         placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape).with_members(members)
         layers.append(compress_layer(held, placement, usage_E, moe, mesh, config.seed))
@@ -75,7 +75,7 @@ def read_clustered(
 def write_clustered(start: ClusteredStart, model: LanguageModel, state: TrainingState) -> None:
     """Puts all of it into a clustered model and its optimizer; collective."""
     context, device = model.context, model.context.balance.expert_bias_LE.device
-    for number, layer in enumerate(m for m in model.modules() if isinstance(m, ClusteredMoE)):
+    for number, layer in enumerate(model.clustered_layers()):
         context.placements[number] = start.layers[number].placement
         layer.follow_placement()
         _write_layer(start.layers[number], layer, state)

@@ -14,9 +14,11 @@ from moe_dist.clustering import (
     assign_balanced,
     centroid_similarity,
     fuse,
+    router_similarity,
     sketch_weights,
     sketched_parameter_similarity,
 )
+from moe_dist.config import RunConfig
 from moe_dist.conversion.held import HeldLayer
 from moe_dist.topology.mesh import RankGroup
 
@@ -27,19 +29,34 @@ def usage_of(tokens: list[Tensor], group: RankGroup) -> Tensor:
     return gather_rows(counts_N[:, None], group)[:, 0]
 
 
-def similarity_of(layer: HeldLayer, usage_E: Tensor, *, alpha: float, seed: int) -> FusedSimilarity:
-    """Fused similarity of the experts' full weights, and of the centroids of their tokens; collective."""
-    sketch_ES = gather_rows(_sketches(layer, seed), layer.group)
+def similarity_of(layer: HeldLayer, router_ED: Tensor, usage_E: Tensor, config: RunConfig) -> FusedSimilarity:
+    """Fused similarity, as `recluster` weighs it, of the experts' full weights, the centroids of their tokens, and the
+    rows of their router; collective.
+    """
+    recluster = config.recluster
+    sketch_ES = gather_rows(_sketches(layer, config.seed, recluster.sketch_size), layer.group)
     centroids = [torch.cat([e.fit_LD, e.check_LD]).double().sum(0).float() for e in layer.experts]
     weighted_ED = gather_rows(torch.stack(centroids), layer.group)
     statistics = ActivationStatistics(weighted_ED, usage_E.float(), torch.ones((), dtype=torch.float64), 0.0)
-    return fuse(sketched_parameter_similarity(sketch_ES), centroid_similarity(statistics), alpha=alpha)
+    return fuse(
+        sketched_parameter_similarity(sketch_ES),
+        centroid_similarity(statistics),
+        router_similarity(router_ED.detach().float()),
+        alpha=recluster.alpha,
+        router_weight=recluster.router_weight,
+    )
 
 
-def members_of(similarity: FusedSimilarity, clusters: int, seed: int) -> tuple[tuple[int, ...], ...]:
+def members_of(similarity: FusedSimilarity, usage_E: Tensor, config: RunConfig) -> tuple[tuple[int, ...], ...]:
     """The members of each cluster; decided by the first rank, told to all."""
-    groups = assign_balanced(similarity.fused_EE.cpu().numpy(), clusters, seed=seed).groups
-    member_GN = torch.tensor(groups, device=similarity.fused_EE.device)
+    assignment = assign_balanced(
+        similarity.fused_EE.cpu().numpy(),
+        config.moe.clusters,
+        seed=config.seed,
+        loads=usage_E.cpu().numpy(),
+        load_weight=config.recluster.load_weight,
+    )
+    member_GN = torch.tensor(assignment.groups, device=usage_E.device)
     dist.broadcast(member_GN, src=0)
     return tuple(tuple(group) for group in member_GN.tolist())
 
@@ -53,7 +70,7 @@ def gather_rows(x_NS: Tensor, group: RankGroup) -> Tensor:
     return torch.cat(found)
 
 
-def _sketches(layer: HeldLayer, seed: int) -> Tensor:
+def _sketches(layer: HeldLayer, seed: int, size: int) -> Tensor:
     """Of the local experts' whole weights: each is a base of its own, without a residual."""
     everyone = torch.arange(len(layer.experts))
     projections = []
@@ -62,4 +79,4 @@ def _sketches(layer: HeldLayer, seed: int) -> Tensor:
         experts, rows, columns = w_NIO.shape
         empty = (w_NIO.new_zeros(experts, rows, 0), w_NIO.new_zeros(experts, 0, columns))
         projections.append(FactoredProjection(w_NIO, everyone.to(w_NIO.device), *empty))
-    return sketch_weights(projections, seed)
+    return sketch_weights(projections, seed, size)

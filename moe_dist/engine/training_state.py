@@ -83,6 +83,11 @@ class TrainingState:
         )
 
     @property
+    def separate_masters(self) -> bool:
+        """Whether masters are tensors of their own, beside the weights."""
+        return isinstance(self._optimizer, DeepSpeedZeroOptimizer) or bool(self._masters)
+
+    @property
     def steps(self) -> int:
         """Updates that the moments have seen, which corrects their start from zero."""
         return int(next(iter(self._step_counters())))

@@ -57,6 +57,8 @@ class ClusteredMoE(nn.Module):
         loss_scale = self.loss_scale / max(1, len(x_TD))
         logits_TG = self.router.cluster_logits(x_TD, self.member_GN)
         cluster_TM = choose_clusters(logits_TG, self.balance.cluster_bias_LG[self.layer], self.moe.top_clusters)
+        if self.context.statistics is not None and self.balance.counting:
+            self.context.statistics.choose_clusters(self.layer, cluster_TM, self.placement.clusters)
         block = self.context.mesh.at.cluster
         embedding_LND = self.router.local_embeddings(self.placement, self.member_GN, self.one, block)
         member_LN = self.member_GN[list(self.placement.clusters_of_block(block))]
@@ -95,6 +97,8 @@ class ClusteredMoE(nn.Module):
         bias_N = self.balance.expert_bias_LE[self.layer][member_N]
         choice = choose_experts(logits_RN, bias_N, self.moe.top_k, only_gate=self.moe.top_clusters == 1)
         self.balance.count(self.layer, member_N[choice.slot_RK.flatten()])
+        if self.context.statistics is not None and self.balance.counting:
+            self.context.statistics.give(self.layer, x_RD, choice.slot_RK, choice.gate_RK, member_N)
         gate_RK = attach_router_losses(choice.gate_RK, logits_RN, choice.slot_RK, self.moe, loss_scale)
         slot_RK, gate_RK = self._slots_within_capacity(choice.slot_RK, gate_RK)
         experts = self.clusters[local]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from moe_dist.dispatch.traffic import TrafficLedger
 from moe_dist.model.balance_state import BalanceState
+from moe_dist.model.routing_statistics import RoutingStatistics
 from moe_dist.topology.mesh import Mesh
 from moe_dist.topology.placement import ExpertPlacement
 
@@ -18,3 +19,5 @@ class LayerContext:
     balance: BalanceState
     ledger: TrafficLedger
     seed: int
+    statistics: RoutingStatistics | None = None
+    """What re-clustering reads; None where nothing will be re-clustered."""

@@ -15,6 +15,7 @@ from moe_dist.model.context import LayerContext
 from moe_dist.model.dense_layer import SwiGLU
 from moe_dist.model.megatron_gpt import build_gpt, initialize_megatron
 from moe_dist.model.parameter_class import REDUCED_OVER, ParameterClass, class_of
+from moe_dist.model.routing_statistics import RoutingStatistics
 from moe_dist.model.standard_layer import StandardMoE
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
@@ -44,11 +45,13 @@ class LanguageModel(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         moe = config.moe
-        placements = []
+        placements, statistics, layers = [], None, config.model.layers
         if moe.kind == "clustered":
-            placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] * config.model.layers
-        balance = BalanceState.create(config.model.layers, moe, torch.device("cpu"))
-        self.context = LayerContext(mesh, placements, balance, ledger or TrafficLedger(links), config.seed)
+            placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] * layers
+        if config.recluster.period is not None:
+            statistics = RoutingStatistics.create(layers, config.model.hidden_size, moe, config.recluster.decay)
+        balance = BalanceState.create(layers, moe, torch.device("cpu"))
+        self.context = LayerContext(mesh, placements, balance, ledger or TrafficLedger(links), config.seed, statistics)
         self._micro_batches = micro_batches
         initialize_megatron(config.world.timeout_seconds)
         self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._uncounted)
@@ -63,6 +66,10 @@ class LanguageModel(nn.Module):
         position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         losses: Tensor = self.gpt(tokens_BS, position_BS, None, labels=labels_BS)
         return losses
+
+    def clustered_layers(self) -> list[ClusteredMoE]:
+        """The layers of clustered experts, in order; none for other kinds."""
+        return [module for module in self.modules() if isinstance(module, ClusteredMoE)]
 
     def _feed_forward(self, layer: int) -> nn.Module:
         config = self.config
@@ -99,6 +106,8 @@ class LanguageModel(nn.Module):
     def to_device(self, device: torch.device) -> "LanguageModel":
         """Moves parameters and the balance state."""
         self.context.balance.to(device)
+        if self.context.statistics is not None:
+            self.context.statistics.to(device)
         return self.to(device)
 
 

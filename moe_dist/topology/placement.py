@@ -2,9 +2,20 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from moe_dist.config import WorldShape
+
+
+class Seat(NamedTuple):
+    """Where an expert sits: on the ranks of which block and shard, and there in which local cluster and slot."""
+
+    block: int
+    shard: int
+    local: int
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,29 @@ class ExpertPlacement:
         """The experts of a cluster that one shard holds, in the order of their slots."""
         first = shard * self.slots_per_shard
         return self.members[cluster][first : first + self.slots_per_shard]
+
+    def local_index(self, cluster: int) -> int:
+        """Which of its block's clusters a cluster is."""
+        return self.clusters_of_block(self.block_of_cluster[cluster]).index(cluster)
+
+    def seats(self) -> dict[int, Seat]:
+        """The seat of every expert."""
+        found = {}
+        for cluster, members in enumerate(self.members):
+            block, local = self.block_of_cluster[cluster], self.local_index(cluster)
+            for slot, expert in enumerate(members):
+                shard, slot_there = divmod(slot, self.slots_per_shard)
+                found[expert] = Seat(block, shard, local, slot_there)
+        return found
+
+    def cluster_of(self) -> tuple[int, ...]:
+        """The cluster of every expert, by expert."""
+        found = {expert: cluster for cluster, members in enumerate(self.members) for expert in members}
+        return tuple(found[expert] for expert in range(self.experts))
+
+    def with_blocks(self, block_of_cluster: Sequence[int]) -> "ExpertPlacement":
+        """The next version, after clusters have changed ranks as they are."""
+        return replace(self, block_of_cluster=tuple(block_of_cluster), version=self.version + 1)
 
     def with_members(self, members: tuple[tuple[int, ...], ...]) -> "ExpertPlacement":
         """The next version, after a re-clustering."""

@@ -21,8 +21,8 @@ class Recorder:
     ) -> None:
         pass
 
-    def announce(self, message: str) -> None:
-        """A line above the progress display."""
+    def note(self, message: str) -> None:
+        """A line above the progress display, about something that has just happened."""
 
     def event(self, name: str, step: int, **fields: Any) -> None:
         """Something that happened, for `events.jsonl`."""
@@ -64,7 +64,7 @@ class RunRecorder(Recorder):
         finally:
             self._folder.__exit__(kind, error, trace)
 
-    def announce(self, message: str) -> None:
+    def note(self, message: str) -> None:
         self._progress.note(message)
 
     def event(self, name: str, step: int, **fields: Any) -> None:

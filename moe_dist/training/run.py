@@ -20,6 +20,7 @@ from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
 from moe_dist.training.evaluate import validation_loss
+from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, RunRecorder, perplexity
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.totals import all_to_all_totals, peak_memory
@@ -65,6 +66,7 @@ class TrainingRun:
         )
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
+        self.coordinator = Coordinator(self.engine, config, recorder)
         self.step_seconds: list[float] = []
         self.loads: list[dict[str, float]] = []
         self.curve: list[dict[str, Any]] = []
@@ -84,7 +86,7 @@ class TrainingRun:
 
     def run(self) -> None:
         train = self.config.train
-        self.recorder.announce(self._description())
+        self.recorder.note(self._description())
         for step in range(1, train.steps + 1):
             self._train_step(step)
             last = step == train.steps
@@ -94,11 +96,14 @@ class TrainingRun:
 
     def _train_step(self, step: int) -> None:
         started = time.perf_counter()
-        outcome = self.engine.forward_backward(self.loader.batch(step - 1))
+        self.coordinator.before_step(step)
+        sequences_BS = self.loader.batch(step - 1)
+        outcome = self.engine.forward_backward(sequences_BS)
         _stop_if_broken(step, outcome)
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
+        self.coordinator.after_step(step, outcome, sequences_BS)
         if self.config.moe.kind != "dense":
             self.loads.append(self._loads(outcome))
         if step == self.config.standard_steps:
@@ -111,7 +116,9 @@ class TrainingRun:
         """Ends the standard warm-up; the two batches that follow tell what experts are given."""
         micro, device = self.batch.micro, self.process.device
         batches_BS = [self.loader.batch(step + ahead).to(device).split(micro) for ahead in (0, 1)]
+        del self.coordinator  # it holds on to the model that is about to be freed
         figures = cluster_experts(self.trained, self.config, batches_BS, self._build)
+        self.coordinator = Coordinator(self.engine, self.config, self.recorder, step)
         self.recorder.event("clustered", step, **figures)
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
@@ -140,6 +147,7 @@ class TrainingRun:
         self.recorder.evaluation(step, tokens, loss)
 
     def _finish(self) -> None:
+        self.coordinator.close()
         config, steps = self.config, self.config.train.steps
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
         tokens, loss = steps * self.tokens_per_step, self.curve[-1]["loss"]
@@ -156,6 +164,7 @@ class TrainingRun:
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(self.ledger, tokens, config.model.layers, self.process),
                 "load": _last_fifth(self.loads),
+                "recluster": self.coordinator.totals,
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),
                     "peak_rss_bytes_by_rank": peaks.rss_by_rank,

@@ -13,6 +13,7 @@ def summary() -> dict[str, Any]:
         "parameters": {"total": 3_140_000, "expert": 1_234_567, "expert_standard": 6_291_456},
         "all_to_all": {"bytes": 2_300_000_000, "bytes_inter_node": 0, "bytes_per_token_layer": 768.0},
         "load": {"variance": 1.2e-5, "cv2": 0.0123},
+        "recluster": {"rounds": 2, "moved_experts": 9, "bytes": 123_456, "seconds": 0.5},
         "memory": {"peak_rss_bytes": 900_000_000, "peak_rss_bytes_by_rank": [9 * 10**8] * 4, "peak_device_bytes": 0},
         "world": {"data": 1, "cluster": 4, "shard": 1},
         "seed": 0,

@@ -1,0 +1,91 @@
+"""The tensors of clustered experts as migration moves them: weights and training state, by layer, cluster and name."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_dist.engine.training_state import TrainingState
+from moe_dist.migration.plan import Cell, Holdings, Kind, Run
+from moe_dist.model.clustered_experts import ClusteredExperts
+from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.model.parameter_class import ParameterClass, class_of
+from moe_dist.topology.mesh import Coordinates, Mesh, coordinates_of, rank_at
+
+NOTHING: Run = (0, 0)
+
+
+class ExpertTensors:
+    """Reads and writes this rank's expert tensors in place, and knows who owns what of them."""
+
+    def __init__(self, layers: list[ClusteredMoE], state: TrainingState, mesh: Mesh) -> None:
+        """Collective: ranks tell each other which runs of the training state they own."""
+        self._parameters = dict(_parameters_of(layers))
+        self._state, self._mesh = state, mesh
+        # without separate masters the weight is its own master, and travels once
+        self.kinds = tuple(kind for kind in Kind if kind is not Kind.MASTER or state.separate_masters)
+        self.holdings = self._gather_holdings()
+
+    def owned(self, cell: Cell) -> tuple[Tensor, int]:
+        """This rank's run of a cell, one-dimensional, in place, and the element at which it begins."""
+        parameter = self._parameters[cell.layer, cell.local, cell.name]
+        if cell.kind is Kind.WEIGHT:
+            return parameter.detach().view(-1), 0
+        fragment = self._state.fragment(parameter)
+        if fragment is None:
+            return parameter.new_empty(0, dtype=torch.float32), 0
+        return fragment.tensors[cell.kind.value], fragment.start
+
+    def _gather_holdings(self) -> Holdings:
+        tables = self._gather_runs()
+        widths: dict[bool, dict[str, int]] = {False: {}, True: {}}
+        runs: dict[bool, dict[Cell, tuple[Run, ...]]] = {False: {}, True: {}}
+        for row, ((layer, local, name), parameter) in enumerate(self._parameters.items()):
+            shared = class_of(parameter) is ParameterClass.BASE
+            widths[shared][name] = parameter.numel() if shared else parameter[0].numel()
+            owned = tuple(tables[rank][row] for rank in self._replicas(shared))
+            for kind in self.kinds:
+                whole = ((0, parameter.numel()),) * len(owned)
+                runs[shared][Cell(layer, local, name, kind)] = whole if kind is Kind.WEIGHT else owned
+        itemsize = {kind: self._dtype(kind).itemsize for kind in self.kinds}
+        return Holdings(widths[False], widths[True], itemsize, runs[False], runs[True])
+
+    def _gather_runs(self) -> list[list[Run]]:
+        """By rank, the run of each parameter's state that it owns; the same for all blocks, or migration is lost."""
+        mine = torch.tensor([self._state_run(p) for p in self._parameters.values()], device=self._device)
+        found = [torch.empty_like(mine) for _ in range(self._mesh.shape.ranks)]
+        dist.all_gather(found, mine)
+        shape = self._mesh.shape
+        for rank, table in enumerate(found):
+            at = coordinates_of(shape, rank)
+            twin = rank_at(shape, Coordinates(at.data, self._mesh.at.cluster, at.shard))
+            if not torch.equal(table, found[twin]):
+                raise RuntimeError(f"rank {rank} owns other runs of its experts' training state than rank {twin}")
+        return [[(int(first), int(end)) for first, end in table] for table in found]
+
+    def _replicas(self, shared: bool) -> Iterator[int]:
+        """Ranks that hold what this rank's place in the other axes holds, in the order in which `Holdings` counts."""
+        shape, at = self._mesh.shape, self._mesh.at
+        for data in range(shape.data):
+            for shard in range(shape.shard) if shared else (at.shard,):
+                yield rank_at(shape, Coordinates(data, at.cluster, shard))
+
+    def _state_run(self, parameter: nn.Parameter) -> Run:
+        fragment = self._state.fragment(parameter)
+        return NOTHING if fragment is None else (fragment.start, fragment.end)
+
+    def _dtype(self, kind: Kind) -> torch.dtype:
+        return next(iter(self._parameters.values())).dtype if kind is Kind.WEIGHT else torch.float32
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
+
+def _parameters_of(layers: list[ClusteredMoE]) -> Iterator[tuple[tuple[int, int, str], nn.Parameter]]:
+    for layer in layers:
+        for local, cluster in enumerate(layer.clusters):
+            assert isinstance(cluster, ClusteredExperts)
+            for name, parameter in cluster.named_parameters():
+                yield (layer.layer, local, name), parameter

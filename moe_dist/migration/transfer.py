@@ -1,0 +1,127 @@
+"""Carries a plan's pieces to their owners and keeps them beside the old values until all ranks switch.
+
+Phase one: everything is sent point to point, one message for each pair of ranks, and verified by checksum on arrival;
+all ranks learn whether all of it is whole. Until then nothing has changed, and a rank that dies leaves the others with
+what they had. Phase two: `write` puts what arrived into place. What is held beside a rank's own share is what moves to
+it and, while it is sent, what leaves it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.errors import MoeDistError
+from moe_dist.migration.plan import Cell, Piece, Plan
+
+CHECKSUM_BYTES = 8
+
+OwnedTensor = Callable[[Cell], tuple[Tensor, int]]
+"""Cell -> this rank's run of it as a one-dimensional view, and where that begins in the whole parameter."""
+
+
+class MigrationError(MoeDistError):
+    """Experts that did not arrive whole; nothing has been changed."""
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """What has come to this rank and waits: each piece and its values."""
+
+    waiting: list[tuple[Piece, Tensor]]
+    owned: OwnedTensor
+
+    def write(self, wanted: Callable[[Piece], bool] = lambda _: True) -> "Arrivals":
+        """Puts the wanted pieces into place; returns what they replaced, which `write` of the result brings back."""
+        chosen = [(piece, values) for piece, values in self.waiting if wanted(piece)]
+        replaced = [(piece, self._place(piece).clone()) for piece, _ in chosen]
+        for piece, values in chosen:
+            self._place(piece).copy_(values)
+        return Arrivals(replaced, self.owned)
+
+    def _place(self, piece: Piece) -> Tensor:
+        return _run(self.owned, piece.target, piece.target_start, piece.length)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that waits."""
+        return sum(values.numel() * values.element_size() for _, values in self.waiting)
+
+
+@torch.no_grad()
+def carry(plan: Plan, rank: int, owned: OwnedTensor, device: torch.device) -> Arrivals:
+    """Phase one; collective over all ranks unless the plan is empty, which sends nothing at all.
+
+    Raises:
+        MigrationError: on every rank, if anything arrived damaged on any.
+    """
+    if not plan.pieces:
+        return Arrivals([], owned)
+    waiting = [(piece, _source(owned, piece).clone()) for piece in plan.stays(rank)]
+    outgoing = {peer: _packed(owned, pieces) for peer, pieces in plan.sends(rank).items()}
+    incoming = {
+        peer: torch.empty(plan.bytes_between(peer, rank) + CHECKSUM_BYTES, dtype=torch.uint8, device=device)
+        for peer in plan.receives(rank)
+    }
+    _exchange(outgoing, incoming)
+    _require_whole(incoming, rank, device)
+    for peer, pieces in plan.receives(rank).items():
+        waiting += _unpacked(incoming[peer], pieces, owned)
+    return Arrivals(waiting, owned)
+
+
+def _exchange(outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
+    operations = [dist.P2POp(dist.isend, message, peer) for peer, message in outgoing.items()]
+    operations += [dist.P2POp(dist.irecv, message, peer) for peer, message in incoming.items()]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+
+
+def _require_whole(incoming: dict[int, Tensor], rank: int, device: torch.device) -> None:
+    damaged = [peer for peer, message in incoming.items() if not _is_whole(message)]
+    worst = torch.tensor([dist.get_world_size() * rank + damaged[0] if damaged else -1], device=device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    if int(worst) >= 0:
+        receiver, sender = divmod(int(worst), dist.get_world_size())
+        raise MigrationError(
+            f"experts that rank {sender} sent to rank {receiver} arrived damaged (checksum); nothing was changed: go "
+            "on from the last checkpoint, and look at the network between the two"
+        )
+
+
+def _is_whole(message: Tensor) -> bool:
+    body, sent = message[:-CHECKSUM_BYTES], message[-CHECKSUM_BYTES:]
+    return torch.equal(checksum(body).view(1).view(torch.uint8), sent)
+
+
+def _packed(owned: OwnedTensor, pieces: Iterable[Piece]) -> Tensor:
+    body = torch.cat([_source(owned, piece).contiguous().view(torch.uint8) for piece in pieces])
+    return torch.cat([body, checksum(body).view(1).view(torch.uint8)])
+
+
+def _unpacked(message: Tensor, pieces: Iterable[Piece], owned: OwnedTensor) -> list[tuple[Piece, Tensor]]:
+    found, first = [], 0
+    for piece in pieces:
+        dtype = owned(piece.target)[0].dtype
+        end = first + piece.length * dtype.itemsize
+        found.append((piece, message[first:end].view(dtype)))
+        first = end
+    return found
+
+
+def _source(owned: OwnedTensor, piece: Piece) -> Tensor:
+    return _run(owned, piece.source, piece.start, piece.length)
+
+
+def _run(owned: OwnedTensor, cell: Cell, start: int, length: int) -> Tensor:
+    tensor, first = owned(cell)
+    return tensor[start - first : start - first + length]
+
+
+def checksum(body: Tensor) -> Tensor:
+    """A 64-bit sum of words, each times an odd number of its place, modulo 2^64: sees changes and exchanges."""
+    padded = torch.nn.functional.pad(body, (0, -len(body) % 4)).view(torch.int32).long()
+    place = torch.arange(len(padded), device=body.device)
+    return (padded * (2 * place + 1)).sum() + len(body)

@@ -1,0 +1,238 @@
+"""Re-clustering while a model trains: gathers what is known of the experts, decides, moves, and keeps account.
+
+A round, after the update of a step: all ranks add up their statistics, rank 0 decides, all agree on its verdict; first
+clusters change ranks as they are, then experts change clusters. What moves arrives and is verified before anything is
+switched; exchanges of experts are tried on tokens of the step's own batch, and those that would cost too much dropped.
+
+Shapes: L layers, E experts, G clusters, B sequences, S tokens of one.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.config import RunConfig
+from moe_dist.engine.engine import Engine, StepOutcome
+from moe_dist.engine.expert_tensors import ExpertTensors
+from moe_dist.migration.decision import LayerDecision, decide_blocks, decide_layer
+from moe_dist.migration.exchange import Cycle, apply_exchanges
+from moe_dist.migration.guard import accept
+from moe_dist.migration.plan import Kind, Plan, plan_layer
+from moe_dist.migration.schedule import is_due, last_round
+from moe_dist.migration.transfer import carry
+from moe_dist.migration.verdict import Verdict, agree
+from moe_dist.topology.placement import ExpertPlacement
+from moe_dist.training.evidence import Evidence, gather_evidence
+from moe_dist.training.recorder import Recorder
+
+AROUND = 5
+"""Steps before and after a round whose mean training losses are compared."""
+
+Move = tuple[int, Cycle]
+"""A layer, and experts of it that exchange their places."""
+
+
+@dataclass
+class _Round:
+    """One line of `events.jsonl`, complete once the steps after it are known."""
+
+    fields: dict[str, Any]
+    step: int
+    losses_after: list[float] = field(default_factory=list)
+
+
+class Coordinator:
+    """Regroups the experts of a model under training when `recluster` says so."""
+
+    def __init__(self, engine: Engine, config: RunConfig, recorder: Recorder, step: int = 0) -> None:
+        """Args: step: the last one before the experts were clustered as they are now."""
+        self._engine, self._model, self._config, self._recorder = engine, engine.model, config, recorder
+        self._process, self._context = engine.process, engine.model.context
+        self._layers = engine.model.clustered_layers()
+        self._last_round = last_round(config.train.steps - 1, config.recluster)
+        self._losses: deque[float] = deque(maxlen=AROUND)
+        self._load_LE = np.zeros((config.model.layers, config.moe.experts))
+        self._open: _Round | None = None
+        self.totals = {"rounds": 0, "moved_experts": 0, "bytes": 0, "seconds": 0.0}
+        if self._layers:
+            recorder.event("placement", step, **_membership(self._context.placements))
+
+    @property
+    def tensors(self) -> ExpertTensors:
+        """The experts' weights and training state as they are now; collective."""
+        return ExpertTensors(self._layers, self._engine.training_state(), self._context.mesh)
+
+    def before_step(self, step: int) -> None:
+        """Lets statistics fade, and stops gathering them after the last round."""
+        if self._context.statistics is not None:
+            self._context.statistics.collecting = step <= self._last_round
+            self._context.statistics.begin_step()
+
+    def after_step(self, step: int, outcome: StepOutcome, sequences_BS: Tensor) -> None:
+        """Takes note of a step, and holds a round if one is due."""
+        if self._context.statistics is None:
+            return
+        self._note(outcome)
+        if is_due(step, self._config.recluster) and step <= self._last_round:
+            self.close()
+            self._hold_round(step, sequences_BS)
+
+    def close(self) -> None:
+        """Writes the event of the last round, whatever steps have followed it."""
+        if self._open is not None:
+            after = self._open.losses_after
+            self._recorder.event(
+                "recluster", self._open.step, **self._open.fields, loss_after=float(np.mean(after)) if after else None
+            )
+        self._open = None
+
+    def relocate(self, blocks: Sequence[tuple[int, ...]]) -> int:
+        """Moves whole clusters to other ranks, by layer; returns the bytes that crossed. Collective."""
+        old = list(self._context.placements)
+        new = [p if b == p.block_of_cluster else p.with_blocks(b) for p, b in zip(old, blocks, strict=True)]
+        plan, tensors = self._plan(new)
+        carry(plan, self._process.rank, tensors.owned, self._process.device).write()
+        self._switch(new)
+        return plan.bytes
+
+    def exchange(self, moves: Sequence[Move], sequences_BS: Tensor) -> tuple[list[Move], int, float]:
+        """Moves experts between clusters, unless that would raise the loss too much.
+
+        Returns:
+            The moves made, the bytes that crossed, and the relative increase of the loss that the guard saw.
+        """
+        old = list(self._context.placements)
+        plan, tensors = self._plan(_after(old, moves))
+        arrived = carry(plan, self._process.rank, tensors.owned, self._process.device)
+        base = self._loss_of(sequences_BS) if moves else 0.0
+        seen: dict[tuple[Move, ...], float] = {}
+
+        def harm(some: Sequence[Move]) -> float:
+            movers = _movers(some)
+            replaced = arrived.write(lambda p: p.target.kind is Kind.WEIGHT and (p.source.layer, p.expert) in movers)
+            self._switch(_after(old, some))
+            seen[tuple(some)] = self._loss_of(sequences_BS) / base - 1
+            replaced.write()
+            self._switch(old)
+            return seen[tuple(some)]
+
+        made = accept(list(moves), harm, self._config.recluster.max_loss_increase)
+        movers = _movers(made)
+        arrived.write(lambda p: (p.source.layer, p.expert) in movers)
+        self._switch(_after(old, made))
+        return made, plan.bytes, seen.get(tuple(made), 0.0)
+
+    def _hold_round(self, step: int, sequences_BS: Tensor) -> None:
+        started = time.perf_counter()
+        evidence = gather_evidence(self._layers, self._config, self._context, step)
+        if evidence.broken:
+            parts = ", ".join(evidence.broken)
+            self._recorder.event("recluster_skipped", step, reason=f"not finite: {parts}")
+            self._recorder.note(f"step {step}: no re-clustering, the statistics of experts are not finite ({parts})")
+            return
+        decisions = self._decide(evidence) if self._process.rank == 0 else []
+        proposal = Verdict.of(decisions, self._decide_blocks(evidence)) if decisions else None
+        verdict = agree(proposal, self._context.placements, step, self._process.device)
+        relocated = self.relocate(verdict.blocks)
+        moves = [(layer, cycle) for layer, cycles in enumerate(verdict.cycles) for cycle in cycles]
+        held = sequences_BS[: self._config.recluster.guard_sequences]
+        made, exchanged, increase = self.exchange(moves, held)
+        fields = {
+            "moved_experts": len(_movers(made)),
+            "dropped_experts": len(_movers(moves)) - len(_movers(made)),
+            "bytes": relocated + exchanged,
+            "relocation_bytes": relocated,
+            "guard_loss_increase": increase,
+            "loss_before": float(np.mean(self._losses)),
+            **(_promises(decisions, evidence) if decisions else {}),
+            **_membership(self._context.placements),
+            "seconds": time.perf_counter() - started,
+        }
+        self._open = _Round(fields, step)
+        self.totals["rounds"] += 1
+        for name in ("moved_experts", "bytes", "seconds"):
+            self.totals[name] += fields[name]
+        self._recorder.note(
+            f"step {step}: {fields['moved_experts']} experts change clusters, {fields['dropped_experts']} held back; "
+            f"{fields['bytes']:,} bytes in {fields['seconds']:.2f} s"
+        )
+
+    def _decide(self, evidence: Evidence) -> list[LayerDecision]:
+        settings = (self._config.recluster, self._config.seed)
+        return [
+            decide_layer(similarity_EE, placement, load_E, *settings)
+            for similarity_EE, placement, load_E in zip(
+                evidence.similarity_LEE, self._context.placements, self._load_LE, strict=True
+            )
+        ]
+
+    def _decide_blocks(self, evidence: Evidence) -> list[tuple[int, ...]]:
+        placements = self._context.placements
+        if not self._config.recluster.relocate:
+            return [placement.block_of_cluster for placement in placements]
+        together = zip(evidence.together_LGG, placements, strict=True)
+        return [decide_blocks(together_GG, placement, self._config.seed) for together_GG, placement in together]
+
+    def _note(self, outcome: StepOutcome) -> None:
+        self._losses.append(outcome.loss)
+        self._load_LE = self._config.recluster.decay * self._load_LE + outcome.count_LE.numpy()
+        if self._open is not None:
+            self._open.losses_after.append(outcome.loss)
+            if len(self._open.losses_after) == AROUND:
+                self.close()
+
+    def _plan(self, new: Sequence[ExpertPlacement]) -> tuple[Plan, ExpertTensors]:
+        tensors, shape = self.tensors, self._context.mesh.shape
+        pieces = [
+            piece
+            for layer, (before, after) in enumerate(zip(self._context.placements, new, strict=True))
+            for piece in plan_layer(layer, before, after, shape, tensors.holdings)
+        ]
+        return Plan(tuple(pieces), tensors.holdings.itemsize), tensors
+
+    def _switch(self, placements: Sequence[ExpertPlacement]) -> None:
+        self._context.placements[:] = placements
+        for layer in self._layers:
+            layer.follow_placement()
+
+    def _loss_of(self, sequences_BS: Tensor) -> float:
+        """Mean loss over all ranks' sequences, nats a token; collective."""
+        with self._model.evaluating():
+            loss = self._model(sequences_BS.to(self._process.device)).double()
+        dist.all_reduce(loss)
+        return float(loss) / self._process.ranks
+
+
+def _after(placements: Sequence[ExpertPlacement], moves: Sequence[Move]) -> list[ExpertPlacement]:
+    cycles = {layer: [cycle for other, cycle in moves if other == layer] for layer, _ in moves}
+    return [
+        apply_exchanges(placement, cycles[layer]) if layer in cycles else placement
+        for layer, placement in enumerate(placements)
+    ]
+
+
+def _movers(moves: Sequence[Move]) -> set[tuple[int, int]]:
+    return {(layer, expert) for layer, cycle in moves for expert in cycle}
+
+
+def _promises(decisions: Sequence[LayerDecision], evidence: Evidence) -> dict[str, Any]:
+    """Objectives and the similarity's parts, means over layers."""
+    return {
+        "objective_before": float(np.mean([decision.objective_before for decision in decisions])),
+        "objective_after": float(np.mean([decision.objective_after for decision in decisions])),
+        "similarity": evidence.parts,
+    }
+
+
+def _membership(placements: Sequence[ExpertPlacement]) -> dict[str, Any]:
+    return {
+        "members": [placement.members for placement in placements],
+        "blocks": [placement.block_of_cluster for placement in placements],
+        "version": max(placement.version for placement in placements),
+    }
