@@ -14,6 +14,19 @@ from moe_dist.errors import ConfigError
 INCLUDE = "include"
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key_node.value!r} comes twice, again on line {line}")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads, merges and validates one configuration.
 
@@ -55,7 +68,7 @@ def _read_with_includes(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -40,7 +40,7 @@ class ModelConfig(Section):
     )
     sequence_length: Positive = Field(256, description="tokens a sequence")
     tie_embeddings: bool = Field(True, description="the output layer shares the token embedding's weights")
-    rope_base: Annotated[float, Field(gt=0)] = 10000.0
+    rope_base: Positive = 10000
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
     activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
@@ -86,7 +86,8 @@ class MoEConfig(Section):
     z_loss_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the router z-loss, in each stage")
     capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="copies of a rank's micro-batch that a cluster or expert takes, over its even share; null: all",
+        description="copies that a cluster takes of each rank's micro-batch, and an expert of all ranks', over an even "
+        "share; null: all",
     )
     gate_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on a layer's gates, else of sum 1")
     form: Literal["auto", "mask", "sort", "compiled", "reference"] = Field(
@@ -180,7 +181,7 @@ class WorldConfig(Section):
     def _zero_3_refused(cls, value: int) -> int:
         if value == 3:
             raise ConfigError(
-                "world.zero_stage=3 does not work with experts: DeepSpeed's parameter hooks wait for experts that got "
+                "world.zero_stage=3 is not supported: with experts DeepSpeed's parameter hooks wait for those that got "
                 "no token and hang (deepspeedai/DeepSpeed#2870); use 0, 1 or 2"
             )
         return value

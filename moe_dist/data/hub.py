@@ -67,7 +67,7 @@ class HubSource:
 
 
 def rows_of(table: Iterable[Mapping[str, Any]], column: str, origin: str) -> Iterator[str]:
-    """The text column of each row.
+    """The text column of each row; rows where it is null are left out.
 
     Raises:
         DataError: the column is missing, or holds something other than text.
@@ -76,6 +76,8 @@ def rows_of(table: Iterable[Mapping[str, Any]], column: str, origin: str) -> Ite
         if column not in row:
             raise DataError(f"{origin} has no column corpus.text_column={column}; it has: {', '.join(row)}")
         text = row[column]
+        if text is None:
+            continue
         if not isinstance(text, str):
             raise DataError(
                 f"{origin}: row {number} of corpus.text_column={column} is {type(text).__name__}, not text; other "

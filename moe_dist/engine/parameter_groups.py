@@ -29,4 +29,6 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     ]
     if has_experts(model):
         groups = split_params_into_different_moe_groups_for_optimizer(groups)
+        # it walks a set of names, whose order differs between processes: ranks would reduce unlike groups together
+        groups.sort(key=lambda group: (group.get("moe", False), -group["weight_decay"], group["name"]))
     return [group for group in groups if group["params"]]

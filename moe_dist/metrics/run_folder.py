@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import ConfigError
 from moe_dist.metrics.json_text import strict_json, write_json
 from moe_dist.metrics.summary import flatten, missing_keys
 
@@ -52,12 +52,12 @@ class RunFolder:
             summary_copy: a file that also receives the summary (`--json FILE`).
 
         Raises:
-            MoeDistError: the folder cannot be made.
+            ConfigError: the folder cannot be made.
         """
         try:
             path = _claim_folder(Path(runs_dir), name)
         except OSError as error:
-            raise MoeDistError(f"runs_dir={str(runs_dir)!r}: cannot make a run folder: {error.strerror}") from error
+            raise ConfigError(f"runs_dir={str(runs_dir)!r}: cannot make a run folder: {error.strerror}") from error
         (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         return cls(path, tensorboard=tensorboard, summary_copy=summary_copy)
 

@@ -62,7 +62,7 @@ class ClusteredMoE(nn.Module):
         block = self.context.mesh.at.cluster
         embedding_LND = self.router.local_embeddings(self.placement, self.member_GN, self.one, block)
         member_LN = self.member_GN[list(self.placement.clusters_of_block(block))]
-        compute = partial(self._run_cluster, member_LN, embedding_LND, loss_scale)
+        compute = partial(self._run_cluster, member_LN, embedding_LND, len(x_TD))
         y_TD = self._run_stage_one(x_TD, logits_TG, cluster_TM, compute) * self.moe.gate_scale
         y_TD = attach_router_losses(y_TD, logits_TG, cluster_TM, self.moe, loss_scale)
         return y_TD.view_as(hidden)
@@ -89,7 +89,7 @@ class ClusteredMoE(nn.Module):
         return keep_C.view_as(cluster_TM)
 
     def _run_cluster(
-        self, member_LN: Tensor, embedding_LND: Tensor, loss_scale: float, local: int, x_RD: Tensor
+        self, member_LN: Tensor, embedding_LND: Tensor, tokens: int, local: int, x_RD: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Chooses the experts of the rows of one local cluster and computes them."""
         member_N = member_LN[local]
@@ -99,18 +99,21 @@ class ClusteredMoE(nn.Module):
         self.balance.count(self.layer, member_N[choice.slot_RK.flatten()])
         if self.context.statistics is not None and self.balance.counting:
             self.context.statistics.give(self.layer, x_RD, choice.slot_RK, choice.gate_RK, member_N)
+        loss_scale = self.loss_scale / max(1, tokens)
         gate_RK = attach_router_losses(choice.gate_RK, logits_RN, choice.slot_RK, self.moe, loss_scale)
-        slot_RK, gate_RK = self._slots_within_capacity(choice.slot_RK, gate_RK)
+        slot_RK, gate_RK = self._slots_within_capacity(choice.slot_RK, gate_RK, tokens)
         experts = self.clusters[local]
         assert isinstance(experts, ClusteredExperts)
         return self.stage_two.run(x_RD, slot_RK, gate_RK, experts), choice.log_mass_R
 
-    def _slots_within_capacity(self, slot_RK: Tensor, gate_RK: Tensor) -> tuple[Tensor, Tensor]:
-        if self.moe.capacity_factor is None:
+    def _slots_within_capacity(self, slot_RK: Tensor, gate_RK: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Drops what is beyond an expert's share of all copies that the ranks of the group route, each of `tokens`."""
+        moe = self.moe
+        if moe.capacity_factor is None:
             return slot_RK, gate_RK
-        slots = self.placement.slots
-        capacity = capacity_of(slot_RK.numel(), slots, self.moe.capacity_factor)
-        keep_C = within_capacity(slot_RK.flatten(), slots, capacity)
+        copies = tokens * self.one.group.size * moe.top_clusters * moe.top_k
+        capacity = capacity_of(copies, moe.experts, moe.capacity_factor)
+        keep_C = within_capacity(slot_RK.flatten(), self.placement.slots, capacity)
         self.balance.drop(self.layer, keep_C)
         keep_RK = keep_C.view_as(slot_RK)
         return slot_RK.masked_fill(~keep_RK, ABSENT), gate_RK * keep_RK

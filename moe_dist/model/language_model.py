@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
         balance = BalanceState.create(layers, moe, torch.device("cpu"))
         self.context = LayerContext(mesh, placements, balance, ledger or TrafficLedger(links), config.seed, statistics)
         self._micro_batches = micro_batches
-        initialize_megatron(config.world.timeout_seconds)
+        initialize_megatron(config.world.timeout_seconds, mesh.shape.cluster * mesh.shape.shard)
         self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._uncounted)
 
     def forward(self, sequence_BS: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -26,12 +27,28 @@ FeedForwardFactory = Callable[[int], nn.Module]
 """layer index, from 0 -> a module that takes and returns [..., hidden]."""
 
 
-def initialize_megatron(timeout_seconds: int) -> None:
-    """Creates Megatron-core's process groups (no tensor or pipeline parallelism); collective."""
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            create_gloo_process_groups=False, distributed_timeout_minutes=max(1, timeout_seconds // 60)
-        )
+def initialize_megatron(timeout_seconds: int, expert_parallel: int) -> None:
+    """Creates Megatron-core's process groups (no tensor or pipeline parallelism); collective.
+
+    Args:
+        expert_parallel: ranks that together hold all experts once, neighbours as in our mesh.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        if parallel_state.get_expert_model_parallel_world_size() == expert_parallel:
+            return
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=expert_parallel,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, timeout_seconds // 60),
+    )
+
+
+def expert_parallel_ranks() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Global ranks of this rank's expert-parallel and expert-data-parallel groups, as Megatron-core has them."""
+    groups = (parallel_state.get_expert_model_parallel_group(), parallel_state.get_expert_data_parallel_group())
+    parallel, data = (tuple(dist.get_process_group_ranks(group)) for group in groups)
+    return parallel, data
 
 
 def build_gpt(
@@ -61,13 +78,12 @@ def build_gpt(
         vocab_size=vocab_size,
         max_sequence_length=model.sequence_length,
         position_embedding_type="rope",
-        rotary_base=int(model.rope_base),
+        rotary_base=model.rope_base,
         share_embeddings_and_output_weights=model.tie_embeddings,
     )
-    if not torch.cuda.is_available():
-        gpt.rotary_pos_emb = _RotaryOnDevice(
-            config.kv_channels, 1.0, rotary_base=int(model.rope_base), use_cpu_initialization=True
-        )
+    gpt.rotary_pos_emb = _RotaryOnDevice(
+        config.kv_channels, 1.0, rotary_base=model.rope_base, use_cpu_initialization=True
+    )
     if model.activation_checkpointing:
         for layer in gpt.decoder.layers:
             _recompute_in_backward(layer, recompute_context)
@@ -128,7 +144,16 @@ class SdpaCoreAttention(nn.Module):
 
 
 class _RotaryOnDevice(RotaryEmbedding):  # type: ignore[misc]
-    """Rotary positions where there is no CUDA: the frequencies stay on the device they were made on."""
+    """Rotary positions on any device: the frequencies, in float32 always, go where the model goes.
+
+    Megatron-core's own are made for the current CUDA device, and fail for a model on the CPU or where there is none.
+    """
+
+    inv_freq: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        self.inv_freq = self.inv_freq.to(fn(torch.empty(0, device=self.inv_freq.device)).device)
+        return super()._apply(fn, *args, **kwargs)
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
         freqs = self.get_freqs_non_repeated(max_seq_len, offset)

@@ -24,7 +24,7 @@ STEPS, SEQUENCES, VOCABULARY = 5, 8, 97
 SHAPES = [(1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)]
 pytestmark = pytest.mark.timeout(400)
 SMALL = [
-    "model.hidden_size=32", "model.heads=2", "model.sequence_length=16", "moe.experts=8", "moe.clusters=4",
+    "model.hidden_size=32", "model.heads=2", "model.sequence_length=16", "moe.experts=16", "moe.clusters=4",
     "moe.expert_hidden=16", "moe.rank=2", "moe.wire_dtype=float32", "train.precision=float32",
     f"train.global_batch_size={SEQUENCES}", "train.micro_batch_size=1", "optimizer.clip_norm=0.5",
     "optimizer.learning_rate=1e-3",

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.config import WorldShape
+from moe_dist.model.megatron_gpt import expert_parallel_ranks, initialize_megatron
 from moe_dist.topology.links import LinkKind, Links
 from moe_dist.topology.mesh import GroupKind, Mesh, coordinates_of, group_layout, rank_at
 from tests.distributed.ranks import run_ranks
@@ -37,6 +38,20 @@ def test_groups_are_created_alike_and_join_their_ranks(axes: tuple[int, int, int
         for kind in GroupKind:
             (mine,) = [ranks for k, ranks in layout if k is kind and rank in ranks]
             assert sums[kind.value] == sum(2**r for r in mine)
+
+
+def _expert_groups(shape: WorldShape) -> tuple[list[tuple[int, ...]], tuple[tuple[int, ...], ...]]:
+    initialize_megatron(60, shape.cluster * shape.shard)
+    mesh = Mesh.create(shape, timedelta(seconds=60))
+    own = [mesh.group(kind).ranks for kind in (GroupKind.EXPERT_PARALLEL, GroupKind.EXPERT_DATA)]
+    return own, expert_parallel_ranks()
+
+
+@pytest.mark.parametrize("axes", SHAPES)
+def test_megatron_knows_the_same_expert_groups(axes: tuple[int, int, int]) -> None:
+    shape = WorldShape(*axes)
+    for own, megatrons in run_ranks(_expert_groups, shape.ranks, shape):
+        assert own == list(megatrons)
 
 
 @pytest.mark.parametrize("axes", SHAPES)

@@ -25,7 +25,7 @@ from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY,
 
 pytestmark = pytest.mark.timeout(400)
 RECLUSTER = ["moe.expert_hidden=16", "recluster.period=2", "recluster.start=1", "recluster.max_loss_increase=1e9"]
-MOVES: list[Move] = [(0, (0, 3)), (0, (1, 4, 7)), (1, (2, 6))]  # eight experts, two in each of four clusters
+MOVES: list[Move] = [(0, (0, 5)), (0, (1, 6, 11)), (1, (2, 13))]  # sixteen experts, four in each of four clusters
 BLOCKS = {4: [(2, 3, 0, 1), (0, 1, 2, 3)], 2: [(1, 0, 0, 1), (0, 0, 1, 1)], 1: [(0, 0, 0, 0), (0, 0, 0, 0)]}
 
 
@@ -189,7 +189,7 @@ def test_an_expert_arrives_with_every_bit_it_had(axes: tuple[int, int, int]) -> 
                     assert torch.equal(other[overlap], values[overlap]), f"{words}: replicas differ in {key}"
                     whole[key] = torch.where(other.isnan(), values, other)
         assert held[0].keys() == held[1].keys()
-        assert {key[1] for key in held[0]} == set(range(8)), "no expert is lost"
+        assert {key[1] for key in held[0]} == set(range(16)), "no expert is lost"
         for key, values in held[0].items():
             assert not values.isnan().any(), f"{words}: nobody owns part of {key}"
             assert torch.equal(values, held[1][key]), f"{words}: {key}"

@@ -59,7 +59,7 @@ def test_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train" in line] == list(range(1, 9))
     events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert events == ["evaluation", "evaluation", "finished"]
+    assert events == ["placement", "evaluation", "evaluation", "finished"]
     assert list((folder / "tensorboard").iterdir())
 
 

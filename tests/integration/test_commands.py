@@ -71,6 +71,15 @@ def test_launch_trains_and_shows_its_summary(
     assert "Warning" not in done.stdout + done.stderr
 
 
+def test_replicas_start_whatever_order_their_processes_keep_sets_in(tmp_path: Path) -> None:
+    """Ranks of a real launcher have hash seeds of their own, and DeepSpeed sorts expert groups by a set of names."""
+    launch = [str(BIN / "moe-dist"), "launch", "--ranks", "2", *_words(tmp_path, "world.data=2", "world.cluster=1")]
+    for _ in range(2):
+        done = _run([*launch, "world.timeout_seconds=60", "train.steps=3", "recluster.period=1", "recluster.start=1"])
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert _summary(tmp_path)["world"] == {"data": 2, "cluster": 1, "shard": 1}
+
+
 def test_deepspeed_starts_the_entry_script_as_its_users_expect(tmp_path: Path) -> None:
     done = _run([str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *_words(tmp_path, "train.steps=3")])
     assert done.returncode == 0, done.stdout + done.stderr

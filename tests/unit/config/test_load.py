@@ -68,6 +68,7 @@ def test_a_circle_of_includes_is_refused(write: Write) -> None:
         ("a: [", ["not valid YAML"]),
         ("include: base.yaml", ["`include`", "'base.yaml'"]),
         ("train: 3", ["train=3"]),
+        ("moe: {rank: 2}\nmodel: {}\nmoe: {top_k: 1}", ["'moe' comes twice", "line 3"]),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_one_line(write: Write, text: str, parts: list[str]) -> None:
@@ -93,6 +94,14 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
         (["world.cluster=3"], ["moe.clusters=4", "world.cluster=3"]),
         (["world.shard=3"], ["moe.experts=32", "world.shard=3"]),
         (["moe.kind=standard", "world.cluster=5"], ["moe.experts=32", "world.cluster=5"]),
+        (["recluster.period=0"], ["recluster.period=0"]),
+        (["recluster.period=400"], ["recluster.period=400", "train.steps=400"]),
+        (["recluster.period=20", "recluster.start=500"], ["recluster.start=500", "train.steps=400"]),
+        (["recluster.period=20", "recluster.start=50", "recluster.stop=40"], ["recluster.stop=40"]),
+        (["recluster.alpha=1.5"], ["recluster.alpha=1.5"]),
+        (["recluster.max_moved=0"], ["recluster.max_moved=0"]),
+        (["recluster.period=20", "moe.clusters=32", "moe.top_k=1"], ["recluster.period=20", "moe.clusters=32"]),
+        (["recluster.period=20", "moe.kind=standard"], ["recluster.period=20", "standard"]),
         (["world.zero_stage=3"], ["world.zero_stage=3", "0, 1 or 2"]),
         (["model.hidden_size=130"], ["model.hidden_size=130", "model.heads=4"]),
         (["model.heads=4", "model.kv_heads=3"], ["model.heads=4", "model.kv_heads=3"]),

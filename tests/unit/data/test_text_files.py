@@ -9,6 +9,7 @@ import pytest
 from moe_dist.config import CorpusConfig
 from moe_dist.data.corpora import open_corpus
 from moe_dist.data.documents import Split
+from moe_dist.data.files import FileSource
 from moe_dist.errors import DataError
 from tests.unit.data.samples import documents_of
 
@@ -57,6 +58,12 @@ def test_tables_give_one_document_a_row(tmp_path: Path, suffix: str) -> None:
     _ = table.to_json(str(path)) if suffix == ".jsonl" else table.to_parquet(str(path))
     split = read([tmp_path / f"*{suffix}"], text_column="body")
     assert sorted(d.text for side in split for d in side) == sorted(texts)
+
+
+def test_rows_without_a_text_are_left_out(tmp_path: Path) -> None:
+    rows = ['{"text": "first"}', '{"text": null}', '{"text": "third"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    assert list(FileSource((tmp_path / "rows.jsonl",), "text").texts()) == ["first", "third"]
 
 
 def test_the_identity_follows_the_content_not_the_date(tmp_path: Path) -> None:
