@@ -2,7 +2,7 @@
 
 from moe_dist.compression.alignment import UnitOrder, align_hidden_units
 from moe_dist.compression.cluster_weights import ClusterWeights
-from moe_dist.compression.expert_matrices import ExpertMatrices, relative_output_error
+from moe_dist.compression.expert_matrices import ExpertMatrices, relative_error
 from moe_dist.compression.factorise import (
     FactorisedCluster,
     FactorisedExpert,
@@ -33,6 +33,6 @@ __all__ = [
     "init_residual",
     "project_first",
     "project_second",
-    "relative_output_error",
+    "relative_error",
     "usage_weighted_mean",
 ]

@@ -8,6 +8,7 @@ Shapes: I rows of a projection, O its columns, R rank.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,15 +40,10 @@ def _project(moment: ExpertMatrices, residual: ExpertResidual, weigh: Callable[[
         )
     )
 
-    def zero(vector: Tensor | None) -> Tensor | None:
-        return None if vector is None else torch.zeros_like(vector)
-
-    return ExpertResidual(
+    return replace(
+        residual.zeros(),
         in_u_DR=torch.cat([gate[0], up[0]], dim=1),
         in_v_RH=torch.stack([gate[1], up[1]]),
         out_u_FR=out[0],
         out_v_RD=out[1],
-        hidden_gate_F=zero(residual.hidden_gate_F),
-        hidden_bias_H=zero(residual.hidden_bias_H),
-        output_bias_D=zero(residual.output_bias_D),
     )

@@ -288,13 +288,10 @@ class RunConfig(Section):
 
     @property
     def first_phase(self) -> "RunConfig":
-        """What the run starts as: this, or its standard warm-up, whose experts all start from one draw.
-
-        Of experts drawn apart a mean is no expert: their hidden units are in different places.
-        """
+        """What the run starts as: this, or its standard warm-up."""
         if not self.standard_steps:
             return self
-        standard = {"kind": "standard", "warmup_standard": 0.0, "shared_init": True}
+        standard = {"kind": "standard", "warmup_standard": 0.0}
         return self.model_copy(update={"moe": self.moe.model_copy(update=standard), "recluster": ReclusterConfig()})
 
     @model_validator(mode="after")

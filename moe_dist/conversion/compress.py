@@ -1,12 +1,13 @@
-"""One layer's standard experts made into clusters: bases where clusters live, residuals where experts live.
+"""One layer's experts made into clusters: bases where clusters live, residuals where experts will live.
 
-The rank that holds a standard expert makes its residual, so that the work is divided as the experts are and no full
-expert travels: a cluster's base is a sum over ranks, and what goes to the cluster's ranks is thin.
+The rank that holds a full expert makes its residual, so that the work is divided as the experts are and no full expert
+travels: a cluster's base is a sum over ranks, and what goes to the cluster's ranks is thin.
 
 Shapes: E experts, D hidden, F expert hidden, H = 2 F.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,17 +15,17 @@ from torch import Tensor
 
 from moe_dist.compression import (
     ExpertMatrices,
+    ExpertResidual,
     FactorisedExpert,
     InputRoots,
     factorise_expert,
     project_first,
     project_second,
-    relative_output_error,
 )
 from moe_dist.config import MoEConfig
-from moe_dist.conversion.delivery import ResidualState, deliver
-from moe_dist.conversion.held import HeldExpert, HeldLayer
-from moe_dist.engine.training_state import MASTER, MOMENTS
+from moe_dist.conversion.delivery import ResidualState, deliver, owners
+from moe_dist.conversion.held import VECTORS, HeldExpert, HeldLayer
+from moe_dist.engine.training_state import MASTER, MOMENTS, STATE_NAMES
 from moe_dist.topology.mesh import Mesh
 from moe_dist.topology.placement import ExpertPlacement
 
@@ -32,12 +33,12 @@ EXACT_UP_TO = 512
 """Widths up to which residuals are decomposed exactly; wider ones by the seeded search."""
 
 BaseState = dict[str, ExpertMatrices]
-"""By `STATE_NAMES`."""
+"""By `STATE_NAMES`; moments that are not there stay what they are."""
 
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """This rank's share of a layer's clusters, and how well all experts are approximated."""
+    """This rank's share of the clusters that were made, and how well all their experts are approximated."""
 
     placement: ExpertPlacement
     bases: dict[int, BaseState]
@@ -45,50 +46,60 @@ class CompressedLayer:
     residuals: dict[int, ResidualState]
     """By expert, of those that live here."""
     output_error_E: Tensor
-    """`|y' - y| / |y|` of each expert of the layer on held-back tokens, float64."""
+    """`|y' - y| / |y|` of each expert of the layer on held-back tokens, float64; 0 where nothing was made."""
     base_output_error_E: Tensor
     """The same with the base alone."""
     whitened: float
-    """Share of the experts' matrices for which whitening lost less."""
+    """Share of the matrices for which whitening lost less."""
 
 
 @torch.no_grad()
 def compress_layer(
-    layer: HeldLayer, placement: ExpertPlacement, usage_E: Tensor, moe: MoEConfig, mesh: Mesh, seed: int
+    layer: HeldLayer,
+    placement: ExpertPlacement,
+    usage_E: Tensor,
+    moe: MoEConfig,
+    mesh: Mesh,
+    seed: int,
+    clusters: Collection[int] | None = None,
 ) -> CompressedLayer:
     """Bases and residuals of a layer, each on its rank; collective.
 
     Args:
         usage_E: weight of every expert in its cluster's base.
         seed: of the randomised decomposition of wide matrices.
+        clusters: only these; None: all.
     """
     local = {expert.number: expert for expert in layer.experts}
+    chosen = [c for c in range(placement.clusters) if clusters is None or c in clusters]
     bases: dict[int, BaseState] = {}
     made: dict[int, ResidualState] = {}
-    figures_E3 = torch.zeros(layer.total, 3, dtype=torch.float64, device=usage_E.device)
-    for cluster, members in enumerate(placement.members):
-        base = _base([local[e] for e in members if e in local], layer, members, usage_E)
+    figures_E3 = torch.zeros(placement.experts, 3, dtype=torch.float64, device=usage_E.device)
+    for cluster in chosen:
+        members = placement.members[cluster]
+        base = _base(layer, members, usage_E)
         if placement.block_of_cluster[cluster] == mesh.at.cluster:
             bases[cluster] = base
-        for e in (e for e in members if e in local):
-            factorised = _factorise(local[e], base[MASTER], moe, seed)
-            made[e] = _residual_state(local[e], factorised)
-            figures_E3[e] = _figures(local[e], base[MASTER], factorised)
+        for expert in (local[e] for e in members if e in local):
+            factorised = _factorise(expert, base[MASTER], moe, seed)
+            made[expert.number] = _residual_state(expert, factorised)
+            figures_E3[expert.number] = _figures(expert, base[MASTER], factorised)
     if layer.group.size > 1:
         dist.all_reduce(figures_E3, group=layer.group.handle)
-    residuals = deliver(dict(sorted(made.items())), placement, layer.group, mesh.rank)
+    maker_of = {e: layer.holder_of[e] for c in chosen for e in placement.members[c]}
+    like = _template(layer.experts[0], moe)
+    residuals = deliver(made, like, maker_of, owners(placement), layer.group, mesh.rank)
     error_E, base_error_E, whitened_E = figures_E3.unbind(1)
-    return CompressedLayer(placement, bases, residuals, error_E, base_error_E, float(whitened_E.mean()))
+    return CompressedLayer(placement, bases, residuals, error_E, base_error_E, float(whitened_E.sum()) / len(maker_of))
 
 
-def _base(members: list[HeldExpert], layer: HeldLayer, numbers: tuple[int, ...], usage_E: Tensor) -> BaseState:
+def _base(layer: HeldLayer, members: tuple[int, ...], usage_E: Tensor) -> BaseState:
     """Mean of the weights by usage, and sums of the moments, over all ranks' members."""
-    share_E = _shares(usage_E, numbers)
-    like = layer.experts[0].matrices
+    share_E = _shares(usage_E, members)
     found = {}
-    for kind in (MASTER, *MOMENTS):
+    for kind, like in layer.experts[0].state.items():
         w_in_DH, w_out_FD = (torch.zeros_like(w, dtype=torch.float64) for w in (like.w_in_DH, like.w_out_FD))
-        for expert in members:
+        for expert in (one for one in layer.experts if one.number in members):
             weight = float(share_E[expert.number]) if kind == MASTER else 1.0
             w_in_DH.add_(expert.state[kind].w_in_DH, alpha=weight)
             w_out_FD.add_(expert.state[kind].w_out_FD, alpha=weight)
@@ -109,13 +120,14 @@ def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:
 
 def _factorise(expert: HeldExpert, base: ExpertMatrices, moe: MoEConfig, seed: int) -> FactorisedExpert:
     exact = min(expert.matrices.w_out_FD.shape) <= EXACT_UP_TO
-    matrices, base = expert.matrices.double(), base.double()
+    matrices = expert.matrices.double()
     fit, check = (
-        InputRoots.of_tokens(x_LD, matrices.hidden(x_LD)) for x_LD in (expert.fit_LD.double(), expert.check_LD.double())
+        InputRoots.of_tokens(x_LD, expert.hidden(x_LD, matrices))
+        for x_LD in (expert.fit_LD.double(), expert.check_LD.double())
     )
     return factorise_expert(
         matrices,
-        base,
+        base.double(),
         moe.rank,
         vectors=moe.expert_vectors,
         inputs=fit,
@@ -125,19 +137,32 @@ def _factorise(expert: HeldExpert, base: ExpertMatrices, moe: MoEConfig, seed: i
 
 
 def _residual_state(expert: HeldExpert, factorised: FactorisedExpert) -> ResidualState:
+    """Factors with the moments that follow from the full expert's, zero where those are not known; vectors as kept."""
     residual = factorised.residual.float()
-    first, second = (expert.state[moment] for moment in MOMENTS)
-    return {
-        MASTER: residual,
-        MOMENTS[0]: project_first(first, residual),
-        MOMENTS[1]: project_second(second, residual),
-    }
+    states = {MASTER: residual, **dict.fromkeys(MOMENTS, residual.zeros())}
+    if MOMENTS[0] in expert.state:
+        first, second = (expert.state[moment] for moment in MOMENTS)
+        states |= {MOMENTS[0]: project_first(first, residual), MOMENTS[1]: project_second(second, residual)}
+    return {kind: replace(state, **expert.vectors.get(kind, {})) for kind, state in states.items()}
+
+
+def _template(expert: HeldExpert, moe: MoEConfig) -> ResidualState:
+    """A state of the right shapes."""
+    width, hidden = expert.matrices.w_out_FD.shape
+    zeros = expert.matrices.w_out_FD.new_zeros
+    vectors = dict(zip(VECTORS, (zeros(width), zeros(2 * width), zeros(hidden)), strict=True))
+    residual = ExpertResidual(
+        zeros(hidden, 2 * moe.rank),
+        zeros(2, moe.rank, width),
+        zeros(width, moe.rank),
+        zeros(moe.rank, hidden),
+        **(vectors if moe.expert_vectors else dict.fromkeys(VECTORS)),
+    )
+    return dict.fromkeys(STATE_NAMES, residual)
 
 
 def _figures(expert: HeldExpert, base: ExpertMatrices, factorised: FactorisedExpert) -> Tensor:
     """Output error on held-back tokens, with the residual and without; share of whitened matrices."""
-    errors = [
-        relative_output_error(expert.check_LD, expert.matrices, approximation)
-        for approximation in (base.with_residual(factorised.residual.float()), base)
-    ]
+    residual = factorised.residual.float()
+    errors = [expert.output_error(approximation) for approximation in (base.with_residual(residual), base)]
     return torch.tensor([*errors, sum(factorised.whitened) / len(factorised.whitened)], dtype=torch.float64)

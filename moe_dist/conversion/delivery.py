@@ -3,6 +3,8 @@
 Shapes: W float32 entries of one expert's state, N experts here.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,32 +15,47 @@ from moe_dist.engine.whole_state import WholeState
 from moe_dist.topology.mesh import RankGroup
 from moe_dist.topology.placement import ExpertPlacement
 
+STACKED = {
+    "in_u_DR": "in_u_NDR",
+    "in_v_RH": "in_v_NRH",
+    "out_u_FR": "out_u_NFR",
+    "out_v_RD": "out_v_NRD",
+    "hidden_gate_F": "hidden_gate_NF",
+    "hidden_bias_H": "hidden_bias_NH",
+    "output_bias_D": "output_bias_ND",
+}
+"""What holds an expert's tensor together with those of its cluster."""
+
 ResidualState = dict[str, ExpertResidual]
 """By `STATE_NAMES`."""
 
 
 def deliver(
-    made: dict[int, ResidualState], placement: ExpertPlacement, group: RankGroup, rank: int
+    made: dict[int, ResidualState],
+    like: ResidualState,
+    maker_of: Mapping[int, int],
+    owner_of: Mapping[int, int],
+    group: RankGroup,
+    rank: int,
 ) -> dict[int, ResidualState]:
-    """Every expert's state on the rank that the placement gives it; collective.
+    """Every expert's state on the rank that owns it from now on; collective.
 
     Args:
-        made: by expert, what this rank made: of E/P consecutive experts on each rank of the group, in their order.
-        group: the ranks that together hold all experts, by block and shard.
+        made: by expert, what this rank made.
+        like: any expert's state, for shapes.
+        maker_of: index into the group of the rank that made each expert that is delivered.
+        owner_of: of the rank that will own it.
     """
-    template = next(iter(made.values()))
-    owner_of = owners(placement)
-    maker = {expert: expert // len(made) for expert in range(placement.experts)}
     me = group.ranks.index(rank)
     leaving = sorted(made, key=lambda expert: (owner_of[expert], expert))
-    coming = sorted(expert for expert in owner_of if owner_of[expert] == me)  # by maker as well, since makers are runs
+    coming = sorted((e for e in maker_of if owner_of[e] == me), key=lambda expert: (maker_of[expert], expert))
     rows_NW = _exchange(
-        torch.stack([_packed(made[expert]) for expert in leaving]),
+        torch.stack([_packed(made[expert]) for expert in leaving]) if made else _packed(like)[None, :][:0],
         [sum(owner_of[expert] == peer for expert in leaving) for peer in range(group.size)],
-        [sum(maker[expert] == peer for expert in coming) for peer in range(group.size)],
+        [sum(maker_of[expert] == peer for expert in coming) for peer in range(group.size)],
         group,
     )
-    return {expert: _unpacked(row_W, template) for expert, row_W in zip(coming, rows_NW, strict=True)}
+    return {expert: _unpacked(row_W, like) for expert, row_W in zip(coming, rows_NW, strict=True)}
 
 
 def owners(placement: ExpertPlacement) -> dict[int, int]:
@@ -53,13 +70,16 @@ def owners(placement: ExpertPlacement) -> dict[int, int]:
 
 def stacked(states: list[ResidualState]) -> dict[str, WholeState]:
     """By the names of `ClusterWeights`: the states of a cluster's experts here, in the order of their slots."""
-    suffix = {"in_u_DR": "in_u_NDR", "in_v_RH": "in_v_NRH", "out_u_FR": "out_u_NFR", "out_v_RD": "out_v_NRD"}
-    suffix |= {"hidden_gate_F": "hidden_gate_NF", "hidden_bias_H": "hidden_bias_NH", "output_bias_D": "output_bias_ND"}
     return {
-        suffix[name]: {kind: torch.stack([getattr(state[kind], name) for state in states]) for kind in STATE_NAMES}
+        STACKED[name]: {kind: torch.stack([getattr(state[kind], name) for state in states]) for kind in STATE_NAMES}
         for name, value in vars(states[0][STATE_NAMES[0]]).items()
         if value is not None
     }
+
+
+def crossing(like: ResidualState, maker_of: Mapping[int, int], owner_of: Mapping[int, int]) -> int:
+    """Bytes of the states that change ranks."""
+    return sum(owner_of[e] != maker for e, maker in maker_of.items()) * _packed(like).numel() * 4
 
 
 def _exchange(rows_NW: Tensor, send: list[int], receive: list[int], group: RankGroup) -> Tensor:

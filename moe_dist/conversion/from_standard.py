@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_dist.clustering import FusedSimilarity, cluster_quality
 from moe_dist.config import RunConfig
 from moe_dist.conversion.compress import CompressedLayer, compress_layer
-from moe_dist.conversion.delivery import stacked
 from moe_dist.conversion.grouping import members_of, similarity_of, usage_of
-from moe_dist.conversion.held import hold_layer
+from moe_dist.conversion.held_standard import hold_standard
+from moe_dist.conversion.placing import write_layer
 from moe_dist.conversion.tokens import LayerTokens, standard_layers
-from moe_dist.engine.training_state import STATE_NAMES, TrainingState
-from moe_dist.engine.whole_state import OwnedState, WholeState, write_whole
-from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.engine.training_state import TrainingState
+from moe_dist.engine.whole_state import OwnedState, write_whole
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.parameter_class import ParameterClass, class_of
 from moe_dist.topology.placement import ExpertPlacement
@@ -54,10 +53,9 @@ def read_clustered(
         fit, check: tokens of the local experts of each layer, of two different batches (`sample_tokens`).
     """
     mesh, moe, layers, alike = model.context.mesh, config.moe, [], []
-    for number, layer in enumerate(standard_layers(model).values()):
-        together = [torch.cat(pair) for pair in zip(fit[number], check[number], strict=True)]
-        usage_E = usage_of(together, layer.dispatch.channel.group)
-        held = hold_layer(layer, state, mesh, fit[number], check[number], usage_E)
+    for number, layer in enumerate(standard_layers(model)):
+        usage_E = usage_of(fit[number], check[number], moe.experts, layer.dispatch.channel.group)
+        held = hold_standard(layer, state, mesh, fit[number], check[number], usage_E)
         similarity = similarity_of(held, layer.router.weight, usage_E, config)
         members = members_of(similarity, usage_E, config)
         alike.append(_within(similarity, members))
@@ -78,7 +76,7 @@ def write_clustered(start: ClusteredStart, model: LanguageModel, state: Training
     for number, layer in enumerate(model.clustered_layers()):
         context.placements[number] = start.layers[number].placement
         layer.follow_placement()
-        _write_layer(start.layers[number], layer, state)
+        write_layer(start.layers[number], layer, state)
     for name, parameter in model.named_parameters():
         if class_of(parameter) is ParameterClass.DENSE:
             write_whole(state, parameter, start.dense[name].whole(device))
@@ -97,22 +95,6 @@ def _within(similarity: FusedSimilarity, members: Sequence[Sequence[int]]) -> di
 def _clustered_name(name: str) -> str:
     """A standard layer's router is a linear module, a clustered one's holds the same rows itself."""
     return f"{name}_ED" if name.endswith(".router.weight") else name
-
-
-def _write_layer(compressed: CompressedLayer, layer: ClusteredMoE, state: TrainingState) -> None:
-    placement, at = compressed.placement, layer.context.mesh.at
-    for local, cluster in enumerate(placement.clusters_of_block(at.cluster)):
-        experts = layer.clusters[local]
-        base = compressed.bases[cluster]
-        states: dict[str, WholeState] = {
-            "base.w_in_DH": {kind: base[kind].w_in_DH for kind in STATE_NAMES},
-            "base.w_out_FD": {kind: base[kind].w_out_FD for kind in STATE_NAMES},
-        }
-        here = [compressed.residuals[expert] for expert in placement.experts_of(cluster, at.shard)]
-        states |= {f"residuals.{name}": whole for name, whole in stacked(here).items()}
-        parameters: dict[str, nn.Parameter] = dict(experts.named_parameters())
-        for name in sorted(states.keys() | parameters.keys()):
-            write_whole(state, parameters[name], states[name])
 
 
 def _write_biases(start: ClusteredStart, model: LanguageModel) -> None:

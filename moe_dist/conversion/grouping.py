@@ -20,13 +20,18 @@ from moe_dist.clustering import (
 )
 from moe_dist.config import RunConfig
 from moe_dist.conversion.held import HeldLayer
+from moe_dist.conversion.tokens import LayerTokens
 from moe_dist.topology.mesh import RankGroup
 
 
-def usage_of(tokens: list[Tensor], group: RankGroup) -> Tensor:
-    """Tokens that each expert of a layer was given, [E]; collective."""
-    counts_N = torch.tensor([len(x_LD) for x_LD in tokens], dtype=torch.float64, device=tokens[0].device)
-    return gather_rows(counts_N[:, None], group)[:, 0]
+def usage_of(fit: LayerTokens, check: LayerTokens, experts: int, group: RankGroup) -> Tensor:
+    """Tokens that each expert of a layer was given, float64 [E]; collective."""
+    usage_E = torch.zeros(experts, dtype=torch.float64, device=next(iter(fit.values())).device)
+    for expert in fit:
+        usage_E[expert] = len(fit[expert]) + len(check[expert])
+    if group.size > 1:
+        dist.all_reduce(usage_E, group=group.handle)
+    return usage_E
 
 
 def similarity_of(layer: HeldLayer, router_ED: Tensor, usage_E: Tensor, config: RunConfig) -> FusedSimilarity:

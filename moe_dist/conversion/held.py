@@ -1,83 +1,57 @@
-"""The standard experts that a rank holds: weights in float32, Adam's moments, and tokens they are given."""
+"""Experts as conversion takes them: full weights in float32, what Adam knows of them, and tokens they are given.
 
-from dataclasses import dataclass
+Shapes: L tokens of one expert, D model width, F hidden width, H = 2 F (gate | up).
+"""
+
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
-from moe_dist.compression import ExpertMatrices, UnitOrder, align_hidden_units
-from moe_dist.engine.training_state import MASTER, MOMENTS, STATE_NAMES, TrainingState
-from moe_dist.engine.whole_state import OwnedState
-from moe_dist.model.standard_layer import StandardMoE
-from moe_dist.topology.mesh import GroupKind, Mesh, RankGroup
+from moe_dist.compression import ExpertMatrices, relative_error
+from moe_dist.engine.training_state import MASTER
+from moe_dist.topology.mesh import RankGroup
+
+VECTORS = ("hidden_gate_F", "hidden_bias_H", "output_bias_D")
 
 
 @dataclass(frozen=True)
 class HeldExpert:
-    """One standard expert, its hidden units in an order that all experts of its layer share."""
+    """One expert on the rank that holds it."""
 
     number: int
     state: dict[str, ExpertMatrices]
-    """By `STATE_NAMES`."""
+    """By `STATE_NAMES`: the full weights, and their moments where these are known."""
     fit_LD: Tensor
     check_LD: Tensor
-    """Tokens of two different batches."""
+    """Tokens that compression is fitted to, and others that it is checked on."""
+    vectors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """By `STATE_NAMES` and `VECTORS`, of an expert that has vectors: they stay as they are."""
 
     @property
     def matrices(self) -> ExpertMatrices:
         return self.state[MASTER]
 
+    def hidden(self, x_LD: Tensor, matrices: ExpertMatrices) -> Tensor:
+        """The hidden units of some tokens, with this expert's vectors and other matrices, [L, F]."""
+        if not self.vectors:
+            return matrices.hidden(x_LD)
+        gate_F, bias_H, _ = (self.vectors[MASTER][name].to(x_LD) for name in VECTORS)
+        gate_LF, up_LF = (x_LD @ matrices.w_in_DH + bias_H).chunk(2, dim=1)
+        return functional.silu(gate_LF) * up_LF * (1 + torch.tanh(gate_F))
+
+    def output_error(self, matrices: ExpertMatrices) -> float:
+        """`|y' - y| / |y|` on the tokens held back, with other matrices; what a bias adds to the output is left out."""
+        y_LD, other_LD = (self.hidden(self.check_LD, one) @ one.w_out_FD for one in (self.matrices, matrices))
+        return relative_error(other_LD, y_LD)
+
 
 @dataclass(frozen=True)
 class HeldLayer:
-    """The experts of a layer that this rank holds, and the ranks that together hold all of them."""
+    """The experts of a layer that this rank holds, and the ranks that together hold all of them once."""
 
     experts: list[HeldExpert]
-    total: int
+    holder_of: dict[int, int]
+    """The rank that holds each expert of the layer, as an index into the group."""
     group: RankGroup
-
-
-def hold_layer(
-    layer: StandardMoE, state: TrainingState, mesh: Mesh, fit: list[Tensor], check: list[Tensor], usage_E: Tensor
-) -> HeldLayer:
-    """Reads a layer's local experts and aligns their units to those of the most used expert; collective."""
-    device = layer.router.weight.device
-    group = mesh.group(GroupKind.EXPERT_PARALLEL)
-    local = len(layer.experts.w_in)
-    first = group.ranks.index(mesh.rank) * local
-    whole = [
-        {
-            name: ExpertMatrices(w_in, w_out)
-            for name, w_in, w_out in zip(
-                STATE_NAMES,
-                OwnedState.of(state, layer.experts.w_in[e], mesh).whole(device).values(),
-                OwnedState.of(state, layer.experts.w_out[e], mesh).whole(device).values(),
-                strict=True,
-            )
-        }
-        for e in range(local)
-    ]
-    reference = _broadcast(whole, int(usage_E.argmax()), first, group)
-    experts = []
-    for e, states in enumerate(whole):
-        order = align_hidden_units(states[MASTER], reference)
-        experts.append(HeldExpert(first + e, _ordered(states, order), fit[e], check[e]))
-    return HeldLayer(experts, layer.moe.experts, group)
-
-
-def _broadcast(whole: list[dict[str, ExpertMatrices]], expert: int, first: int, group: RankGroup) -> ExpertMatrices:
-    """One expert's weights, from the rank that holds it."""
-    owner, local = divmod(expert, len(whole))
-    held = whole[local][MASTER]
-    matrices = ExpertMatrices(held.w_in_DH.clone(), held.w_out_FD.clone())
-    if group.size > 1:
-        for tensor in (matrices.w_in_DH, matrices.w_out_FD):
-            dist.broadcast(tensor, src=group.ranks[owner], group=group.handle)
-    return matrices
-
-
-def _ordered(states: dict[str, ExpertMatrices], order: UnitOrder) -> dict[str, ExpertMatrices]:
-    """Weights and moments in the new order; squares have no sign."""
-    unsigned = UnitOrder(order.order_F, torch.ones_like(order.sign_F))
-    return {name: (unsigned if name == MOMENTS[1] else order).apply(value) for name, value in states.items()}

@@ -1,30 +1,41 @@
-"""Real tokens of every standard expert, caught on their way through the model.
+"""Real tokens of every expert, caught on their way through the model.
 
-Shapes: P rows sorted by local expert, L rows of one expert, D hidden.
+Shapes: P rows sorted by local expert, A rows at a shard, L rows of one expert, D hidden, K chosen experts.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.standard_layer import StandardMoE
-from moe_dist.topology.mesh import GroupKind, RankGroup
+from moe_dist.topology.mesh import GroupKind, Mesh, RankGroup
 
 LARGEST_SAMPLE = 4096
 """Tokens of an expert that are kept at most; more would not change second moments much."""
 
-LayerTokens = list[Tensor]
-"""x_LD of each local expert, float32."""
+LayerTokens = dict[int, Tensor]
+"""x_LD of each local expert by its number, float32."""
 
 
-def standard_layers(model: LanguageModel) -> dict[str, StandardMoE]:
-    """The standard MoE layers by their module's name, in the order of the layers."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, StandardMoE)}
+@dataclass(frozen=True)
+class _Post:
+    """Where the tokens of some experts come by, and how the module's inputs divide among them."""
+
+    module: nn.Module
+    experts: tuple[int, ...]
+    divide: Callable[..., Sequence[Tensor]]
+
+
+def standard_layers(model: LanguageModel) -> list[StandardMoE]:
+    """The layers of standard experts, in order."""
+    return [module for module in model.modules() if isinstance(module, StandardMoE)]
 
 
 @torch.no_grad()
@@ -45,34 +56,59 @@ def sample_tokens(model: LanguageModel, batches_BS: Sequence[Tensor]) -> tuple[l
     Args:
         batches_BS: this rank's micro-batches, as many on every rank.
     """
-    layers = standard_layers(model)
-    caught: list[list[list[Tensor]]] = [[[] for _ in layer.experts.w_in] for layer in layers.values()]
-    with _watching(layers.values(), caught):
+    mesh = model.context.mesh
+    posts = [_standard_posts(layer, mesh) for layer in standard_layers(model)]
+    posts += [_clustered_posts(layer) for layer in model.clustered_layers()]
+    caught: list[dict[int, list[Tensor]]] = [{e: [] for post in layer for e in post.experts} for layer in posts]
+    with ExitStack() as watching:
+        for layer, rows in zip(posts, caught, strict=True):
+            for post in layer:
+                watching.enter_context(_watch(post, rows))
         loss = mean_loss(model, batches_BS)
-    replicas = model.context.mesh.group(GroupKind.EXPERT_DATA)
-    tokens = [[_shared(torch.cat(rows)[:LARGEST_SAMPLE], replicas) for rows in experts] for experts in caught]
+    replicas, nothing = mesh.group(GroupKind.EXPERT_DATA), torch.zeros(0, model.config.model.hidden_size)
+    device = batches_BS[0].device
+    tokens = [
+        {e: _shared(torch.cat([nothing.to(device), *rows])[:LARGEST_SAMPLE], replicas) for e, rows in layer.items()}
+        for layer in caught
+    ]
     return tokens, loss
 
 
+def _standard_posts(layer: StandardMoE, mesh: Mesh) -> list[_Post]:
+    group, local = layer.dispatch.channel.group, len(layer.experts.w_in)
+    first = group.ranks.index(mesh.rank) * local
+
+    def divide(x_PD: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+        return torch.split(x_PD, list(counts))
+
+    return [_Post(layer.experts, tuple(range(first, first + local)), divide)]
+
+
+def _clustered_posts(layer: ClusteredMoE) -> list[_Post]:
+    at, placement = layer.context.mesh.at, layer.placement
+    posts = []
+    for cluster, part in zip(placement.clusters_of_block(at.cluster), layer.clusters, strict=True):
+        experts = placement.experts_of(cluster, at.shard)
+
+        def divide(x_AD: Tensor, slot_AK: Tensor, _: Tensor, slots: int = len(experts)) -> Sequence[Tensor]:
+            return [x_AD[(slot_AK == slot).any(1)] for slot in range(slots)]
+
+        posts.append(_Post(part, experts, divide))
+    return posts
+
+
 @contextmanager
-def _watching(layers: Iterable[StandardMoE], caught: list[list[list[Tensor]]]) -> Iterator[None]:
-    def catcher(experts: list[list[Tensor]]) -> Any:
-        def catch(_: nn.Module, inputs: tuple[Tensor, list[int]]) -> None:
-            x_PD, counts = inputs
-            for rows, x_LD in zip(experts, x_PD.float().split(list(counts)), strict=True):
-                if sum(map(len, rows)) < LARGEST_SAMPLE:
-                    rows.append(x_LD.clone())
+def _watch(post: _Post, caught: dict[int, list[Tensor]]) -> Iterator[None]:
+    def catch(_: nn.Module, inputs: Any) -> None:
+        for expert, x_LD in zip(post.experts, post.divide(*inputs), strict=True):
+            if sum(map(len, caught[expert])) < LARGEST_SAMPLE:
+                caught[expert].append(x_LD.float().clone())
 
-        return catch
-
-    hooks = [
-        layer.experts.register_forward_pre_hook(catcher(experts)) for layer, experts in zip(layers, caught, strict=True)
-    ]
+    hook = post.module.register_forward_pre_hook(catch)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 def _shared(x_LD: Tensor, replicas: RankGroup) -> Tensor:

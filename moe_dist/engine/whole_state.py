@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.engine.training_state import STATE_NAMES, StateFragment, TrainingState
+from moe_dist.engine.training_state import MASTER, STATE_NAMES, StateFragment, TrainingState
 from moe_dist.model.parameter_class import REDUCED_OVER, class_of
 from moe_dist.topology.mesh import Mesh
 
@@ -58,9 +58,9 @@ class OwnedState:
 
 @torch.no_grad()
 def write_whole(state: TrainingState, parameter: nn.Parameter, whole: Mapping[str, Tensor]) -> None:
-    """Sets a parameter, and what this rank owns of its masters and moments."""
-    parameter.copy_(whole[STATE_NAMES[0]])
+    """Sets a parameter and what this rank owns of its master, and of the moments that are given."""
+    parameter.copy_(whole[MASTER])
     fragment = state.fragment(parameter)
     if fragment is not None:
-        for name in STATE_NAMES:
-            fragment.tensors[name].copy_(whole[name].flatten()[fragment.start : fragment.end])
+        for name, value in whole.items():
+            fragment.tensors[name].copy_(value.flatten()[fragment.start : fragment.end])
