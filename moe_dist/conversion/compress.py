@@ -23,7 +23,7 @@ from moe_dist.compression import (
     project_second,
 )
 from moe_dist.config import MoEConfig
-from moe_dist.conversion.delivery import ResidualState, deliver, owners
+from moe_dist.conversion.delivery import ResidualState, crossing, deliver, owners
 from moe_dist.conversion.held import VECTORS, HeldExpert, HeldLayer
 from moe_dist.engine.training_state import MASTER, MOMENTS, STATE_NAMES
 from moe_dist.topology.mesh import Mesh
@@ -51,6 +51,9 @@ class CompressedLayer:
     """The same with the base alone."""
     whitened: float
     """Share of the matrices for which whitening lost less."""
+    bytes: int
+    """That crossed between the ranks that hold these experts: residuals sent, and bases added up (each rank's part of a
+    sum once for every other rank)."""
 
 
 @torch.no_grad()
@@ -90,7 +93,15 @@ def compress_layer(
     like = _template(layer.experts[0], moe)
     residuals = deliver(made, like, maker_of, owners(placement), layer.group, mesh.rank)
     error_E, base_error_E, whitened_E = figures_E3.unbind(1)
-    return CompressedLayer(placement, bases, residuals, error_E, base_error_E, float(whitened_E.sum()) / len(maker_of))
+    return CompressedLayer(
+        placement,
+        bases,
+        residuals,
+        error_E,
+        base_error_E,
+        whitened=float(whitened_E.sum()) / len(maker_of),
+        bytes=crossing(like, maker_of, owners(placement)) + len(chosen) * _sum_bytes(layer),
+    )
 
 
 def _base(layer: HeldLayer, members: tuple[int, ...], usage_E: Tensor) -> BaseState:
@@ -107,6 +118,13 @@ def _base(layer: HeldLayer, members: tuple[int, ...], usage_E: Tensor) -> BaseSt
             dist.all_reduce(total, group=layer.group.handle)
         found[kind] = ExpertMatrices(w_in_DH.float(), w_out_FD.float())
     return found
+
+
+def _sum_bytes(layer: HeldLayer) -> int:
+    """Of one cluster's base, added up over the ranks in float64."""
+    one, ranks = layer.experts[0], layer.group.size
+    entries = one.matrices.w_in_DH.numel() + one.matrices.w_out_FD.numel()
+    return len(one.state) * entries * 8 * ranks * (ranks - 1)
 
 
 def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:

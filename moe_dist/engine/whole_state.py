@@ -64,3 +64,13 @@ def write_whole(state: TrainingState, parameter: nn.Parameter, whole: Mapping[st
     if fragment is not None:
         for name, value in whole.items():
             fragment.tensors[name].copy_(value.flatten()[fragment.start : fragment.end])
+
+
+@torch.no_grad()
+def restore(state: TrainingState, parameter: nn.Parameter, value: Tensor, owned: OwnedState) -> None:
+    """Sets a parameter, and what this rank owns of its state to a copy made before."""
+    parameter.copy_(value)
+    fragment = state.fragment(parameter)
+    if fragment is not None and owned.fragment is not None:
+        for name, kept in owned.fragment.tensors.items():
+            fragment.tensors[name].copy_(kept)
