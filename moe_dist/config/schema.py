@@ -149,6 +149,9 @@ class ReclusterConfig(Section):
     )
     similarity: Literal["fused", "random"] = Field("fused", description="random: a control that regroups by chance")
     alpha: Fraction = Field(0.5, description="weight of the experts' parameters against what they are given")
+    parameters: Literal["effective", "residual"] = Field(
+        "residual", description="what of the parameters is compared: base + residual, or what an expert takes along"
+    )
     router_weight: Fraction = Field(0.0, description="weight of router embeddings within what experts are given")
     load_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="price of unequal loads of clusters")
     decay: Decay = Field(0.95, description="of the moving averages of what experts are given, a step")
@@ -232,6 +235,9 @@ class OptimizerConfig(Section):
     """AdamW; decay is off for norms, biases, vectors and embeddings."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    router_lr_scale: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="the routers' learning rate over that of all else: slow enough for balancing to follow"
+    )
     beta1: Decay = 0.9
     beta2: Decay = 0.95
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
@@ -303,6 +309,18 @@ class RunConfig(Section):
             raise ConfigError(
                 f"moe.warmup_standard={self.moe.warmup_standard} of train.steps={self.train.steps} is "
                 f"{self.standard_steps} steps: at least 1 must be trained before and after the experts are clustered"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_can_be_factorised(self) -> Self:
+        most = min(self.model.hidden_size, self.moe.expert_hidden)
+        needed = self.moe.warmup_standard > 0 or self.recluster.transition == "refactor"
+        if needed and self.moe.kind == "clustered" and self.moe.rank > most:
+            raise ConfigError(
+                f"moe.rank={self.moe.rank} is more than experts of model.hidden_size={self.model.hidden_size} and "
+                f"moe.expert_hidden={self.moe.expert_hidden} can be cut to: at most {most} with moe.warmup_standard or "
+                "recluster.transition=refactor"
             )
         return self
 

@@ -66,7 +66,7 @@ class Engine:
     def update(self, outcome: StepOutcome, learning_rate: float) -> float:
         """Clips, updates the weights and the balance biases; returns the global gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         self._engine.step()
         context, moe = self.model.context, self.config.moe
         if moe.kind != "dense":
@@ -84,14 +84,16 @@ class Engine:
 
     def _agree(self, loss: Tensor) -> StepOutcome:
         """Sums loads, losses and faults over the ranks: the one small collective of a step."""
-        balance, ranks = self.model.context.balance, self.process.ranks
+        balance, baseline, ranks = self.model.context.balance, self.model.context.baseline, self.process.ranks
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
         faults[self.process.rank] = (~loss.isfinite()).double()
         mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double()])
-        packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
+        packed = torch.cat([mine, faults, balance.count_LE.flatten().double(), baseline.sum_2LG.flatten()])
         dist.all_reduce(packed)
         balance.clear_counts()
-        (loss_sum, dropped), faults, counts = packed.cpu().split([2, ranks, balance.count_LE.numel()])
+        sizes = [2, ranks, balance.count_LE.numel(), baseline.sum_2LG.numel()]
+        (loss_sum, dropped), faults, counts, gates = packed.cpu().split(sizes)
+        baseline.finish_step(gates.view_as(baseline.sum_2LG))
         broken = tuple(faults.nonzero().flatten().tolist())
         return StepOutcome(float(loss_sum) / ranks, broken, counts.view(balance.count_LE.shape), float(dropped))
 

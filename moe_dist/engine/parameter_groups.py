@@ -1,4 +1,4 @@
-"""Optimizer groups: by weight decay, and by which ranks reduce them."""
+"""Optimizer groups: by weight decay and learning rate, and by which ranks reduce them."""
 
 from typing import Any
 
@@ -16,16 +16,23 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and "embedding" not in name and name.rpartition(".")[2] not in VECTORS
 
 
+def _kind(name: str, parameter: nn.Parameter) -> str:
+    if ".router." in name:
+        return "router"
+    return "decayed" if decays(name, parameter) else "undecayed"
+
+
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups for the optimizer, in an order that is the same on all ranks."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    settings = {
+        "decayed": {"weight_decay": optimizer.weight_decay, "lr_scale": 1.0},
+        "undecayed": {"weight_decay": 0.0, "lr_scale": 1.0},
+        "router": {"weight_decay": optimizer.weight_decay, "lr_scale": optimizer.router_lr_scale},
+    }
     groups: list[dict[str, Any]] = [
-        {
-            "name": "decayed" if decayed else "undecayed",
-            "params": [parameter for name, parameter in named if decays(name, parameter) is decayed],
-            "weight_decay": optimizer.weight_decay if decayed else 0.0,
-        }
-        for decayed in (True, False)
+        {"name": kind, "params": [parameter for name, parameter in named if _kind(name, parameter) == kind], **setting}
+        for kind, setting in settings.items()
     ]
     if has_experts(model):
         groups = split_params_into_different_moe_groups_for_optimizer(groups)

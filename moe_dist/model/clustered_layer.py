@@ -14,12 +14,13 @@ from moe_dist.dispatch.channel import Channel
 from moe_dist.dispatch.stage_one import ClusterFunction, StageOne
 from moe_dist.dispatch.stage_two import ABSENT, StageTwo
 from moe_dist.dispatch.traffic import Stage
+from moe_dist.model.advantage_gate import advantage_gate
 from moe_dist.model.attached_loss import attach_router_losses
 from moe_dist.model.clustered_experts import ClusteredExperts
 from moe_dist.model.context import LayerContext
 from moe_dist.model.router import Router
 from moe_dist.routing.capacity import capacity_of, within_capacity
-from moe_dist.routing.two_stage import choose_clusters, choose_experts, router_logits, single_cluster_gate
+from moe_dist.routing.two_stage import choose_clusters, choose_experts, router_logits
 from moe_dist.topology.mesh import GroupKind
 
 
@@ -63,17 +64,19 @@ class ClusteredMoE(nn.Module):
         embedding_LND = self.router.local_embeddings(self.placement, self.member_GN, self.one, block)
         member_LN = self.member_GN[list(self.placement.clusters_of_block(block))]
         compute = partial(self._run_cluster, member_LN, embedding_LND, len(x_TD))
-        y_TD = self._run_stage_one(x_TD, logits_TG, cluster_TM, compute) * self.moe.gate_scale
+        y_TD = self._run_stage_one(x_TD, logits_TG, cluster_TM, loss_scale, compute) * self.moe.gate_scale
         y_TD = attach_router_losses(y_TD, logits_TG, cluster_TM, self.moe, loss_scale)
         return y_TD.view_as(hidden)
 
-    def _run_stage_one(self, x_TD: Tensor, logits_TG: Tensor, cluster_TM: Tensor, compute: ClusterFunction) -> Tensor:
+    def _run_stage_one(
+        self, x_TD: Tensor, logits_TG: Tensor, cluster_TM: Tensor, loss_scale: float, compute: ClusterFunction
+    ) -> Tensor:
         keep_TM = self._clusters_within_capacity(cluster_TM)
         if self.moe.top_clusters > 1:
             kept_TM = torch.ones_like(cluster_TM, dtype=torch.bool) if keep_TM is None else keep_TM
             chosen_TG = torch.zeros_like(logits_TG, dtype=torch.bool).scatter_(1, cluster_TM, kept_TM)
             return self.stage_one.run_several(x_TD, logits_TG, chosen_TG, compute)
-        gate_T1 = single_cluster_gate(logits_TG, cluster_TM).to(x_TD.dtype)
+        gate_T1 = advantage_gate(logits_TG, cluster_TM, self.context.baseline, self.layer, loss_scale).to(x_TD.dtype)
         if keep_TM is None:
             return self.stage_one.run_single(x_TD, cluster_TM[:, 0], compute) * gate_T1
         kept_R = keep_TM[:, 0].nonzero()[:, 0]

@@ -104,9 +104,11 @@ def _parameter_similarity(layer: ClusteredMoE, config: RunConfig, context: Layer
 @torch.no_grad()
 def _sketch(part: ClusteredExperts, config: RunConfig) -> Tensor:
     weights = part.weights()
+    bases = weights.base_in_DH[None], weights.base_out_FD[None]
+    if config.recluster.parameters == "residual":  # whole weights resemble their base first of all
+        bases = torch.zeros_like(bases[0]), torch.zeros_like(bases[1])
     projections = gated_projections(
-        weights.base_in_DH[None],
-        weights.base_out_FD[None],
+        *bases,
         torch.zeros(weights.experts, dtype=torch.int64, device=weights.base_in_DH.device),
         weights.in_u_NDR,
         weights.in_v_NRH,

@@ -165,16 +165,29 @@ def _train_plainly(words: list[str]) -> Trained:
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), SEQUENCES)
     options, trained = config.optimizer, Trained()
     decayed: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    routers: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         vector = parameter.ndim == 1 or leaf in ("hidden_gate_NF", "hidden_bias_NH", "output_bias_ND")
-        decayed[not vector and "embedding" not in name].append(parameter)
+        if ".router." in name:
+            routers.append(parameter)
+        else:
+            decayed[not vector and "embedding" not in name].append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed[True], "weight_decay": options.weight_decay},
         {"params": decayed[False]},
+        {
+            "params": routers,
+            "weight_decay": options.weight_decay,
+            "lr": options.learning_rate * options.router_lr_scale,
+        },
     ]
     adamw = torch.optim.AdamW(
-        groups, options.learning_rate, (options.beta1, options.beta2), options.epsilon, weight_decay=0.0
+        [group for group in groups if group["params"]],
+        options.learning_rate,
+        (options.beta1, options.beta2),
+        options.epsilon,
+        weight_decay=0.0,
     )
     data = torch.randint(VOCABULARY, (STEPS, SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
     for step in range(STEPS):
@@ -189,6 +202,8 @@ def _train_plainly(words: list[str]) -> Trained:
         if config.moe.kind != "dense":
             balance.update(balance.count_LE, config.moe, model.context.placements)
         balance.count_LE.zero_()
+        baseline = model.context.baseline
+        baseline.finish_step(baseline.sum_2LG.clone())
     trained.weights = {name: value.clone() for name, value in _weights_by_global_name(model).items()}
     trained.biases = [model.context.balance.cluster_bias_LG, model.context.balance.expert_bias_LE]
     return trained

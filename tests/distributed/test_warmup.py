@@ -132,3 +132,16 @@ def test_nothing_changes_where_nothing_is_cut_off(tmp_path: Path) -> None:
     figures = seen["figures"]
     assert figures["loss_after"] == pytest.approx(figures["loss_before"], rel=1e-5)
     assert figures["output_error_largest"] < 1e-4 < figures["output_error_of_bases"]
+
+
+def test_reclustering_goes_on_after_the_change(tmp_path: Path) -> None:
+    words = ["recluster.period=2", "recluster.start=3", "recluster.growth=1", "recluster.transition=refactor"]
+    loose = ["recluster.threshold=0", "recluster.max_loss_increase=1", "recluster.similarity=random"]
+    run_ranks(_train, 2, _words(tmp_path, *words, *loose))
+    events = [json.loads(line) for line in (tmp_path / "runs" / "smoke" / "events.jsonl").read_text().splitlines()]
+    story = [(e["event"], e["step"]) for e in events if e["event"] in ("placement", "clustered", "recluster")]
+    assert story == [("placement", 4), ("clustered", 4), ("recluster", 5), ("recluster", 7)]
+    for event in (e for e in events if e["event"] == "recluster"):
+        assert event["moved_experts"] > 0
+        assert event["bytes"] > 0
+        assert all(0 < error < 1 for errors in event["output_errors"].values() for error in errors.values())
