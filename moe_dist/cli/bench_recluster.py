@@ -21,7 +21,7 @@ def bench_recluster(
     seed: Annotated[int | None, typer.Option(help="Seed of weights and tokens.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Time the parts of a re-clustering round of one layer: similarity, assignment, factorising; one process."""
+    """CPU time of the parts of a re-clustering round of one layer: similarity, assignment, factorising; one process."""
     given: dict[str, Any] = {
         "experts": tuple(experts) if experts else None,
         "hidden": tuple(hidden) if hidden else None,

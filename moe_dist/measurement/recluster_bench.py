@@ -9,6 +9,8 @@ Drawn clustered experts (G bases, E residuals), as wide inside as outside (f = d
     factorise   base and residuals of one cluster of full experts, plain, by the seeded search; and
     whitened    the same fitted to tokens and checked on others (`refactor` and the end of a standard warm-up only)
 
+Times are CPU time of this process, over all its threads, so that what else runs on the machine counts little.
+
 A round that adopts costs sketch + assign warm (or assign) for each layer, shared among the ranks that hold experts.
 """
 
@@ -66,7 +68,7 @@ class ReclusterBenchSpec:
 
 @dataclass(frozen=True)
 class ReclusterBenchCase:
-    """Seconds of each part of a round for one layer."""
+    """CPU seconds of each part of a round for one layer."""
 
     experts: int
     hidden: int
@@ -107,7 +109,7 @@ def render(result: ReclusterBenchResult, console: Console) -> None:
     """One table: a row for each width and number of experts."""
     s = result.spec
     title = (
-        f"one layer, f = d, G={s.clusters}, r={s.rank}, {s.threads} thread(s): ms, median of {s.repeats} rounds "
+        f"one layer, f = d, G={s.clusters}, r={s.rank}, {s.threads} thread(s): CPU ms, median of {s.repeats} rounds "
         f"\\[quartiles]; factorise and whitened: one cluster, from {s.sampled} of its experts"
     )
     table = Table("d", "E", title=title)
@@ -148,12 +150,12 @@ def _measure(spec: ReclusterBenchSpec, experts: int, hidden: int) -> ReclusterBe
 
 
 def _time(work: Callable[[], Any], repeats: int, scale: float) -> Spread:
-    """Of `scale` times the work; a first round warms up."""
+    """CPU time of `scale` times the work; a first round warms up."""
     seconds = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        seconds.append(scale * (time.perf_counter() - start))
+        seconds.append(scale * (time.process_time() - start))
     return Spread.of(seconds[1:])
 
 
