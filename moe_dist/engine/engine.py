@@ -84,16 +84,14 @@ class Engine:
 
     def _agree(self, loss: Tensor) -> StepOutcome:
         """Sums loads, losses and faults over the ranks: the one small collective of a step."""
-        balance, baseline, ranks = self.model.context.balance, self.model.context.baseline, self.process.ranks
+        balance, ranks = self.model.context.balance, self.process.ranks
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
         faults[self.process.rank] = (~loss.isfinite()).double()
         mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double()])
-        packed = torch.cat([mine, faults, balance.count_LE.flatten().double(), baseline.sum_2LG.flatten()])
+        packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
         balance.clear_counts()
-        sizes = [2, ranks, balance.count_LE.numel(), baseline.sum_2LG.numel()]
-        (loss_sum, dropped), faults, counts, gates = packed.cpu().split(sizes)
-        baseline.finish_step(gates.view_as(baseline.sum_2LG))
+        (loss_sum, dropped), faults, counts = packed.cpu().split([2, ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
         return StepOutcome(float(loss_sum) / ranks, broken, counts.view(balance.count_LE.shape), float(dropped))
 

@@ -2,85 +2,48 @@
 
 What the loss gains from a larger gate is mostly what it would gain from a larger output of the whole layer: the same
 for all tokens of a cluster, and nothing about routing. As a router's gradient it only drives the clusters' logits
-apart, faster than balancing can follow. So the mean over the cluster's tokens, as of the step before, is taken from it:
-what is left is an advantage, as in policy gradients (REINFORCE with a baseline, Williams 1992).
+apart, faster than balancing can follow. So the mean over the tokens of the same sequence that went to the same cluster
+is taken from it: what is left is an advantage, as in policy gradients (REINFORCE with a group's mean as its baseline).
+A sequence is never divided over ranks or micro-batches, so the layout does not show.
 
-Shapes: L layers, T tokens, G clusters.
+Shapes: T tokens, G clusters, B sequences; token t belongs to sequence t % B, as where hidden states are [S, B, D].
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class GateBaseline:
-    """Mean gradient of the gates by layer and cluster in the last step, the same on all ranks, and this step's sums.
-
-    In units of the gradient of one token's own loss, so that batch sizes and layouts do not show.
-    """
-
-    mean_LG: Tensor
-    sum_2LG: Tensor
-    """This rank's sums of gradients, and numbers of tokens, float64."""
-
-    @classmethod
-    def create(cls, layers: int, clusters: int, device: torch.device) -> "GateBaseline":
-        sums = torch.zeros(2, layers, clusters, dtype=torch.float64, device=device)
-        return cls(torch.zeros(layers, clusters, device=device), sums)
-
-    def note(self, layer: int, grad_T: Tensor, cluster_T: Tensor) -> None:
-        """Enters gradients of this step."""
-        sums, numbers = self.sum_2LG[:, layer]
-        sums.index_add_(0, cluster_T, grad_T.double())
-        numbers.index_add_(0, cluster_T, torch.ones_like(grad_T, dtype=torch.float64))
-
-    def finish_step(self, sum_2LG: Tensor) -> None:
-        """Takes the sums over all ranks; a cluster that had no token keeps its mean."""
-        sums, numbers = sum_2LG.to(self.mean_LG.device)
-        self.mean_LG = torch.where(numbers > 0, sums / numbers.clamp(min=1), self.mean_LG.double()).float()
-        self.sum_2LG.zero_()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What outlives a step."""
-        return {"mean_LG": self.mean_LG}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None:
-        """Takes the means over."""
-        self.mean_LG.copy_(state["mean_LG"])
-
-    def to(self, device: torch.device) -> None:
-        """Moves all of it, in place."""
-        self.mean_LG, self.sum_2LG = self.mean_LG.to(device), self.sum_2LG.to(device)
-
-
-def advantage_gate(logits_TG: Tensor, cluster_T1: Tensor, baseline: GateBaseline, layer: int, scale: float) -> Tensor:
+def advantage_gate(logits_TG: Tensor, cluster_T1: Tensor, sequences: int) -> Tensor:
     """gate_T1 = 1, with the gradient of log softmax(logits)[cluster] times the advantage.
 
     Args:
-        scale: of a token's loss within the loss that is differentiated.
+        sequences: B.
     """
-    gate_T1: Tensor = _AdvantageGate.apply(logits_TG, cluster_T1, baseline, layer, scale)  # type: ignore[no-untyped-call]
+    gate_T1: Tensor = _AdvantageGate.apply(logits_TG, cluster_T1, sequences)  # type: ignore[no-untyped-call]
     return gate_T1
+
+
+def advantage(grad_T: Tensor, cluster_T: Tensor, clusters: int, sequences: int) -> Tensor:
+    """The gradients less their mean over the tokens of the same sequence and cluster; 0 for one that is alone."""
+    sequence_T = torch.arange(len(grad_T), device=grad_T.device) % sequences
+    group_T = sequence_T * clusters + cluster_T
+    sums = grad_T.new_zeros(sequences * clusters).index_add_(0, group_T, grad_T)
+    numbers = torch.zeros_like(sums).index_add_(0, group_T, torch.ones_like(grad_T))
+    return grad_T - (sums / numbers.clamp(min=1))[group_T]
 
 
 class _AdvantageGate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits_TG: Tensor, cluster_T1: Tensor, baseline: GateBaseline, layer: int, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, logits_TG: Tensor, cluster_T1: Tensor, sequences: int) -> Tensor:
         ctx.save_for_backward(logits_TG.softmax(dim=-1), cluster_T1)
-        ctx.baseline, ctx.layer, ctx.scale = baseline, layer, scale
+        ctx.sequences = sequences
         return torch.ones_like(logits_TG[:, :1])
 
     @staticmethod
-    def backward(ctx: Any, grad_T1: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_T1: Tensor) -> tuple[Tensor, None, None]:
         probability_TG, cluster_T1 = ctx.saved_tensors
-        mean_T1 = ctx.baseline.mean_LG[ctx.layer][cluster_T1].to(grad_T1.dtype)
-        ctx.baseline.note(ctx.layer, grad_T1[:, 0] / ctx.scale, cluster_T1[:, 0])
-        advantage_T1 = grad_T1 - mean_T1 * ctx.scale
+        advantage_T = advantage(grad_T1[:, 0], cluster_T1[:, 0], probability_TG.shape[1], ctx.sequences)
         chosen_TG = torch.zeros_like(probability_TG).scatter_(1, cluster_T1, 1.0)
-        return advantage_T1 * (chosen_TG - probability_TG), None, None, None, None
+        return advantage_T[:, None] * (chosen_TG - probability_TG), None, None

@@ -25,7 +25,7 @@ from moe_dist.topology.mesh import GroupKind
 
 
 class ClusteredMoE(nn.Module):
-    """Feed-forward layer of clustered experts; takes and returns [..., D]."""
+    """Feed-forward layer of clustered experts; takes and returns [S, B, D] (or [S, D]: one sequence)."""
 
     member_GN: Tensor
 
@@ -64,19 +64,21 @@ class ClusteredMoE(nn.Module):
         embedding_LND = self.router.local_embeddings(self.placement, self.member_GN, self.one, block)
         member_LN = self.member_GN[list(self.placement.clusters_of_block(block))]
         compute = partial(self._run_cluster, member_LN, embedding_LND, len(x_TD))
-        y_TD = self._run_stage_one(x_TD, logits_TG, cluster_TM, loss_scale, compute) * self.moe.gate_scale
+        y_TD = (
+            self._run_stage_one(x_TD, logits_TG, cluster_TM, hidden.shape[1:-1].numel(), compute) * self.moe.gate_scale
+        )
         y_TD = attach_router_losses(y_TD, logits_TG, cluster_TM, self.moe, loss_scale)
         return y_TD.view_as(hidden)
 
     def _run_stage_one(
-        self, x_TD: Tensor, logits_TG: Tensor, cluster_TM: Tensor, loss_scale: float, compute: ClusterFunction
+        self, x_TD: Tensor, logits_TG: Tensor, cluster_TM: Tensor, sequences: int, compute: ClusterFunction
     ) -> Tensor:
         keep_TM = self._clusters_within_capacity(cluster_TM)
         if self.moe.top_clusters > 1:
             kept_TM = torch.ones_like(cluster_TM, dtype=torch.bool) if keep_TM is None else keep_TM
             chosen_TG = torch.zeros_like(logits_TG, dtype=torch.bool).scatter_(1, cluster_TM, kept_TM)
             return self.stage_one.run_several(x_TD, logits_TG, chosen_TG, compute)
-        gate_T1 = advantage_gate(logits_TG, cluster_TM, self.context.baseline, self.layer, loss_scale).to(x_TD.dtype)
+        gate_T1 = advantage_gate(logits_TG, cluster_TM, sequences).to(x_TD.dtype)
         if keep_TM is None:
             return self.stage_one.run_single(x_TD, cluster_TM[:, 0], compute) * gate_T1
         kept_R = keep_TM[:, 0].nonzero()[:, 0]

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from moe_dist.dispatch.traffic import TrafficLedger
-from moe_dist.model.advantage_gate import GateBaseline
 from moe_dist.model.balance_state import BalanceState
 from moe_dist.model.routing_statistics import RoutingStatistics
 from moe_dist.topology.mesh import Mesh
@@ -18,7 +17,6 @@ class LayerContext:
     placements: list[ExpertPlacement]
     """Where each layer's experts are; empty unless experts are clustered. A re-clustering replaces entries."""
     balance: BalanceState
-    baseline: GateBaseline
     ledger: TrafficLedger
     seed: int
     statistics: RoutingStatistics | None = None

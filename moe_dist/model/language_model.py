@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic import TrafficLedger
-from moe_dist.model.advantage_gate import GateBaseline
 from moe_dist.model.balance_state import BalanceState
 from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.context import LayerContext
@@ -52,9 +51,7 @@ class LanguageModel(nn.Module):
         if config.recluster.period is not None:
             statistics = RoutingStatistics.create(layers, config.model.hidden_size, moe, config.recluster.decay)
         balance = BalanceState.create(layers, moe, torch.device("cpu"))
-        baseline = GateBaseline.create(layers, moe.clusters, torch.device("cpu"))
-        ledger = ledger or TrafficLedger(links)
-        self.context = LayerContext(mesh, placements, balance, baseline, ledger, config.seed, statistics)
+        self.context = LayerContext(mesh, placements, balance, ledger or TrafficLedger(links), config.seed, statistics)
         self._micro_batches = micro_batches
         initialize_megatron(config.world.timeout_seconds, mesh.shape.cluster * mesh.shape.shard)
         self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._uncounted)
@@ -109,7 +106,6 @@ class LanguageModel(nn.Module):
     def to_device(self, device: torch.device) -> "LanguageModel":
         """Moves parameters and the balance state."""
         self.context.balance.to(device)
-        self.context.baseline.to(device)
         if self.context.statistics is not None:
             self.context.statistics.to(device)
         return self.to(device)

@@ -5,7 +5,8 @@
 
 l_e = x . v_e, c_g = x . sum over e in g of v_e / sqrt(N), with v_e the expert's embedding; s: `moe.gate_scale`. Chosen
 are the largest logit + bias. Where a softmax is over one logit alone the gate is 1 with the gradient of
-log softmax over all: m = 1 for the cluster, m = k = 1 for the expert.
+log softmax over all: m = 1 for the cluster, m = k = 1 for the expert. For the cluster, what the tokens of a sequence
+that chose it gain on average is taken from that gradient.
 """
 
 import torch
@@ -17,11 +18,21 @@ from moe_dist.model.clustered_layer import ClusteredMoE
 
 
 def clustered_moe_reference(layer: ClusteredMoE, x_TD: Tensor) -> Tensor:
-    """What `layer`, holding all clusters on one rank and dropping nothing, makes of x_TD."""
-    return torch.stack([_one_token(layer, x_D) for x_D in x_TD])
+    """What `layer`, holding all clusters on one rank and dropping nothing, makes of one sequence."""
+    outputs, gates, choices = zip(*(_one_token(layer, x_D) for x_D in x_TD), strict=True)
+    gate_T = torch.stack(gates)
+    if gate_T.requires_grad:
+        gate_T.register_hook(lambda grad_T: _less_mean_of_peers(grad_T, choices))
+    return torch.stack(outputs) * gate_T[:, None]
 
 
-def _one_token(layer: ClusteredMoE, x_D: Tensor) -> Tensor:
+def _less_mean_of_peers(grad_T: Tensor, choices: tuple[int, ...]) -> Tensor:
+    peers = [[u for u, other in enumerate(choices) if other == choice] for choice in choices]
+    return torch.stack([grad_T[t] - grad_T[peers[t]].mean() for t in range(len(choices))])
+
+
+def _one_token(layer: ClusteredMoE, x_D: Tensor) -> tuple[Tensor, Tensor, int]:
+    """A token's output, the gate of its cluster (1), and its first cluster."""
     members = [list(cluster) for cluster in layer.placement.members]
     prototypes = [layer.router.weight_ED[experts].sum(0) / len(experts) ** 0.5 for experts in members]
     cluster_logit_G = torch.stack([prototype_D @ x_D for prototype_D in prototypes])
@@ -33,9 +44,9 @@ def _one_token(layer: ClusteredMoE, x_D: Tensor) -> Tensor:
             outputs.append(output)
             logits.append(expert_logit if len(chosen) == 1 else cluster_logit_G[cluster] + expert_logit)
     y_D = torch.stack(logits).softmax(dim=0) @ torch.stack(outputs)
-    if len(chosen) == 1:
-        y_D = y_D * _one_with_gradient(cluster_logit_G, chosen[0])
-    return layer.moe.gate_scale * y_D
+    one = torch.ones_like(cluster_logit_G[0])
+    gate = _one_with_gradient(cluster_logit_G, chosen[0]) if len(chosen) == 1 else one
+    return layer.moe.gate_scale * y_D, gate, chosen[0]
 
 
 def _experts_of(layer: ClusteredMoE, cluster: int, x_D: Tensor) -> list[tuple[Tensor, Tensor]]:

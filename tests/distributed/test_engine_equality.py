@@ -202,8 +202,6 @@ def _train_plainly(words: list[str]) -> Trained:
         if config.moe.kind != "dense":
             balance.update(balance.count_LE, config.moe, model.context.placements)
         balance.count_LE.zero_()
-        baseline = model.context.baseline
-        baseline.finish_step(baseline.sum_2LG.clone())
     trained.weights = {name: value.clone() for name, value in _weights_by_global_name(model).items()}
     trained.biases = [model.context.balance.cluster_bias_LG, model.context.balance.expert_bias_LE]
     return trained

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig, MoEConfig, WorldShape
 from moe_dist.dispatch.traffic import Direction, Payload, Stage, TrafficLedger
-from moe_dist.model.advantage_gate import GateBaseline
 from moe_dist.model.balance_state import BalanceState
 from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.context import LayerContext
@@ -34,8 +33,7 @@ def _layer(moe: MoEConfig, shape: WorldShape, nodes: tuple[int, ...]) -> nn.Modu
     mesh = Mesh.create(shape, timedelta(seconds=60))
     placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, shape)] if moe.kind == "clustered" else []
     balance = BalanceState.create(1, moe, torch.device("cpu"))
-    baseline = GateBaseline.create(1, moe.clusters, torch.device("cpu"))
-    context = LayerContext(mesh, placements, balance, baseline, TrafficLedger(Links(mesh.rank, nodes)), 0)
+    context = LayerContext(mesh, placements, balance, TrafficLedger(Links(mesh.rank, nodes)), 0)
     kind = ClusteredMoE(0, MODEL, moe, context) if placements else StandardMoE(0, MODEL, moe, context, 1.0)
     kind.context = context
     return kind

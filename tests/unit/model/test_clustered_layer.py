@@ -8,7 +8,6 @@ from torch import Tensor
 
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.dispatch.traffic import TrafficLedger
-from moe_dist.model.advantage_gate import GateBaseline
 from moe_dist.model.balance_state import BalanceState
 from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.context import LayerContext
@@ -23,9 +22,8 @@ def build(moe: MoEConfig, seed: int = 0) -> ClusteredMoE:
     mesh = Mesh.alone()
     placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)
     balance = BalanceState.create(model.layers, moe, torch.device("cpu"))
-    baseline = GateBaseline.create(model.layers, moe.clusters, torch.device("cpu"))
     layer = ClusteredMoE(
-        1, model, moe, LayerContext(mesh, [placement] * 2, balance, baseline, TrafficLedger(Links.alone()), seed)
+        1, model, moe, LayerContext(mesh, [placement] * 2, balance, TrafficLedger(Links.alone()), seed)
     )
     draw = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():  # large enough that every part of the formula shows
