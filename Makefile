@@ -14,9 +14,9 @@ RANKS ?= 4
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo test test-fast checks format clean
+.PHONY: help install demo test test-fast test-cluster soak checks format clean
 help:
-	@echo "make install | demo | test | test-fast | checks | format | clean"
+	@echo "make install | demo | test | test-fast | test-cluster | soak | checks | format | clean"
 
 install: $(INSTALLED)
 
@@ -37,6 +37,14 @@ test: install
 
 test-fast: install
 	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m "not slow"
+
+# Several nodes on this machine, with ssh, SLURM and MPI: needs root, and installs Debian's packages of these.
+test-cluster: install
+	tests/cluster/install.sh
+	python -m pytest tests/cluster
+
+soak: install  # kills training 200 times: an hour or so
+	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)
 
 checks: install
 	ruff check .

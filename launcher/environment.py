@@ -11,9 +11,10 @@ from typing import Literal
 
 from moe_dist.errors import LaunchError
 
-Kind = Literal["alone", "deepspeed", "torchrun", "environment", "mpi", "slurm"]
+Kind = Literal["alone", "local", "deepspeed", "torchrun", "environment", "mpi", "slurm"]
 
 INIT_METHOD = "MOE_DIST_INIT_METHOD"
+STARTER = "MOE_DIST_STARTER"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
@@ -26,7 +27,7 @@ class RankEnvironment:
         kind: who started this process; `alone`: nobody, it is the whole job.
         local_rank, local_world_size: the place among the ranks of this machine.
 
-    The ranks meet at MASTER_ADDR and MASTER_PORT, checked here and left as they are, or at MOE_DIST_INIT_METHOD.
+    Where the ranks meet is `launcher/meeting.py`'s to find.
     """
 
     kind: Kind
@@ -59,6 +60,7 @@ class _Names:
     local_world_size: str
 
 
+_LOCAL = _Names("local", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _TORCHRUN = _Names("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _DEEPSPEED = _Names("deepspeed", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 _ENVIRONMENT = _Names("environment", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -76,21 +78,21 @@ def discover(environment: Mapping[str, str]) -> RankEnvironment:
     names = _names(environment)
     if names is None:
         return RankEnvironment("alone", 0, 1, 0, 1)
-    rank, world = _number(environment, names.rank), _number(environment, names.world_size)
+    rank, world = number(environment, names.rank), number(environment, names.world_size)
     local_world = _local_world_size(environment, names, world)
-    local_rank = _number(environment, names.local_rank, default=rank if local_world == world else None)
+    local_rank = number(environment, names.local_rank, default=rank if local_world == world else None)
     _require_below(names.rank, rank, names.world_size, world)
     _require_below(names.local_rank, local_rank, "the ranks of this machine", local_world)
     if local_world > world:
         raise LaunchError(f"{names.local_world_size}={local_world} is more than {names.world_size}={world}")
-    if world > 1 or "MASTER_PORT" in environment:
-        _require_meeting_point(environment)
     return RankEnvironment(names.kind, rank, world, local_rank, local_world)
 
 
 def _names(environment: Mapping[str, str]) -> _Names | None:
     """Who started this process, None: nobody; RANK and WORLD_SIZE come first: their launcher may be a task itself."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
+        if environment.get(STARTER) == "local":
+            return _LOCAL
         if "TORCHELASTIC_RUN_ID" in environment:
             return _TORCHRUN
         return _DEEPSPEED if "LOCAL_SIZE" in environment and "CROSS_SIZE" in environment else _ENVIRONMENT
@@ -105,28 +107,14 @@ def _names(environment: Mapping[str, str]) -> _Names | None:
 
 def _local_world_size(environment: Mapping[str, str], names: _Names, world: int) -> int:
     if names is not _SLURM or names.local_world_size not in environment:
-        return _number(environment, names.local_world_size, default=world)
-    text, node, counts = environment[names.local_world_size], _number(environment, "SLURM_NODEID", default=0), []
+        return number(environment, names.local_world_size, default=world)
+    text, node, counts = environment[names.local_world_size], number(environment, "SLURM_NODEID", default=0), []
     for part in text.split(","):  # such as 4(x2),3: tasks of each node
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         counts += [int(found[1])] * int(found[2] or 1) if found else []
     if node >= len(counts):
         raise LaunchError(f"{names.local_world_size}={text!r} does not say how many tasks SLURM_NODEID={node} runs")
     return counts[node]
-
-
-def _require_meeting_point(environment: Mapping[str, str]) -> None:
-    if INIT_METHOD in environment:
-        return
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not environment.get(name):
-            raise LaunchError(
-                f"{name} is not set: export MASTER_ADDR (the host of rank 0) and MASTER_PORT (a free port there), the "
-                "same for all ranks, or start them with `moe-dist launch`, deepspeed or torchrun"
-            )
-    port = _number(environment, "MASTER_PORT")
-    if not 0 < port < 65536:
-        raise LaunchError(f"MASTER_PORT={port} is not a port: give one from 1 to 65535")
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:
@@ -138,7 +126,8 @@ def _text(environment: Mapping[str, str], name: str) -> str:
     return environment[name]
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A variable that must hold a whole number of 0 or more, or a LaunchError that names it."""
     if default is not None and name not in environment:
         return default
     text = _text(environment, name)

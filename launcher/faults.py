@@ -22,6 +22,7 @@ JOB_FOLDER = "MOE_DIST_JOB_FOLDER"
 SUPERVISOR = "MOE_DIST_SUPERVISOR_PID"
 EXIT_INTERRUPTED = 130
 LONGEST_LINE = 500
+STOPPED = "stopped"
 PEER_LOST = re.compile(
     r"closed by (remote )?peer|reset by peer|broken pipe|socket closed|connection refused|remote process exited"
     r"|recvValue failed|DistNetworkError",
@@ -76,10 +77,18 @@ def _leave_with(watched: list[int]) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def mark_done(rank: int) -> None:
-    """Tells the supervisor that this rank ended as it should."""
+def mark_done(rank: int, how: str = "") -> None:
+    """Tells the supervisor that this rank ended as it should, or that it is STOPPED since it was asked to."""
     if (folder := supervised_folder()) is not None:
-        _write(folder / f"rank-{rank}.done", "")
+        _write(folder / f"rank-{rank}.done", how)
+
+
+def read_done(folder: Path, rank: int) -> str | None:
+    """What a rank said when it ended as it should, None: it did not."""
+    try:
+        return (folder / f"rank-{rank}.done").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
 
 
 def report(rank: int, world_size: int, error: BaseException) -> int:

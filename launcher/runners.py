@@ -1,97 +1,33 @@
-"""`moe-dist launch`: builds the command of a launcher for this machine, checks the configuration, and runs it."""
+"""`moe-dist launch`: runs a job by the launcher it names, on this machine or on several, or shows what it would run."""
 
 import os
+import re
 import shlex
 import socket
+import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Mapping
 from pathlib import Path
+from shutil import which
 
-from launcher.environment import INIT_METHOD, free_port, has_gpu, prepare_process
+from launcher import commands, fleet
+from launcher.environment import INIT_METHOD, STARTER, has_gpu, prepare_process
+from launcher.job import Job, Launcher
 from launcher.supervise import run_job
-from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
 from moe_dist.errors import LaunchError
 
-ENTRY = Path(__file__).with_name("train.py")
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", INIT_METHOD)
+RANK_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", INIT_METHOD, STARTER,
+)  # fmt: skip
+TRAVELLING = re.compile(  # what other machines are given of this one's environment
+    r"PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(PYTHON|OMP_|MKL_|OPENBLAS_|DS_|TORCH|NCCL_|GLOO_|UCX_|MOE_DIST_|HF_|CUDA_HOME).*"
+)
 
-
-class Launcher(StrEnum):
-    """Who starts the ranks."""
-
-    DEEPSPEED = "deepspeed"
-    TORCHRUN = "torchrun"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to start: `ranks` processes of `entry` on this machine.
-
-    Attributes:
-        words: what each rank's script is given: the configuration and the overrides.
-        threads: CPU threads a rank; 0: the cores shared among the ranks.
-    """
-
-    launcher: Launcher
-    ranks: int
-    words: tuple[str, ...]
-    threads: int = 0
-    entry: Path = ENTRY
-
-
-def plan(launcher: Launcher, ranks: int | None, config_path: str, overrides: Sequence[str]) -> Job:
-    """Checks the configuration against the number of ranks and says what to start.
-
-    Args:
-        ranks: None: as many as `world` asks for, else one.
-
-    Raises:
-        ConfigError: the configuration cannot work, or not with that many ranks.
-        LaunchError: the number of ranks is less than one, or more than the GPUs made visible.
-    """
-    config = load_config(config_path, overrides)
-    count = _ranks_wanted(config) if ranks is None else ranks
-    if count < 1:
-        raise LaunchError(f"--ranks {count} is too few: at least one rank must work")
-    if config.world.backend != "gloo" and 0 < len(gpus := _visible_gpus()) < count:
-        raise LaunchError(f"{count} ranks are more than the {len(gpus)} GPUs of CUDA_VISIBLE_DEVICES={','.join(gpus)}")
-    resolve_world(config, count)
-    resolve_batch(config, count)
-    return Job(launcher, count, (config_path, *overrides), config.world.threads)
-
-
-def command(job: Job) -> list[str]:
-    """The launcher's command, one word an item; it needs no shell, no ssh and no port known beforehand."""
-    entry = [str(job.entry), *job.words]
-    if job.launcher is Launcher.TORCHRUN:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        return [*torchrun, f"--nproc-per-node={job.ranks}", *entry]
-    # Ranks meet through a file (supervise.py); DeepSpeed still exports a port, so it gets one that was free just now.
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile=", "--log_level=critical"]
-    address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    return [*deepspeed, _devices(job.ranks), *address, *entry]
-
-
-def _devices(ranks: int) -> str:
-    """DeepSpeed's `--num_gpus` would take the machine's first GPUs, whatever CUDA_VISIBLE_DEVICES says."""
-    visible = _visible_gpus()
-    if len(visible) < ranks:  # none are listed, or the ranks use the CPU
-        return f"--num_gpus={ranks}"
-    return f"--include=localhost:{','.join(visible[:ranks])}"
-
-
-def _visible_gpus() -> list[str]:
-    """The GPUs that CUDA_VISIBLE_DEVICES lists by number, or none where it does not or the CPU is used anyway."""
-    if not has_gpu() or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return []
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
-    return gpus if all(gpu.isdecimal() for gpu in gpus) else []
+SECRET = re.compile("TOKEN|SECRET|PASSWORD|_KEY")
 
 
 def environment(job: Job) -> dict[str, str]:
-    """This process's environment made fit for ranks: their own place removed, threads and accelerator set."""
+    """This process's environment made fit for ranks here: their own place removed, threads and accelerator set."""
     variables = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     prepare_process(variables, job.threads, job.ranks)
     if not has_gpu() and any(name == "lo" for _, name in socket.if_nameindex()):
@@ -99,16 +35,71 @@ def environment(job: Job) -> dict[str, str]:
     return variables
 
 
+def travelling(variables: Mapping[str, str]) -> dict[str, str]:
+    """The part of an environment that other machines are given too: paths and settings of the libraries we use."""
+    return {
+        name: value for name, value in variables.items() if TRAVELLING.fullmatch(name) and name not in RANK_VARIABLES
+    }
+
+
 def launch(job: Job) -> int:
-    """Runs the job on this machine to its end and returns its exit code (`supervise.run_job`)."""
-    return run_job(command(job), environment(job), job.ranks, rendezvous_file=job.launcher is Launcher.DEEPSPEED)
+    """Runs the job to its end and returns its exit code; submits it where SLURM is to run it later.
+
+    Raises:
+        LaunchError: a program that it takes is not installed here.
+    """
+    if job.launcher in (Launcher.MPI, Launcher.SLURM) and not _supervised(job):
+        return subprocess.run(_installed(_foreign_command(job)), stdin=subprocess.DEVNULL, check=False).returncode
+    if job.is_here:
+        outcome = run_job(
+            _installed(_command(job)),
+            environment(job),
+            range(job.ranks),
+            rendezvous_file=job.launcher is not Launcher.TORCHRUN,
+        )
+    else:
+        outcome = fleet.run(job, travelling(os.environ))
+    if outcome.line:
+        print(f"moe-dist: {outcome.line}", file=sys.stderr, flush=True)
+    return outcome.exit_code
 
 
 def dry_run(job: Job) -> str:
-    """The command as one would type it."""
-    return shlex.join(command(job))
+    """The command, or one for each machine, as one would type it."""
+    if job.launcher in (Launcher.MPI, Launcher.SLURM) or job.is_here:
+        return shlex.join(_command(job) if job.is_here else _foreign_command(job))
+    told = [
+        f"{name}={'...' if SECRET.search(name) else value}" for name, value in sorted(travelling(os.environ).items())
+    ]
+    lines = []
+    for number, node in enumerate(job.nodes):
+        there = ["env", *told, *commands.node_command(job, number)]
+        lines += [f"# on {node.host}, started by: {shlex.join(fleet.ssh_command(node.host or ''))}", shlex.join(there)]
+    return "\n".join(lines)
 
 
-def _ranks_wanted(config: RunConfig) -> int:
-    world = config.world
-    return (world.data or 1) * (world.cluster or 1) * world.shard
+def _supervised(job: Job) -> bool:
+    """mpirun and srun end all ranks of a job themselves; on this machine we can say more about the one that failed."""
+    return job.launcher is Launcher.MPI and job.is_here
+
+
+def _command(job: Job) -> list[str]:
+    if job.launcher is Launcher.MPI:
+        return commands.mpirun(job, ())
+    return commands.node_command(job, 0)
+
+
+def _foreign_command(job: Job) -> list[str]:
+    if job.launcher is Launcher.MPI:
+        return commands.mpirun(job, travelling(os.environ))
+    if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
+        return commands.srun(job)
+    if not commands.TRAIN_SBATCH.is_file():
+        raise LaunchError(f"{commands.TRAIN_SBATCH} is missing: launch from a checkout of the repository")
+    return commands.sbatch(job)
+
+
+def _installed(command: list[str]) -> list[str]:
+    if which(command[0]) is None and not Path(command[0]).is_file():
+        raise LaunchError(f"{command[0]} is not installed here, or not on PATH")
+    return command

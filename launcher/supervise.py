@@ -20,26 +20,45 @@ from types import FrameType
 
 from launcher import faults
 from launcher.environment import INIT_METHOD
-from moe_dist.errors import EXIT_FAILURE, LaunchError
+from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 6.0  # for the launcher to stop the other ranks by itself after a failure
-INTERRUPT_SECONDS = 15.0  # for the ranks to close their files after Ctrl-C
+GENTLE_SECONDS = {  # for the ranks to act upon a signal that is passed on to them
+    signal.SIGINT: 15.0,  # to close their files
+    signal.SIGTERM: 25.0,  # to save a checkpoint; many systems kill what still runs after 30 s
+}
 TERMINATE_SECONDS = 4.0  # between SIGTERM and SIGKILL
 SHOW_CURSOR = "\x1b[?25h"
+STOPPED = "stopped as asked, with a checkpoint: the same command and checkpoint.resume=auto goes on from it"
 
 
-def run_job(command: Sequence[str], environment: Mapping[str, str], ranks: int, *, rendezvous_file: bool) -> int:
+@dataclass(frozen=True)
+class Outcome:
+    """How a job, or the part of it on one machine, has ended.
+
+    Attributes:
+        exit_code: 0 if every rank is done; 75 where they stopped because they were asked to; the exit code of the rank
+            that failed first; 130 after Ctrl-C, 143 after SIGTERM.
+        line: what the user is told last; empty where all went well.
+        fault: the first fault that is no consequence of another, or else the first.
+    """
+
+    exit_code: int
+    line: str = ""
+    fault: faults.Fault | None = None
+
+
+def run_job(
+    command: Sequence[str], environment: Mapping[str, str], ranks: Sequence[int], *, rendezvous_file: bool
+) -> Outcome:
     """Runs a launcher's command until it and all its ranks have ended; leaves no process behind.
 
     Args:
         command: words of the launcher's command, run without a shell.
         environment: the whole environment of the command.
-        ranks: how many ranks must report that they are done.
+        ranks: those that must report that they are done.
         rendezvous_file: the ranks meet through a file in the job's folder instead of a TCP port.
-
-    Returns:
-        0 if every rank is done; the exit code of the rank that failed first; 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         LaunchError: the kernel offers no way to watch processes.
@@ -74,7 +93,8 @@ def _signals_passed_to(job: "_Job") -> Iterator[None]:
     def handle(signum: int, frame: FrameType | None) -> None:
         job.receive(signum)
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {signum: signal.signal(signum, handle) for signum in heard}
     try:
         yield
     finally:
@@ -94,14 +114,16 @@ class _Rank:
 class _Job:
     """One running command, the ranks it has started so far, and the faults seen."""
 
-    def __init__(self, folder: Path, ranks: int) -> None:
+    def __init__(self, folder: Path, ranks: Sequence[int]) -> None:
         self._folder = folder
-        self._awaited = set(range(ranks))
+        self._awaited = set(ranks)
         self._living: dict[int, _Rank] = {}
-        self._undone = set(range(ranks))
+        self._undone = set(ranks)
+        self._stopped = False
         self._groups: set[int] = set()
         self._faults: list[faults.Fault] = []
         self._signal: int | None = None
+        self._passed_on: int | None = None
         self._deadline: float | None = None
         self._poller = select.poll()
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -114,13 +136,23 @@ class _Job:
         self._groups.add(self._launcher.pid)
 
     def receive(self, signum: int) -> None:
-        """Passes a first Ctrl-C on to the ranks; any other signal, or a second one, ends the job at once."""
-        gently = self._signal is None and signum == signal.SIGINT and bool(self._living)
+        """Passes a signal on to the ranks; SIGHUP, or a second one that ends jobs, ends this one at once.
+
+        SIGUSR1 asks the ranks to stop at their next step; they may take as long as that needs.
+        """
+        if signum == signal.SIGUSR1:
+            self._pass_on(signum)
+            return
+        gently = self._signal is None and signum in GENTLE_SECONDS and bool(self._living)
         self._signal = self._signal or signum
-        self._deadline = time.monotonic() + (INTERRUPT_SECONDS if gently else 0.0)
+        self._deadline = time.monotonic() + (GENTLE_SECONDS[signal.Signals(signum)] if gently else 0.0)
         if gently:
-            for rank in self._living.values():
-                _interrupt(rank)
+            self._pass_on(signum)
+
+    def _pass_on(self, signum: int) -> None:
+        self._passed_on = signum
+        for rank in self._living.values():
+            _send(rank, signum)
 
     def watch(self) -> None:
         """Returns when the launcher has ended, or when the time it had to do so is over."""
@@ -140,25 +172,26 @@ class _Job:
             while self._anything_left() and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS / 2)
 
-    def conclude(self) -> int:
-        """Says how the job ended, and returns its exit code."""
+    def conclude(self) -> Outcome:
+        """Says how the job has ended."""
         assert self._launcher is not None
         code = self._launcher.wait()
-        if self._signal is None and code == 0 and not self._undone:
-            return 0
+        if code == 0 and not self._undone:
+            if self._stopped:
+                return Outcome(EXIT_STOPPED, STOPPED)
+            if self._signal is None:
+                return Outcome(0)
         if sys.stdout.isatty():  # rank 0 may have been killed with its live display on
             sys.stdout.write(SHOW_CURSOR)
             sys.stdout.flush()
         if self._signal is not None:
-            print("moe-dist: interrupted", file=sys.stderr, flush=True)
-            return 128 + self._signal
+            return Outcome(128 + self._signal, "interrupted")
         fault = faults.root_cause(self._faults)
         if fault is None:
             missing = f"without rank {', '.join(map(str, sorted(self._undone)))}" if self._undone else "after its ranks"
-            print(f"moe-dist: error: the launcher ended {missing}, exit code {code}", file=sys.stderr, flush=True)
-            return code if code > 0 else EXIT_FAILURE
-        print(f"moe-dist: rank {fault.rank} failed: {fault.line}", file=sys.stderr, flush=True)
-        return fault.exit_code or EXIT_FAILURE
+            line = f"error: the launcher ended {missing}, exit code {code}"
+            return Outcome(code if code > 0 else EXIT_FAILURE, line)
+        return Outcome(fault.exit_code or EXIT_FAILURE, f"rank {fault.rank} failed: {fault.line}", fault)
 
     def _look(self, seconds: float) -> None:
         for rank in sorted(self._awaited):
@@ -183,12 +216,13 @@ class _Job:
             return
         self._living[rank.descriptor] = rank
         self._poller.register(rank.descriptor, select.POLLIN)
-        if self._signal is not None:
-            _interrupt(rank)
+        if self._passed_on is not None:
+            _send(rank, self._passed_on)
 
     def _ended(self, rank: int, pid: int) -> None:
-        if (self._folder / f"rank-{rank}.done").exists():
+        if (ending := faults.read_done(self._folder, rank)) is not None:
             self._undone.discard(rank)
+            self._stopped |= ending == faults.STOPPED
             return
         self._faults.append(faults.read_fault(self._folder, rank) or _killed(rank, pid, first=not self._faults))
         self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
@@ -199,9 +233,9 @@ class _Job:
         return any(_lives(group) for group in self._groups)
 
 
-def _interrupt(rank: _Rank) -> None:
+def _send(rank: _Rank, signum: int) -> None:
     with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(rank.descriptor, signal.SIGINT)
+        signal.pidfd_send_signal(rank.descriptor, signum)
 
 
 def _lives(group: int) -> bool:

@@ -5,38 +5,45 @@ A configuration that cannot work is refused before torch is imported and before 
 
 import json
 import os
+import signal
 import sys
 import time
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder's `train`, `faults`, ...
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launcher import environment, faults
+from launcher import environment, faults, meeting
 from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
-from moe_dist.errors import ConfigError, LaunchError
+from moe_dist.errors import EXIT_STOPPED, ConfigError, LaunchError
 
 SPEAK_LATER_SECONDS = 3.0
 
 
-def run_rank(config_path: str, overrides: Sequence[str]) -> int:
+def run_rank(config_path: str | None, overrides: Sequence[str], work: Callable[[RunConfig], bool] | None = None) -> int:
     """Does one rank's whole work: finds its place, checks the configuration, trains.
+
+    Args:
+        work: what to do instead of training; true: stopped before its end because it was asked to.
 
     Returns:
         The exit code; whatever went wrong has been printed and recorded by then.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # kept until training can hear it
     try:
         place = environment.discover(os.environ)
     except LaunchError as error:
         return faults.report(0, 1, error)
     if place.kind != "alone":
-        faults.register(place.rank, leave_with_parent=place.kind in ("deepspeed", "torchrun"))
+        faults.register(place.rank, leave_with_parent=place.kind != "environment")
     try:
         config = _accepted_config(place, config_path, overrides)
-        _train(config)
+        _hush_libraries()
+        if (work or _train)(config):
+            return _stopped(place)
     except KeyboardInterrupt:
         return _leave(place, _interrupted(place))
     except ConfigError as error:
@@ -57,18 +64,23 @@ def with_json(overrides: Sequence[str], file: Path | None) -> list[str]:
     return [*overrides] if file is None else [*overrides, f"summary_copy={json.dumps(writable(file))}"]
 
 
-def writable(file: Path) -> str:
-    """The absolute path of a file that can be written, or a LaunchError."""
+def writable(file: Path, option: str = "--json") -> str:
+    """The absolute path of a file that can be written, or a LaunchError that names the option."""
     target = file.absolute()
     if target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise LaunchError(f"--json {file}: cannot be written: give a file in a folder that exists")
+        raise LaunchError(f"{option} {file}: cannot be written: give a file in a folder that exists")
     return str(target)
 
 
-def _accepted_config(place: environment.RankEnvironment, config_path: str, overrides: Sequence[str]) -> RunConfig:
+def _accepted_config(
+    place: environment.RankEnvironment, config_path: str | None, overrides: Sequence[str]
+) -> RunConfig:
     config = load_config(config_path, overrides)
     resolve_world(config, place.world_size)
     resolve_batch(config, place.world_size)
+    meeting.settle(place, os.environ)
+    if place.rank == 0 and place.world_size > 1:
+        print(meeting.describe(place, os.environ), flush=True)
     place.export(os.environ)
     if config.world.backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a GPU when it is imported
@@ -76,11 +88,16 @@ def _accepted_config(place: environment.RankEnvironment, config_path: str, overr
     return config
 
 
-def _train(config: RunConfig) -> None:
-    _hush_libraries()
+def _train(config: RunConfig) -> bool:
+    """Trains; returns whether it stopped before its end because it was asked to."""
     from moe_dist.training.run import train  # here, since it loads torch
 
-    train(config)
+    return train(config, _give_up)
+
+
+def _give_up(error: Exception) -> None:
+    """Ends a rank whose main thread hangs, from another thread."""
+    os._exit(faults.report(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), error))
 
 
 def _hush_libraries() -> None:
@@ -103,6 +120,13 @@ def _interrupted(place: environment.RankEnvironment) -> int:
     if place.rank == 0:
         print("moe-dist: interrupted", file=sys.stderr, flush=True)
     return faults.EXIT_INTERRUPTED
+
+
+def _stopped(place: environment.RankEnvironment) -> int:
+    """A rank that stopped as asked, with all others: whoever started the job may start it again."""
+    faults.mark_done(place.rank, faults.STOPPED)
+    others_would_be_killed = faults.supervised_folder() is not None or place.kind == "slurm"
+    return 0 if others_would_be_killed else EXIT_STOPPED
 
 
 def _leave(place: environment.RankEnvironment, code: int) -> int:

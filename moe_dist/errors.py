@@ -6,6 +6,7 @@ The command line prints that line and exits; a traceback is for our own mistakes
 
 EXIT_FAILURE = 1
 EXIT_REFUSED = 2
+EXIT_STOPPED = 75  # as asked, at a step's end and with a checkpoint: start it again to go on (EX_TEMPFAIL)
 
 
 class MoeDistError(Exception):
@@ -34,3 +35,9 @@ class DataError(MoeDistError):
 
 class TrainingError(MoeDistError):
     """A run that had to stop: a loss that is not finite, a rank that disagrees with the others."""
+
+
+class CheckpointError(MoeDistError):
+    """A checkpoint that is missing, damaged, hostile, or does not fit the configuration."""
+
+    exit_code = EXIT_REFUSED

@@ -1,12 +1,14 @@
 """Commands that train, start ranks, and check a configuration."""
 
+import shlex
 from typing import Annotated
 
 import typer
 
 from launcher import runners
+from launcher.job import DEFAULT_PORT, Launcher, Size, plan
 from launcher.train import run_rank, with_json
-from moe_dist.cli.words import Config, Json, Overrides
+from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode
 from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
 
 
@@ -25,13 +27,20 @@ def train(config: Config, overrides: Overrides = None, json_file: Json = None) -
 def launch(
     config: Config,
     overrides: Overrides = None,
-    launcher: Annotated[runners.Launcher, typer.Option(help="Who starts the ranks.")] = runners.Launcher.DEEPSPEED,
-    ranks: Annotated[int | None, typer.Option(help="How many; default: what the keys under `world` say.")] = None,
+    launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.DEEPSPEED,
+    ranks: Ranks = None,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    hostfile: Hostfile = None,
+    port: Port = DEFAULT_PORT,
+    launcher_args: Annotated[str, typer.Option(help="Further words for the launcher: '--partition=gpu'.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the command and start nothing.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Start ranks on this machine and train; when one fails all stop, and the last line says which and why."""
-    job = runners.plan(launcher, ranks, config, with_json(overrides or (), json_file))
+    """Start ranks here or on several machines; when one fails all stop, and the last line says which and why."""
+    size = Size(ranks, nodes, ranks_per_node, hostfile)
+    words = with_json(overrides or (), json_file)
+    job = plan(launcher, size, config, words, port, shlex.split(launcher_args))
     if dry_run:
         typer.echo(runners.dry_run(job))
         return

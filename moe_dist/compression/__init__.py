@@ -12,7 +12,6 @@ from moe_dist.compression.factorise import (
 )
 from moe_dist.compression.initialisation import ExpertResidual, init_base, init_residual
 from moe_dist.compression.input_roots import InputRoots
-from moe_dist.compression.moments import project_first, project_second
 from moe_dist.compression.shared_base import FORMS, choose_form, clustered_experts
 
 __all__ = [
@@ -31,8 +30,6 @@ __all__ = [
     "factorise_expert",
     "init_base",
     "init_residual",
-    "project_first",
-    "project_second",
     "relative_error",
     "usage_weighted_mean",
 ]

@@ -2,6 +2,7 @@
 
 from moe_dist.config.load import dump_config, load_config
 from moe_dist.config.schema import (
+    CheckpointConfig,
     CorpusConfig,
     ModelConfig,
     MoEConfig,
@@ -16,6 +17,7 @@ from moe_dist.config.world import BatchShape, WorldShape, resolve_batch, resolve
 
 __all__ = [
     "BatchShape",
+    "CheckpointConfig",
     "CorpusConfig",
     "MoEConfig",
     "ModelConfig",

@@ -47,9 +47,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal value.
 
-    Without `summary_copy`: to run the file again must not overwrite what the first run handed over.
+    Without `summary_copy` and `checkpoint.resume`: to run the file again must neither overwrite what the first run
+    handed over, nor go on from where it did.
     """
-    return yaml.safe_dump(config.model_dump(mode="json", exclude={"summary_copy"}), sort_keys=False)
+    left_out: Any = {"summary_copy": True, "checkpoint": {"resume"}}
+    return yaml.safe_dump(config.model_dump(mode="json", exclude=left_out), sort_keys=False)
 
 
 def _read_with_includes(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:

@@ -271,6 +271,32 @@ class TrainConfig(Section):
         return self
 
 
+class CheckpointConfig(Section):
+    """What is kept of a run, and from where it goes on (docs/checkpoints.md)."""
+
+    every: NonNegative = Field(500, description="steps between checkpoints; 0: only where a stop is requested")
+    keep_last: Positive = Field(2, description="newest checkpoints kept; older ones are deleted")
+    keep_every: NonNegative = Field(0, description="a checkpoint whose step this divides is never deleted; 0: none")
+    asynchronous: bool = Field(True, description="training goes on while a checkpoint is written")
+    save_final: bool = Field(True, description="keep the trained weights at the end, for evaluation and export")
+    resume: Annotated[str, Field(min_length=1)] = Field(
+        "requeued",
+        description="none; auto: the newest good checkpoint of the newest run of this name; requeued: as auto, in a "
+        "job that was started again, else none; or a path: of a run, which goes on, or of a checkpoint, from which a "
+        "new run branches off",
+    )
+
+
+class WatchdogConfig(Section):
+    """What happens when a rank hangs."""
+
+    seconds: NonNegative | None = Field(
+        None,
+        description="without progress for so long, all ranks write their stacks and stop; 0: never; null: half of "
+        "world.timeout_seconds",
+    )
+
+
 class RunConfig(Section):
     """One run, whole."""
 
@@ -289,19 +315,20 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @property
     def standard_steps(self) -> int:
         """Steps of the standard warm-up that comes before the experts are clustered; 0: there is none."""
         return round(self.moe.warmup_standard * self.train.steps)
 
-    @property
-    def first_phase(self) -> "RunConfig":
-        """What the run starts as: this, or its standard warm-up."""
-        if not self.standard_steps:
+    def phase_after(self, step: int) -> "RunConfig":
+        """What the model is after `step` steps: with standard experts during their warm-up, then as configured."""
+        if step >= self.standard_steps:
             return self
-        standard = {"kind": "standard", "warmup_standard": 0.0}
-        return self.model_copy(update={"moe": self.moe.model_copy(update=standard), "recluster": ReclusterConfig()})
+        moe = self.moe.model_copy(update={"kind": "standard", "warmup_standard": 0.0})
+        return self.model_copy(update={"moe": moe, "recluster": ReclusterConfig()})
 
     @model_validator(mode="after")
     def _warmup_leaves_both_phases(self) -> Self:

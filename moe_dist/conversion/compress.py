@@ -19,21 +19,16 @@ from moe_dist.compression import (
     FactorisedExpert,
     InputRoots,
     factorise_expert,
-    project_first,
-    project_second,
 )
 from moe_dist.config import MoEConfig
 from moe_dist.conversion.delivery import ResidualState, crossing, deliver, owners
 from moe_dist.conversion.held import VECTORS, HeldExpert, HeldLayer
-from moe_dist.engine.training_state import MASTER, MOMENTS, STATE_NAMES
+from moe_dist.engine.training_state import MASTER
 from moe_dist.topology.mesh import Mesh
 from moe_dist.topology.placement import ExpertPlacement
 
 EXACT_UP_TO = 512
 """Widths up to which residuals are decomposed exactly; wider ones by the seeded search."""
-
-BaseState = dict[str, ExpertMatrices]
-"""By `STATE_NAMES`; moments that are not there stay what they are."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class CompressedLayer:
     """This rank's share of the clusters that were made, and how well all their experts are approximated."""
 
     placement: ExpertPlacement
-    bases: dict[int, BaseState]
+    bases: dict[int, ExpertMatrices]
     """By cluster, of those that live here."""
     residuals: dict[int, ResidualState]
     """By expert, of those that live here."""
@@ -75,7 +70,7 @@ def compress_layer(
     """
     local = {expert.number: expert for expert in layer.experts}
     chosen = [c for c in range(placement.clusters) if clusters is None or c in clusters]
-    bases: dict[int, BaseState] = {}
+    bases: dict[int, ExpertMatrices] = {}
     made: dict[int, ResidualState] = {}
     figures_E3 = torch.zeros(placement.experts, 3, dtype=torch.float64, device=usage_E.device)
     for cluster in chosen:
@@ -84,13 +79,13 @@ def compress_layer(
         if placement.block_of_cluster[cluster] == mesh.at.cluster:
             bases[cluster] = base
         for expert in (local[e] for e in members if e in local):
-            factorised = _factorise(expert, base[MASTER], moe, seed)
-            made[expert.number] = _residual_state(expert, factorised)
-            figures_E3[expert.number] = _figures(expert, base[MASTER], factorised)
+            factorised = _factorise(expert, base, moe, seed)
+            made[expert.number] = _residual_state(expert, factorised, layer.kinds)
+            figures_E3[expert.number] = _figures(expert, base, factorised)
     if layer.group.size > 1:
         dist.all_reduce(figures_E3, group=layer.group.handle)
     maker_of = {e: layer.holder_of[e] for c in chosen for e in placement.members[c]}
-    like = _template(layer.experts[0], moe)
+    like = _template(layer, moe)
     residuals = deliver(made, like, maker_of, owners(placement), layer.group, mesh.rank)
     error_E, base_error_E, whitened_E = figures_E3.unbind(1)
     return CompressedLayer(
@@ -104,27 +99,23 @@ def compress_layer(
     )
 
 
-def _base(layer: HeldLayer, members: tuple[int, ...], usage_E: Tensor) -> BaseState:
-    """Mean of the weights by usage, and sums of the moments, over all ranks' members."""
-    share_E = _shares(usage_E, members)
-    found = {}
-    for kind, like in layer.experts[0].state.items():
-        w_in_DH, w_out_FD = (torch.zeros_like(w, dtype=torch.float64) for w in (like.w_in_DH, like.w_out_FD))
-        for expert in (one for one in layer.experts if one.number in members):
-            weight = float(share_E[expert.number]) if kind == MASTER else 1.0
-            w_in_DH.add_(expert.state[kind].w_in_DH, alpha=weight)
-            w_out_FD.add_(expert.state[kind].w_out_FD, alpha=weight)
-        for total in (w_in_DH, w_out_FD) if layer.group.size > 1 else ():
-            dist.all_reduce(total, group=layer.group.handle)
-        found[kind] = ExpertMatrices(w_in_DH.float(), w_out_FD.float())
-    return found
+def _base(layer: HeldLayer, members: tuple[int, ...], usage_E: Tensor) -> ExpertMatrices:
+    """Mean of the weights by usage, over all ranks' members."""
+    share_E, like = _shares(usage_E, members), layer.experts[0].matrices
+    w_in_DH, w_out_FD = (torch.zeros_like(w, dtype=torch.float64) for w in (like.w_in_DH, like.w_out_FD))
+    for expert in (one for one in layer.experts if one.number in members):
+        w_in_DH.add_(expert.matrices.w_in_DH, alpha=float(share_E[expert.number]))
+        w_out_FD.add_(expert.matrices.w_out_FD, alpha=float(share_E[expert.number]))
+    for total in (w_in_DH, w_out_FD) if layer.group.size > 1 else ():
+        dist.all_reduce(total, group=layer.group.handle)
+    return ExpertMatrices(w_in_DH.float(), w_out_FD.float())
 
 
 def _sum_bytes(layer: HeldLayer) -> int:
     """Of one cluster's base, added up over the ranks in float64."""
     one, ranks = layer.experts[0], layer.group.size
     entries = one.matrices.w_in_DH.numel() + one.matrices.w_out_FD.numel()
-    return len(one.state) * entries * 8 * ranks * (ranks - 1)
+    return entries * 8 * ranks * (ranks - 1)
 
 
 def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:
@@ -154,20 +145,17 @@ def _factorise(expert: HeldExpert, base: ExpertMatrices, moe: MoEConfig, seed: i
     )
 
 
-def _residual_state(expert: HeldExpert, factorised: FactorisedExpert) -> ResidualState:
-    """Factors with the moments that follow from the full expert's, zero where those are not known; vectors as kept."""
+def _residual_state(expert: HeldExpert, factorised: FactorisedExpert, kinds: tuple[str, ...]) -> ResidualState:
+    """Factors, with moments of zero where they come with any, and the vectors as they are."""
     residual = factorised.residual.float()
-    states = {MASTER: residual, **dict.fromkeys(MOMENTS, residual.zeros())}
-    if MOMENTS[0] in expert.state:
-        first, second = (expert.state[moment] for moment in MOMENTS)
-        states |= {MOMENTS[0]: project_first(first, residual), MOMENTS[1]: project_second(second, residual)}
+    states = {kind: residual if kind == MASTER else residual.zeros() for kind in kinds}
     return {kind: replace(state, **expert.vectors.get(kind, {})) for kind, state in states.items()}
 
 
-def _template(expert: HeldExpert, moe: MoEConfig) -> ResidualState:
+def _template(layer: HeldLayer, moe: MoEConfig) -> ResidualState:
     """A state of the right shapes."""
-    width, hidden = expert.matrices.w_out_FD.shape
-    zeros = expert.matrices.w_out_FD.new_zeros
+    like = layer.experts[0].matrices.w_out_FD
+    (width, hidden), zeros = like.shape, like.new_zeros
     vectors = dict(zip(VECTORS, (zeros(width), zeros(2 * width), zeros(hidden)), strict=True))
     residual = ExpertResidual(
         zeros(hidden, 2 * moe.rank),
@@ -176,7 +164,7 @@ def _template(expert: HeldExpert, moe: MoEConfig) -> ResidualState:
         zeros(moe.rank, hidden),
         **(vectors if moe.expert_vectors else dict.fromkeys(VECTORS)),
     )
-    return dict.fromkeys(STATE_NAMES, residual)
+    return dict.fromkeys(layer.kinds, residual)
 
 
 def _figures(expert: HeldExpert, base: ExpertMatrices, factorised: FactorisedExpert) -> Tensor:

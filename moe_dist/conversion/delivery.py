@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.compression import ExpertResidual
-from moe_dist.engine.training_state import STATE_NAMES
+from moe_dist.engine.training_state import MASTER
 from moe_dist.engine.whole_state import WholeState
 from moe_dist.topology.mesh import RankGroup
 from moe_dist.topology.placement import ExpertPlacement
@@ -27,7 +27,7 @@ STACKED = {
 """What holds an expert's tensor together with those of its cluster."""
 
 ResidualState = dict[str, ExpertResidual]
-"""By `STATE_NAMES`."""
+"""By those of `STATE_NAMES` that come along."""
 
 
 def deliver(
@@ -71,8 +71,8 @@ def owners(placement: ExpertPlacement) -> dict[int, int]:
 def stacked(states: list[ResidualState]) -> dict[str, WholeState]:
     """By the names of `ClusterWeights`: the states of a cluster's experts here, in the order of their slots."""
     return {
-        STACKED[name]: {kind: torch.stack([getattr(state[kind], name) for state in states]) for kind in STATE_NAMES}
-        for name, value in vars(states[0][STATE_NAMES[0]]).items()
+        STACKED[name]: {kind: torch.stack([getattr(state[kind], name) for state in states]) for kind in states[0]}
+        for name, value in vars(states[0][MASTER]).items()
         if value is not None
     }
 
@@ -91,13 +91,13 @@ def _exchange(rows_NW: Tensor, send: list[int], receive: list[int], group: RankG
 
 
 def _packed(state: ResidualState) -> Tensor:
-    tensors = (value for kind in STATE_NAMES for value in vars(state[kind]).values() if value is not None)
+    tensors = (value for kind in state for value in vars(state[kind]).values() if value is not None)
     return torch.cat([value.flatten() for value in tensors])
 
 
 def _unpacked(row_W: Tensor, like: ResidualState) -> ResidualState:
     found, first = {}, 0
-    for kind in STATE_NAMES:
+    for kind in like:
         fields: dict[str, Tensor | None] = {}
         for name, value in vars(like[kind]).items():
             fields[name] = None if value is None else row_W[first : first + value.numel()].view_as(value)

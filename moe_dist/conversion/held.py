@@ -1,4 +1,4 @@
-"""Experts as conversion takes them: full weights in float32, what Adam knows of them, and tokens they are given.
+"""Experts as conversion takes them: full weights in float32, and tokens they are given.
 
 Shapes: L tokens of one expert, D model width, F hidden width, H = 2 F (gate | up).
 """
@@ -21,17 +21,13 @@ class HeldExpert:
     """One expert on the rank that holds it."""
 
     number: int
-    state: dict[str, ExpertMatrices]
-    """By `STATE_NAMES`: the full weights, and their moments where these are known."""
+    matrices: ExpertMatrices
+    """The full weights."""
     fit_LD: Tensor
     check_LD: Tensor
     """Tokens that compression is fitted to, and others that it is checked on."""
     vectors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """By `STATE_NAMES` and `VECTORS`, of an expert that has vectors: they stay as they are."""
-
-    @property
-    def matrices(self) -> ExpertMatrices:
-        return self.state[MASTER]
 
     def hidden(self, x_LD: Tensor, matrices: ExpertMatrices) -> Tensor:
         """The hidden units of some tokens, with this expert's vectors and other matrices, [L, F]."""
@@ -55,3 +51,5 @@ class HeldLayer:
     holder_of: dict[int, int]
     """The rank that holds each expert of the layer, as an index into the group."""
     group: RankGroup
+    kinds: tuple[str, ...]
+    """Which of `STATE_NAMES` residuals come with: weights alone for a fresh optimizer, or all."""

@@ -18,7 +18,7 @@ from moe_dist.topology.mesh import GroupKind
 def hold_clustered(
     layer: ClusteredMoE, state: TrainingState, fit: LayerTokens, check: LayerTokens, clusters: Collection[int]
 ) -> HeldLayer:
-    """Reads the local experts of some clusters; collective. Their effective weights `B + U V` have no known moments.
+    """Reads the local experts of some clusters with their effective weights `B + U V`; collective.
 
     Args:
         clusters: those of the layer's present placement that matter, the same on all ranks.
@@ -35,10 +35,8 @@ def hold_clustered(
             base = ExpertMatrices(whole["w_in_DH"][MASTER], whole["w_out_FD"][MASTER])
             for slot, expert in enumerate(placement.experts_of(cluster, mesh.at.shard)):
                 matrices = base.with_residual(_residual(whole, slot))
-                experts.append(
-                    HeldExpert(expert, {MASTER: matrices}, fit[expert], check[expert], _vectors(whole, slot))
-                )
-    return HeldLayer(experts, owners(placement), mesh.group(GroupKind.EXPERT_PARALLEL))
+                experts.append(HeldExpert(expert, matrices, fit[expert], check[expert], _vectors(whole, slot)))
+    return HeldLayer(experts, owners(placement), mesh.group(GroupKind.EXPERT_PARALLEL), STATE_NAMES)
 
 
 def _residual(whole: dict[str, WholeState], slot: int) -> ExpertResidual:

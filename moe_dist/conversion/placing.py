@@ -6,7 +6,7 @@ from torch import nn
 
 from moe_dist.conversion.compress import CompressedLayer
 from moe_dist.conversion.delivery import stacked
-from moe_dist.engine.training_state import TrainingState
+from moe_dist.engine.training_state import MASTER, TrainingState
 from moe_dist.engine.whole_state import write_whole
 from moe_dist.model.clustered_layer import ClusteredMoE
 
@@ -16,8 +16,8 @@ def write_layer(compressed: CompressedLayer, layer: ClusteredMoE, state: Trainin
     placement, at = compressed.placement, layer.context.mesh.at
     for cluster, parameters in parameters_of(compressed, layer):
         base = compressed.bases[cluster]
-        write_whole(state, parameters["base.w_in_DH"], {kind: base[kind].w_in_DH for kind in base})
-        write_whole(state, parameters["base.w_out_FD"], {kind: base[kind].w_out_FD for kind in base})
+        write_whole(state, parameters["base.w_in_DH"], {MASTER: base.w_in_DH})
+        write_whole(state, parameters["base.w_out_FD"], {MASTER: base.w_out_FD})
         here = [compressed.residuals[expert] for expert in placement.experts_of(cluster, at.shard)]
         for name, whole in stacked(here).items():
             write_whole(state, parameters[f"residuals.{name}"], whole)

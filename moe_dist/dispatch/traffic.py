@@ -5,10 +5,14 @@ sends to itself is never counted. A message is one non-empty chunk towards one p
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import product
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from moe_dist.topology.links import LinkKind, Links
 
@@ -54,12 +58,23 @@ class Volume:
     messages: int = 0
 
 
+TOTALS = tuple(product(LinkKind, Payload, Direction))
+"""What an earlier process's account is kept by: the peers it had may not be those of this one."""
+
+
 @dataclass
 class TrafficLedger:
-    """What this rank has sent, by layer, stage, payload, direction and peer, while `recording`."""
+    """What this rank has sent, by layer, stage, payload, direction and peer, while `recording`.
+
+    After a resume `carried` holds what was sent before it, by `TOTALS`; of that only the sum over all ranks means
+    something.
+    """
+
+    summed_over_ranks = ("carried",)
 
     links: Links
     recording: bool = True
+    carried: Tensor = field(default_factory=lambda: torch.zeros(len(TOTALS), 2, dtype=torch.int64))
     sent: defaultdict[TrafficKey, Volume] = field(default_factory=lambda: defaultdict(Volume))
 
     def record(
@@ -90,7 +105,23 @@ class TrafficLedger:
             if all(asked is None or asked is found for asked, found in wanted):
                 result.bytes += volume.bytes
                 result.messages += volume.messages
+        asked = (link, payload, direction)
+        for kinds, (size, messages) in zip(TOTALS, self.carried.tolist(), strict=True):
+            if all(one is None or one is found for one, found in zip(asked, kinds, strict=True)):
+                result.bytes += size
+                result.messages += messages
         return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Bytes and messages so far, [len(TOTALS), 2]: what `carried` is after a resume."""
+        volumes = [self.total(*kinds) for kinds in TOTALS]
+        return {"carried": torch.tensor([[volume.bytes, volume.messages] for volume in volumes], dtype=torch.int64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None:
+        """Goes on from an earlier process's account."""
+        self.clear()
+        self.carried = state["carried"]
 
     def clear(self) -> None:
         self.sent.clear()
+        self.carried.zero_()

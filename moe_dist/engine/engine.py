@@ -1,5 +1,6 @@
 """One training step at a time, through DeepSpeed: accumulation, reduction by class, clipping, ZeRO, AdamW."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ class StepOutcome:
     """Copies routed to each expert of each layer, over all ranks; float64, on the CPU."""
     dropped: float
     """Copies beyond the capacity, over all layers and ranks."""
+    stop: bool
+    """Some rank wants all to stop after this step."""
 
 
 class Engine:
@@ -52,8 +55,12 @@ class Engine:
         self.training_state().undo_trial_step()
         gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm)
 
-    def forward_backward(self, sequences_BS: Tensor) -> StepOutcome:
-        """Runs this rank's share of a step, [micro * accumulation, S+1] token numbers, in micro-batches; collective."""
+    def forward_backward(self, sequences_BS: Tensor, stop_wanted: Callable[[], bool] = lambda: False) -> StepOutcome:
+        """Runs this rank's share of a step, [micro * accumulation, S+1] token numbers, in micro-batches; collective.
+
+        Args:
+            stop_wanted: asked once, at the end: does this rank want all to stop after the step?
+        """
         loss = torch.zeros((), device=self.process.device)
         for sequence_BS in sequences_BS.to(self.process.device).split(self.batch.micro):
             micro_loss = self._engine(sequence_BS)
@@ -61,7 +68,7 @@ class Engine:
             loss += micro_loss.detach().float() / self.batch.accumulation
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
-        return self._agree(loss)
+        return self._agree(loss, stop_wanted())
 
     def update(self, outcome: StepOutcome, learning_rate: float) -> float:
         """Clips, updates the weights and the balance biases; returns the global gradient norm before clipping."""
@@ -82,18 +89,20 @@ class Engine:
         self._engine.destroy()
         del self._engine, self.model
 
-    def _agree(self, loss: Tensor) -> StepOutcome:
-        """Sums loads, losses and faults over the ranks: the one small collective of a step."""
+    def _agree(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
+        """Sums loads, losses, faults and wishes to stop over the ranks: the one small collective of a step."""
         balance, ranks = self.model.context.balance, self.process.ranks
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
         faults[self.process.rank] = (~loss.isfinite()).double()
-        mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double()])
+        stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
+        mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop])
         packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
         balance.clear_counts()
-        (loss_sum, dropped), faults, counts = packed.cpu().split([2, ranks, balance.count_LE.numel()])
+        (loss_sum, dropped, stop), faults, counts = packed.cpu().split([len(mine), ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
-        return StepOutcome(float(loss_sum) / ranks, broken, counts.view(balance.count_LE.shape), float(dropped))
+        count_LE = counts.view(balance.count_LE.shape)
+        return StepOutcome(float(loss_sum) / ranks, broken, count_LE, float(dropped), bool(stop > 0))
 
 
 def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:

@@ -6,13 +6,14 @@ from moe_dist.metrics.load import LoadStatistics, load_statistics
 from moe_dist.metrics.progress import Progress
 from moe_dist.metrics.report import render_summary
 from moe_dist.metrics.run_folder import RunFolder
-from moe_dist.metrics.summary import REQUIRED_KEYS, missing_keys
+from moe_dist.metrics.summary import REQUIRED_KEYS, flatten, missing_keys
 
 __all__ = [
     "REQUIRED_KEYS",
     "LoadStatistics",
     "Progress",
     "RunFolder",
+    "flatten",
     "installed_versions",
     "load_statistics",
     "missing_keys",

@@ -9,6 +9,8 @@
 Each line is written whole and flushed, so that a run that is interrupted or killed leaves a folder that can be read.
 """
 
+import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,13 +29,16 @@ class RunFolder:
         path: the folder; its name is the run's, with a suffix where that name was taken.
     """
 
-    def __init__(self, path: Path, *, tensorboard: bool = True, summary_copy: str | Path | None = None) -> None:
+    def __init__(
+        self, path: Path, *, tensorboard: bool = True, summary_copy: str | Path | None = None, step: int | None = None
+    ) -> None:
+        """Args: step: after which a run goes on; None: it is a new one."""
         self.path = path
         self._summary_copy = summary_copy
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = (path / "events.jsonl").open("a", encoding="utf-8")
-        self._board = _open_tensorboard(path / "tensorboard") if tensorboard else None
-        self._last_step = 0
+        self._board = _open_tensorboard(path / "tensorboard", step) if tensorboard else None
+        self._last_step = step or 0
 
     @classmethod
     def create(
@@ -60,6 +65,32 @@ class RunFolder:
             raise ConfigError(f"runs_dir={str(runs_dir)!r}: cannot make a run folder: {error.strerror}") from error
         (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         return cls(path, tensorboard=tensorboard, summary_copy=summary_copy)
+
+    @classmethod
+    def reopen(
+        cls,
+        path: Path,
+        step: int,
+        config_yaml: str,
+        *,
+        tensorboard: bool = True,
+        summary_copy: str | Path | None = None,
+    ) -> Self:
+        """Goes on with a run after `step`: what its files say of later steps, which come again, is removed.
+
+        `events.jsonl` keeps all it has, since what happened has happened; a summary made too early goes.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        try:
+            for file in path.glob("*.jsonl"):
+                _cut_back(file, None if file.name == "events.jsonl" else step)
+            (path / "summary.json").unlink(missing_ok=True)
+            (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot go on with this run: {error.strerror}") from error
+        return cls(path, tensorboard=tensorboard, summary_copy=summary_copy, step=step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds a line to `metrics.jsonl`, and each number in it to TensorBoard under its dotted key."""
@@ -125,7 +156,23 @@ def _claim_folder(runs_dir: Path, name: str) -> Path:
             path = runs_dir / f"{name}-{number}"
 
 
-def _open_tensorboard(path: Path) -> Any:
+def _cut_back(file: Path, step: int | None) -> None:
+    """Keeps the lines up to `step` (None: all) of a file of JSON lines, and none that a crash left half-written."""
+    kept = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            late = step is not None and record["step"] > step
+        except (ValueError, KeyError, TypeError):
+            continue
+        if not late:
+            kept.append(line + "\n")
+    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(file)
+
+
+def _open_tensorboard(path: Path, step: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # here, since it loads torch
 
-    return SummaryWriter(log_dir=str(path), flush_secs=10)
+    return SummaryWriter(log_dir=str(path), flush_secs=10, purge_step=None if step is None else step + 1)

@@ -4,7 +4,7 @@ They are not module buffers: a mixed-precision engine casts those, and a bias th
 bfloat16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,15 @@ class BalanceState:
         """Starts the next step's account."""
         self.count_LE.zero_()
         self.dropped_L.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What outlives a step: the biases; counts are empty between two steps."""
+        return {"cluster_bias_LG": self.cluster_bias_LG, "expert_bias_LE": self.expert_bias_LE}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes biases over, in place."""
+        for name, bias in self.state_dict().items():
+            bias.copy_(state[name])
 
     def to(self, device: torch.device) -> None:
         """Moves all of it, in place."""

@@ -3,6 +3,7 @@
 Shapes: L layers, G clusters, T tokens, M chosen clusters, R rows of one cluster, N its experts, K chosen experts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from moe_dist.config import MoEConfig
 @dataclass
 class RoutingStatistics:
     """Moving averages of what this rank has routed; those of all ranks add up. Idle unless `collecting`."""
+
+    summed_over_ranks = ("weighted_LED", "mass_LE", "together_LGG")
 
     activation: list[ActivationStatistics]
     """What each expert was given, by layer; counted where its cluster lives."""
@@ -45,6 +48,23 @@ class RoutingStatistics:
         """Counts rows that came to the experts of one cluster."""
         if self.collecting:
             self.activation[layer].update(x_RD.detach(), slot_RK, gate_RK.detach(), member_N)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All averages, and the steps that they cover."""
+        return {
+            "weighted_LED": torch.stack([statistics.weighted_ED for statistics in self.activation]),
+            "mass_LE": torch.stack([statistics.mass_E for statistics in self.activation]),
+            "steps_L": torch.stack([statistics.steps for statistics in self.activation]),
+            "together_LGG": self.together_LGG,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None:
+        """Goes on from there."""
+        for layer, statistics in enumerate(self.activation):
+            statistics.weighted_ED.copy_(state["weighted_LED"][layer])
+            statistics.mass_E.copy_(state["mass_LE"][layer])
+            statistics.steps = state["steps_L"][layer].clone()
+        self.together_LGG.copy_(state["together_LGG"])
 
     def to(self, device: torch.device) -> None:
         """Moves all of it, in place."""

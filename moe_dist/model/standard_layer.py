@@ -36,7 +36,7 @@ class StandardMoE(nn.Module):
         draw = generator(context.seed, layer, "router", SHARED)
         nn.init.normal_(self.router.weight, std=model.init_std, generator=draw)
         local = moe.experts // group.size
-        first = group.ranks.index(context.mesh.rank) * local
+        self.first_expert = first = group.ranks.index(context.mesh.rank) * local
 
         def init(index: int) -> tuple[Tensor, Tensor]:
             draw = generator(context.seed, layer, "expert", SHARED if moe.shared_init else first + index)

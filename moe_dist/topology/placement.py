@@ -39,7 +39,8 @@ class ExpertPlacement:
         if len({len(cluster) for cluster in self.members}) != 1:
             raise ValueError(f"clusters must be equally large, are {[len(cluster) for cluster in self.members]}")
         per_block = [self.block_of_cluster.count(block) for block in range(self.blocks)]
-        if len(self.block_of_cluster) != len(self.members) or len(set(per_block)) != 1:
+        placed = len(self.block_of_cluster) == len(self.members) == sum(per_block)
+        if not placed or len(set(per_block)) != 1:
             raise ValueError(f"{len(self.members)} clusters must fill {self.blocks} blocks equally, fill {per_block}")
         if self.slots % self.shards:
             raise ValueError(f"{self.slots} slots of a cluster cannot be divided over {self.shards} shards")

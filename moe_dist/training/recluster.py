@@ -9,11 +9,12 @@ Shapes: L layers, E experts, G clusters, B sequences, S tokens of one.
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -51,8 +52,7 @@ class _Round:
 class Coordinator:
     """Regroups the experts of a model under training when `recluster` says so."""
 
-    def __init__(self, engine: Engine, config: RunConfig, recorder: Recorder, step: int = 0) -> None:
-        """Args: step: the last one before the experts were clustered as they are now."""
+    def __init__(self, engine: Engine, config: RunConfig, recorder: Recorder) -> None:
         self._engine, self._model, self._config, self._recorder = engine, engine.model, config, recorder
         self._process, self._context = engine.process, engine.model.context
         self._layers = engine.model.clustered_layers()
@@ -61,8 +61,27 @@ class Coordinator:
         self._load_LE = np.zeros((config.model.layers, config.moe.experts))
         self._open: _Round | None = None
         self.totals = {"rounds": 0, "moved_experts": 0, "bytes": 0, "seconds": 0.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What rounds to come depend on, and the account of those that were."""
+        return {
+            "load_LE": torch.from_numpy(self._load_LE),
+            "losses": list(self._losses),
+            "totals": self.totals,
+            "open": None if self._open is None else vars(self._open),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Goes on from there."""
+        self._load_LE = state["load_LE"].numpy()
+        self._losses = deque(state["losses"], maxlen=AROUND)
+        self.totals = dict(state["totals"])
+        self._open = None if state["open"] is None else _Round(**state["open"])
+
+    def begin(self, step: int) -> None:
+        """Says where experts are after `step`, before the steps that follow."""
         if self._layers:
-            recorder.event("placement", step, **_membership(self._context.placements))
+            self._recorder.event("placement", step, **_membership(self._context.placements))
 
     @property
     def tensors(self) -> ExpertTensors:

@@ -1,6 +1,7 @@
 """What rank 0 keeps and shows of a run; the other ranks get one that does nothing."""
 
 import math
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +22,11 @@ class Recorder:
     ) -> None:
         pass
 
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder; None on a rank that does not write it."""
+        return None
+
     def note(self, message: str) -> None:
         """A line above the progress display, about something that has just happened."""
 
@@ -38,16 +44,18 @@ class Recorder:
 
 
 class RunRecorder(Recorder):
-    """Writes the run folder and shows progress and summary."""
+    """Writes the run folder and shows progress and summary.
 
-    def __init__(self, config: RunConfig) -> None:
-        self._folder = RunFolder.create(
-            config.runs_dir,
-            config.name,
-            dump_config(config),
-            tensorboard=config.tensorboard,
-            summary_copy=config.summary_copy,
-        )
+    Args:
+        run: the folder of a run that goes on after `step`; None: the run gets a new one.
+    """
+
+    def __init__(self, config: RunConfig, run: Path | None = None, step: int = 0) -> None:
+        options: dict[str, Any] = {"tensorboard": config.tensorboard, "summary_copy": config.summary_copy}
+        if run is None:
+            self._folder = RunFolder.create(config.runs_dir, config.name, dump_config(config), **options)
+        else:
+            self._folder = RunFolder.reopen(run, step, dump_config(config), **options)
         self._console = Console()
         self._progress = Progress(config.train.steps, self._console)
 
@@ -63,6 +71,10 @@ class RunRecorder(Recorder):
             self._progress.__exit__(kind, error, trace)
         finally:
             self._folder.__exit__(kind, error, trace)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder.path
 
     def note(self, message: str) -> None:
         self._progress.note(message)

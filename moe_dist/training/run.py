@@ -3,12 +3,14 @@
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from moe_dist.checkpoint.parts import Part
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
 from moe_dist.dispatch.traffic import TrafficLedger
@@ -19,43 +21,75 @@ from moe_dist.metrics import LoadStatistics, installed_versions, load_statistics
 from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
+from moe_dist.training.account import RunAccount
+from moe_dist.training.checkpoints import RunCheckpoints
 from moe_dist.training.evaluate import validation_loss
+from moe_dist.training.finished import show_if_finished
+from moe_dist.training.interrupt import StopSignals
 from moe_dist.training.recluster import Coordinator
-from moe_dist.training.recorder import Recorder, RunRecorder, perplexity
+from moe_dist.training.recorder import Recorder, perplexity
+from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.totals import all_to_all_totals, peak_memory
 from moe_dist.training.warmup import Trained, cluster_experts
+from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process) -> bool:
     """Trains the configured model; every rank of the job calls this.
+
+    Args:
+        give_up: ends this process with an error while its main thread hangs.
+
+    Returns:
+        Whether it stopped before its last step because it was asked to (`interrupt.py`); a checkpoint is there then.
 
     Raises:
         MoeDistError: the data, the launch or the training fails in a way that the user can act upon.
     """
     process = join(config.world)
     shape = resolve_world(config, process.ranks)
+    if show_if_finished(config, process.rank):
+        leave()
+        return False
     if process.rank == 0:
         print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
     data = prepare_data(config.corpus, config.tokenizer)
     _require_same_data(data, process)
-    recorder = RunRecorder(config) if process.rank == 0 else Recorder()
-    with recorder:
-        TrainingRun(config, process, shape, data, recorder).run()
+    resumption = find_resumption(config, data)
+    recorder = open_recorder(config, process.rank, resumption)
+    with recorder, StopSignals() as signals:
+        run = TrainingRun(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
+        if resumption is not None:
+            run.resume(resumption)
+
+        def hangs(error: TrainingError) -> None:
+            recorder.event("failed", run.steps_done, error=str(error))
+            give_up(error)
+
+        with Watchdog(watched_seconds(config), run.checkpoints.run, process.rank, hangs) as watchdog:
+            stopped = run.run(signals, watchdog.alive)
     leave()
+    return stopped
 
 
 class TrainingRun:
     """The loop and its account of time, loads and losses."""
 
     def __init__(
-        self, config: RunConfig, process: Process, shape: WorldShape, data: PreparedData, recorder: Recorder
+        self,
+        config: RunConfig,
+        process: Process,
+        shape: WorldShape,
+        data: PreparedData,
+        recorder: Recorder,
+        steps_done: int = 0,
     ) -> None:
         self.config, self.process, self.shape, self.data, self.recorder = config, process, shape, data, recorder
         self.batch = resolve_batch(config, process.ranks)
         self.mesh = Mesh.create(shape, process.timeout)
         self.ledger = TrafficLedger(Links.discover(process.device))
-        self.trained = Trained(*self._build(config.first_phase))
+        self.trained = Trained(*self._build(config.phase_after(steps_done)))
         self.loader = SequenceLoader(
             data.train,
             config.model.sequence_length,
@@ -67,9 +101,8 @@ class TrainingRun:
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
         self.coordinator = Coordinator(self.engine, config, recorder)
-        self.step_seconds: list[float] = []
-        self.loads: list[dict[str, float]] = []
-        self.curve: list[dict[str, Any]] = []
+        self.account, self.steps_done = RunAccount(), steps_done
+        self.checkpoints = RunCheckpoints(config, self.engine, data_record(data), self._parts(), recorder)
 
     @property
     def model(self) -> LanguageModel:
@@ -84,52 +117,91 @@ class TrainingRun:
         model = LanguageModel(config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger)
         return model, Engine(model, config, self.batch, self.process)
 
-    def run(self) -> None:
+    def _parts(self) -> dict[str, Part]:
+        """What checkpoints hold besides the model and its optimizer."""
+        parts: dict[str, Part] = {"account": self.account, "traffic": self.ledger, "coordinator": self.coordinator}
+        if self.model.context.statistics is not None:
+            parts["statistics"] = self.model.context.statistics
+        return parts
+
+    def resume(self, resumption: Resumption) -> None:
+        """Puts everything into the state of a checkpoint; collective."""
+        self.checkpoints.restore(resumption)
+
+    def run(self, signals: StopSignals, alive: Callable[[str], None] = lambda doing: None) -> bool:
+        """Does the steps that are left, telling `alive` what it is about to do.
+
+        Returns:
+            Whether it stopped before the last step because a rank was asked to.
+        """
         train = self.config.train
         self.recorder.note(self._description())
-        for step in range(1, train.steps + 1):
-            self._train_step(step)
-            last = step == train.steps
-            if last or (train.eval_every and step % train.eval_every == 0):
-                self._evaluate(step)
-        self._finish()
+        self.coordinator.begin(self.steps_done)
+        with self.checkpoints:
+            for step in range(self.steps_done + 1, train.steps + 1):
+                alive(f"step {step}")
+                stop_asked, last = self._train_step(step, signals), step == train.steps
+                if last or (train.eval_every and step % train.eval_every == 0):
+                    alive(f"the evaluation after step {step}")
+                    self._evaluate(step)
+                self.checkpoints.after_step(step)
+                self.steps_done = step
+                if stop_asked and not last:
+                    alive("the checkpoint before a stop")
+                    self._stop(step)
+                    return True
+            alive("the end of the run")
+            self._finish()
+        return False
 
-    def _train_step(self, step: int) -> None:
+    def _stop(self, step: int) -> None:
+        self.checkpoints.stop(step)
+        self.recorder.note(f"asked to stop: stopped after step {step}, with a checkpoint")
+        self.recorder.event("stopped", step)
+
+    def _train_step(self, step: int, signals: StopSignals) -> bool:
+        """One step; returns whether a rank has asked to stop after it."""
         started = time.perf_counter()
         self.coordinator.before_step(step)
         sequences_BS = self.loader.batch(step - 1)
-        outcome = self.engine.forward_backward(sequences_BS)
+        outcome = self.engine.forward_backward(sequences_BS, lambda: signals.wanted)
         _stop_if_broken(step, outcome)
+        if outcome.stop:
+            signals.reached()
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
         self.coordinator.after_step(step, outcome, sequences_BS)
         if self.config.moe.kind != "dense":
-            self.loads.append(self._loads(outcome))
+            self.account.loads.append(self._loads(outcome))
         if step == self.config.standard_steps:
             self._cluster_experts(step)
-        self.step_seconds.append(time.perf_counter() - started)
+        self.account.step_seconds.append(time.perf_counter() - started)
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
+        return outcome.stop
 
     def _cluster_experts(self, step: int) -> None:
         """Ends the standard warm-up; the two batches that follow tell what experts are given."""
         micro, device = self.batch.micro, self.process.device
         batches_BS = [self.loader.batch(step + ahead).to(device).split(micro) for ahead in (0, 1)]
-        del self.coordinator  # it holds on to the model that is about to be freed
+        del self.coordinator  # it holds on to the model that is about to be freed, and so do
+        self.checkpoints.let_go()
         figures = cluster_experts(self.trained, self.config, batches_BS, self._build)
-        self.coordinator = Coordinator(self.engine, self.config, self.recorder, step)
+        self.coordinator = Coordinator(self.engine, self.config, self.recorder)
+        self.checkpoints.follow(self.engine, self._parts())
+        self.coordinator.begin(step)
         self.recorder.event("clustered", step, **figures)
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
-        recent = self.step_seconds[-self.config.train.log_every :]
+        recent = self.account.step_seconds[-self.config.train.log_every :]
         figures: dict[str, Any] = {
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
             "train": {"loss": outcome.loss, "learning_rate": rate, "gradient_norm": norm},
         }
-        if self.loads:
-            figures["load"] = self.loads[-1]
+        if self.account.loads:
+            figures["load"] = self.account.loads[-1]
         return figures
 
     def _loads(self, outcome: StepOutcome) -> dict[str, float]:
@@ -143,27 +215,30 @@ class TrainingRun:
         if not math.isfinite(loss):
             raise TrainingError(f"step {step}: the validation loss is {loss}: the weights are no longer finite")
         tokens = step * self.tokens_per_step
-        self.curve.append({"step": step, "tokens": tokens, "loss": loss})
+        self.account.curve.append({"step": step, "tokens": tokens, "loss": loss})
         self.recorder.evaluation(step, tokens, loss)
 
     def _finish(self) -> None:
         self.coordinator.close()
         config, steps = self.config, self.config.train.steps
+        if not self.account.curve or self.account.curve[-1]["step"] != steps:
+            self._evaluate(steps)  # resumed where another run, of more steps, was not evaluated
+        self.checkpoints.finish(steps)
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
-        tokens, loss = steps * self.tokens_per_step, self.curve[-1]["loss"]
-        timed = self.step_seconds[1:] or self.step_seconds  # the first step warms up
+        tokens, loss = steps * self.tokens_per_step, self.account.curve[-1]["loss"]
+        timed = self.account.step_seconds[1:] or self.account.step_seconds  # the first step warms up
         self.recorder.finish(
             {
                 "name": config.name,
                 "kind": config.moe.kind,
                 "steps": steps,
                 "tokens": tokens,
-                "seconds": sum(self.step_seconds),
-                "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.curve},
+                "seconds": sum(self.account.step_seconds),
+                "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.account.curve},
                 "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(self.ledger, tokens, config.model.layers, self.process),
-                "load": _last_fifth(self.loads),
+                "load": _last_fifth(self.account.loads),
                 "recluster": self.coordinator.totals,
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),

@@ -23,15 +23,9 @@ def run_ranks(work: Callable[..., Any], ranks: int, *args: Any, timeout: float =
         AssertionError: a rank failed or the time ran out; the message holds every rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(ranks)]
-        processes = [
-            CONTEXT.Process(target=_rank, args=(work, rank, ranks, Path(folder) / "store", timeout, pipe[1], args))
-            for rank, pipe in enumerate(pipes)
-        ]
-        for process in processes:
-            process.start()
+        processes, pipes = start_ranks(work, ranks, Path(folder) / "store", timeout, *args)
         try:
-            outcomes = _collect([pipe[0] for pipe in pipes], processes, time.monotonic() + timeout)
+            outcomes = _collect(pipes, processes, time.monotonic() + timeout)
         finally:
             for process in processes:
                 process.kill()
@@ -39,6 +33,20 @@ def run_ranks(work: Callable[..., Any], ranks: int, *args: Any, timeout: float =
     errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(outcomes) if error]
     assert not errors, "\n".join(errors)
     return [result for result, _ in outcomes]
+
+
+def start_ranks(
+    work: Callable[..., Any], ranks: int, store: Path, timeout: float, *args: Any
+) -> tuple[list[Any], list[Connection]]:
+    """Starts a process for every rank of a group that meets at the file `store`; each answers through its pipe."""
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(ranks)]
+    processes = [
+        CONTEXT.Process(target=_rank, args=(work, rank, ranks, store, timeout, pipe[1], args))
+        for rank, pipe in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    return processes, [pipe[0] for pipe in pipes]
 
 
 def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> list[tuple[Any, str | None]]:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,7 @@ def test_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train" in line] == list(range(1, 9))
     events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert events == ["placement", "evaluation", "evaluation", "finished"]
+    assert events == ["started", "placement", "evaluation", "evaluation", "checkpoint", "finished"]
     assert list((folder / "tensorboard").iterdir())
 
 
@@ -141,3 +144,30 @@ def test_ranks_with_other_text_are_refused(tmp_path: Path) -> None:
 def test_trains_on_the_accelerator(tmp_path: Path) -> None:
     run_ranks(_train, 1, _words(tmp_path))
     assert _summary(tmp_path, "smoke")["memory"]["peak_device_bytes"] > 0
+
+
+def _train_until_asked(words: list[str]) -> bool:
+    """Rank 1 alone gets the signal, in the middle of step 3."""
+    forward, calls = LanguageModel.forward, 0
+
+    def asked(self: LanguageModel, sequence_BS: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)  # for the thread that listens
+        return forward(self, sequence_BS)
+
+    LanguageModel.forward = asked  # type: ignore[method-assign]
+    return train(load_config(SMOKE, words))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    assert run_ranks(_train_until_asked, 2, _words(tmp_path)) == [True, True]
+    run = tmp_path / "runs" / "smoke"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events[-2:]] == [("checkpoint", 3), ("stopped", 3)]
+    assert not (run / "summary.json").exists()
+    run_ranks(_train, 2, _words(tmp_path, "name=undisturbed"))
+    run_ranks(_train, 2, _words(tmp_path, "checkpoint.resume=auto"))
+    assert _summary(tmp_path, "smoke")["validation"] == _summary(tmp_path, "undisturbed")["validation"]

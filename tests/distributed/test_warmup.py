@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from moe_dist.checkpoint.store import checkpoints_of
 from moe_dist.config import load_config
 from moe_dist.engine.whole_state import OwnedState, WholeState
 from moe_dist.model.language_model import LanguageModel
@@ -145,3 +146,20 @@ def test_reclustering_goes_on_after_the_change(tmp_path: Path) -> None:
         assert event["moved_experts"] > 0
         assert event["bytes"] > 0
         assert all(0 < error < 1 for errors in event["output_errors"].values() for error in errors.values())
+
+
+def test_a_run_resumes_before_and_after_the_change(tmp_path: Path) -> None:
+    words = ["world.zero_stage=2", "checkpoint.every=3"]  # after steps 3, with standard experts, and 6
+    run_ranks(_train, 2, _words(tmp_path, "name=straight", *words))
+    checkpoints = sorted(checkpoints_of(tmp_path / "runs" / "straight"))
+    assert len(checkpoints) == 2
+    _, _, expected = _outcome(tmp_path, "straight")
+    for number, checkpoint in enumerate(checkpoints):
+        resume = f"checkpoint.resume={checkpoint}"
+        run_ranks(_train, 2, _words(tmp_path, f"name=again-{number}", *words, resume))
+        summary = json.loads((tmp_path / "runs" / f"again-{number}" / "summary.json").read_text())
+        for key in ("validation", "load", "all_to_all", "parameters"):
+            assert summary[key] == expected[key], f"{checkpoint.name}: {key}"
+    run_ranks(_train, 1, _words(tmp_path, "name=alone", f"checkpoint.resume={checkpoints[0]}"))
+    losses = _outcome(tmp_path, "alone")[0]
+    assert losses == pytest.approx([point["loss"] for point in expected["validation"]["curve"]], rel=1e-4)

@@ -1,6 +1,7 @@
 """The command line: what it says, where, and with which exit code."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher import runners
+from launcher.job import Job, Launcher
 from moe_dist import __version__, cli
 from moe_dist.cli import training
 from moe_dist.config import RunConfig, load_config
@@ -39,7 +41,7 @@ def moe_dist(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_help_and_version(moe_dist: Any) -> None:
     code, out, err = moe_dist("--help")
     assert (code, err) == (0, "")
-    for command in ("train", "launch", "config", "bench"):
+    for command in ("train", "launch", "config", "bench", "topology", "doctor"):
         assert command in out
     assert moe_dist("--version") == (0, f"moe-dist {__version__}\n", "")
 
@@ -59,8 +61,13 @@ def test_it_runs_as_a_module_too() -> None:
         (["launch", "--ranks", "x", "CONFIG"], "--ranks"),
         (["launch", "--ranks", "0", "CONFIG"], "--ranks 0"),
         (["launch", "--ranks", "3", "CONFIG"], "train.global_batch_size=32 is not divisible by the 3 ranks"),
-        (["launch", "--launcher", "mpi", "CONFIG"], "'mpi'"),
+        (["launch", "--launcher", "pbs", "CONFIG"], "'pbs'"),
         (["launch", "--frob", "CONFIG"], "--frob"),
+        (["launch", "--nodes", "2", "CONFIG"], "--nodes 2 needs --hostfile"),
+        (["launch", "--hostfile", "/nowhere", "CONFIG"], "--hostfile /nowhere: cannot be read"),
+        (["topology", "CONFIG", "--nodes", "3", "--ranks", "4"], "4 ranks cannot be divided over --nodes 3"),
+        (["doctor", "--ranks", "0"], "--ranks 0"),
+        (["doctor", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["launch", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["config", "CONFIG", "moe.expert=3"], "did you mean 'moe.experts'?"),
         (["config", "CONFIG", "--ranks", "5"], "divisible by the 5 ranks"),
@@ -92,12 +99,54 @@ def test_launch_shows_its_command(moe_dist: Any, config: str) -> None:
     assert out.endswith(f"train.py {config} seed=4\n")
 
 
+TWO_SHARDS = ["world.shard=2", "moe.clusters=2", "moe.experts=8"]
+
+
+def test_topology_says_what_stays_inside_nodes(moe_dist: Any, config: str, tmp_path: Path) -> None:
+    code, out, _ = moe_dist("topology", config, "--nodes", "2", "--ranks", "4", *TWO_SHARDS)
+    assert code == 0
+    assert "4 ranks = data 1 x cluster 2 x shard 2, on 2 node(s)" in out
+    assert "1 2 0 1 0 clusters 1: experts 4-5" in [" ".join(line.split()) for line in out.splitlines()]
+    assert re.search(r"stage two: .* 2 of 2 +none +0 of 2", out)
+    assert "stage two never leaves one" in out
+    (tmp_path / "hosts").write_text("a slots=3\nb slots=1\n")
+    code, out, _ = moe_dist("topology", config, "--hostfile", str(tmp_path / "hosts"), *TWO_SHARDS)
+    assert "warning: 1 cluster group(s) lie across nodes" in out
+    assert "make the ranks of a node (1, 3) a multiple of world.shard=2" in out
+
+
+@pytest.mark.parametrize(("kind", "part"), [("standard", "experts 8-15"), ("dense", "the whole layer")])
+def test_topology_of_the_baselines(moe_dist: Any, config: str, kind: str, part: str) -> None:
+    words = [f"moe.kind={kind}", "moe.experts=16", "moe.balance=none", "world.cluster=2" if kind == "standard" else ""]
+    code, out, err = moe_dist("topology", config, "--ranks", "2", *filter(None, words))
+    assert (code, err) == (0, "")
+    assert part in out
+    assert "stage" not in out
+
+
+def test_doctor_asks_its_launcher_for_ranks(moe_dist: Any, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Job] = []
+
+    def launch(job: Job) -> int:
+        jobs.append(job)
+        return 5
+
+    monkeypatch.setattr(runners, "launch", launch)
+    assert moe_dist("doctor")[0] == 5
+    assert moe_dist("doctor", config, "seed=1", "--ranks", "4", "--launcher", "torchrun")[0] == 5
+    assert [(job.launcher, job.ranks, job.words) for job in jobs] == [
+        (Launcher.LOCAL, 2, ()),
+        (Launcher.TORCHRUN, 4, (config, "seed=1")),
+    ]
+    assert {job.entry.name for job in jobs} == {"doctor.py"}
+
+
 def test_launch_passes_on_the_exit_code_and_the_json_file(
     moe_dist: Any, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs: list[runners.Job] = []
+    jobs: list[Job] = []
 
-    def launch(job: runners.Job) -> int:
+    def launch(job: Job) -> int:
         jobs.append(job)
         return 137
 
@@ -105,7 +154,7 @@ def test_launch_passes_on_the_exit_code_and_the_json_file(
     target = tmp_path / "a file: with odd name.json"
     code, _, _ = moe_dist("launch", "--launcher", "torchrun", "--json", str(target), config)
     assert code == 137
-    assert jobs[0].launcher is runners.Launcher.TORCHRUN
+    assert jobs[0].launcher is Launcher.TORCHRUN
     assert load_config(jobs[0].words[0], jobs[0].words[1:]).summary_copy == str(target)
 
 

@@ -169,9 +169,10 @@ def test_a_standard_warmup_changes_nothing_but_the_kind_of_experts() -> None:
     words = ["moe.warmup_standard=0.25", "train.steps=10", "train.warmup_steps=1"]
     config = load_config(None, [*words, "recluster.period=2", "recluster.start=5"])
     assert config.standard_steps == 2
-    first = config.first_phase
+    first = config.phase_after(1)
     assert (first.moe.kind, first.standard_steps, first.recluster.period) == ("standard", 0, None)
     assert first.model_copy(update={"moe": config.moe, "recluster": config.recluster}) == config
+    assert config.phase_after(2) is config
     plain = load_config(None)
     assert plain.standard_steps == 0
-    assert plain.first_phase is plain
+    assert plain.phase_after(0) is plain

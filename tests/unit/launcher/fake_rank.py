@@ -11,17 +11,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from launcher import train as entry
 from moe_dist.config import RunConfig
 from moe_dist.errors import TrainingError
+from moe_dist.training.interrupt import StopSignals
 
 
 def wait_for_all(rank: str) -> None:
-    folder = Path(os.environ["MOE_DIST_JOB_FOLDER"])
+    folder = Path(os.environ.get("FAKE_MEETING") or os.environ["MOE_DIST_JOB_FOLDER"])
     (folder / f"{rank}.up").touch()
     while len(list(folder.glob("*.up"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)
 
 
-def behave(config: RunConfig) -> None:
+def behave(config: RunConfig) -> bool:
     rank = os.environ["RANK"]
+    if os.environ.get(f"RANK_{rank}") == "stop":
+        with StopSignals() as signals:
+            return _behave(rank, signals)
+    return _behave(rank, StopSignals())
+
+
+def _behave(rank: str, signals: StopSignals) -> bool:
     wait_for_all(rank)
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} pid {os.getpid()} tty {sys.stdout.isatty()}", flush=True)
     how = os.environ.get(f"RANK_{rank}", "succeed")
@@ -53,6 +61,11 @@ def behave(config: RunConfig) -> None:
                 time.sleep(0.3)
                 print(f"rank {rank} closed", flush=True)
                 raise
+        case "stop":  # a rank that stops at its next step when it is asked to
+            while not signals.wanted:
+                time.sleep(0.02)
+            return True
+    return False
 
 
 entry._train = behave

@@ -44,8 +44,13 @@ def job(who: str, config: Path, *behaviour: str) -> Iterator[subprocess.Popen[st
 
 
 def wait_for_ranks(child: subprocess.Popen[str], count: int) -> str:
+    """What the ranks say of themselves, one line each; rank 0 also says who started them."""
     assert child.stdout is not None
-    return "".join(child.stdout.readline() for _ in range(count))
+    lines: list[str] = []
+    while sum(" pid " in line for line in lines) < count:
+        lines.append(child.stdout.readline())
+        assert lines[-1], f"the job ended: {lines}"
+    return "".join(lines)
 
 
 def assert_none_left(text: str, count: int) -> None:
@@ -77,6 +82,8 @@ def runs(pid: int) -> bool:
         ("ignore", ["sleep", "raise", "deaf"], 1, r"rank 1 failed: ValueError: boom of two lines"),
         ("deepspeed", ["sleep", "raise", "sleep", "sleep"], 1, r"rank 1 failed: ValueError: boom of two lines"),
         ("deepspeed", ["sleep", "sleep", "sleep", "die"], 137, r"rank 3 failed: process \d+ was killed.*"),
+        ("local", ["sleep", "raise"], 1, r"rank 1 failed: ValueError: boom of two lines"),
+        ("local", ["die", "sleep"], 137, r"rank 0 failed: process \d+ was killed.*"),
         ("torchrun", ["sleep", "raise"], 1, r"rank 1 failed: ValueError: boom of two lines"),
         ("torchrun", ["die", "sleep"], 137, r"rank 0 failed: process \d+ was killed.*"),
     ],
@@ -100,10 +107,10 @@ def test_a_kernel_without_pidfd_is_refused_in_one_line(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "pidfd_open", missing)
     with pytest.raises(LaunchError, match=r"pidfd_open.*Function not implemented.*Linux 5\.3"):
-        supervise.run_job([sys.executable, "-c", ""], os.environ, 1, rendezvous_file=False)
+        supervise.run_job([sys.executable, "-c", ""], os.environ, range(1), rendezvous_file=False)
 
 
-@pytest.mark.parametrize("who", ["stop", "torchrun"])
+@pytest.mark.parametrize("who", ["stop", "local", "torchrun"])
 def test_all_succeed(config: Path, who: str) -> None:
     with job(who, config, "succeed", "succeed") as child:
         out, err = child.communicate(timeout=LIMIT)
@@ -112,7 +119,7 @@ def test_all_succeed(config: Path, who: str) -> None:
     assert sorted(re.findall(r"rank (\d) of 2", out)) == ["0", "1"]
 
 
-@pytest.mark.parametrize("who", ["stop", "deepspeed", "torchrun"])
+@pytest.mark.parametrize("who", ["stop", "local", "deepspeed", "torchrun"])
 def test_ctrl_c_lets_ranks_close_their_files(config: Path, who: str) -> None:
     with job(who, config, "close", "close") as child:
         started = wait_for_ranks(child, 2)
@@ -123,6 +130,18 @@ def test_ctrl_c_lets_ranks_close_their_files(config: Path, who: str) -> None:
     assert sorted(re.findall(r"rank \d closed", out)) == ["rank 0 closed", "rank 1 closed"]
     assert err.splitlines()[-1] == "moe-dist: interrupted"
     assert "Traceback" not in err
+    assert_none_left(started, 2)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+def test_ranks_that_are_asked_to_stop_end_the_job_as_stopped(config: Path, signum: int) -> None:
+    with job("local", config, "stop", "stop") as child:
+        started = wait_for_ranks(child, 2)
+        time.sleep(0.3)  # until they have been found
+        child.send_signal(signum)
+        _, err = child.communicate(timeout=LIMIT)
+    assert child.returncode == 75
+    assert err.splitlines()[-1] == f"moe-dist: {supervise.STOPPED}"
     assert_none_left(started, 2)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import environment
+from launcher import environment, faults
 from launcher import train as entry
 from moe_dist.config import RunConfig
 
@@ -73,6 +73,25 @@ def test_an_interrupted_run_returns_130(
     monkeypatch.setattr(entry, "_train", interrupted)
     assert entry.main([str(tmp_path / "run.yaml")]) == 130
     assert capsys.readouterr().err == "moe-dist: interrupted\n"
+
+
+SRUN = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "code"),
+    [({}, 75), ({**SRUN, **MEETING}, 0), ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MEETING}, 75)],
+    ids=["alone", "srun, which would kill the others", "by hand"],
+)
+def test_a_run_that_stopped_as_asked_says_so(
+    variables: dict[str, str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.yaml").write_text("{}")
+    os.environ.update(variables)
+    monkeypatch.setattr(entry, "_train", lambda config: True)
+    monkeypatch.setattr(faults, "register", lambda rank, leave_with_parent: None)
+    assert entry.main([str(tmp_path / "run.yaml")]) == code
 
 
 @pytest.mark.parametrize(

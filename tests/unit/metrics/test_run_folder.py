@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_dist.errors import MoeDistError
+from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.metrics import REQUIRED_KEYS, RunFolder, installed_versions, missing_keys, peak_rss_bytes
 from tests.unit.metrics.example import summary
 
@@ -108,3 +108,32 @@ def test_tensorboard_gets_numbers_by_dotted_key(tmp_path: Path) -> None:
 def test_host_figures() -> None:
     assert peak_rss_bytes() > 10_000_000
     assert {"python", "torch", "deepspeed", "megatron-core", "moe-dist"} == set(installed_versions())
+
+
+def test_a_run_that_goes_on_repeats_no_line(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "demo", "seed: 0\n", tensorboard=False) as run:
+        for step in range(1, 6):
+            run.log(step, {"loss": step})
+            run.event("evaluation", step)
+        run.write_summary(summary())
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short by a crash
+    (run.path / "load.jsonl").write_text('{"step": 3}\n{"step": 4}\nnot JSON\n[]\n')
+    with RunFolder.reopen(run.path, 3, "seed: 0\nrank: 2\n", tensorboard=False) as again:
+        again.log(4, {"loss": 40})
+    assert [(line["step"], line["loss"]) for line in lines(run.path / "metrics.jsonl")] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+    ]
+    assert lines(run.path / "load.jsonl") == [{"step": 3}]
+    assert len(lines(run.path / "events.jsonl")) == 5
+    assert not (run.path / "summary.json").exists()
+    assert (run.path / "config.yaml").read_text() == "seed: 0\nrank: 2\n"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_run_that_cannot_go_on_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot go on with this run: [^\n]+$"):
+        RunFolder.reopen(tmp_path / "nowhere", 3, "", tensorboard=False)

@@ -1,0 +1,95 @@
+"""Which checkpoint to go on from: all ranks check the files together, and agree."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from moe_dist.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from moe_dist.checkpoint.store import FINAL, check, checkpoints_of, step_of
+from moe_dist.errors import CheckpointError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose every byte has been checked, and what was wrong with newer ones."""
+
+    path: Path
+    manifest: Manifest
+    damaged: dict[Path, str] = field(default_factory=dict)
+
+
+def newest_good(run: Path, *, weights: bool = False) -> Found | None:
+    """The newest checkpoint of a run that is whole; None where there is none at all. Collective.
+
+    Args:
+        weights: the weights of the run's end will do, and are preferred.
+
+    Raises:
+        CheckpointError: there are checkpoints, but every one is damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for candidate in agreed(_candidates(run, weights)):
+        problem = first_problem(candidate)
+        if problem is None:
+            return Found(candidate, read_manifest(candidate), damaged)
+        damaged[candidate] = problem
+    if damaged:
+        raise CheckpointError(f"{run}: every checkpoint is damaged; the newest: {next(iter(damaged.values()))}")
+    return None
+
+
+def checked(checkpoint: Path) -> Found:
+    """That checkpoint and no other; collective.
+
+    Raises:
+        CheckpointError: it is damaged, or none.
+    """
+    problem = first_problem(checkpoint)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return Found(checkpoint, read_manifest(checkpoint))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path names one checkpoint, rather than a run."""
+    return (path / MANIFEST).exists()
+
+
+def first_problem(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is; every rank reads its share of the files. Collective."""
+    alone = not dist.is_initialized()
+    rank, ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+    problem = None
+    try:
+        check(checkpoint, rank, ranks)
+    except CheckpointError as error:
+        problem = str(error)
+    problems: list[str | None] = [problem] * ranks
+    if not alone:
+        dist.all_gather_object(problems, problem)
+    return next((problem for problem in problems if problem), None)
+
+
+def _candidates(run: Path, weights: bool) -> list[Path]:
+    """What may be read, the latest step first; weights of the end before a checkpoint of the same step."""
+    found = [(step_of(path), 0, path) for path in checkpoints_of(run)]
+    final = run / FINAL
+    if weights and is_checkpoint(final):
+        try:
+            found.append((read_manifest(final).step, 1, final))
+        except CheckpointError:
+            found.append((0, 1, final))  # damaged: named as such if nothing else is whole
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def agreed(value: Value) -> Value:
+    """Rank 0's value: a shared file system may show the others a folder a little later."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

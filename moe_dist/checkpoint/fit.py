@@ -1,0 +1,80 @@
+"""Whether a run can go on from a checkpoint: which keys of its configuration must be the same."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from moe_dist.checkpoint.manifest import DataRecord, Manifest
+from moe_dist.config import RunConfig
+from moe_dist.errors import CheckpointError, ConfigError
+from moe_dist.metrics import flatten
+
+MUST_FIT = ("seed", "model", "moe", "tokenizer", "train.global_batch_size")
+"""Sections and keys that decide what the tensors are, what the model computes, and which tokens come next."""
+FREE = (
+    "model.activation_checkpointing", "model.init_std", "moe.form", "moe.wire_dtype", "moe.balance_rate",
+    "moe.aux_loss_weight", "moe.z_loss_weight", "moe.capacity_factor", "moe.shared_init", "tokenizer.train_bytes",
+)  # fmt: skip
+"""Keys below `MUST_FIT` that may differ all the same: how it is computed, and how training is steered."""
+UNSAID = ("name", "runs_dir", "summary_copy", "tensorboard", "checkpoint", "watchdog", "corpus")
+"""What may differ without a word: where the run is kept, and where its text lies (its tokens are compared)."""
+
+
+def changed_keys(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Keys whose value in the checkpoint's configuration differs from the present one: (then, now)."""
+    then = dict(flatten(config_of(manifest).model_dump(mode="json")))
+    now = dict(flatten(config.model_dump(mode="json")))
+    return {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
+
+
+def config_of(manifest: Manifest) -> RunConfig:
+    """The configuration that a checkpoint was written under; keys newer than it have their defaults.
+
+    Raises:
+        CheckpointError: it is not one of this version.
+    """
+    try:
+        return RunConfig.model_validate(manifest.config)
+    except (ValidationError, ConfigError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the checkpoint's configuration is not one of this version: {reason}") from error
+
+
+def require_fit(manifest: Manifest, config: RunConfig, data: DataRecord) -> list[str]:
+    """Refuses what cannot go on, and returns what differs and may, as `key: then -> now`.
+
+    Raises:
+        CheckpointError: keys differ that must not, all of them named; or the tokens are others.
+    """
+    changed = require_same_model(manifest, config)
+    _require_same_tokens(manifest.data, data, changed)
+    return [_shown({key: pair}) for key, pair in changed.items() if not _is_below(key, UNSAID)]
+
+
+def require_same_model(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The same without the tokens; returns all keys that differ."""
+    changed = changed_keys(manifest, config)
+    refused = {key: pair for key, pair in changed.items() if _is_below(key, MUST_FIT) and not _is_below(key, FREE)}
+    if refused:
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} does not fit the configuration: {_shown(refused)}; set them back, "
+            "or start a new run with checkpoint.resume=none"
+        )
+    return changed
+
+
+def _require_same_tokens(then: DataRecord, now: DataRecord, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    if (then.train_checksum, then.vocab_size) == (now.train_checksum, now.vocab_size):
+        return
+    keys = {key: pair for key, pair in changed.items() if _is_below(key, ("corpus",)) and key != "corpus.cache_dir"}
+    why = _shown(keys) if keys else "the same keys, so the text itself has changed"
+    raise CheckpointError(f"the checkpoint was trained on other tokens than corpus.* gives now: {why}")
+
+
+def _is_below(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _shown(pairs: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key}: {then!r} -> {now!r}" for key, (then, now) in sorted(pairs.items()))

@@ -1,0 +1,156 @@
+"""What a checkpoint says of itself: two JSON files, read strictly, since anyone could have written them.
+
+manifest.json   step, configuration, data, placement, small values, and size and SHA-256 of every other file
+index.json      every tensor: dtype, shape, and which run of its elements is in which file
+"""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from moe_dist.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+INDEX = "index.json"
+WEIGHT = "weight"
+"""A parameter's values are the tensor `weight/<its name>`; its Adam moments lie beside it."""
+FileName = Annotated[str, Field(pattern=r"^(index\.json|rank-[0-9]{5}\.safetensors)$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+NonNegative = Annotated[int, Field(ge=0)]
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+
+
+class Record(BaseModel):
+    """Part of a file: unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+class FileRecord(Record):
+    """A file's size in bytes and checksum."""
+
+    bytes: NonNegative
+    sha256: Sha256
+
+
+class PlacementRecord(Record):
+    """An `ExpertPlacement` of one layer."""
+
+    members: list[list[int]]
+    block_of_cluster: list[int]
+    blocks: Annotated[int, Field(ge=1)]
+    shards: Annotated[int, Field(ge=1)]
+    version: NonNegative
+
+
+class DataRecord(Record):
+    """Which tokens the run learns from, and how many of its steps it has taken from them."""
+
+    train_checksum: int
+    validation_checksum: int
+    vocab_size: Annotated[int, Field(ge=1)]
+    next_step: NonNegative
+    """The loader is a pure function of (seed, step): this, from 0, is its whole position."""
+
+
+class Manifest(Record):
+    """A checkpoint's facts; `files` is filled in when all of them are written."""
+
+    format: Literal[1] = 1
+    kind: Literal["training", "weights"]
+    step: NonNegative
+    updates: NonNegative = 0
+    """Updates that the optimizer's moments have seen."""
+    ranks: Annotated[int, Field(ge=1)]
+    config: dict[str, JsonValue]
+    data: DataRecord
+    placements: list[PlacementRecord] = []
+    """Of each layer; empty unless experts are clustered."""
+    values: dict[str, dict[str, JsonValue]] = {}
+    versions: dict[str, str | None] = {}
+    written: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    files: dict[FileName, FileRecord] = {}
+
+
+class TensorRecord(Record):
+    """One tensor; `chunks` holds (first element, number of elements, file) and covers all of it."""
+
+    dtype: Literal[tuple(DTYPES)]  # type: ignore[valid-type]
+    shape: list[NonNegative]
+    chunks: list[tuple[NonNegative, NonNegative, FileName]]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+class Index(Record):
+    """Every tensor of the checkpoint by its name."""
+
+    tensors: dict[str, TensorRecord]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest with a checksum of its own."""
+    content = manifest.model_dump(mode="json")
+    text = json.dumps({"checksum": _checksum(content), **content}, indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or no manifest of this format.
+    """
+    content = _read_json(folder / MANIFEST)
+    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+        raise CheckpointError(f"checkpoint {folder} is damaged: the checksum of {MANIFEST} is wrong")
+    return _parse(Manifest, content, folder / MANIFEST)
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a checkpoint; the same errors."""
+    return _parse(Index, _read_json(folder / INDEX), folder / INDEX)
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path.parent}: {path.name} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name} is not JSON") from error
+
+
+def _parse(record: type[AnyRecord], content: Any, path: Path) -> AnyRecord:
+    try:
+        return record.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "content"
+        reason = " ".join(first["msg"].split())
+        raise CheckpointError(f"checkpoint {path.parent} is damaged: {path.name}: {key}: {reason}") from error

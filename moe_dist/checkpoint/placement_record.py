@@ -1,0 +1,53 @@
+"""Placements in a checkpoint's manifest, and how they are laid out on another shape of ranks."""
+
+from moe_dist.checkpoint.manifest import Manifest, PlacementRecord
+from moe_dist.config import WorldShape
+from moe_dist.errors import CheckpointError
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.topology.placement import ExpertPlacement
+
+
+def placement_to_record(placement: ExpertPlacement) -> PlacementRecord:
+    """A placement as JSON takes it."""
+    return PlacementRecord(
+        members=[list(cluster) for cluster in placement.members],
+        block_of_cluster=list(placement.block_of_cluster),
+        blocks=placement.blocks,
+        shards=placement.shards,
+        version=placement.version,
+    )
+
+
+def placement_from_record(record: PlacementRecord, shape: WorldShape) -> ExpertPlacement:
+    """The placement for ranks of `shape`: clusters keep their members in their slots, whatever ranks there are.
+
+    Where the cluster axis has another size, clusters are dealt out over its blocks in the order of their numbers.
+
+    Raises:
+        CheckpointError: the record is no placement, or cannot be laid out on that shape.
+    """
+    blocks = list(record.block_of_cluster)
+    if record.blocks != shape.cluster:
+        per_block = max(1, len(record.members) // shape.cluster)
+        blocks = [cluster // per_block for cluster in range(len(record.members))]
+    members = tuple(tuple(cluster) for cluster in record.members)
+    try:
+        return ExpertPlacement(members, tuple(blocks), shape.cluster, shape.shard, record.version)
+    except (ValueError, ZeroDivisionError, IndexError) as error:
+        raise CheckpointError(f"the checkpoint's placement does not fit {shape}: {error}") from error
+
+
+def adopt_placements(model: LanguageModel, manifest: Manifest) -> None:
+    """Makes a model route by the placements of a checkpoint, whose weights it is about to be given.
+
+    Raises:
+        CheckpointError: they are not of this model, or cannot be laid out on its ranks.
+    """
+    context, records = model.context, manifest.placements
+    placements = [placement_from_record(record, context.mesh.shape) for record in records]
+    sizes = [(placement.experts, placement.clusters) for placement in placements]
+    if sizes != [(placement.experts, placement.clusters) for placement in context.placements]:
+        raise CheckpointError("the checkpoint's placements are of another number of layers, experts or clusters")
+    context.placements[:] = placements
+    for layer in model.clustered_layers():
+        layer.follow_placement()

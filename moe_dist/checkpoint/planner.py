@@ -1,0 +1,96 @@
+"""What each rank writes and reads, told to `torch.distributed.checkpoint` in its own terms."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from moe_dist.checkpoint.shards import Shard, ShardedTensor, State
+
+
+class ShardSavePlanner(DefaultSavePlanner):
+    """Writes every shard of a `State`; of shards that several ranks hold alike, one rank writes each.
+
+    torch's own planner refuses shards that overlap otherwise.
+    """
+
+    state_dict: State
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(
+            [
+                WriteItem(
+                    MetadataIndex(name, (shard.start,)),
+                    WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        chunk_of(shard), TensorProperties(dtype=tensor.dtype), torch.Size([tensor.numel])
+                    ),
+                )
+                for name, tensor in self.state_dict.items()
+                for shard in tensor.shards
+            ]
+        )
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return _shard_at(self.state_dict, index).values
+
+
+class ShardLoadPlanner(DefaultLoadPlanner):
+    """Fills every shard of a `State` from whatever shards were written, converting the type where it differs."""
+
+    state_dict: State
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: State, metadata: Metadata | StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        assert isinstance(metadata, Metadata)
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan(list(self._reads()))
+
+    def _reads(self) -> Iterator[ReadItem]:
+        assert self.metadata is not None
+        for name, tensor in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            yield from create_read_items_for_chunk_list(name, stored, [chunk_of(shard) for shard in tensor.shards])
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return _shard_at(self.state_dict, index).values
+
+
+def chunk_of(shard: Shard) -> ChunkStorageMetadata:
+    """A shard's place in its flattened tensor."""
+    return ChunkStorageMetadata(torch.Size([shard.start]), torch.Size([shard.values.numel()]))
+
+
+def _shard_at(state: State, index: MetadataIndex) -> Shard:
+    tensor: ShardedTensor = state[index.fqn]
+    assert index.offset is not None
+    return next(shard for shard in tensor.shards if shard.start == index.offset[0])

@@ -1,0 +1,74 @@
+"""All of a run that a checkpoint holds, gathered from its model, its optimizer and its other parts."""
+
+from moe_dist.checkpoint.find import Found
+from moe_dist.checkpoint.manifest import DataRecord, Manifest, read_index
+from moe_dist.checkpoint.model_state import training_tensors_of, weights_of
+from moe_dist.checkpoint.parts import Parts, hand_back, room_for, tensors_of, values_of
+from moe_dist.checkpoint.placement_record import adopt_placements, placement_to_record
+from moe_dist.checkpoint.shards import State
+from moe_dist.checkpoint.transfer import read_checkpoint
+from moe_dist.engine.engine import Engine
+from moe_dist.engine.training_state import MASTER
+from moe_dist.errors import CheckpointError
+from moe_dist.metrics import installed_versions
+
+
+class RunState:
+    """The state of a run between two steps.
+
+    Args:
+        data: which tokens it learns from; the position in them is its step.
+        parts: what else outlives a step, by name.
+    """
+
+    def __init__(self, engine: Engine, data: DataRecord, parts: Parts) -> None:
+        self._engine, self._data, self._parts = engine, data, parts
+
+    def checkpoint(self, step: int) -> tuple[Manifest, State]:
+        """Everything, after `step` steps, to go on from. The tensors are the live ones."""
+        process = self._engine.process
+        optimizer = self._engine.training_state()
+        manifest = self._manifest(step).model_copy(
+            update={"kind": "training", "updates": optimizer.steps, "values": values_of(self._parts)}
+        )
+        tensors = training_tensors_of(self._engine.model, optimizer)
+        return manifest, {**tensors, **tensors_of(self._parts, process.rank, process.ranks)}
+
+    def weights(self, step: int) -> tuple[Manifest, State]:
+        """The weights and the parts that the model computes with, for evaluation and export."""
+        process = self._engine.process
+        tensors = training_tensors_of(self._engine.model, self._engine.training_state(), (MASTER,))
+        return self._manifest(step), {**tensors, **tensors_of(self._model_parts(), process.rank, process.ranks)}
+
+    def restore(self, found: Found) -> None:
+        """Puts the run back into the state of a checkpoint, written by any number of ranks; collective.
+
+        Raises:
+            CheckpointError: it holds no training state, or does not fit.
+        """
+        engine, manifest = self._engine, found.manifest
+        if manifest.kind != "training":
+            raise CheckpointError(f"{found.path} holds weights only: training cannot go on from it")
+        index, process = read_index(found.path), engine.process
+        adopt_placements(engine.model, manifest)
+        optimizer = engine.training_state()
+        parts = room_for(self._parts, index, process.rank, process.ranks)
+        read_checkpoint(found.path, weights_of(engine.model))
+        read_checkpoint(found.path, {**training_tensors_of(engine.model, optimizer), **parts})
+        optimizer.steps = manifest.updates
+        hand_back(self._parts, parts, manifest)
+
+    def _manifest(self, step: int) -> Manifest:
+        engine = self._engine
+        return Manifest(
+            kind="weights",
+            step=step,
+            ranks=engine.process.ranks,
+            config=engine.config.model_dump(mode="json"),
+            data=self._data.model_copy(update={"next_step": step}),
+            placements=[placement_to_record(placement) for placement in engine.model.context.placements],
+            versions=installed_versions(),
+        )
+
+    def _model_parts(self) -> Parts:
+        return {"balance": self._engine.model.context.balance}

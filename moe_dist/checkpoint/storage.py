@@ -1,0 +1,210 @@
+"""Where `torch.distributed.checkpoint` puts a checkpoint: one safetensors file a rank, no pickle anywhere.
+
+A checkpoint is written under a temporary name and takes its own only when every rank has written all it had to, every
+file is on the disk, and the manifest says which files these are: a reader finds it whole or not at all.
+"""
+
+import hashlib
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from moe_dist.checkpoint.manifest import (
+    INDEX,
+    FileRecord,
+    Index,
+    Manifest,
+    TensorRecord,
+    write_manifest,
+)
+from moe_dist.checkpoint.shards import State
+from moe_dist.errors import CheckpointError
+
+PARTIAL = ".partial"
+
+
+def partial_name(target: Path) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return target.with_name(f".{target.name}{PARTIAL}")
+
+
+class ShardWriter(StorageWriter):
+    """Writes one checkpoint to the folder `target`; `finish` commits it.
+
+    Args:
+        shapes: the whole shapes of all tensors this rank has a part of, which torch knows only flattened.
+    """
+
+    def __init__(self, target: Path, manifest: Manifest, state: State, rank: int) -> None:
+        self._target, self._folder, self._manifest, self._rank = target, partial_name(target), manifest, rank
+        self._shapes = {name: tensor.shape for name, tensor in state.items()}
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to forget: a writer writes once."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        if is_coordinator:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return SavePlan(plan.items, storage_data=self._shapes)
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        for plan in plans:
+            self._shapes.update(plan.storage_data)
+        return [SavePlan(plan.items) for plan in plans]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self._write(plan, planner) if plan.items else [])
+        return done
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        path = self._folder / f"rank-{self._rank:05}.safetensors"
+        if not self._folder.is_dir():
+            raise CheckpointError(
+                f"rank {self._rank} does not see {self._folder}, which rank 0 has made: runs_dir must be on a file "
+                "system that all nodes share"
+            )
+        tensors = {}
+        for item in plan.items:
+            values = planner.resolve_data(item)
+            assert isinstance(values, torch.Tensor)
+            tensors[key_of(item.index)] = values
+        save_file(tensors, path)
+        path.chmod(self._folder.stat().st_mode & 0o666)  # safetensors lets only its user read it
+        written = (path.name, recorded(path))
+        return [WriteResult(item.index, tensors[key_of(item.index)].nbytes, written) for item in plan.items]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files: dict[str, FileRecord] = dict(result.storage_data for rank in results for result in rank)
+        where = {result.index: result.storage_data[0] for rank in results for result in rank}
+        index = Index(tensors={name: self._record(name, metadata, where) for name in metadata.state_dict_metadata})
+        (self._folder / INDEX).write_text(index.model_dump_json(), encoding="utf-8")
+        files[INDEX] = recorded(self._folder / INDEX)
+        write_manifest(self._folder, self._manifest.model_copy(update={"files": files}))
+        sync(self._folder / "manifest.json")
+        sync(self._folder)
+        _take_name(self._folder, self._target)
+
+    def _record(self, name: str, metadata: Metadata, where: dict[MetadataIndex, str]) -> TensorRecord:
+        stored = metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        dtype = str(stored.properties.dtype).removeprefix("torch.")
+        chunks = [
+            (chunk.offsets[0], chunk.sizes[0], where[MetadataIndex(name, chunk.offsets)]) for chunk in stored.chunks
+        ]
+        record = TensorRecord(dtype=dtype, shape=list(self._shapes[name]), chunks=chunks)
+        if sum(length for _, length, _ in chunks) != record.numel:
+            raise CheckpointError(f"{name} of shape {record.shape} is not whole: no rank has some of its elements")
+        return record
+
+
+class ShardReader(StorageReader):
+    """Reads the checkpoint in `folder`, whose index and files have been checked."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self._folder, self._index = folder, index
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to forget."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return Metadata({name: _flat(tensor) for name, tensor in self._index.tensors.items()})
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to prepare."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: defaultdict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            by_file[self._file_of(item.storage_index)].append(item)
+        for name, items in sorted(by_file.items()):
+            self._read(self._folder / name, items, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _file_of(self, index: MetadataIndex) -> str:
+        assert index.offset is not None
+        return next(file for start, _, file in self._index.tensors[index.fqn].chunks if start == index.offset[0])
+
+    def _read(self, path: Path, items: list[ReadItem], planner: LoadPlanner) -> None:
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for item in items:
+                    start, length = item.storage_offsets[0], item.lengths[0]
+                    values = file.get_slice(key_of(item.storage_index))[start : start + length]
+                    planner.resolve_tensor(item).copy_(values)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {self._folder} is damaged: {path.name}: {error}") from error
+
+
+def key_of(index: MetadataIndex) -> str:
+    """A shard's name in its file."""
+    assert index.offset is not None
+    return f"{index.fqn}@{index.offset[0]}"
+
+
+def recorded(path: Path) -> FileRecord:
+    """Puts a file on the disk, whatever happens to the machine, and returns its size and checksum."""
+    sync(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(bytes=path.stat().st_size, sha256=digest)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take_name(folder: Path, target: Path) -> None:
+    """What has the name already (an earlier attempt at the same step) is moved away first, then deleted."""
+    old = target.with_name(f".{target.name}.old{PARTIAL}")
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flat(tensor: TensorRecord) -> TensorStorageMetadata:
+    chunks = [ChunkStorageMetadata(torch.Size([start]), torch.Size([length])) for start, length, _ in tensor.chunks]
+    return TensorStorageMetadata(TensorProperties(dtype=tensor.torch_dtype), torch.Size([tensor.numel]), chunks)

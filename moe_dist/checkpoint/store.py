@@ -1,0 +1,110 @@
+"""The checkpoints of one run: `runs/<name>/checkpoints/step-00000500/`, which of them are good, and which are kept."""
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+from moe_dist.checkpoint.manifest import Manifest, read_index, read_manifest
+from moe_dist.checkpoint.storage import PARTIAL, partial_name
+from moe_dist.config import CheckpointConfig
+from moe_dist.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+FINAL = "final"
+_STEP = re.compile(r"step-([0-9]{8,})")
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint taken after `step` updates."""
+    return run / CHECKPOINTS / f"step-{step:08}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _STEP.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """A run's committed checkpoints, newest first; that they are committed does not mean that they are still whole."""
+    folder = run / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), key=step_of, reverse=True)
+
+
+def check(checkpoint: Path, part: int = 0, parts: int = 1) -> Manifest:
+    """Reads a checkpoint's manifest and index, and the checksums of every `parts`-th of its files, from `part` on.
+
+    Raises:
+        CheckpointError: something is missing, damaged or not as the manifest says.
+    """
+    manifest = read_manifest(checkpoint)
+    for number, (name, record) in enumerate(sorted(manifest.files.items())):
+        try:
+            with (checkpoint / name).open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                if size != record.bytes:
+                    raise CheckpointError(
+                        f"checkpoint {checkpoint} is damaged: {name} has {size} bytes instead of {record.bytes}"
+                    )
+                if number % parts == part and hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                    raise CheckpointError(f"checkpoint {checkpoint} is damaged: the checksum of {name} is wrong")
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {checkpoint}: {name} cannot be read: {error.strerror}") from error
+    _require_consistent(checkpoint, manifest)
+    return manifest
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is neither used nor counted, and returns its new name."""
+    number, target = 1, checkpoint.with_name(f"damaged-{checkpoint.name}")
+    while target.exists():
+        number += 1
+        target = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
+    return checkpoint.rename(target)
+
+
+def remove_partial(run: Path) -> None:
+    """Removes what an earlier process of this run left half-written."""
+    for leftover in [*(run / CHECKPOINTS).glob(f".*{PARTIAL}"), *run.glob(f".{FINAL}*{PARTIAL}")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def prune(run: Path, options: CheckpointConfig) -> list[Path]:
+    """Deletes the checkpoints that are not to be kept, the oldest first, and returns them.
+
+    The newest `keep_last` that are complete are kept, and every one that `keep_every` asks for. One that lacks a file
+    does not count, so that the last good one is never deleted.
+    """
+    complete = [path for path in checkpoints_of(run) if _is_complete(path)]
+    kept = options.keep_every
+    doomed = [path for path in complete[options.keep_last :] if not kept or step_of(path) % kept]
+    for path in reversed(doomed):
+        shutil.rmtree(path.rename(partial_name(path)))  # what a crash leaves of it is no checkpoint any more
+    return doomed
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether every file is there in its size, without reading them."""
+    try:
+        manifest = read_manifest(checkpoint)
+        return all((checkpoint / name).stat().st_size == record.bytes for name, record in manifest.files.items())
+    except (CheckpointError, OSError):
+        return False
+
+
+def _require_consistent(checkpoint: Path, manifest: Manifest) -> None:
+    """The index speaks of checked files only, of whole tensors, and of no more than is in the files."""
+    size = 0
+    for name, tensor in read_index(checkpoint).tensors.items():
+        if any(file not in manifest.files for _, _, file in tensor.chunks):
+            raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json: {name} is in a file not listed")
+        if sum(length for _, length, _ in tensor.chunks) != tensor.numel:
+            raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json: {name} is not whole")
+        size += tensor.numel * tensor.torch_dtype.itemsize
+    if size > sum(record.bytes for record in manifest.files.values()):
+        raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json tells of more than its files hold")

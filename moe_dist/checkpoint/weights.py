@@ -1,0 +1,35 @@
+"""The trained weights of a run: where they are; no model is needed to know it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_dist.checkpoint.find import Found, checked, is_checkpoint, newest_good
+from moe_dist.checkpoint.fit import config_of
+from moe_dist.checkpoint.manifest import Manifest
+from moe_dist.config import RunConfig
+from moe_dist.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """Where a run's weights are, what they say of themselves, and the configuration that they were trained with."""
+
+    path: Path
+    manifest: Manifest
+    config: RunConfig
+
+
+def find_weights(run: Path) -> TrainedWeights:
+    """The weights of a run's end, or of its newest good checkpoint where it has not ended; or those at `run` itself.
+
+    Collective where a process group exists. All files have been checked.
+
+    Raises:
+        CheckpointError: there are none, or every one is damaged.
+    """
+    found: Found | None = checked(run) if is_checkpoint(run) else newest_good(run, weights=True)
+    if found is None:
+        raise CheckpointError(
+            f"{run} holds no weights: give the folder of a run that has ended or saved a checkpoint, such as runs/NAME"
+        )
+    return TrainedWeights(found.path, found.manifest, config_of(found.manifest))

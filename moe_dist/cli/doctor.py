@@ -1,0 +1,45 @@
+"""`moe-dist doctor`: checks an environment before hours are lost in it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher import doctor as entry
+from launcher import environment, runners
+from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines, plan
+from moe_dist.cli.words import Hostfile, Nodes, Overrides, Port, Ranks, RanksPerNode
+
+ENTRY = Path(entry.__file__)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command of this file."""
+    app.command()(doctor)
+
+
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="YAML file of a run to be started.")] = None,
+    overrides: Overrides = None,
+    launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.LOCAL,
+    ranks: Ranks = None,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    hostfile: Hostfile = None,
+    port: Port = DEFAULT_PORT,
+) -> None:
+    """Check versions, devices, links between all ranks, shared files, clocks, memory and disk: one line each.
+
+    Inside a launcher (srun, mpirun, torchrun, deepspeed) this process is one of the ranks; without CONFIG and --ranks
+    there are two. Exit code 1: a check failed.
+    """
+    if environment.discover(os.environ).kind != "alone":
+        raise typer.Exit(entry.examine_rank(config, overrides or ()))
+    size = Size(ranks, nodes, ranks_per_node, hostfile)
+    if config is None:
+        job = Job(launcher, machines(launcher, size, ranks_wanted=2), (), port=port)
+    else:
+        job = plan(launcher, size, config, overrides or (), port)
+    raise typer.Exit(runners.launch(replace(job, entry=ENTRY)))

@@ -1,0 +1,131 @@
+"""`moe-dist topology`: where ranks, clusters and experts lie, and what each kind of traffic has to cross."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from launcher.hosts import Node
+from launcher.job import Launcher, Size, plan
+from moe_dist.cli.words import Config, Hostfile, Nodes, Overrides, Ranks, RanksPerNode
+from moe_dist.config import RunConfig, WorldShape, load_config, resolve_world
+
+if TYPE_CHECKING:
+    from moe_dist.topology.layout import Crossing
+
+WHAT = {
+    "stage_one": "stage one: tokens to their clusters",
+    "cluster": "stage two: rows to their experts' shards",
+    "expert_parallel": "tokens to their experts",
+    "base_data": "gradients of bases",
+    "expert_data": "gradients of experts",
+    "all": "gradients of all else",
+}
+KINDS = {  # which of them a kind of layer has
+    "clustered": ("stage_one", "cluster", "base_data", "expert_data", "all"),
+    "standard": ("expert_parallel", "expert_data", "all"),
+    "dense": ("all",),
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command of this file."""
+    app.command()(topology)
+
+
+def topology(
+    config: Config,
+    overrides: Overrides = None,
+    ranks: Ranks = None,
+    nodes: Nodes = None,
+    ranks_per_node: RanksPerNode = None,
+    hostfile: Hostfile = None,
+) -> None:
+    """Show which node, clusters and experts each rank has, and which traffic stays inside nodes."""
+    # SLURM's rule for sizes fits here: machines need not be named.
+    launcher = Launcher.SLURM if hostfile is None else Launcher.LOCAL
+    job = plan(launcher, Size(ranks, nodes, ranks_per_node, hostfile), config, overrides or ())
+    resolved = load_config(config, overrides or ())
+    shape = resolve_world(resolved, job.ranks)
+    from moe_dist.topology.layout import crossings, nodes_of_ranks
+
+    node_of_rank, console = nodes_of_ranks([node.ranks for node in job.nodes]), Console()
+    console.print(f"{job.ranks} ranks = {shape}, on {len(job.nodes)} node(s)\n", highlight=False)
+    console.print(_map(resolved, shape, job.nodes, node_of_rank))
+    shown = KINDS[resolved.moe.kind]
+    found = [(WHAT[name], entry) for entry in crossings(shape, node_of_rank) if (name := _name(entry)) in shown]
+    console.print()
+    console.print(_crossings(found))
+    console.print(_verdict(resolved, shape, found, job.nodes), highlight=False, soft_wrap=True)
+
+
+def _name(entry: "Crossing") -> str:
+    return "all" if entry.kind is None else entry.kind.value
+
+
+def _map(config: RunConfig, shape: WorldShape, nodes: Sequence[Node], node_of_rank: Sequence[int]) -> Table:
+    from moe_dist.topology.mesh import coordinates_of
+
+    table = Table("node", "rank", "data", "cluster", "shard", "holds", box=None, pad_edge=False)
+    before = None
+    for rank, node in enumerate(node_of_rank):
+        at = coordinates_of(shape, rank)
+        name = nodes[node].host or str(node)
+        place = [str(rank), str(at.data), str(at.cluster), str(at.shard), _holds(config, shape, at.cluster, at.shard)]
+        table.add_row(name if node != before else "", *place)
+        before = node
+    return table
+
+
+def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
+    """The clusters and experts that a rank has when a run starts; `moe.recluster` may move them later."""
+    moe = config.moe
+    if moe.kind == "dense":
+        return "the whole layer"
+    if moe.kind == "standard":
+        each, place = moe.experts // (shape.cluster * shape.shard), block * shape.shard + shard
+        return f"experts {_run(range(place * each, (place + 1) * each))}"
+    from moe_dist.topology.placement import ExpertPlacement
+
+    placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, shape)
+    clusters = placement.clusters_of_block(block)
+    experts = [expert for cluster in clusters for expert in placement.experts_of(cluster, shard)]
+    return f"clusters {_run(clusters)}: experts {_run(experts)}"
+
+
+def _run(numbers: Sequence[int]) -> str:
+    """Numbers in short: 0-3, 8-11."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _crossings(found: list[tuple[str, "Crossing"]]) -> Table:
+    table = Table(
+        "\ntraffic", "groups\nof ranks", "groups\nacross nodes", "pairs\nacross nodes", box=None, pad_edge=False
+    )
+    for what, entry in found:
+        groups = f"{entry.groups} of {entry.ranks}"
+        share = f"{entry.pairs_between_nodes} of {entry.pairs}" if entry.pairs else "nothing to send"
+        table.add_row(what, groups, str(entry.crossing or "none"), share)
+    return table
+
+
+def _verdict(config: RunConfig, shape: WorldShape, found: list[tuple[str, "Crossing"]], nodes: Sequence[Node]) -> str:
+    """What matters most: stage two must not leave a node."""
+    if config.moe.kind != "clustered":
+        return ""
+    broken = next(entry.crossing for _, entry in found if _name(entry) == "cluster")
+    if broken:
+        per_node = ", ".join(sorted({str(node.ranks) for node in nodes}))
+        return (
+            f"\nwarning: {broken} cluster group(s) lie across nodes, so that stage two crosses them: make the ranks of "
+            f"a node ({per_node}) a multiple of world.shard={shape.shard}"
+        )
+    return "\nEvery cluster group lies inside a node: stage two never leaves one."

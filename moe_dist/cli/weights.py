@@ -1,0 +1,39 @@
+"""Commands on the trained weights of a run."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.train import writable
+
+
+class Dtype(StrEnum):
+    """What exported weights are stored as."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands of this file."""
+    app.command("export")(export)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo, or a checkpoint.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.")],
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights in the file.")] = Dtype.FLOAT32,
+) -> None:
+    """Write a run's trained weights to one safetensors file, its configuration and placement in the file's metadata."""
+    target = Path(writable(output, "--output"))
+    import torch
+
+    from moe_dist.checkpoint.export import export_weights
+    from moe_dist.checkpoint.weights import find_weights
+
+    weights = find_weights(run)
+    count = export_weights(weights, target, getattr(torch, dtype.value))
+    typer.echo(f"{output}: {count:,} weights of step {weights.manifest.step} as {dtype.value}")

@@ -1,0 +1,118 @@
+"""Ends a run in which nothing moves any more: every rank writes the stacks of its threads, then all stop.
+
+Ranks work in lockstep, so that one that hangs stops all, and all watchdogs run out together. The stacks tell which rank
+was the cause: the others wait for it in a collective. A second guard, in C, covers a thread that hangs without giving
+Python's lock back.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from moe_dist.config import RunConfig
+from moe_dist.errors import EXIT_FAILURE, TrainingError
+
+STACKS = "stacks"
+STACKS_SECONDS = 2.0
+"""How long a rank stays after it has written its stacks, so that all others write theirs: losing a peer ends them."""
+WAITING_SECONDS = 4.0
+"""The same for one that only waits for another rank: that one speaks first."""
+LOCKED_SECONDS = 3.0
+"""How long after the watchdog in Python the one in C acts."""
+COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/moe_dist/dispatch/channel.py")
+
+
+def watched_seconds(config: RunConfig) -> float:
+    """`watchdog.seconds`, or what stands for it."""
+    seconds = config.watchdog.seconds
+    return config.world.timeout_seconds / 2 if seconds is None else seconds
+
+
+def end_process(error: Exception) -> None:
+    """Says the error and ends the process at once: its main thread cannot do so."""
+    print(f"moe-dist: error: {error}", file=sys.stderr, flush=True)
+    os._exit(EXIT_FAILURE)
+
+
+class Watchdog:
+    """Watches the main thread while it is entered.
+
+    Args:
+        seconds: longest time between two calls of `alive`; 0: everything is allowed.
+        run: the run's folder, which gets `stacks/rank-00000.txt` and so on.
+        give_up: told the error; it ends the process.
+    """
+
+    def __init__(self, seconds: float, run: Path, rank: int, give_up: Callable[[TrainingError], None]) -> None:
+        self._seconds, self._rank, self._give_up = seconds, rank, give_up
+        self._path = run / STACKS / f"rank-{rank:05}.txt"
+        self._main = threading.main_thread().ident or 0
+        self._doing, self._deadline = "start", 0.0
+        self._ended, self._barked = threading.Event(), False
+        self._file: TextIO | None = None
+
+    def alive(self, doing: str) -> None:
+        """The main thread got here, and is about to do something that takes less than the time allowed."""
+        self._doing, self._deadline = doing, time.monotonic() + self._seconds
+        if self._file is not None:
+            faulthandler.dump_traceback_later(self._seconds + LOCKED_SECONDS, exit=True, file=self._file)
+
+    def __enter__(self) -> Self:
+        if self._seconds:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("w", encoding="utf-8")
+            self.alive("start")
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            if not self._barked:
+                self._path.unlink()
+            with suppress(OSError):  # another rank has left its stacks, or is still here
+                self._path.parent.rmdir()
+
+    def _watch(self) -> None:
+        while (left := self._deadline - time.monotonic()) > 0:
+            if self._ended.wait(left):
+                return
+        assert self._file is not None
+        self._barked = True
+        faulthandler.cancel_dump_traceback_later()  # Python's lock is free: no need for the other guard
+        self._file.write(f"rank {self._rank}: no progress for {self._seconds:g} s since {self._doing}\n")
+        self._file.flush()
+        faulthandler.dump_traceback(self._file)
+        where, waits = self._place()
+        if self._ended.wait(WAITING_SECONDS if waits else STACKS_SECONDS):
+            return  # it went on, or fails by itself
+        what = "waits for another rank" if waits else "hangs"
+        self._give_up(
+            TrainingError(
+                f"no progress for {self._seconds:g} s since {self._doing}: this rank {what} in {where}; the stacks of "
+                f"all ranks are in {self._path.parent} (watchdog.seconds sets the time)"
+            )
+        )
+
+    def _place(self) -> tuple[str, bool]:
+        """Where the main thread is, and whether that is inside a collective."""
+        frame = sys._current_frames().get(self._main)
+        where, waits = "a place unknown", False
+        while frame is not None:
+            file = frame.f_code.co_filename
+            waits = waits or any(part in file for part in COLLECTIVES)
+            if "/moe_dist/" in file and where == "a place unknown":
+                where = f"{Path(file).name}:{frame.f_lineno} ({frame.f_code.co_name})"
+            frame = frame.f_back
+        return where, waits

@@ -1,0 +1,20 @@
+"""What `moe-dist launch` does, with the entry script of `meeting_entry.py`: LAUNCHER HOSTFILE CONFIG [word ...]."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launcher import runners
+from launcher.job import Launcher, Size, plan
+
+
+def main() -> int:
+    launcher, hostfile, config, *words = sys.argv[1:]
+    job = plan(Launcher(launcher), Size(hostfile=Path(hostfile)), config, words)
+    return runners.launch(replace(job, entry=Path(__file__).with_name("meeting_entry.py")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""`make soak`: kills and resumes runs until they end, and compares them with an undisturbed one to the last bit."""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from moe_dist.checkpoint.store import check, checkpoints_of, step_of
+from moe_dist.errors import CheckpointError
+from tests.soak.kill_points import PARTS, KillPoint
+from tests.soak.lives import RANKS, live
+
+STEPS, EVERY = 24, 2
+WORDS = [
+    f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.resume=auto", "tensorboard=false",
+    "train.eval_every=8", "moe.top_clusters=2", "moe.top_k=1", "world.zero_stage=2", "recluster.period=3",
+    "recluster.start=3", "recluster.growth=1", "recluster.similarity=random", "recluster.max_loss_increase=1",
+    "recluster.threshold=0",
+]  # fmt: skip
+ANY_TIME = "any time"
+
+
+@dataclass
+class Tally:
+    """What the soak has seen so far."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    repeated_steps: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+class Soak:
+    """Runs in `folder` that are killed until `kills` of them have been."""
+
+    def __init__(self, folder: Path, kills: int, seed: int) -> None:
+        self._folder, self._kills, self._random = folder, kills, random.Random(seed)
+        self.tally = Tally()
+        self._lines: dict[str, int] = {}
+        self._seconds = 0.0
+
+    def run(self) -> None:
+        """All of it; a problem found is noted, and the next run starts."""
+        for part in PARTS:
+            started = time.monotonic()
+            life = live(self._words(f"straight-{part}"), KillPoint(part, 0, 0))
+            assert life.finished, life.error
+            self._lines[part], self._seconds = min(life.lines), time.monotonic() - started
+        while sum(self.tally.kills.values()) < self._kills and len(self.tally.problems) < 5:
+            self._one_run(f"run-{self.tally.runs}")
+            self.tally.runs += 1
+            print(json.dumps(self.summary()), flush=True)
+
+    def summary(self) -> dict[str, Any]:
+        return {**vars(self.tally), "kills": dict(self.tally.kills), "killed": sum(self.tally.kills.values())}
+
+    def _one_run(self, name: str) -> None:
+        done = 0
+        while True:
+            point, after = self._choose()
+            life = live(self._words(name), point, after, self._random.choice([0.0, 0.3, 1.0]))
+            if life.error:
+                self.tally.problems.append(f"{name}, {point}: {life.error.strip().splitlines()[-1]}")
+                return
+            if life.finished:
+                break
+            self.tally.kills[point.part] += 1
+            done = self._look(self._newest(name), done)
+        self._compare(self._newest(name))
+
+    def _choose(self) -> tuple[KillPoint, float | None]:
+        """A point within the next quarter of a run: it dies several times, and lives when less than that is left."""
+        part, rank = self._random.choice([*PARTS, ANY_TIME]), self._random.randrange(RANKS)
+        if part == ANY_TIME:
+            return KillPoint(part, rank, 0), self._random.uniform(0.0, self._seconds / 2)
+        return KillPoint(part, rank, self._random.randint(1, self._lines[part] // 4)), None
+
+    def _look(self, run: Path | None, done: int) -> int:
+        """After a kill: every committed checkpoint is whole, and none that was there is gone; returns the newest."""
+        found = checkpoints_of(run) if run is not None else []
+        for checkpoint in found:
+            try:
+                check(checkpoint)
+            except CheckpointError as error:
+                self.tally.problems.append(str(error))
+        newest = step_of(found[0]) if found else 0
+        if newest < done:
+            self.tally.problems.append(f"{run}: the newest checkpoint was of step {done}, is of step {newest}")
+        if run is not None:
+            self.tally.repeated_steps += max(0, _last_step(run) - newest)
+        return newest
+
+    def _compare(self, run: Path | None) -> None:
+        assert run is not None
+        straight = self._folder / "runs" / "straight-step"
+        if _figures(run) != _figures(straight):
+            self.tally.problems.append(f"{run}: other figures than {straight}")
+        found, wanted = _weights(run), _weights(straight)
+        different = [name for name, value in wanted.items() if not torch.equal(found[name], value)]
+        if different:
+            self.tally.problems.append(f"{run}: other weights than {straight}: {different[:3]}")
+
+    def _newest(self, name: str) -> Path | None:
+        """A run killed before its first checkpoint starts again in a folder of its own: name-2 and so on."""
+        runs = self._folder / "runs"
+        found = [path for path in runs.iterdir() if path.name == name or path.name.startswith(f"{name}-")]
+        return max(found, key=lambda path: int(path.name.removeprefix(name)[1:] or 1), default=None)
+
+    def _words(self, name: str) -> list[str]:
+        return [*WORDS, f"runs_dir={self._folder}/runs", f"corpus.cache_dir={self._folder}/cache", f"name={name}"]
+
+
+def _figures(run: Path) -> list[Any]:
+    """What training computed at each step, without times; every step once."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[line["step"], line.get("train"), line.get("load"), line.get("validation")] for line in lines]
+
+
+def _last_step(run: Path) -> int:
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted((run / "final").glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description="Kill and resume training, many times.")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    words = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="moe-dist-soak-") as folder:
+        soak = Soak(Path(folder), words.kills, words.seed)
+        soak.run()
+    result = {**soak.summary(), "minutes": round((time.monotonic() - started) / 60, 1), "seed": words.seed}
+    print(json.dumps(result, indent=1))
+    if words.json:
+        words.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if soak.tally.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""One life of a run: its ranks start, and either reach the end or are killed on the way."""
+
+import pickle
+import tempfile
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moe_dist.config import load_config
+from moe_dist.training.run import train
+from tests.distributed.ranks import start_ranks
+from tests.soak.kill_points import PARTS, KillPoint, LineCounter
+
+SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"
+RANKS = 2
+LIMIT_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Life:
+    """How it ended.
+
+    Attributes:
+        lines: executed in the part of the kill point by each rank that reached the end.
+        error: what a rank complained of although nobody was killed.
+    """
+
+    finished: bool
+    killed: bool
+    lines: tuple[int, ...] = ()
+    error: str | None = None
+
+
+def live(words: list[str], point: KillPoint, kill_after: float | None = None, grace: float = 0.0) -> Life:
+    """Trains with these words until the end, or until a rank is killed: at `point`, or after a time.
+
+    Args:
+        grace: how long the other ranks live on after one has been killed, seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes, pipes = start_ranks(_work, RANKS, Path(folder) / "store", LIMIT_SECONDS, words, point)
+        started = time.monotonic()
+        try:
+            while any(process.is_alive() for process in processes):
+                if any(process.exitcode not in (None, 0) for process in processes):
+                    time.sleep(grace)
+                    break
+                now = time.monotonic() - started
+                if kill_after is not None and now >= kill_after:
+                    processes[point.rank].kill()
+                    processes[point.rank].join()
+                if now > LIMIT_SECONDS:
+                    return Life(False, False, error=f"{point}: no end after {LIMIT_SECONDS:g} s")
+                time.sleep(0.01)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    if any(process.exitcode for process in processes):
+        return Life(False, True)
+    answers = [pickle.loads(pipe.recv_bytes()) for pipe in pipes]  # noqa: S301  of our own ranks
+    errors = [error for _, error in answers if error]
+    return Life(not errors, False, tuple(lines for lines, _ in answers), errors[0] if errors else None)
+
+
+def _work(words: list[str], point: KillPoint) -> int:
+    """One rank: trains, and dies where it is told to; returns the lines it has counted otherwise."""
+    with redirect_stdout(StringIO()):
+        if point.part not in PARTS or (point.count and point.rank != dist.get_rank()):
+            train(load_config(SMOKE, words))
+            return 0
+        with LineCounter(point.part, point.count) as counter:
+            train(load_config(SMOKE, words))
+    return counter.lines
