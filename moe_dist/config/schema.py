@@ -75,7 +75,9 @@ class MoEConfig(Section):
     dense_hidden: Positive | None = Field(None, description="hidden width of `dense`; null: top_k * expert_hidden")
     rank: Positive = Field(4, description="r: rank of an expert's residual (clustered)")
     expert_vectors: bool = Field(True, description="per-expert gate and biases on the hidden units, bias on the output")
-    shared_init: bool = Field(False, description="all bases (clustered) or all experts (standard) start from one draw")
+    shared_init: bool = Field(
+        False, description="all bases (clustered) or all experts (standard, or in a warm-up) start from one draw"
+    )
     warmup_standard: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the steps first trained with standard experts, which are then clustered (clustered)"
     )

@@ -55,6 +55,7 @@ def cluster_experts(
     after = mean_loss(trained.model, batches_BS[1])
     return {
         "seconds": time.perf_counter() - started,
+        "bytes": sum(layer.bytes for layer in start.layers) * trained.model.context.mesh.shape.data,
         "loss_before": before,
         "loss_after": after,
         **_errors(start),

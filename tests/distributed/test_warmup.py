@@ -13,7 +13,9 @@ from torch.distributed import distributed_c10d
 
 from moe_dist.checkpoint.store import checkpoints_of
 from moe_dist.config import load_config
+from moe_dist.conversion.tokens import standard_layers
 from moe_dist.engine.whole_state import OwnedState, WholeState
+from moe_dist.errors import TrainingError
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.parameter_class import ParameterClass, class_of
 from moe_dist.training import run as training_run
@@ -133,6 +135,28 @@ def test_nothing_changes_where_nothing_is_cut_off(tmp_path: Path) -> None:
     figures = seen["figures"]
     assert figures["loss_after"] == pytest.approx(figures["loss_before"], rel=1e-5)
     assert figures["output_error_largest"] < 1e-4 < figures["output_error_of_bases"]
+
+
+def _train_with_a_broken_expert(words: list[str]) -> str:
+    def broken(trained: Trained, *args: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            state = trained.engine.training_state()
+            for layer in standard_layers(trained.model)[:1]:
+                fragment = state.fragment(layer.experts.w_in[0])
+                assert fragment is not None
+                fragment.tensors["master"][0] = float("nan")
+        return cluster_experts(trained, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "cluster_experts", broken)
+        with pytest.raises(TrainingError) as caught:
+            _train(words)
+    return str(caught.value)
+
+
+def test_experts_that_are_not_finite_are_not_clustered(tmp_path: Path) -> None:
+    for message in run_ranks(_train_with_a_broken_expert, 2, _words(tmp_path)):
+        assert message.startswith("experts cannot be clustered: their similarity by parameter")
 
 
 def test_reclustering_goes_on_after_the_change(tmp_path: Path) -> None:
