@@ -21,7 +21,6 @@ from moe_dist.clustering import (
 from moe_dist.config import RunConfig
 from moe_dist.conversion.held import HeldLayer
 from moe_dist.conversion.tokens import LayerTokens
-from moe_dist.errors import TrainingError
 from moe_dist.topology.mesh import RankGroup
 
 
@@ -54,16 +53,7 @@ def similarity_of(layer: HeldLayer, router_ED: Tensor, usage_E: Tensor, config: 
 
 
 def members_of(similarity: FusedSimilarity, usage_E: Tensor, config: RunConfig) -> tuple[tuple[int, ...], ...]:
-    """The members of each cluster; decided by the first rank, told to all.
-
-    Raises:
-        TrainingError: a similarity is not finite, since weights or tokens are not.
-    """
-    if not similarity.usable:
-        raise TrainingError(
-            f"experts cannot be clustered: their similarity by {', '.join(similarity.not_finite)} is not finite. Lower "
-            "optimizer.learning_rate, or train in float32"
-        )
+    """The members of each cluster; decided by the first rank, told to all."""
     assignment = assign_balanced(
         similarity.fused_EE.cpu().numpy(),
         config.moe.clusters,

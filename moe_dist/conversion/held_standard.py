@@ -1,5 +1,6 @@
 """Reads the standard experts of a layer, their hidden units in an order that all of them share."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -8,6 +9,7 @@ from moe_dist.conversion.held import HeldExpert, HeldLayer
 from moe_dist.conversion.tokens import LayerTokens
 from moe_dist.engine.training_state import MASTER, TrainingState
 from moe_dist.engine.whole_state import OwnedState
+from moe_dist.errors import TrainingError
 from moe_dist.model.standard_layer import StandardMoE
 from moe_dist.topology.mesh import GroupKind, Mesh, RankGroup
 
@@ -15,10 +17,15 @@ from moe_dist.topology.mesh import GroupKind, Mesh, RankGroup
 def hold_standard(
     layer: StandardMoE, state: TrainingState, mesh: Mesh, fit: LayerTokens, check: LayerTokens, usage_E: Tensor
 ) -> HeldLayer:
-    """Reads a layer's local experts and aligns their units to those of the most used expert; collective."""
+    """Reads a layer's local experts and aligns their units to those of the most used expert; collective.
+
+    Raises:
+        TrainingError: on every rank, if experts of any hold NaN or infinity.
+    """
     group, local = mesh.group(GroupKind.EXPERT_PARALLEL), len(layer.experts.w_in)
     first = group.ranks.index(mesh.rank) * local
     whole = [_whole_expert(layer, e, state, mesh) for e in range(local)]
+    _require_finite(whole, first, layer)
     reference = _broadcast(whole, int(usage_E.argmax()), group)
     experts = []
     for e, matrices in enumerate(whole, first):
@@ -44,3 +51,16 @@ def _broadcast(whole: list[ExpertMatrices], expert: int, group: RankGroup) -> Ex
         for tensor in (matrices.w_in_DH, matrices.w_out_FD):
             dist.broadcast(tensor, src=group.ranks[owner], group=group.handle)
     return matrices
+
+
+def _require_finite(whole: list[ExpertMatrices], first: int, layer: StandardMoE) -> None:
+    broken_E = torch.zeros(layer.moe.experts, device=layer.router.weight.device)
+    for e, matrices in enumerate(whole, first):
+        broken_E[e] = not all(bool(w.isfinite().all()) for w in matrices.projections())
+    dist.all_reduce(broken_E)
+    if broken_E.any():
+        experts = ", ".join(map(str, broken_E.nonzero().flatten().tolist()))
+        raise TrainingError(
+            f"experts cannot be clustered: weights of expert {experts} of layer {layer.layer} are NaN or infinite. "
+            "Lower optimizer.learning_rate, or train in float32"
+        )
