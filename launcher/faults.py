@@ -87,10 +87,16 @@ def _leave_with(watched: list[int]) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
+def _told_folder(rank: int) -> Path | None:
+    """The folder, if this rank is one of those that tell how they fare: a process that is alone has nobody to tell."""
+    folder = folder_of_ranks()
+    registered = folder is not None and (folder / f"rank-{rank}.pid").exists()
+    return folder if registered or supervised_folder() is not None else None
+
+
 def mark_done(rank: int, how: str = "") -> None:
     """Tells the supervisor that this rank ended as it should, or that it is STOPPED since it was asked to."""
-    folder = folder_of_ranks()
-    if folder is not None and (folder / f"rank-{rank}.pid").exists():
+    if (folder := _told_folder(rank)) is not None:
         _write(folder / f"rank-{rank}.done", how)
 
 
@@ -114,8 +120,7 @@ def report(rank: int, world_size: int, error: BaseException) -> int:
     consequence = world_size > 1 and not expected and lost
     exit_code = error.exit_code if isinstance(error, MoeDistError) else EXIT_FAILURE
     fault = Fault(rank, time.time(), line, exit_code, consequence)
-    folder = folder_of_ranks()
-    if folder is not None and (folder / f"rank-{rank}.pid").exists():
+    if (folder := _told_folder(rank)) is not None:
         _write(folder / f"rank-{rank}.fault", json.dumps(asdict(fault)))
     if not expected and not consequence:
         traceback.print_exception(error)
