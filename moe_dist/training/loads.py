@@ -40,6 +40,11 @@ class LoadRecord:
         self._since: dict[str, Counts] = {}
         self._since_steps = 0
 
+    @property
+    def steps(self) -> int:
+        """Steps entered since counts were taken."""
+        return self._since_steps
+
     def add(self, count_LE: Counts, dropped: float, placements: Sequence[ExpertPlacement]) -> dict[str, Any]:
         """Enters one step; returns its balance: of the experts, and below `cluster` and `rank` of those.
 

@@ -23,6 +23,7 @@ LEVELS = [
     {"dispatch", "memory"},
     {"migration", "model"},
     {"engine", "data"},
+    {"conversion"},
     {"checkpoint"},
     {"evaluation"},
     {"training"},
