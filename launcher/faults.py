@@ -2,6 +2,7 @@
 
 A supervised job (`moe-dist launch`) has a folder, named by an environment variable. Each rank leaves there
 `rank-R.pid` when it starts, and `rank-R.done` or `rank-R.fault` when it ends. A rank that ends with neither was killed.
+Ranks of a launcher that nobody supervises leave the same to each other (`peers.py`).
 """
 
 import json
@@ -16,6 +17,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launcher import peers
 from moe_dist.errors import EXIT_FAILURE, MoeDistError
 
 JOB_FOLDER = "MOE_DIST_JOB_FOLDER"
@@ -23,6 +25,7 @@ SUPERVISOR = "MOE_DIST_SUPERVISOR_PID"
 EXIT_INTERRUPTED = 130
 LONGEST_LINE = 500
 STOPPED = "stopped"
+PEER_SECONDS = 3.0
 PEER_LOST = re.compile(
     r"closed by (remote )?peer|reset by peer|broken pipe|socket closed|connection refused|remote process exited"
     r"|recvValue failed|DistNetworkError",
@@ -53,13 +56,20 @@ def supervised_folder() -> Path | None:
     return Path(name) if name else None
 
 
+def folder_of_ranks() -> Path | None:
+    """Where ranks tell how they fare: the supervisor's folder, or one that the launcher's ranks here share."""
+    return supervised_folder() or peers.shared_folder()
+
+
 def register(rank: int, *, leave_with_parent: bool) -> None:
     """Tells the supervisor that this process is `rank`, and sees to it that the rank never outlives its launcher."""
     watched = [os.getppid()] if leave_with_parent else []
-    folder = supervised_folder()
-    if folder is not None:
-        _write(folder / f"rank-{rank}.pid", json.dumps({"pid": os.getpid(), "group": os.getpgid(0)}))
+    if supervised_folder() is not None:
         watched.append(int(os.environ[SUPERVISOR]))
+    else:
+        peers.remove_abandoned()
+    if (folder := folder_of_ranks()) is not None:
+        _write(folder / f"rank-{rank}.pid", json.dumps({"pid": os.getpid(), "group": os.getpgid(0)}))
     threading.Thread(target=_leave_with, args=(watched,), name="leave-with-launcher", daemon=True).start()
 
 
@@ -77,9 +87,16 @@ def _leave_with(watched: list[int]) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
+def _told_folder(rank: int) -> Path | None:
+    """The folder, if this rank is one of those that tell how they fare: a process that is alone has nobody to tell."""
+    folder = folder_of_ranks()
+    registered = folder is not None and (folder / f"rank-{rank}.pid").exists()
+    return folder if registered or supervised_folder() is not None else None
+
+
 def mark_done(rank: int, how: str = "") -> None:
     """Tells the supervisor that this rank ended as it should, or that it is STOPPED since it was asked to."""
-    if (folder := supervised_folder()) is not None:
+    if (folder := _told_folder(rank)) is not None:
         _write(folder / f"rank-{rank}.done", how)
 
 
@@ -103,20 +120,34 @@ def report(rank: int, world_size: int, error: BaseException) -> int:
     consequence = world_size > 1 and not expected and lost
     exit_code = error.exit_code if isinstance(error, MoeDistError) else EXIT_FAILURE
     fault = Fault(rank, time.time(), line, exit_code, consequence)
-    folder = supervised_folder()
-    if folder is not None:
+    if (folder := _told_folder(rank)) is not None:
         _write(folder / f"rank-{rank}.fault", json.dumps(asdict(fault)))
     if not expected and not consequence:
         traceback.print_exception(error)
-    if folder is None:
-        print(f"moe-dist: {_complaint(fault, world_size)}", file=sys.stderr, flush=True)
+    if supervised_folder() is None:
+        print(f"moe-dist: {_complaint(fault, world_size, folder)}", file=sys.stderr, flush=True)
     return exit_code
 
 
-def _complaint(fault: Fault, world_size: int) -> str:
+def _complaint(fault: Fault, world_size: int, folder: Path | None) -> str:
     if fault.consequence:
-        return f"rank {fault.rank} lost a peer: another rank ended first ({fault.line})"
+        cause = None if folder is None else _cause_among_peers(folder)
+        return cause or f"rank {fault.rank} lost a peer: another rank ended first ({fault.line})"
     return f"rank {fault.rank} failed: {fault.line}" if world_size > 1 else f"error: {fault.line}"
+
+
+def _cause_among_peers(folder: Path) -> str | None:
+    """Which rank of this machine failed or was killed first; looks for a while, since that shows a little later."""
+    deadline = time.monotonic() + PEER_SECONDS
+    while time.monotonic() < deadline:
+        told = [Fault(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("rank-*.fault")]
+        first = root_cause(told)
+        if first is not None and not first.consequence:
+            return f"rank {first.rank} failed: {first.line}"
+        if (killed := peers.killed_rank(folder)) is not None:
+            return f"rank {killed[0]} failed: its process (pid {killed[1]}) was killed or ended without a word"
+        time.sleep(PEER_SECONDS / 30)
+    return None
 
 
 def describe(error: BaseException) -> str:

@@ -1,15 +1,35 @@
 """Structured compression of experts: a base shared by a cluster and a low-rank residual for each expert."""
 
+from moe_dist.compression.alignment import UnitOrder, align_hidden_units
 from moe_dist.compression.cluster_weights import ClusterWeights
+from moe_dist.compression.expert_matrices import ExpertMatrices, relative_error
+from moe_dist.compression.factorise import (
+    FactorisedCluster,
+    FactorisedExpert,
+    factorise_cluster,
+    factorise_expert,
+    usage_weighted_mean,
+)
 from moe_dist.compression.initialisation import ExpertResidual, init_base, init_residual
+from moe_dist.compression.input_roots import InputRoots
 from moe_dist.compression.shared_base import FORMS, choose_form, clustered_experts
 
 __all__ = [
     "FORMS",
     "ClusterWeights",
+    "ExpertMatrices",
     "ExpertResidual",
+    "FactorisedCluster",
+    "FactorisedExpert",
+    "InputRoots",
+    "UnitOrder",
+    "align_hidden_units",
     "choose_form",
     "clustered_experts",
+    "factorise_cluster",
+    "factorise_expert",
     "init_base",
     "init_residual",
+    "relative_error",
+    "usage_weighted_mean",
 ]

@@ -7,6 +7,7 @@ gradients on both factors; vectors start at zero, where they change nothing.
 Shapes: D model width, F hidden width, H = 2 F (gate | up), R rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,18 @@ class ExpertResidual:
     hidden_gate_F: Tensor | None  # [f]; None without vectors, like the two below
     hidden_bias_H: Tensor | None  # [2f]
     output_bias_D: Tensor | None  # [d]
+
+    def float(self) -> "ExpertResidual":
+        """In float32."""
+        return self._each(lambda value: value.float())
+
+    def zeros(self) -> "ExpertResidual":
+        """Zeros of the same shapes."""
+        return self._each(torch.zeros_like)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "ExpertResidual":
+        values = {name: None if value is None else change(value) for name, value in vars(self).items()}
+        return ExpertResidual(**values)  # type: ignore[arg-type]
 
 
 def init_base(

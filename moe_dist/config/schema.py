@@ -75,7 +75,12 @@ class MoEConfig(Section):
     dense_hidden: Positive | None = Field(None, description="hidden width of `dense`; null: top_k * expert_hidden")
     rank: Positive = Field(4, description="r: rank of an expert's residual (clustered)")
     expert_vectors: bool = Field(True, description="per-expert gate and biases on the hidden units, bias on the output")
-    shared_init: bool = Field(False, description="all bases (clustered) or all experts (standard) start from one draw")
+    shared_init: bool = Field(
+        False, description="all bases (clustered) or all experts (standard, or in a warm-up) start from one draw"
+    )
+    warmup_standard: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the steps first trained with standard experts, which are then clustered (clustered)"
+    )
     shared_expert_hidden: NonNegative = Field(0, description="width of an expert every token uses (standard); 0: none")
     balance: Literal["bias", "aux_loss", "none"] = Field("bias", description="what keeps the experts' loads equal")
     balance_rate: Annotated[float, Field(ge=0)] = Field(0.02, description="step of a selection bias (balance: bias)")
@@ -96,6 +101,11 @@ class MoEConfig(Section):
     def _possible(self) -> Self:
         if self.kind == "clustered":
             self._clustered_possible()
+        elif self.warmup_standard:
+            raise ConfigError(
+                f"moe.warmup_standard={self.warmup_standard} works with moe.kind=clustered only, not {self.kind}: set "
+                "it to 0"
+            )
         if self.kind == "standard" and self.top_k > self.experts:
             raise ConfigError(f"moe.top_k={self.top_k} is larger than moe.experts={self.experts}")
         return self
@@ -127,12 +137,18 @@ class MoEConfig(Section):
 
 
 class ReclusterConfig(Section):
-    """Regrouping of experts during training (moe.kind=clustered): when, by what, and how much at a time."""
+    """Regrouping of experts during training (moe.kind=clustered): when, by what, and how much at a time.
+
+    What experts are compared by holds for the end of a standard warm-up too (moe.warmup_standard).
+    """
 
     period: Positive | None = Field(None, description="T: steps between rounds; null: clusters stay as they start")
     start: Positive = Field(20, description="step after which the first round comes")
     growth: Annotated[float, Field(ge=1)] = Field(2.0, description="each interval over the one before")
     stop: Positive | None = Field(None, description="step after which the structure is frozen; null: never")
+    transition: Literal["adopt", "refactor"] = Field(
+        "adopt", description="a mover takes its new cluster's base as it is, or keeps its weights by new factors"
+    )
     similarity: Literal["fused", "random"] = Field("fused", description="random: a control that regroups by chance")
     alpha: Fraction = Field(0.5, description="weight of the experts' parameters against what they are given")
     parameters: Literal["effective", "residual"] = Field(
@@ -303,6 +319,39 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+
+    @property
+    def standard_steps(self) -> int:
+        """Steps of the standard warm-up that comes before the experts are clustered; 0: there is none."""
+        return round(self.moe.warmup_standard * self.train.steps)
+
+    def phase_after(self, step: int) -> "RunConfig":
+        """What the model is after `step` steps: with standard experts during their warm-up, then as configured."""
+        if step >= self.standard_steps:
+            return self
+        moe = self.moe.model_copy(update={"kind": "standard", "warmup_standard": 0.0})
+        return self.model_copy(update={"moe": moe, "recluster": ReclusterConfig()})
+
+    @model_validator(mode="after")
+    def _warmup_leaves_both_phases(self) -> Self:
+        if self.moe.warmup_standard and not 0 < self.standard_steps < self.train.steps:
+            raise ConfigError(
+                f"moe.warmup_standard={self.moe.warmup_standard} of train.steps={self.train.steps} is "
+                f"{self.standard_steps} steps: at least 1 must be trained before and after the experts are clustered"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_can_be_factorised(self) -> Self:
+        most = min(self.model.hidden_size, self.moe.expert_hidden)
+        needed = self.moe.warmup_standard > 0 or self.recluster.transition == "refactor"
+        if needed and self.moe.kind == "clustered" and self.moe.rank > most:
+            raise ConfigError(
+                f"moe.rank={self.moe.rank} is more than experts of model.hidden_size={self.model.hidden_size} and "
+                f"moe.expert_hidden={self.moe.expert_hidden} can be cut to: at most {most} with moe.warmup_standard or "
+                "recluster.transition=refactor"
+            )
+        return self
 
     @model_validator(mode="after")
     def _layout_possible(self) -> Self:

@@ -29,6 +29,11 @@ class Channel:
         """Nothing to exchange: the group is this rank."""
         return self.group.size == 1
 
+    def observe(self, choice_RK: Tensor, home_RK: Tensor) -> None:
+        """Shows a routing decision to whoever measures (`RoutingObserver.see`)."""
+        if self.ledger.observer is not None and self.ledger.recording:
+            self.ledger.observer.see(self.layer, self.stage, self.group.ranks, choice_RK, home_RK)
+
     def exchange_counts(self, count_PC: Tensor) -> Tensor:
         """Tells every peer how many rows follow; returns what the peers tell this rank, of the same shape."""
         if self.alone:

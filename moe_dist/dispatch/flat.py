@@ -33,6 +33,9 @@ class FlatDispatch:
             keep_C: which of the T*K copies are within the capacity, bool; None: all.
         """
         expert_C = expert_TK.flatten()
+        if self.channel.ledger.observer is not None:
+            kept_TK = expert_TK if keep_C is None else expert_TK.masked_fill(~keep_C.view_as(expert_TK), -1)
+            self.channel.observe(kept_TK, kept_TK // (self.experts // self.channel.group.size))
         copy_S = expert_C.argsort(stable=True)  # the copies sent, by expert
         if keep_C is not None:
             copy_S = copy_S[keep_C[copy_S]]

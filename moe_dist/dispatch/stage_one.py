@@ -36,6 +36,8 @@ class StageOne:
 
     def run_single(self, x_TD: Tensor, cluster_T: Tensor, compute: ClusterFunction) -> Tensor:
         """M=1: returns y_TD, what cluster `cluster_T` makes of each token (ungated)."""
+        if self.channel.ledger.observer is not None:
+            self._observe(cluster_T[:, None])
         position_T = inverse(self._clusters_in_order(x_TD.device))[cluster_T]
         order_T = position_T.argsort(stable=True)
         count_BL = count(position_T, self.placement.clusters).view(self.channel.group.size, -1)
@@ -52,6 +54,8 @@ class StageOne:
         Args:
             chosen_TG: which clusters each token goes to, bool; a token that goes to none gets zeros.
         """
+        if self.channel.ledger.observer is not None:
+            self._observe(torch.arange(logits_TG.shape[1], device=x_TD.device).where(chosen_TG, -1))
         in_order_G, shape = self._clusters_in_order(x_TD.device), (self.channel.group.size, -1)
         logits_TBL = logits_TG.masked_fill(~chosen_TG, NEVER)[:, in_order_G].unflatten(1, shape)
         block_R, token_R = chosen_TG[:, in_order_G].unflatten(1, shape).any(-1).T.nonzero(as_tuple=True)
@@ -68,6 +72,10 @@ class StageOne:
         weight_TB = mass_TB.index_put((token_R, block_R), mass_R1[:, 0]).softmax(dim=1)
         weighted_RD = (weight_TB[token_R, block_R, None] * y_RD).to(x_TD.dtype)
         return torch.zeros_like(x_TD).index_add(0, token_R, weighted_RD)
+
+    def _observe(self, cluster_TK: Tensor) -> None:
+        block_G = torch.tensor(self.placement.block_of_cluster, device=cluster_TK.device)
+        self.channel.observe(cluster_TK, block_G[cluster_TK])
 
     def _travel(self, x_RD: Tensor, send: list[int], receive: list[int]) -> Tensor:
         return travel(self.channel, x_RD, send, receive, self.wire_dtype)

@@ -37,6 +37,7 @@ class StageTwo:
             return compute(x_RD, slot_RK, gate_RK)
         per_shard = self.placement.slots_per_shard
         shard_RK = slot_RK.div(per_shard, rounding_mode="floor")  # of an absent slot: -1, no shard
+        self.channel.observe(slot_RK, shard_RK)
         wanted_RS = (shard_RK[:, :, None] == torch.arange(self.channel.group.size, device=x_RD.device)).any(1)
         shard_A, row_A = wanted_RS.T.nonzero(as_tuple=True)
         count_S1 = wanted_RS.sum(0)[:, None]

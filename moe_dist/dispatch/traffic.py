@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,19 @@ class Volume:
     messages: int = 0
 
 
+class RoutingObserver(Protocol):
+    """Is shown every routing decision; for measurements, since it costs time."""
+
+    def see(self, layer: int, stage: Stage, group: Sequence[int], choice_RK: Tensor, home_RK: Tensor) -> None:
+        """One hop of one layer.
+
+        Args:
+            group: global ranks of the hop's group.
+            choice_RK: what each row goes to (experts, clusters or slots), negative: nothing.
+            home_RK: the index in `group` of the rank that holds it.
+        """
+
+
 TOTALS = tuple(product(LinkKind, Payload, Direction))
 """What an earlier process's account is kept by: the peers it had may not be those of this one."""
 
@@ -74,6 +87,7 @@ class TrafficLedger:
 
     links: Links
     recording: bool = True
+    observer: RoutingObserver | None = None
     carried: Tensor = field(default_factory=lambda: torch.zeros(len(TOTALS), 2, dtype=torch.int64))
     sent: defaultdict[TrafficKey, Volume] = field(default_factory=lambda: defaultdict(Volume))
 

@@ -84,6 +84,11 @@ class Engine:
         """Masters and moments of the parameters, as they are between two steps."""
         return TrainingState(self._engine.optimizer)
 
+    def close(self) -> None:
+        """Gives up the optimizer and DeepSpeed's hooks; the engine cannot be used afterwards."""
+        self._engine.destroy()
+        del self._engine, self.model
+
     def _agree(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
         """Sums loads, losses, faults and wishes to stop over the ranks: the one small collective of a step."""
         balance, ranks = self.model.context.balance, self.process.ranks

@@ -57,10 +57,15 @@ class TrainingState:
 
     def fragment(self, parameter: nn.Parameter) -> StateFragment | None:
         """What this rank owns of a parameter's state; None where other replicas own all of it (ZeRO 1 and 2)."""
-        if isinstance(self._optimizer, DeepSpeedZeroOptimizer):
+        if self.divided:
             return self._partitioned(parameter)
         master = self._masters.get(parameter, parameter)
         return self._fragment(0, master, 0, master.numel())
+
+    @property
+    def divided(self) -> bool:
+        """Whether replicas of a parameter own different parts of its state (ZeRO 1 and 2), or each all of it."""
+        return isinstance(self._optimizer, DeepSpeedZeroOptimizer)
 
     def _partitioned(self, parameter: Any) -> StateFragment | None:
         mapping = parameter._hp_mapping

@@ -5,11 +5,7 @@ command. A finished cell is a JSON file named by a hash of its configuration and
 again.
 """
 
-import functools
-import hashlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist import __version__
-from moe_dist.config import dump_config, load_config
+from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.measurement import subruns
+from moe_dist.measurement.subruns import PACKAGE, Summary
 
 RECIPES = ("dense", "standard-aux", "standard-aux-scaled", "standard-bias", "cheap", "good")
 YARDSTICK = "standard-aux-scaled"
-PACKAGE = Path(__file__).parents[1]
-Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,18 +42,7 @@ class Cell:
 
     def result_file(self, folder: Path) -> Path:
         """Where its summary is kept; another configuration has another file, and so has other code."""
-        resolved = dump_config(load_config(self.config, self.overrides))
-        key = hashlib.sha256(f"{resolved}\n{__version__} {source_digest(PACKAGE)}".encode())
-        return folder / f"{self.name}-{key.hexdigest()[:8]}.json"
-
-
-@functools.cache
-def source_digest(package: Path) -> str:
-    """A hash of all Python and C files under `package`, by path and content."""
-    digest = hashlib.sha256()
-    for file in sorted(file for suffix in ("py", "c") for file in package.rglob(f"*.{suffix}")):
-        digest.update(f"{file.relative_to(package)} {file.stat().st_size}\n".encode() + file.read_bytes())
-    return digest.hexdigest()
+        return subruns.result_file(folder, self.name, load_config(self.config, self.overrides), PACKAGE)
 
 
 def cells(
@@ -108,12 +92,7 @@ def run_cells(todo: Sequence[Cell], folder: Path, jobs: int, report: Callable[[s
 def _train(cell: Cell, file: Path, folder: Path) -> str | None:
     """Trains one cell as a single process; returns what went wrong, in one line."""
     words = [*cell.overrides, f"name={cell.name}", f"runs_dir={json.dumps(str(folder / 'runs'))}"]
-    command = [sys.executable, "-m", "moe_dist", "train", str(cell.config), *words, "--json", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return None
-    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return subruns.run([sys.executable, "-m", "moe_dist", "train", str(cell.config), *words, "--json", str(file)])
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,19 @@ def peak_rss_bytes() -> int:
 
     Linux's VmHWM, since getrusage's ru_maxrss survives exec: a rank would inherit its launcher's peak.
     """
+    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rss_bytes() -> int:
+    """Resident set of this process now (Linux's VmRSS), in bytes; 0 where the system does not tell."""
+    return _status_bytes("VmRSS") or 0
+
+
+def _status_bytes(name: str) -> int | None:
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return None

@@ -2,6 +2,8 @@
 
     config.yaml     the resolved configuration
     metrics.jsonl   one JSON object a logged step
+    load.jsonl      one JSON object a logged step: copies routed to each expert, cluster and rank
+    traffic.json    bytes and messages from rank to rank over the whole run
     events.jsonl    one JSON object an event: evaluations, re-clusterings, checkpoints, faults, how the run ended
     tensorboard/    the metrics again, for TensorBoard
     summary.json    the figures of the finished run
@@ -15,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from moe_dist.errors import ConfigError
 from moe_dist.metrics.json_text import strict_json, write_json
@@ -37,6 +39,7 @@ class RunFolder:
         self._summary_copy = summary_copy
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = (path / "events.jsonl").open("a", encoding="utf-8")
+        self._loads: TextIO | None = None
         self._board = _open_tensorboard(path / "tensorboard", step) if tensorboard else None
         self._last_step = step or 0
 
@@ -101,6 +104,16 @@ class RunFolder:
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._board.add_scalar(key.replace(".", "/", 1), value, step)
 
+    def load(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a line to `load.jsonl`, which a model without experts does not have."""
+        if self._loads is None:
+            self._loads = (self.path / "load.jsonl").open("a", encoding="utf-8")
+        self._write_line(self._loads, {"step": step, "time": time.time(), **values})
+
+    def write_traffic(self, traffic: Mapping[str, Any]) -> None:
+        """Writes `traffic.json` whole or not at all."""
+        write_json(self.path / "traffic.json", traffic)
+
     def event(self, name: str, step: int, **fields: Any) -> None:
         """Adds a line to `events.jsonl`."""
         self._write_line(self._events, {"event": name, "step": step, "time": time.time(), **fields})
@@ -122,6 +135,8 @@ class RunFolder:
         """Closes the files; doing so twice is harmless."""
         self._metrics.close()
         self._events.close()
+        if self._loads is not None:
+            self._loads.close()
         if self._board is not None:
             self._board.close()
 

@@ -31,7 +31,16 @@ class LanguageModel(nn.Module):
         context: mesh, placements, balance state and traffic ledger that its layers share.
     """
 
-    def __init__(self, config: RunConfig, vocab_size: int, mesh: Mesh, links: Links, micro_batches: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        vocab_size: int,
+        mesh: Mesh,
+        links: Links,
+        micro_batches: int = 1,
+        ledger: TrafficLedger | None = None,
+    ) -> None:
+        """Args: ledger: goes on with an account of traffic that exists; None: a new one."""
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
@@ -42,7 +51,7 @@ class LanguageModel(nn.Module):
         if config.recluster.period is not None:
             statistics = RoutingStatistics.create(layers, config.model.hidden_size, moe, config.recluster.decay)
         balance = BalanceState.create(layers, moe, torch.device("cpu"))
-        self.context = LayerContext(mesh, placements, balance, TrafficLedger(links), config.seed, statistics)
+        self.context = LayerContext(mesh, placements, balance, ledger or TrafficLedger(links), config.seed, statistics)
         self._micro_batches = micro_batches
         initialize_megatron(config.world.timeout_seconds, mesh.shape.cluster * mesh.shape.shard)
         self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._uncounted)

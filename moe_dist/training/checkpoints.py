@@ -28,9 +28,18 @@ class RunCheckpoints:
         assert run is not None, "rank 0 has a folder"
         self._run = run
         self._saver = CheckpointSaver(run, config.checkpoint, engine.process)
-        own: Parts = {"balance": engine.model.context.balance, "random": RandomState()}
-        self._state = RunState(engine, data, {**own, **parts})
+        self._data = data
+        self.follow(engine, parts)
         self._last: int | None = None
+
+    def follow(self, engine: Engine, parts: Parts) -> None:
+        """Saves the state of this model and of these parts from now on."""
+        own: Parts = {"balance": engine.model.context.balance, "random": RandomState()}
+        self._state = RunState(engine, self._data, {**own, **parts})
+
+    def let_go(self) -> None:
+        """Holds on to no model until it is told which one to follow."""
+        del self._state
 
     @property
     def run(self) -> Path:

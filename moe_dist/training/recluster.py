@@ -31,6 +31,7 @@ from moe_dist.migration.verdict import Verdict, agree
 from moe_dist.topology.placement import ExpertPlacement
 from moe_dist.training.evidence import Evidence, gather_evidence
 from moe_dist.training.recorder import Recorder
+from moe_dist.training.refactor import Refactored, Refactoring, make_moves
 
 AROUND = 5
 """Steps before and after a round whose mean training losses are compared."""
@@ -147,6 +148,19 @@ class Coordinator:
         self._switch(_after(old, made))
         return made, plan.bytes, seen.get(tuple(made), 0.0)
 
+    def refactor(self, moves: Sequence[Move], sequences_BS: Tensor) -> tuple[list[Move], Refactored, float]:
+        """Like `exchange`, but clusters whose members change get new bases and residuals, made from this batch."""
+        old, recluster = list(self._context.placements), self._config.recluster
+        held = sequences_BS[: recluster.guard_sequences]
+        return make_moves(
+            moves,
+            Refactoring(self._engine, sequences_BS),
+            after=lambda some: _after(old, some),
+            switch=self._switch,
+            loss=lambda: self._loss_of(held),
+            limit=recluster.max_loss_increase,
+        )
+
     def _hold_round(self, step: int, sequences_BS: Tensor) -> None:
         started = time.perf_counter()
         evidence = gather_evidence(self._layers, self._config, self._context, step)
@@ -161,13 +175,19 @@ class Coordinator:
         relocated = self.relocate(verdict.blocks)
         moves = [(layer, cycle) for layer, cycles in enumerate(verdict.cycles) for cycle in cycles]
         held = sequences_BS[: self._config.recluster.guard_sequences]
-        made, exchanged, increase = self.exchange(moves, held)
+        errors: dict[str, Any] = {}
+        if self._config.recluster.transition == "adopt":
+            made, exchanged, increase = self.exchange(moves, held)
+        else:
+            made, done, increase = self.refactor(moves, sequences_BS)
+            exchanged, errors = done.bytes, {"output_errors": done.errors}
         fields = {
             "moved_experts": len(_movers(made)),
             "dropped_experts": len(_movers(moves)) - len(_movers(made)),
             "bytes": relocated + exchanged,
             "relocation_bytes": relocated,
             "guard_loss_increase": increase,
+            **errors,
             "loss_before": float(np.mean(self._losses)),
             **(_promises(decisions, evidence) if decisions else {}),
             **_membership(self._context.placements),

@@ -36,6 +36,12 @@ class Recorder:
     def step(self, step: int, values: dict[str, Any]) -> None:
         """Figures of a logged step."""
 
+    def load(self, step: int, values: dict[str, Any]) -> None:
+        """Copies routed since the last logged step."""
+
+    def traffic(self, values: dict[str, Any]) -> None:
+        """Who sent how much to whom, over the whole run."""
+
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
         """A validation loss."""
 
@@ -90,6 +96,12 @@ class RunRecorder(Recorder):
             tokens_per_second=values["tokens_per_second"],
             load_cv2=values["load"]["cv2"] if "load" in values else None,
         )
+
+    def load(self, step: int, values: dict[str, Any]) -> None:
+        self._folder.load(step, values)
+
+    def traffic(self, values: dict[str, Any]) -> None:
+        self._folder.write_traffic(values)
 
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
         self._folder.event("evaluation", step, tokens=tokens, loss=loss, perplexity=perplexity(loss))

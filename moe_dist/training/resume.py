@@ -47,7 +47,7 @@ def find_resumption(config: RunConfig, data: PreparedData) -> Resumption | None:
     run, found = _wanted(config)
     if found is None:
         return None
-    changes = require_fit(found.manifest, config, data_record(data))
+    changes = require_fit(found.manifest, config.phase_after(found.manifest.step), data_record(data))
     if found.manifest.step > config.train.steps:
         raise CheckpointError(
             f"checkpoint {found.path} is of step {found.manifest.step}, beyond train.steps={config.train.steps}"

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from moe_dist.checkpoint.parts import Part
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
+from moe_dist.dispatch.traffic import TrafficLedger
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.errors import DataError, TrainingError
-from moe_dist.metrics import LoadStatistics, installed_versions, load_statistics
+from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
@@ -25,11 +26,13 @@ from moe_dist.training.checkpoints import RunCheckpoints
 from moe_dist.training.evaluate import validation_loss
 from moe_dist.training.finished import show_if_finished
 from moe_dist.training.interrupt import StopSignals
+from moe_dist.training.loads import LoadRecord, last_fifth
 from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, perplexity
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.schedule import learning_rate
-from moe_dist.training.totals import all_to_all_totals, peak_memory
+from moe_dist.training.totals import all_to_all_totals, memory_now, peak_memory, traffic_matrices
+from moe_dist.training.warmup import Trained, cluster_experts
 from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
 
 
@@ -57,7 +60,7 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
     resumption = find_resumption(config, data)
     recorder = open_recorder(config, process.rank, resumption)
     with recorder, StopSignals() as signals:
-        run = TrainingRun(config, process, shape, data, recorder)
+        run = TrainingRun(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
         if resumption is not None:
             run.resume(resumption)
 
@@ -75,14 +78,19 @@ class TrainingRun:
     """The loop and its account of time, loads and losses."""
 
     def __init__(
-        self, config: RunConfig, process: Process, shape: WorldShape, data: PreparedData, recorder: Recorder
+        self,
+        config: RunConfig,
+        process: Process,
+        shape: WorldShape,
+        data: PreparedData,
+        recorder: Recorder,
+        steps_done: int = 0,
     ) -> None:
         self.config, self.process, self.shape, self.data, self.recorder = config, process, shape, data, recorder
         self.batch = resolve_batch(config, process.ranks)
-        mesh = Mesh.create(shape, process.timeout)
-        links = Links.discover(process.device)
-        self.model = LanguageModel(config, data.vocab_size, mesh, links, self.batch.accumulation)
-        self.engine = Engine(self.model, config, self.batch, process)
+        self.mesh = Mesh.create(shape, process.timeout)
+        self.ledger = TrafficLedger(Links.discover(process.device))
+        self.trained = Trained(*self._build(config.phase_after(steps_done)))
         self.loader = SequenceLoader(
             data.train,
             config.model.sequence_length,
@@ -94,20 +102,38 @@ class TrainingRun:
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
         self.coordinator = Coordinator(self.engine, config, recorder)
-        self.account, self.steps_done = RunAccount(), 0
-        parts: dict[str, Part] = {
-            "account": self.account,
-            "traffic": self.model.context.ledger,
-            "coordinator": self.coordinator,
-        }
+        self.loads = self._load_record()
+        self.account, self.steps_done = RunAccount(), steps_done
+        self.checkpoints = RunCheckpoints(config, self.engine, data_record(data), self._parts(), recorder)
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.trained.model
+
+    @property
+    def engine(self) -> Engine:
+        return self.trained.engine
+
+    def _build(self, config: RunConfig) -> tuple[LanguageModel, Engine]:
+        links, accumulation = self.ledger.links, self.batch.accumulation
+        model = LanguageModel(config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger)
+        return model, Engine(model, config, self.batch, self.process)
+
+    def _load_record(self) -> LoadRecord:
+        moe, layers = self.model.config.moe, self.config.model.layers
+        copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
+        return LoadRecord(moe.experts, self.shape, self.tokens_per_step * layers * copies)
+
+    def _parts(self) -> dict[str, Part]:
+        """What checkpoints hold besides the model and its optimizer."""
+        parts: dict[str, Part] = {"account": self.account, "traffic": self.ledger, "coordinator": self.coordinator}
         if self.model.context.statistics is not None:
             parts["statistics"] = self.model.context.statistics
-        self.checkpoints = RunCheckpoints(config, self.engine, data_record(data), parts, recorder)
+        return parts
 
     def resume(self, resumption: Resumption) -> None:
         """Puts everything into the state of a checkpoint; collective."""
         self.checkpoints.restore(resumption)
-        self.steps_done = resumption.step
 
     def run(self, signals: StopSignals, alive: Callable[[str], None] = lambda doing: None) -> bool:
         """Does the steps that are left, telling `alive` what it is about to do.
@@ -121,7 +147,7 @@ class TrainingRun:
         with self.checkpoints:
             for step in range(self.steps_done + 1, train.steps + 1):
                 alive(f"step {step}")
-                stop_asked, last = self._train_step(step, signals), step == train.steps
+                stop_asked, last = self.train_step(step, signals), step == train.steps
                 if last or (train.eval_every and step % train.eval_every == 0):
                     alive(f"the evaluation after step {step}")
                     self._evaluate(step)
@@ -140,7 +166,7 @@ class TrainingRun:
         self.recorder.note(f"asked to stop: stopped after step {step}, with a checkpoint")
         self.recorder.event("stopped", step)
 
-    def _train_step(self, step: int, signals: StopSignals) -> bool:
+    def train_step(self, step: int, signals: StopSignals) -> bool:
         """One step; returns whether a rank has asked to stop after it."""
         started = time.perf_counter()
         self.coordinator.before_step(step)
@@ -152,13 +178,37 @@ class TrainingRun:
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
+        if self.config.moe.kind != "dense":  # by the placement that routed them
+            placements = self.model.context.placements
+            self.account.loads.append(self.loads.add(outcome.count_LE.numpy(), outcome.dropped, placements))
         self.coordinator.after_step(step, outcome, sequences_BS)
         self.account.step_seconds.append(time.perf_counter() - started)
-        if self.config.moe.kind != "dense":
-            self.account.loads.append(self._loads(outcome))
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))
+            if self.account.loads:
+                self._record_loads(step)
+        if step == self.config.standard_steps:
+            self._cluster_experts(step)
         return outcome.stop
+
+    def _record_loads(self, step: int) -> None:
+        self.recorder.load(step, {**self.loads.take_counts(), "load": self.account.loads[-1]})
+
+    def _cluster_experts(self, step: int) -> None:
+        """Ends the standard warm-up; the two batches that follow tell what experts are given."""
+        if self.loads.steps:
+            self._record_loads(step)
+        micro, device = self.batch.micro, self.process.device
+        batches_BS = [self.loader.batch(step + ahead).to(device).split(micro) for ahead in (0, 1)]
+        del self.coordinator  # it holds on to the model that is about to be freed, and so do
+        self.checkpoints.let_go()
+        figures = cluster_experts(self.trained, self.config, batches_BS, self._build)
+        self.account.step_seconds[-1] += figures["seconds"]
+        self.account.loads.clear()  # loads of standard experts have no clusters: other figures
+        self.coordinator, self.loads = Coordinator(self.engine, self.config, self.recorder), self._load_record()
+        self.checkpoints.follow(self.engine, self._parts())
+        self.coordinator.begin(step)
+        self.recorder.event("clustered", step, **figures)
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
         recent = self.account.step_seconds[-self.config.train.log_every :]
@@ -166,16 +216,11 @@ class TrainingRun:
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
             "train": {"loss": outcome.loss, "learning_rate": rate, "gradient_norm": norm},
+            "memory": memory_now(self.process),
         }
         if self.account.loads:
             figures["load"] = self.account.loads[-1]
         return figures
-
-    def _loads(self, outcome: StepOutcome) -> dict[str, float]:
-        moe = self.config.moe
-        copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
-        routed = self.tokens_per_step * self.config.model.layers * copies
-        return {**vars(load_statistics(outcome.count_LE.numpy())), "dropped": outcome.dropped / routed}
 
     def _evaluate(self, step: int) -> None:
         loss = validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
@@ -193,7 +238,7 @@ class TrainingRun:
         self.checkpoints.finish(steps)
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
         tokens, loss = steps * self.tokens_per_step, self.account.curve[-1]["loss"]
-        ledger = self.model.context.ledger
+        self.recorder.traffic(traffic_matrices(self.ledger, self.process))
         timed = self.account.step_seconds[1:] or self.account.step_seconds  # the first step warms up
         self.recorder.finish(
             {
@@ -205,8 +250,8 @@ class TrainingRun:
                 "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.account.curve},
                 "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
                 "parameters": vars(counts),
-                "all_to_all": all_to_all_totals(ledger, tokens, config.model.layers, self.process),
-                "load": _last_fifth(self.account.loads),
+                "all_to_all": all_to_all_totals(self.ledger, tokens, config.model.layers, self.process),
+                "load": last_fifth(self.account.loads),
                 "recluster": self.coordinator.totals,
                 "memory": {
                     "peak_rss_bytes": max(peaks.rss_by_rank),
@@ -223,7 +268,9 @@ class TrainingRun:
         config, moe = self.config, self.config.moe
         experts = {
             "clustered": f"{moe.experts} experts in {moe.clusters} clusters, {moe.top_k} of each of "
-            f"{moe.top_clusters} cluster(s) a token, rank {moe.rank}",
+            f"{moe.top_clusters} cluster(s) a token, rank {moe.rank}"
+            + f", after {config.standard_steps} steps of standard experts"
+            * bool(config.standard_steps),
             "standard": f"{moe.experts} standard experts, {moe.top_k} a token",
             "dense": f"dense, width {moe.dense_width}",
         }[moe.kind]
@@ -263,11 +310,3 @@ def _stop_if_norm_broken(step: int, norm: float) -> None:
             f"step {step}: the global gradient norm is {norm}, though the losses were finite; all ranks stop. Lower "
             "optimizer.learning_rate, or train in float32"
         )
-
-
-def _last_fifth(loads: list[dict[str, float]]) -> dict[str, float | None]:
-    """Means over the last fifth of the steps; null for a dense model."""
-    if not loads:
-        return dict.fromkeys((*LoadStatistics.__dataclass_fields__, "dropped"))
-    recent = loads[-max(1, len(loads) // 5) :]
-    return {name: float(np.mean([load[name] for load in recent])) for name in recent[0]}

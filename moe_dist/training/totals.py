@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.dispatch.traffic import Direction, Payload, TrafficLedger
+from moe_dist.dispatch.traffic import Direction, Payload, Stage, TrafficLedger
 from moe_dist.engine.startup import Process
-from moe_dist.metrics import peak_rss_bytes
+from moe_dist.metrics import peak_rss_bytes, rss_bytes
 from moe_dist.topology.links import LinkKind
 
 
@@ -33,6 +33,51 @@ def all_to_all_totals(ledger: TrafficLedger, tokens: int, moe_layers: int, proce
         "bytes_by_payload": {payload.value: total(0, payload) for payload in Payload},
         "bytes_by_direction": {way.value: total(0, way) for way in Direction},
     }
+
+
+MATRIX_RANKS = 512
+"""Up to this many ranks every pair is kept; beyond, the matrices would be larger than a model."""
+
+
+def traffic_matrices(ledger: TrafficLedger, process: Process) -> dict[str, Any]:
+    """Bytes and messages from each rank (row) to each (column), stage by stage, and each rank's node; collective.
+
+    Empty for more than `MATRIX_RANKS` ranks.
+    """
+    if process.ranks > MATRIX_RANKS:
+        return {"node_of_rank": list(ledger.links.node_of_rank), "stages": {}}
+    mine = torch.zeros(len(Stage), 2, process.ranks, dtype=torch.int64)
+    for key, volume in ledger.sent.items():
+        mine[list(Stage).index(key.stage), :, key.peer] += torch.tensor([volume.bytes, volume.messages])
+    mine = mine.to(process.device)
+    rows = [torch.empty_like(mine) for _ in range(process.ranks)]
+    dist.all_gather(rows, mine)
+    stages = zip(Stage, torch.stack(rows, dim=2).tolist(), strict=True)  # [stage][bytes, messages][source][peer]
+    return {
+        "node_of_rank": list(ledger.links.node_of_rank),
+        "stages": {
+            stage.value: {"bytes": sent, "messages": messages} for stage, (sent, messages) in stages if _any(messages)
+        },
+    }
+
+
+def _any(rows: list[list[int]]) -> bool:
+    return any(map(any, rows))
+
+
+def memory_now(process: Process) -> dict[str, int]:
+    """The largest and the smallest footprint of any rank at this moment, bytes; collective.
+
+    On a device only what torch has allocated there counts; 0 on a CPU.
+    """
+    device = 0
+    if process.device.type != "cpu":
+        device = torch.get_device_module(process.device).memory_allocated()
+    mine = rss_bytes()
+    extremes = torch.tensor([mine, -mine, device], device=process.device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    largest, smallest, device = extremes.tolist()
+    return {"rss_bytes_max": largest, "rss_bytes_min": -smallest, "device_bytes_max": device}
 
 
 @dataclass(frozen=True)

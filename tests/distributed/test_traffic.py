@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig, MoEConfig, WorldShape
+from moe_dist.dispatch.observed import ObservedRouting
 from moe_dist.dispatch.traffic import Direction, Payload, Stage, TrafficLedger
+from moe_dist.dispatch.volume import hops, ranks_of
 from moe_dist.model.balance_state import BalanceState
 from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.context import LayerContext
@@ -29,7 +31,7 @@ HIDDEN, TOKENS = 32, 96
 MODEL = ModelConfig(hidden_size=HIDDEN, heads=2, layers=1)
 
 
-def _layer(moe: MoEConfig, shape: WorldShape, nodes: tuple[int, ...]) -> nn.Module:
+def layer_of(moe: MoEConfig, shape: WorldShape, nodes: tuple[int, ...]) -> nn.Module:
     mesh = Mesh.create(shape, timedelta(seconds=60))
     placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, shape)] if moe.kind == "clustered" else []
     balance = BalanceState.create(1, moe, torch.device("cpu"))
@@ -59,7 +61,7 @@ def _spied() -> Iterator[Counter[tuple[int, str]]]:
 
 
 def _ledger_against_spy(moe: MoEConfig, shape: WorldShape) -> None:
-    layer = _layer(moe, shape, nodes=(0, 0, 1, 1)[: shape.ranks])
+    layer = layer_of(moe, shape, nodes=(0, 0, 1, 1)[: shape.ranks])
     ledger: TrafficLedger = layer.context.ledger  # type: ignore[union-attr, assignment]
     x_TD = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     with _spied() as sent:
@@ -104,9 +106,55 @@ def test_every_byte_and_message_is_counted(moe: MoEConfig, axes: tuple[int, int,
     run_ranks(_ledger_against_spy, 4, moe, WorldShape(*axes))
 
 
+def _formulas_against_ledger(moe: MoEConfig, shape: WorldShape) -> None:
+    """Every rank compares what it has sent with what the formulas make of the rows that its routing moved."""
+    nodes = (0, 0, 1, 1)[: shape.ranks]
+    layer = layer_of(moe, shape, nodes)
+    context: LayerContext = layer.context  # type: ignore[assignment]
+    observed = ObservedRouting(dist.get_rank(), nodes, keep=TOKENS)
+    context.ledger.observer = observed
+    torch.manual_seed(dist.get_rank())
+    layer(torch.randn(TOKENS, HIDDEN, requires_grad=True)).square().sum().backward()
+    expected_hops = hops(MODEL, moe, shape)
+    assert {key.stage for key in context.ledger.sent} == {hop.stage for hop in expected_hops}
+    for hop in expected_hops:
+        needs = observed.needs[0, hop.stage]
+        rows_RP = [torch.zeros(ranks_of(hop.stage, shape), dtype=torch.int64) for _ in range(shape.ranks)]
+        dist.all_gather(rows_RP, needs.moved_P)
+        rows_PP = torch.stack([rows_RP[rank] for rank in needs.group]).double().numpy()
+        me = needs.group.index(dist.get_rank())
+        for (payload, direction), bytes_PP in hop.volumes(rows_PP).items():
+            sent = {
+                k.peer: v.bytes for k, v in context.ledger.sent.items() if k[1:4] == (hop.stage, payload, direction)
+            }
+            expected = {peer: size for peer, size in zip(needs.group, bytes_PP[me].tolist(), strict=True) if size}
+            assert sent == expected, f"{hop}, {payload}, {direction}"
+        assert len(observed.choices[0, hop.stage][0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("moe", "axes"),
+    [
+        (CLUSTERED, (1, 4, 1)),
+        (CLUSTERED, (1, 2, 2)),
+        (CLUSTERED, (1, 1, 4)),
+        (TWO_CLUSTERS, (2, 2, 1)),
+        (TWO_CLUSTERS.model_copy(update={"wire_dtype": "float32"}), (1, 2, 2)),
+        (STANDARD, (2, 2, 1)),
+        (STANDARD, (1, 2, 2)),
+        (CLUSTERED.model_copy(update={"capacity_factor": 0.5}), (1, 2, 2)),
+        (TWO_CLUSTERS.model_copy(update={"capacity_factor": 0.5}), (1, 4, 1)),
+        (STANDARD.model_copy(update={"capacity_factor": 0.5}), (1, 4, 1)),
+    ],
+    ids=str,
+)
+def test_the_formulas_give_what_the_ledger_counts(moe: MoEConfig, axes: tuple[int, int, int]) -> None:
+    run_ranks(_formulas_against_ledger, 4, moe, WorldShape(*axes))
+
+
 def _hidden_bytes(moe: MoEConfig, shape: WorldShape) -> tuple[dict[str, int], int]:
     """Bytes of hidden vectors sent over stage one, and the copies that this rank's tokens need at the least."""
-    layer = _layer(moe, shape, nodes=(0,) * shape.ranks)
+    layer = layer_of(moe, shape, nodes=(0,) * shape.ranks)
     context: LayerContext = layer.context  # type: ignore[assignment]
     torch.manual_seed(dist.get_rank())
     x_TD = torch.randn(TOKENS, HIDDEN, requires_grad=True)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,7 +49,10 @@ def test_any_number_of_ranks_gives_the_same_validation_losses(tmp_path: Path) ->
     assert [summary["world"]["cluster"] for summary in (one, two, four)] == [1, 2, 4]
     assert one["parameters"] == two["parameters"] == four["parameters"]
     assert one["all_to_all"]["bytes"] == 0 < two["all_to_all"]["bytes"] < four["all_to_all"]["bytes"]
+    by_rank = [summary["load"].pop("rank") for summary in (one, four)]
+    assert one["load"].pop("cluster") == pytest.approx(four["load"].pop("cluster"), rel=1e-3)
     assert one["load"] == pytest.approx(four["load"], rel=1e-3)
+    assert by_rank[0]["max_over_mean"] == 1 < by_rank[1]["max_over_mean"]
 
 
 def test_run_folder_keeps_its_contract(tmp_path: Path) -> None:
@@ -61,6 +65,19 @@ def test_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert load_config(folder / "config.yaml") == load_config(SMOKE, _words(tmp_path, "tensorboard=true"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train" in line] == list(range(1, 9))
+    loads = [json.loads(line) for line in (folder / "load.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in loads] == list(range(1, 9))
+    for line in loads:
+        assert [sum(layer) for layer in line["experts"]] == [16 * 32 * 2] * 2  # tokens x top_k, in each layer
+        assert [sum(layer) for layer in line["ranks"]] == [16 * 32 * 2] * 2
+    traffic = json.loads((folder / "traffic.json").read_text())
+    assert list(traffic["stages"]) == ["one"]
+    assert np.trace(traffic["stages"]["one"]["bytes"]) == 0
+    assert np.sum(traffic["stages"]["one"]["bytes"]) == summary["all_to_all"]["bytes"]
+    assert np.sum(traffic["stages"]["one"]["messages"]) == summary["all_to_all"]["messages"]
+    assert all(
+        line["memory"]["rss_bytes_max"] >= line["memory"]["rss_bytes_min"] > 0 for line in lines if "train" in line
+    )
     events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
     assert events == ["started", "placement", "evaluation", "evaluation", "checkpoint", "finished"]
     assert list((folder / "tensorboard").iterdir())

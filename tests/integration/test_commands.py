@@ -80,6 +80,21 @@ def test_replicas_start_whatever_order_their_processes_keep_sets_in(tmp_path: Pa
     assert _summary(tmp_path)["world"] == {"data": 2, "cluster": 1, "shard": 1}
 
 
+def test_traffic_is_measured_and_reported(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = [str(BIN / "moe-dist"), "measure", "traffic", "--launcher", "torchrun", "--ranks", "2", "--steps", "1"]
+    done = _run([*command, "--json", str(figures), *_words(tmp_path)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "least possible for its routing" in done.stdout
+    found = json.loads(figures.read_text())
+    assert found["clustered"]["bytes"] < found["standard"]["bytes"]
+    page = tmp_path / "report.html"
+    runs = sorted(map(str, (tmp_path / "runs").iterdir()))
+    done = _run([str(BIN / "moe-dist"), "report", *runs, "-o", str(page)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traffic from rank to rank" in page.read_text()
+
+
 def test_deepspeed_starts_the_entry_script_as_its_users_expect(tmp_path: Path) -> None:
     done = _run([str(BIN / "deepspeed"), "--num_gpus", "2", "launcher/train.py", *_words(tmp_path, "train.steps=3")])
     assert done.returncode == 0, done.stdout + done.stderr

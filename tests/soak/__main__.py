@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -26,7 +27,8 @@ WORDS = [
     "recluster.start=3", "recluster.growth=1", "recluster.similarity=random", "recluster.max_loss_increase=1",
     "recluster.threshold=0",
 ]  # fmt: skip
-ANY_TIME = "any time"
+SIGNALS = {"any time": signal.SIGKILL, "SIGUSR1": signal.SIGUSR1, "SIGTERM": signal.SIGTERM}
+"""What is sent to a rank at a random time; the others are kills at random lines."""
 
 
 @dataclass
@@ -67,7 +69,8 @@ class Soak:
         done = 0
         while True:
             point, after = self._choose()
-            life = live(self._words(name), point, after, self._random.choice([0.0, 0.3, 1.0]))
+            grace, signum = self._random.choice([0.0, 0.3, 1.0]), SIGNALS.get(point.part, signal.SIGKILL)
+            life = live(self._words(name), point, after, grace, signum)
             if life.error:
                 self.tally.problems.append(f"{name}, {point}: {life.error.strip().splitlines()[-1]}")
                 return
@@ -79,9 +82,9 @@ class Soak:
 
     def _choose(self) -> tuple[KillPoint, float | None]:
         """A point within the next quarter of a run: it dies several times, and lives when less than that is left."""
-        part, rank = self._random.choice([*PARTS, ANY_TIME]), self._random.randrange(RANKS)
-        if part == ANY_TIME:
-            return KillPoint(part, rank, 0), self._random.uniform(0.0, self._seconds / 2)
+        part, rank = self._random.choice([*PARTS, *SIGNALS]), self._random.randrange(RANKS)
+        if part in SIGNALS:
+            return KillPoint(part, rank, 0), self._random.uniform(0.0, self._seconds)
         return KillPoint(part, rank, self._random.randint(1, self._lines[part] // 4)), None
 
     def _look(self, run: Path | None, done: int) -> int:

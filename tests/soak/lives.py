@@ -1,6 +1,8 @@
 """One life of a run: its ranks start, and either reach the end or are killed on the way."""
 
+import os
 import pickle
+import signal
 import tempfile
 import time
 from contextlib import redirect_stdout
@@ -25,6 +27,7 @@ class Life:
     """How it ended.
 
     Attributes:
+        killed: a rank was killed, or all stopped because one was asked to.
         lines: executed in the part of the kill point by each rank that reached the end.
         error: what a rank complained of although nobody was killed.
     """
@@ -35,11 +38,19 @@ class Life:
     error: str | None = None
 
 
-def live(words: list[str], point: KillPoint, kill_after: float | None = None, grace: float = 0.0) -> Life:
+def live(
+    words: list[str],
+    point: KillPoint,
+    kill_after: float | None = None,
+    grace: float = 0.0,
+    signum: signal.Signals = signal.SIGKILL,
+) -> Life:
     """Trains with these words until the end, or until a rank is killed: at `point`, or after a time.
 
     Args:
+        kill_after: seconds after which the rank of `point` gets the signal.
         grace: how long the other ranks live on after one has been killed, seconds.
+        signum: SIGUSR1 and SIGTERM ask all ranks to stop.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = start_ranks(_work, RANKS, Path(folder) / "store", LIMIT_SECONDS, words, point)
@@ -51,8 +62,9 @@ def live(words: list[str], point: KillPoint, kill_after: float | None = None, gr
                     break
                 now = time.monotonic() - started
                 if kill_after is not None and now >= kill_after:
-                    processes[point.rank].kill()
-                    processes[point.rank].join()
+                    kill_after = None
+                    if processes[point.rank].is_alive():
+                        os.kill(processes[point.rank].pid, signum)
                 if now > LIMIT_SECONDS:
                     return Life(False, False, error=f"{point}: no end after {LIMIT_SECONDS:g} s")
                 time.sleep(0.01)
@@ -64,15 +76,19 @@ def live(words: list[str], point: KillPoint, kill_after: float | None = None, gr
         return Life(False, True)
     answers = [pickle.loads(pipe.recv_bytes()) for pipe in pipes]  # noqa: S301  of our own ranks
     errors = [error for _, error in answers if error]
-    return Life(not errors, False, tuple(lines for lines, _ in answers), errors[0] if errors else None)
+    if errors:
+        return Life(False, False, error=errors[0])
+    stopped = [stopped for (_, stopped), _ in answers]
+    if len(set(stopped)) != 1:
+        return Life(False, False, error=f"some ranks stopped and others did not: {stopped}")
+    return Life(not stopped[0], stopped[0], tuple(lines for (lines, _), _ in answers))
 
 
-def _work(words: list[str], point: KillPoint) -> int:
-    """One rank: trains, and dies where it is told to; returns the lines it has counted otherwise."""
+def _work(words: list[str], point: KillPoint) -> tuple[int, bool]:
+    """One rank: trains, and dies where it is told to; returns the lines it has counted, and whether it was stopped."""
     with redirect_stdout(StringIO()):
         if point.part not in PARTS or (point.count and point.rank != dist.get_rank()):
-            train(load_config(SMOKE, words))
-            return 0
+            return 0, train(load_config(SMOKE, words))
         with LineCounter(point.part, point.count) as counter:
-            train(load_config(SMOKE, words))
-    return counter.lines
+            stopped = train(load_config(SMOKE, words))
+    return counter.lines, stopped

@@ -23,6 +23,7 @@ LEVELS = [
     {"dispatch", "memory"},
     {"migration", "model"},
     {"engine", "data"},
+    {"conversion"},
     {"checkpoint"},
     {"evaluation"},
     {"training"},
@@ -35,6 +36,7 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 LAUNCHER_MAY_IMPORT = {"moe_dist.config", "moe_dist.errors"}
 HANDS_OVER = {
     ("launcher/train.py", "moe_dist.training.run"),
+    ("launcher/measure.py", "moe_dist.measurement.traffic"),
     ("launcher/doctor.py", "moe_dist.measurement.doctor"),
 }
 

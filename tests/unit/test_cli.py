@@ -41,7 +41,20 @@ def moe_dist(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_help_and_version(moe_dist: Any) -> None:
     code, out, err = moe_dist("--help")
     assert (code, err) == (0, "")
-    for command in ("train", "launch", "config", "bench", "topology", "doctor"):
+    commands = (
+        "train",
+        "launch",
+        "config",
+        "bench",
+        "topology",
+        "doctor",
+        "measure",
+        "study",
+        "plan",
+        "simulate",
+        "report",
+    )
+    for command in commands:
         assert command in out
     assert moe_dist("--version") == (0, f"moe-dist {__version__}\n", "")
 
@@ -74,6 +87,15 @@ def test_it_runs_as_a_module_too() -> None:
         (["train", "CONFIG", "moe.top_k=99"], "moe.top_k=99"),
         (["train", "CONFIG", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
         (["launch", "CONFIG", "--json", "/"], "--json /"),
+        (["report"], "RUN"),
+        (["measure", "traffic", "--kind", "sparse", "CONFIG"], "'sparse'"),
+        (["measure", "traffic", "--ranks", "3", "CONFIG"], "divisible by the 3 ranks"),
+        (["plan", "CONFIG", "--gpu", "h1000"], "'h1000'"),
+        (["plan", "CONFIG", "--nodes", "3"], "train.global_batch_size=32 is not divisible by 24 GPUs"),
+        (["simulate", "CONFIG", "--trace", "/nowhere"], "--trace /nowhere"),
+        (["study", "CONFIG", "--axis", "ranks"], "write NAME=VALUE"),
+        (["study", "CONFIG", "--mode", "odd"], "'odd'"),
+        (["report", "/nowhere"], "/nowhere: is no run folder"),
         (["bench", "layer", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
     ],
 )

@@ -102,6 +102,11 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
         (["recluster.max_moved=0"], ["recluster.max_moved=0"]),
         (["recluster.period=20", "moe.clusters=32", "moe.top_k=1"], ["recluster.period=20", "moe.clusters=32"]),
         (["recluster.period=20", "moe.kind=standard"], ["recluster.period=20", "standard"]),
+        (["moe.warmup_standard=1"], ["moe.warmup_standard=1"]),
+        (["moe.warmup_standard=0.5", "moe.kind=dense"], ["moe.warmup_standard=0.5", "moe.kind=clustered", "dense"]),
+        (["moe.warmup_standard=0.001"], ["moe.warmup_standard=0.001", "train.steps=400", "0 steps"]),
+        (["moe.warmup_standard=0.5", "moe.rank=200"], ["moe.rank=200", "model.hidden_size=128", "at most 128"]),
+        (["recluster.transition=refactor", "moe.rank=200"], ["moe.rank=200", "recluster.transition=refactor"]),
         (["world.zero_stage=3"], ["world.zero_stage=3", "0, 1 or 2"]),
         (["model.hidden_size=130"], ["model.hidden_size=130", "model.heads=4"]),
         (["model.heads=4", "model.kv_heads=3"], ["model.heads=4", "model.kv_heads=3"]),
@@ -158,3 +163,16 @@ def test_a_dumped_file_loads(write: Write) -> None:
 def test_where_a_summary_was_copied_is_not_kept() -> None:
     """Else to run a run folder's config.yaml again would overwrite the earlier figures."""
     assert "summary_copy" not in dump_config(load_config(None, ["summary_copy=figures.json"]))
+
+
+def test_a_standard_warmup_changes_nothing_but_the_kind_of_experts() -> None:
+    words = ["moe.warmup_standard=0.25", "train.steps=10", "train.warmup_steps=1"]
+    config = load_config(None, [*words, "recluster.period=2", "recluster.start=5"])
+    assert config.standard_steps == 2
+    first = config.phase_after(1)
+    assert (first.moe.kind, first.standard_steps, first.recluster.period) == ("standard", 0, None)
+    assert first.model_copy(update={"moe": config.moe, "recluster": config.recluster}) == config
+    assert config.phase_after(2) is config
+    plain = load_config(None)
+    assert plain.standard_steps == 0
+    assert plain.phase_after(0) is plain

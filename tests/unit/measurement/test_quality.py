@@ -10,6 +10,7 @@ from rich.console import Console
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.measurement import quality
+from moe_dist.measurement.subruns import source_digest
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiment"
 CORPORA = {"stdlib": ("corpus.kind=stdlib",)}
@@ -41,8 +42,8 @@ def test_other_code_has_other_results(tmp_path: Path, monkeypatch: pytest.Monkey
     digests = set()
     for name, text in (("a.py", "1"), ("a.py", "2"), ("b.c", "2"), ("notes.txt", "3")):
         (tmp_path / name).write_text(text)
-        quality.source_digest.cache_clear()
-        digests.add(quality.source_digest(tmp_path))
+        source_digest.cache_clear()
+        digests.add(source_digest(tmp_path))
     assert len(digests) == 3  # only sources count
 
 

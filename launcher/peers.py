@@ -1,0 +1,64 @@
+"""What ranks of one launcher on one machine leave for each other where no supervisor watches them.
+
+Under plain `deepspeed` or `torchrun` a rank that is killed says nothing, and its peers only see a connection close. So
+each keeps its process number in a folder that the children of one launcher process share; who loses a peer looks there
+for one that is gone without a word, or for the fault that was first.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+PREFIX = "moe-dist-ranks"
+
+
+def shared_folder() -> Path | None:
+    """The folder of this launcher's ranks, private to the user; None where it cannot be had."""
+    parent = os.getppid()
+    started = _start_of(parent)
+    if started is None:
+        return None
+    folder = Path(tempfile.gettempdir()) / f"{PREFIX}-{os.getuid()}-{parent}-{started}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        state = folder.lstat()
+    except OSError:
+        return None
+    return folder if state.st_uid == os.getuid() and not folder.is_symlink() else None
+
+
+def remove_abandoned() -> None:
+    """Removes what ranks of launchers that have ended left behind."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}-{os.getuid()}-*"):
+        parent, _, started = folder.name.removeprefix(f"{PREFIX}-{os.getuid()}-").partition("-")
+        if parent.isdecimal() and _start_of(int(parent)) != started:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def killed_rank(folder: Path) -> tuple[int, int] | None:
+    """(rank, process number) of a rank that has ended without a word, or None."""
+    for file in sorted(folder.glob("rank-*.pid")):
+        rank = int(file.stem.removeprefix("rank-"))
+        spoke = any((folder / f"rank-{rank}.{how}").exists() for how in ("done", "fault"))
+        pid = int(json.loads(file.read_text(encoding="utf-8"))["pid"])
+        if not spoke and _has_ended(pid):
+            return rank, pid
+    return None
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot: with its number, a name that is never used again."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    return None
+
+
+def _has_ended(pid: int) -> bool:
+    """Gone, or a zombie that its launcher has not yet asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] in ("Z", "X")
+    except OSError:
+        return True

@@ -1,0 +1,100 @@
+"""`moe-dist plan` and `moe-dist simulate`: predictions for machines that are not here."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launcher.train import writable
+from moe_dist.cli.words import Config, Json, Overrides
+from moe_dist.config import load_config
+
+Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
+PerNode = Annotated[int, typer.Option(min=1, help="GPUs in each.")]
+Gpu = Annotated[str, typer.Option(help="v100, a100, h100, h200, b200 or mi300x.")]
+Rails = Annotated[int | None, typer.Option(min=1, help="Network interfaces of a node; default: one for each GPU.")]
+PodNodes = Annotated[int | None, typer.Option(min=1, help="Nodes below one leaf switch; default: at most 32.")]
+Oversubscription = Annotated[float, typer.Option(min=1.0, help="Of the spine: leaf's downlinks over its uplinks.")]
+Skew = Annotated[float, typer.Option(min=0.0, help="Popularity of the i-th expert goes as 1 / i^skew.")]
+Vocabulary = Annotated[int | None, typer.Option(min=1, help="Pieces; default: tokenizer.vocab_size.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands of this file."""
+    app.command()(plan)
+    app.command()(simulate)
+
+
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Nodes = 1,
+    gpus_per_node: PerNode = 8,
+    gpu: Gpu = "h100",
+    rails: Rails = None,
+    pod_nodes: PodNodes = None,
+    oversubscription: Oversubscription = 1.0,
+    skew: Skew = 0.2,
+    vocabulary: Vocabulary = None,
+    json_file: Json = None,
+) -> None:
+    """Predict memory, traffic and step time of every possible layout, and recommend one."""
+    target = writable(json_file) if json_file else None
+    loaded = load_config(config, overrides or ())
+    from moe_dist.measurement.simulator import planner, view
+    from moe_dist.metrics import write_json
+
+    fabric = _fabric(gpu, nodes, gpus_per_node, rails, pod_nodes, oversubscription)
+    found = planner.plan(loaded, fabric, vocabulary or loaded.tokenizer.vocab_size, skew)
+    view.render_plan(found, Console())
+    if target is not None:
+        write_json(Path(target), view.plan_to_dict(found))
+
+
+def simulate(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Nodes = 1,
+    gpus_per_node: PerNode = 8,
+    gpu: Gpu = "h100",
+    rails: Rails = None,
+    pod_nodes: PodNodes = None,
+    oversubscription: Oversubscription = 1.0,
+    skew: Skew = 0.2,
+    trace: Annotated[Path | None, typer.Option(help="A run folder: its experts' loads instead of --skew.")] = None,
+    node_limit: Annotated[int, typer.Option(min=1, help="Nodes a token's experts may be on (node-limited).")] = 4,
+    recluster_every: Annotated[int, typer.Option(min=1, help="Steps between re-clusterings.")] = 100,
+    resident: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of clusters kept on the GPU (offload).")
+    ] = 0.5,
+    overlap: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the all-to-all that is hidden.")] = 0.0,
+    vocabulary: Vocabulary = None,
+    json_file: Json = None,
+) -> None:
+    """Compare flat, node-limited and two-stage routing on a large machine, with re-clustering and offload."""
+    target = writable(json_file) if json_file else None
+    loaded = load_config(config, overrides or ())
+    from moe_dist.measurement.simulator import compare, view
+    from moe_dist.metrics import write_json
+
+    times = compare.compare(
+        loaded,
+        _fabric(gpu, nodes, gpus_per_node, rails, pod_nodes, oversubscription),
+        vocabulary or loaded.tokenizer.vocab_size,
+        skew=skew,
+        trace=trace,
+        most_nodes=node_limit,
+        recluster_every=recluster_every,
+        resident=resident,
+        overlap=overlap,
+    )
+    view.render_times(times, Console())
+    if target is not None:
+        write_json(Path(target), {name: view.time_to_dict(time) for name, time in times.items()})
+
+
+def _fabric(gpu: str, nodes: int, per_node: int, rails: int | None, pod_nodes: int | None, oversubscription: float):  # type: ignore[no-untyped-def]
+    from moe_dist.measurement.simulator.hardware import Fabric, device_named
+
+    return Fabric(device_named(gpu), nodes, per_node, rails or per_node, pod_nodes or min(nodes, 32), oversubscription)

@@ -1,0 +1,22 @@
+"""`moe-dist report`: one page about runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command of this file."""
+    app.command()(report)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/demo.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about one run or several, side by side; broken runs as far as they go."""
+    from moe_dist.measurement.report import read_runs, write_report
+
+    write_report(read_runs(runs), output)
+    typer.echo(f"{output}: {len(runs)} run(s)")

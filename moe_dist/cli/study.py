@@ -1,0 +1,88 @@
+"""`moe-dist study`: the same training over a grid of ranks and settings."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launcher.train import writable
+from moe_dist.cli.words import Config, Json, Overrides
+from moe_dist.errors import MoeDistError
+
+
+class StudyMode(StrEnum):
+    """What stays the same as ranks are added."""
+
+    STRONG = "strong"
+    WEAK = "weak"
+
+
+class StudyLauncher(StrEnum):
+    """Who starts the ranks of a cell."""
+
+    LOCAL = "local"
+    DEEPSPEED = "deepspeed"
+    TORCHRUN = "torchrun"
+    SLURM = "slurm"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command of this file."""
+    app.command()(study)
+
+
+def study(
+    config: Config,
+    overrides: Overrides = None,
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=V,V", help="ranks=1,2,4 or any key, such as moe.experts=16,32; may be given again."),
+    ] = None,
+    mode: Annotated[
+        StudyMode, typer.Option(help="strong: one batch for all; weak: one batch a rank.")
+    ] = StudyMode.STRONG,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of each cell, where no axis says.")] = 1,
+    launcher: Annotated[
+        StudyLauncher, typer.Option(help="Who starts ranks; slurm writes job arrays.")
+    ] = StudyLauncher.LOCAL,
+    limit: Annotated[float | None, typer.Option(help="Seconds that one cell may take.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where finished cells and the results are kept.")] = Path(
+        "results/study"
+    ),
+    json_file: Json = None,
+) -> None:
+    """Run every combination of the axes, repeatedly: speed, efficiency, bytes, memory. Finished cells are kept."""
+    target = writable(json_file) if json_file else None
+    from moe_dist.measurement.study import cells, plots, run, slurm, tables
+    from moe_dist.metrics import write_json
+
+    console = Console()
+    axes = [cells.parse_axis(word) for word in axis or ()]
+    todo = cells.build_cells(Path(config), axes, cells.Mode(mode), repeats, ranks, overrides or ())
+    folder.mkdir(parents=True, exist_ok=True)
+    if launcher is StudyLauncher.SLURM:
+        _write_arrays(slurm.array_jobs(todo, folder), folder)
+        outcomes = run.gather(todo, folder)
+    else:
+        outcomes = run.run_study(todo, folder, launcher.value, limit, typer.echo)
+    rows = tables.rows(outcomes)
+    tables.render(rows, console)
+    tables.write_csv(outcomes, rows, folder)
+    plots.plot(rows, folder / "study.png")
+    typer.echo(f"{folder}/: cells.csv, table.csv, study.png")
+    if target is not None:
+        write_json(Path(target), tables.to_dict(rows))
+    failed = [outcome.cell.name for outcome in outcomes if not outcome.summary and not outcome.cell.refusal]
+    if failed and launcher is not StudyLauncher.SLURM:
+        raise MoeDistError(f"{len(failed)} of {len(outcomes)} cells failed: {', '.join(failed)}")
+
+
+def _write_arrays(jobs: dict[str, str], folder: Path) -> None:
+    for name, text in jobs.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        typer.echo(f"sbatch {folder / name}")
+    if jobs:
+        typer.echo("Run these where sbatch is, then this command again for the results.")

@@ -1,0 +1,60 @@
+"""What a projection is given, as a root S of its inputs' second moments: `S^T S = E[x x^T]`, so `E |x D|^2 = |S D|^2`.
+
+Tokens are such a root themselves; no moments need be formed, nor their root be taken.
+
+Shapes: T tokens, I inputs of a projection, O its outputs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Root = Tensor | None
+"""[any number of rows, I]; or [I], a diagonal; or None, the identity."""
+
+
+@dataclass(frozen=True)
+class InputRoots:
+    """Roots of what an expert's projections are given, over the tokens routed to it; any scale."""
+
+    x: Root
+    hidden: Root
+
+    @classmethod
+    def of_moments(cls, x: Tensor, hidden: Tensor) -> "InputRoots":
+        """From second moments [I, I], or their diagonals [I]."""
+        return cls(_root_of_moment(x), _root_of_moment(hidden))
+
+    @classmethod
+    def of_tokens(cls, x_TD: Tensor, hidden_TF: Tensor) -> "InputRoots":
+        """From the tokens themselves and their hidden units."""
+        return cls(_root_of_tokens(x_TD), _root_of_tokens(hidden_TF))
+
+    def projections(self) -> tuple[Root, Root, Root]:
+        """Of gate, up and output projection."""
+        return self.x, self.x, self.hidden
+
+
+def apply_root(root: Root, w_IO: Tensor) -> Tensor:
+    """`S W`."""
+    if root is None:
+        return w_IO
+    return root[:, None] * w_IO if root.ndim == 1 else root @ w_IO
+
+
+def _root_of_moment(moment: Tensor) -> Tensor:
+    """Rounding below zero is cut off."""
+    if moment.ndim == 1:
+        return moment.clamp(min=0).sqrt()
+    value_I, vector_II = torch.linalg.eigh(moment)
+    root_II: Tensor = value_I.clamp(min=0).sqrt()[:, None] * vector_II.T
+    return root_II
+
+
+def _root_of_tokens(x_TI: Tensor) -> Tensor:
+    """The triangle of their QR decomposition where they are more than their width."""
+    if len(x_TI) <= x_TI.shape[1]:
+        return x_TI
+    root_II: Tensor = torch.linalg.qr(x_TI, mode="r").R
+    return root_II

@@ -1,0 +1,174 @@
+"""One layer's experts made into clusters: bases where clusters live, residuals where experts will live.
+
+The rank that holds a full expert makes its residual, so that the work is divided as the experts are and no full expert
+travels: a cluster's base is a sum over ranks, and what goes to the cluster's ranks is thin.
+
+Shapes: E experts, D hidden, F expert hidden, H = 2 F.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.compression import (
+    ExpertMatrices,
+    ExpertResidual,
+    FactorisedExpert,
+    InputRoots,
+    factorise_expert,
+)
+from moe_dist.config import MoEConfig
+from moe_dist.conversion.delivery import ResidualState, crossing, deliver, owners
+from moe_dist.conversion.held import VECTORS, HeldExpert, HeldLayer
+from moe_dist.engine.training_state import MASTER
+from moe_dist.topology.mesh import Mesh
+from moe_dist.topology.placement import ExpertPlacement
+
+EXACT_UP_TO = 512
+"""Widths up to which residuals are decomposed exactly; wider ones by the seeded search."""
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """This rank's share of the clusters that were made, and how well all their experts are approximated."""
+
+    placement: ExpertPlacement
+    bases: dict[int, ExpertMatrices]
+    """By cluster, of those that live here."""
+    residuals: dict[int, ResidualState]
+    """By expert, of those that live here."""
+    output_error_E: Tensor
+    """`|y' - y| / |y|` of each expert of the layer on held-back tokens, float64; 0 where nothing was made."""
+    base_output_error_E: Tensor
+    """The same with the base alone."""
+    whitened: float
+    """Share of the matrices for which whitening lost less."""
+    bytes: int
+    """That crossed between the ranks that hold these experts: residuals sent, and bases added up (each rank's part of a
+    sum once for every other rank)."""
+
+
+@torch.no_grad()
+def compress_layer(
+    layer: HeldLayer,
+    placement: ExpertPlacement,
+    usage_E: Tensor,
+    moe: MoEConfig,
+    mesh: Mesh,
+    seed: int,
+    clusters: Collection[int] | None = None,
+) -> CompressedLayer:
+    """Bases and residuals of a layer, each on its rank; collective.
+
+    Args:
+        usage_E: weight of every expert in its cluster's base.
+        seed: of the randomised decomposition of wide matrices.
+        clusters: only these; None: all.
+    """
+    local = {expert.number: expert for expert in layer.experts}
+    chosen = [c for c in range(placement.clusters) if clusters is None or c in clusters]
+    bases: dict[int, ExpertMatrices] = {}
+    made: dict[int, ResidualState] = {}
+    figures_E3 = torch.zeros(placement.experts, 3, dtype=torch.float64, device=usage_E.device)
+    for cluster in chosen:
+        members = placement.members[cluster]
+        base = _base(layer, members, usage_E)
+        if placement.block_of_cluster[cluster] == mesh.at.cluster:
+            bases[cluster] = base
+        for expert in (local[e] for e in members if e in local):
+            factorised = _factorise(expert, base, moe, seed)
+            made[expert.number] = _residual_state(expert, factorised, layer.kinds)
+            figures_E3[expert.number] = _figures(expert, base, factorised)
+    if layer.group.size > 1:
+        dist.all_reduce(figures_E3, group=layer.group.handle)
+    maker_of = {e: layer.holder_of[e] for c in chosen for e in placement.members[c]}
+    like = _template(layer, moe)
+    residuals = deliver(made, like, maker_of, owners(placement), layer.group, mesh.rank)
+    error_E, base_error_E, whitened_E = figures_E3.unbind(1)
+    return CompressedLayer(
+        placement,
+        bases,
+        residuals,
+        error_E,
+        base_error_E,
+        whitened=float(whitened_E.sum()) / len(maker_of),
+        bytes=crossing(like, maker_of, owners(placement)) + len(chosen) * _sum_bytes(layer),
+    )
+
+
+def _base(layer: HeldLayer, members: tuple[int, ...], usage_E: Tensor) -> ExpertMatrices:
+    """Mean of the weights by usage, over all ranks' members."""
+    share_E, like = _shares(usage_E, members), layer.experts[0].matrices
+    w_in_DH, w_out_FD = (torch.zeros_like(w, dtype=torch.float64) for w in (like.w_in_DH, like.w_out_FD))
+    for expert in (one for one in layer.experts if one.number in members):
+        w_in_DH.add_(expert.matrices.w_in_DH, alpha=float(share_E[expert.number]))
+        w_out_FD.add_(expert.matrices.w_out_FD, alpha=float(share_E[expert.number]))
+    for total in (w_in_DH, w_out_FD) if layer.group.size > 1 else ():
+        dist.all_reduce(total, group=layer.group.handle)
+    return ExpertMatrices(w_in_DH.float(), w_out_FD.float())
+
+
+def _sum_bytes(layer: HeldLayer) -> int:
+    """Of one cluster's base, added up over the ranks in float64."""
+    one, ranks = layer.experts[0], layer.group.size
+    entries = one.matrices.w_in_DH.numel() + one.matrices.w_out_FD.numel()
+    return entries * 8 * ranks * (ranks - 1)
+
+
+def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:
+    """Weights of a cluster's members, of sum 1; equal where none was used."""
+    share_E = torch.zeros_like(usage_E)
+    share_E[list(members)] = usage_E[list(members)]
+    if not share_E.any():
+        share_E[list(members)] = 1.0
+    return share_E / share_E.sum()
+
+
+def _factorise(expert: HeldExpert, base: ExpertMatrices, moe: MoEConfig, seed: int) -> FactorisedExpert:
+    exact = min(expert.matrices.w_out_FD.shape) <= EXACT_UP_TO
+    matrices = expert.matrices.double()
+    fit, check = (
+        InputRoots.of_tokens(x_LD, expert.hidden(x_LD, matrices))
+        for x_LD in (expert.fit_LD.double(), expert.check_LD.double())
+    )
+    return factorise_expert(
+        matrices,
+        base.double(),
+        moe.rank,
+        vectors=moe.expert_vectors,
+        inputs=fit,
+        check=check,
+        seed=None if exact else seed,
+    )
+
+
+def _residual_state(expert: HeldExpert, factorised: FactorisedExpert, kinds: tuple[str, ...]) -> ResidualState:
+    """Factors, with moments of zero where they come with any, and the vectors as they are."""
+    residual = factorised.residual.float()
+    states = {kind: residual if kind == MASTER else residual.zeros() for kind in kinds}
+    return {kind: replace(state, **expert.vectors.get(kind, {})) for kind, state in states.items()}
+
+
+def _template(layer: HeldLayer, moe: MoEConfig) -> ResidualState:
+    """A state of the right shapes."""
+    like = layer.experts[0].matrices.w_out_FD
+    (width, hidden), zeros = like.shape, like.new_zeros
+    vectors = dict(zip(VECTORS, (zeros(width), zeros(2 * width), zeros(hidden)), strict=True))
+    residual = ExpertResidual(
+        zeros(hidden, 2 * moe.rank),
+        zeros(2, moe.rank, width),
+        zeros(width, moe.rank),
+        zeros(moe.rank, hidden),
+        **(vectors if moe.expert_vectors else dict.fromkeys(VECTORS)),
+    )
+    return dict.fromkeys(layer.kinds, residual)
+
+
+def _figures(expert: HeldExpert, base: ExpertMatrices, factorised: FactorisedExpert) -> Tensor:
+    """Output error on held-back tokens, with the residual and without; share of whitened matrices."""
+    residual = factorised.residual.float()
+    errors = [expert.output_error(approximation) for approximation in (base.with_residual(residual), base)]
+    return torch.tensor([*errors, sum(factorised.whitened) / len(factorised.whitened)], dtype=torch.float64)

@@ -1,0 +1,107 @@
+"""A standard model under training becomes a clustered one: its state read out, and put into a new model.
+
+Two halves, so that the standard model and its optimizer can be freed in between: `read_clustered` gives what a
+clustered model of the same shape starts from, this rank's share of it alone; `write_clustered` puts it there.
+
+Shapes: L layers, E experts, G clusters, D hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_dist.clustering import FusedSimilarity, cluster_quality
+from moe_dist.config import RunConfig
+from moe_dist.conversion.compress import CompressedLayer, compress_layer
+from moe_dist.conversion.grouping import members_of, similarity_of, usage_of
+from moe_dist.conversion.held_standard import hold_standard
+from moe_dist.conversion.placing import write_layer
+from moe_dist.conversion.tokens import LayerTokens, standard_layers
+from moe_dist.engine.training_state import TrainingState
+from moe_dist.engine.whole_state import OwnedState, write_whole
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.parameter_class import ParameterClass, class_of
+from moe_dist.topology.placement import ExpertPlacement
+
+
+@dataclass(frozen=True)
+class ClusteredStart:
+    """What a clustered model starts from, as this rank's share."""
+
+    steps: int
+    dense: dict[str, OwnedState]
+    """By the name that the parameter has in the clustered model; routers among them."""
+    layers: list[CompressedLayer]
+    expert_bias_LE: Tensor
+    similarity: dict[str, float]
+    """Mean over the layers of the clusters' similarity, as clustered and by its parts."""
+
+
+def read_clustered(
+    model: LanguageModel,
+    state: TrainingState,
+    config: RunConfig,
+    fit: Sequence[LayerTokens],
+    check: Sequence[LayerTokens],
+) -> ClusteredStart:
+    """Clusters and compresses the experts of a standard model, layer by layer; collective.
+
+    Args:
+        config: of the clustered model.
+        fit, check: tokens of the local experts of each layer, of two different batches (`sample_tokens`).
+    """
+    mesh, moe, layers, alike = model.context.mesh, config.moe, [], []
+    for number, layer in enumerate(standard_layers(model)):
+        usage_E = usage_of(fit[number], check[number], moe.experts, layer.dispatch.channel.group)
+        held = hold_standard(layer, state, mesh, fit[number], check[number], usage_E)
+        similarity = similarity_of(held, layer.router.weight, usage_E, config)
+        members = members_of(similarity, usage_E, config)
+        alike.append(_within(similarity, members))
+        placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape).with_members(members)
+        layers.append(compress_layer(held, placement, usage_E, moe, mesh, config.seed))
+    dense = {
+        _clustered_name(name): OwnedState.of(state, parameter, mesh).copy()
+        for name, parameter in model.named_parameters()
+        if class_of(parameter) is ParameterClass.DENSE
+    }
+    means = {name: sum(one[name] for one in alike) / len(alike) for name in alike[0]}
+    return ClusteredStart(state.steps, dense, layers, model.context.balance.expert_bias_LE.clone(), means)
+
+
+def write_clustered(start: ClusteredStart, model: LanguageModel, state: TrainingState) -> None:
+    """Puts all of it into a clustered model and its optimizer; collective."""
+    context, device = model.context, model.context.balance.expert_bias_LE.device
+    for number, layer in enumerate(model.clustered_layers()):
+        context.placements[number] = start.layers[number].placement
+        layer.follow_placement()
+        write_layer(start.layers[number], layer, state)
+    for name, parameter in model.named_parameters():
+        if class_of(parameter) is ParameterClass.DENSE:
+            write_whole(state, parameter, start.dense[name].whole(device))
+    state.steps = start.steps
+    _write_biases(start, model)
+
+
+def _within(similarity: FusedSimilarity, members: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Mean similarity within clusters, fused and by its parts."""
+    cluster_of = {expert: cluster for cluster, group in enumerate(members) for expert in group}
+    labels = [cluster_of[expert] for expert in range(len(cluster_of))]
+    parts = {"fused": similarity.fused_EE, **similarity.parts}
+    return {name: cluster_quality(part.cpu().numpy(), labels).similarity for name, part in parts.items()}
+
+
+def _clustered_name(name: str) -> str:
+    """A standard layer's router is a linear module, a clustered one's holds the same rows itself."""
+    return f"{name}_ED" if name.endswith(".router.weight") else name
+
+
+def _write_biases(start: ClusteredStart, model: LanguageModel) -> None:
+    """Experts keep their selection biases; a cluster's are to its prototype's scores as its members' to theirs."""
+    balance = model.context.balance
+    balance.expert_bias_LE.copy_(start.expert_bias_LE)
+    for number, compressed in enumerate(start.layers):
+        member_GN = torch.tensor(compressed.placement.members, device=balance.expert_bias_LE.device)
+        bias_GN = start.expert_bias_LE[number][member_GN]
+        balance.cluster_bias_LG[number] = bias_GN.sum(1) / bias_GN.shape[1] ** 0.5

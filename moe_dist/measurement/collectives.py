@@ -1,0 +1,133 @@
+"""Times and counts a process's collectives from outside, whoever issues them: the dispatch, DeepSpeed, other libraries.
+
+`watching()` must be entered before DeepSpeed is initialised, which keeps references to the functions. Until
+`CollectiveWatch.active` is set the collectives run as ever; then each is preceded by a barrier of its group, so that
+the time until all have come (`waiting`) is told apart from the exchange, and asynchronous ones are waited for. A step
+takes somewhat longer so: shares mean more than times.
+"""
+
+import inspect
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Part(StrEnum):
+    """What the time of a step goes into."""
+
+    COMPUTE = "compute"
+    ALL_TO_ALL = "all_to_all"
+    REDUCTION = "reduction"  # of gradients, norms and counts, and the gathering of updated weights
+    WAITING = "waiting"  # for the last rank to come to a collective
+
+
+WATCHED = {
+    Part.ALL_TO_ALL: ("all_to_all_single", "all_to_all"),
+    Part.REDUCTION: (
+        "all_reduce",
+        "reduce",
+        "broadcast",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "all_gather",
+        "all_gather_into_tensor",
+    ),
+}
+
+
+class _Done:
+    """The handle of a collective that is complete."""
+
+    def wait(self, *_: object) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+@dataclass
+class CollectiveWatch:
+    """Seconds by part, and all-to-all bytes by receiving global rank, since `clear`."""
+
+    active: bool = False
+    seconds: defaultdict[Part, float] = field(default_factory=lambda: defaultdict(float))
+    bytes_to: Counter[int] = field(default_factory=Counter)
+    messages_to: Counter[int] = field(default_factory=Counter)
+
+    def clear(self) -> None:
+        self.seconds.clear()
+        self.bytes_to.clear()
+        self.messages_to.clear()
+
+    def wrap(self, part: Part, function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if not self.active:
+                return function(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            self.active = False  # one collective may be made of others
+            try:
+                self._run(part, function, given)
+            finally:
+                self.active = True
+            return _Done() if given.arguments.get("async_op") else None
+
+        return watched
+
+    def _run(self, part: Part, function: Callable[..., Any], given: inspect.BoundArguments) -> None:
+        group = given.arguments.get("group")
+        arguments = {**given.arguments, "async_op": False}
+        _settle()
+        started = time.perf_counter()
+        with torch.profiler.record_function(f"moe-dist {Part.WAITING}"):
+            if dist.get_world_size(group) > 1:
+                dist.barrier(group=group)
+        met = time.perf_counter()
+        with torch.profiler.record_function(f"moe-dist {part}"):
+            function(**arguments)
+            _settle()
+        self.seconds[Part.WAITING] += met - started
+        self.seconds[part] += time.perf_counter() - met
+        if part is Part.ALL_TO_ALL:
+            self._count(arguments, dist.get_process_group_ranks(group or dist.group.WORLD))
+
+    def _count(self, arguments: dict[str, Any], ranks: Sequence[int]) -> None:
+        for peer, chunk in zip(ranks, _chunks(arguments, len(ranks)), strict=True):
+            if peer != dist.get_rank() and chunk.numel():
+                self.bytes_to[peer] += chunk.numel() * chunk.element_size()
+                self.messages_to[peer] += 1
+
+
+def _chunks(arguments: dict[str, Any], ranks: int) -> Sequence[torch.Tensor]:
+    if "input_tensor_list" in arguments:
+        return list(arguments["input_tensor_list"])
+    sizes = arguments.get("input_split_sizes")
+    given: torch.Tensor = arguments["input"]
+    return given.split(list(sizes)) if sizes else given.chunk(ranks)
+
+
+def _settle() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+@contextmanager
+def watching() -> Iterator[CollectiveWatch]:
+    """Puts the watch between torch.distributed and everything that calls it by its module."""
+    watch = CollectiveWatch()
+    before = {name: (part, getattr(dist, name)) for part, names in WATCHED.items() for name in names}
+    for name, (part, function) in before.items():
+        setattr(dist, name, watch.wrap(part, function))
+    try:
+        yield watch
+    finally:
+        for name, (_, function) in before.items():
+            setattr(dist, name, function)

@@ -1,0 +1,48 @@
+"""How the report's figures look: one layout for all, narrow enough for a phone."""
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+COLORS = ("#3366cc", "#dc6900", "#109618", "#990099", "#0099a8", "#b82e2e", "#66780f", "#5574a6")
+HEIGHT = 320
+
+
+def figure(x_title: str, y_title: str, **layout: Any) -> go.Figure:
+    """An empty figure with both axes named."""
+    made = go.Figure()
+    made.update_layout(
+        template="none",
+        colorway=COLORS,
+        height=HEIGHT,
+        autosize=True,
+        margin={"l": 56, "r": 12, "t": 12, "b": 40},
+        legend={"orientation": "h", "y": -0.22, "x": 0},
+        font={"family": "system-ui, sans-serif", "size": 12},
+        hovermode="closest",
+        xaxis={"title": {"text": x_title, "standoff": 6}, "gridcolor": "#e5e5e5", "zeroline": False},
+        yaxis={"title": {"text": y_title, "standoff": 6}, "gridcolor": "#e5e5e5", "zeroline": False},
+    )
+    made.update_layout(**layout)
+    return made
+
+
+def color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
+
+
+def chooser(labels: list[str]) -> list[dict[str, Any]]:
+    """A drop-down that shows one of the figure's traces at a time."""
+    return [
+        {
+            "type": "dropdown",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "buttons": [
+                {"label": label, "method": "restyle", "args": ["visible", [i == chosen for i in range(len(labels))]]}
+                for chosen, label in enumerate(labels)
+            ],
+        }
+    ]

@@ -1,0 +1,95 @@
+"""The machines to predict for: what a device computes and holds, and what links carry.
+
+Figures are the vendors' for one direction; how much of them real code reaches is in `matmul_share` and `link_share`.
+"""
+
+from dataclasses import dataclass
+
+from moe_dist.errors import ConfigError
+
+TERA, GIGA = 1e12, 1e9
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU and its own links.
+
+    Attributes:
+        flops: dense 16-bit matrix FLOP/s.
+        memory: bytes that can be held.
+        memory_bandwidth, node_bandwidth, network_bandwidth, host_bandwidth: bytes/s of its memory, to other devices of
+            its node, to other nodes, to the host's memory.
+        matmul_share: part of `flops` that large matrix products reach.
+        link_share: part of a link's rate that an all-to-all reaches.
+        reserved: bytes that libraries and the allocator's losses take.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    node_bandwidth: float
+    network_bandwidth: float
+    host_bandwidth: float
+    matmul_share: float = 0.5
+    link_share: float = 0.8
+    reserved: float = 4 * GIGA
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("v100", 125 * TERA, 32 * GIGA, 0.9 * TERA, 150 * GIGA, 12.5 * GIGA, 12 * GIGA),
+        Device("a100", 312 * TERA, 80 * GIGA, 2.0 * TERA, 300 * GIGA, 25 * GIGA, 25 * GIGA),
+        Device("h100", 989 * TERA, 80 * GIGA, 3.35 * TERA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
+        Device("h200", 989 * TERA, 141 * GIGA, 4.8 * TERA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
+        Device("b200", 2250 * TERA, 180 * GIGA, 8.0 * TERA, 900 * GIGA, 50 * GIGA, 50 * GIGA),
+        Device("mi300x", 1307 * TERA, 192 * GIGA, 5.3 * TERA, 448 * GIGA, 50 * GIGA, 50 * GIGA),
+    )
+}
+
+
+def device_named(name: str) -> Device:
+    """A known device.
+
+    Raises:
+        ConfigError: nobody knows it.
+    """
+    if name.lower() not in DEVICES:
+        raise ConfigError(f"--gpu {name!r} is unknown: use one of {', '.join(DEVICES)}")
+    return DEVICES[name.lower()]
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """Nodes and what joins them.
+
+    Attributes:
+        rails: network interfaces of a node, each of a device's `network_bandwidth`, shared by its devices.
+        pod_nodes: nodes below one leaf switch; traffic between pods crosses the spine.
+        oversubscription: what the leaf's devices could send over what its uplinks carry; 1: none.
+        node_latency, network_latency: seconds that one exchange takes at least, inside a node and between nodes.
+    """
+
+    device: Device
+    nodes: int
+    devices_per_node: int
+    rails: int
+    pod_nodes: int
+    oversubscription: float = 1.0
+    node_latency: float = 10e-6
+    network_latency: float = 25e-6
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    @property
+    def rail_bandwidth(self) -> float:
+        """Bytes/s that one device has between nodes when all send."""
+        share = min(1.0, self.rails / self.devices_per_node)
+        return self.device.network_bandwidth * share * self.device.link_share
+
+    @property
+    def node_bandwidth(self) -> float:
+        return self.device.node_bandwidth * self.device.link_share

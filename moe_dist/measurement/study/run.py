@@ -1,0 +1,67 @@
+"""Runs what a study still lacks, and gathers what it has."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_dist.measurement import subruns
+from moe_dist.measurement.study.cells import Cell
+from moe_dist.measurement.subruns import Summary, read_summary
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A cell and its summary, or the reason why there is none."""
+
+    cell: Cell
+    summary: Summary | None
+    problem: str | None
+
+
+def train_words(cell: Cell, folder: Path) -> list[str]:
+    """Configuration, overrides and options of the cell's training command, each a word."""
+    own = [f"name={cell.name}", f"runs_dir={json.dumps(str((folder / 'runs').absolute()))}"]
+    return [str(cell.config), *cell.overrides, *own, "--json", str(cell.result_file(folder).absolute())]
+
+
+def run_study(
+    cells: Sequence[Cell], folder: Path, launcher: str, seconds: float | None, say: Callable[[str], None]
+) -> list[Outcome]:
+    """Runs cell after cell, each alone on the machine; a finished one is read, a failed one does not stop the others.
+
+    Args:
+        launcher: who starts the ranks, as `moe-dist launch --launcher`.
+        seconds: the most that one cell may take.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for number, cell in enumerate(cells, 1):
+        outcome = _finish(cell, folder, launcher, seconds)
+        outcomes.append(outcome)
+        speed = outcome.summary["tokens_per_second"] if outcome.summary else None
+        told = f"{speed:,.0f} tokens/s" if speed is not None else f"no result: {outcome.problem}"
+        say(f"{number}/{len(cells)} {cell.name}: {told}")
+    return outcomes
+
+
+def gather(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
+    """What there is by now, nothing run."""
+    return [_known(cell, folder) or Outcome(cell, None, "not run yet") for cell in cells]
+
+
+def _known(cell: Cell, folder: Path) -> Outcome | None:
+    if cell.refusal:
+        return Outcome(cell, None, cell.refusal)
+    summary = read_summary(cell.result_file(folder))
+    return Outcome(cell, summary, None) if summary else None
+
+
+def _finish(cell: Cell, folder: Path, launcher: str, seconds: float | None) -> Outcome:
+    if known := _known(cell, folder):
+        return known
+    command = [sys.executable, "-m", "moe_dist", "launch", "--launcher", launcher, "--ranks", str(cell.ranks)]
+    problem = subruns.run([*command, *train_words(cell, folder)], seconds)
+    summary = read_summary(cell.result_file(folder))
+    return Outcome(cell, summary, None if summary else problem or "it left no summary")

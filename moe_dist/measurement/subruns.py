@@ -1,0 +1,52 @@
+"""Runs started as processes of their own, whose summaries are kept under a hash of all that decides them."""
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_dist import __version__
+from moe_dist.config import RunConfig, dump_config
+
+PACKAGE = Path(__file__).parents[1]
+Summary = dict[str, Any]
+
+
+@functools.cache
+def source_digest(package: Path) -> str:
+    """A hash of all Python and C files under `package`, by path and content."""
+    digest = hashlib.sha256()
+    for file in sorted(file for suffix in ("py", "c") for file in package.rglob(f"*.{suffix}")):
+        digest.update(f"{file.relative_to(package)} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def result_file(folder: Path, name: str, config: RunConfig, package: Path = PACKAGE) -> Path:
+    """Where the summary of a run is kept; another configuration has another file, and so has other code."""
+    key = hashlib.sha256(f"{dump_config(config)}\n{__version__} {source_digest(package)}".encode())
+    return folder / f"{name}-{key.hexdigest()[:8]}.json"
+
+
+def run(command: Sequence[str], seconds: float | None = None) -> str | None:
+    """Runs a command with one thread a process; returns what went wrong, in one line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"took longer than {seconds:.0f} s"
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def read_summary(file: Path) -> Summary | None:
+    """A summary that is whole, None where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,67 @@
+"""The planner's memory against what the engine really allocates, on two ranks."""
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+import pytest
+import torch
+
+from moe_dist.config import WorldShape, load_config, resolve_batch
+from moe_dist.engine.engine import Engine
+from moe_dist.engine.startup import join
+from moe_dist.measurement.simulator.memory import memory_of_rank
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.topology.links import Links
+from moe_dist.topology.mesh import Mesh
+from tests.distributed.ranks import run_ranks
+
+VOCABULARY = 256
+WORDS = [
+    "model.hidden_size=64", "model.heads=2", "model.sequence_length=16", "moe.experts=8", "moe.clusters=4",
+    "moe.expert_hidden=64", "train.global_batch_size=4",
+]  # fmt: skip
+
+
+Bytes = tuple[int, int]
+
+
+def _allocated(axes: tuple[int, int, int], variants: list[list[str]]) -> list[tuple[Bytes, tuple[float, float]]]:
+    """For each variant (weights, optimizer) in bytes: of the tensors there are, and predicted."""
+    return [_of_variant(WorldShape(*axes), [*WORDS, *more]) for more in variants]
+
+
+def _of_variant(shape: WorldShape, words: list[str]) -> tuple[Bytes, tuple[float, float]]:
+    config = load_config(None, words)
+    process = join(config.world)
+    batch = resolve_batch(config, process.ranks)
+    mesh = Mesh.create(shape, timedelta(seconds=60))
+    model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
+    engine = Engine(model, config, batch, process)
+    engine.update(engine.forward_backward(torch.randint(VOCABULARY, (2, 17))), 1e-3)
+    optimizer = engine._engine.optimizer
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    masters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    moments = [tensor for state in optimizer.state.values() for name, tensor in state.items() if "exp_avg" in name]
+    kept = [tensor for tensor in (*masters, *moments) if tensor.untyped_storage().data_ptr() not in weights]
+    found = memory_of_rank(config, shape, batch, VOCABULARY)
+    predicted = (found.dense_weights + found.base_weights + found.expert_weights, found.optimizer)
+    return (_bytes(model.parameters()), _bytes(kept)), predicted
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+VARIANTS = [
+    [f"world.zero_stage={stage}", f"train.precision={precision}"]
+    for stage in (0, 1, 2)
+    for precision in ("float32", "bfloat16")
+]
+
+
+@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 1, 2)], ids=str)
+def test_weights_and_optimizer_state_are_as_predicted(axes: tuple[int, int, int]) -> None:
+    for outcomes in run_ranks(_allocated, 2, axes, VARIANTS):
+        for words, (allocated, predicted) in zip(VARIANTS, outcomes, strict=True):
+            assert predicted[0] == allocated[0], words
+            assert predicted[1] == pytest.approx(allocated[1], rel=0.02), words  # ZeRO pads its partitions

@@ -1,0 +1,70 @@
+"""The report in headless Chromium: it draws, says nothing on the console, and fits a phone."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from moe_dist.measurement.report import read_runs, write_report
+from tests.unit.measurement.report.example import write_run
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"), reason="no Chromium here: apt-get install chromium"
+)
+PHONE, DESK = 390, 1280
+# The report in a frame of each width, which a window can not be made as narrow as; what is seen ends up in the title.
+FRAME = """<!DOCTYPE html><body><script>
+const seen = {};
+for (const width of [%s]) {
+  const frame = document.createElement('iframe');
+  frame.src = 'report.html'; frame.width = width; frame.height = 900;
+  frame.onload = () => setTimeout(() => {
+    const page = frame.contentDocument;
+    const plots = [...page.querySelectorAll('.js-plotly-plot')];
+    seen[width] = {
+      page: page.documentElement.scrollWidth, asked: page.querySelectorAll('.plotly-graph-div').length,
+      drawn: plots.filter(plot => plot.querySelector('.main-svg')).length,
+      widest: Math.max(...plots.map(plot => plot.querySelector('.main-svg').getBoundingClientRect().right)),
+      cut: plots.filter(plot => plot.querySelector('.main-svg').getBoundingClientRect().right >
+        plot.closest('section').getBoundingClientRect().right + 1).length,
+    };
+    document.title = JSON.stringify(seen);
+  }, 500);
+  document.body.append(frame);
+}
+</script></body>"""
+
+
+@pytest.mark.timeout(120)
+def test_every_figure_is_drawn_within_the_screen_and_the_console_is_silent(tmp_path: Path) -> None:
+    assert CHROMIUM is not None, "CI must have Chromium: .ci/run installs it"
+    broken = write_run(tmp_path / "broken")
+    (broken / "summary.json").unlink()
+    (broken / "traffic.json").write_text("{")
+    write_report(read_runs([write_run(tmp_path / "whole"), broken]), tmp_path / "report.html")
+    (tmp_path / "frame.html").write_text(FRAME % f"{PHONE}, {DESK}")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    logging = ["--enable-logging=stderr", "--log-level=0", f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [CHROMIUM, *options, *logging, "--virtual-time-budget=20000", "--dump-dom", f"file://{tmp_path}/frame.html"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+    assert title, done.stdout[-2000:] + done.stderr[-2000:]
+    seen = json.loads(unescape(title[1]))
+    for width in (PHONE, DESK):
+        found = seen[str(width)]
+        assert found["drawn"] == found["asked"] == 4 + 5 + 4
+        assert found["page"] <= width
+        assert found["widest"] <= width
+        assert found["cut"] == 0

@@ -1,0 +1,138 @@
+"""The report: what it shows of a whole run, that it stands alone, and how far it goes with broken ones."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plotly.offline import get_plotlyjs
+
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.measurement.report import curves, maps, page, read_runs, tables, write_report
+from tests.unit.measurement.report.example import EXPERTS, LAYERS, STEPS, write_run
+
+FILES = ("config.yaml", "metrics.jsonl", "load.jsonl", "events.jsonl", "summary.json", "traffic.json", "profile.json")
+
+
+def _figures(html: str) -> int:
+    return html.count("plotly-graph-div")
+
+
+def test_a_whole_run_has_every_figure_and_runs_are_compared(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / "a" / "demo"), write_run(tmp_path / "b" / "demo")])
+    assert [run.label for run in runs] == ["a/demo", "b/demo"]
+    html = page.page(runs)
+    assert _figures(html) == 4 + 2 * 5
+    assert "finished at step 40" in html
+    assert "12,345" in html
+    figure = curves.loss(runs)
+    assert figure is not None
+    assert len(figure.data) == 4
+    assert list(figure.data[1].y) == [5.1 / step for step in (10, 20, 30, 40)]
+
+
+def test_it_needs_no_network(tmp_path: Path) -> None:
+    html = page.page(read_runs([write_run(tmp_path / "demo")]))
+    own = html.replace(get_plotlyjs(), "")
+    assert not re.search(r"""(src|href)=["'](?!data:)""", own)
+    assert "default-src 'none'" in own
+
+
+def test_figures_hold_what_the_files_say(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "demo")])
+    load, traffic, membership = maps.load_map(run), maps.traffic(run), maps.membership(run)
+    assert load is not None
+    assert traffic is not None
+    assert membership is not None
+    assert len(load.data) == LAYERS
+    z = np.array(load.data[0].z)
+    assert z.shape == (EXPERTS, STEPS)
+    np.testing.assert_allclose(z.mean(axis=0), 1, atol=1e-3)
+    np.testing.assert_array_equal(traffic.data[0].z, [[0, 1], [2, 0]])
+    still, moved = (np.array(data.z) for data in membership.data)
+    assert still.shape == (EXPERTS, 1)
+    assert moved[:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert moved[:, 1].tolist() == [0, 0, 0, 1, 0, 1, 1, 1]
+    assert list(membership.data[1].x) == [0, 20, STEPS]
+
+
+def test_a_long_run_of_a_large_model_stays_small(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "demo")
+    line = {"experts": [[7] * 64] * 12}
+    (folder / "load.jsonl").write_text("".join(json.dumps({"step": step, **line}) + "\n" for step in range(1000)))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "tokens": step, "train": {"loss": 1.5}}) + "\n" for step in range(20000))
+    )
+    (run,) = read_runs([folder])
+    load, loss = maps.load_map(run), curves.loss([run])
+    assert load is not None
+    assert loss is not None
+    assert sum(np.array(data.z).size for data in load.data) <= maps.MOST_CELLS
+    assert np.array(load.data[0].z).shape == (64, maps.MOST_COLUMNS)
+    assert len(loss.data[0].x) <= 3000
+    assert loss.data[0].x[-1] == 19999
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(FILES), st.floats(0, 1), st.sampled_from([b"", b'"', b"\xff\xfe", b"[1]\n", b'{"step": {}}\n']))
+def test_half_written_runs_are_shown_as_far_as_they_go(tmp_path: Path, name: str, part: float, end: bytes) -> None:
+    shutil.rmtree(tmp_path / "demo", ignore_errors=True)
+    file = write_run(tmp_path / "demo") / name
+    content = file.read_bytes()
+    file.write_bytes(content[: int(part * len(content))] + end)
+    (run,) = read_runs([tmp_path / "demo"])
+    assert _figures(page.page([run])) >= 4
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", ["[]", "null", '{"stages": 3, "ranks": 3, "step": "x", "members": 1}', None])
+def test_files_of_another_shape_or_missing_do_no_harm(tmp_path: Path, name: str, content: str | None) -> None:
+    file = write_run(tmp_path / "demo") / name
+    file.unlink() if content is None else file.write_text(content)
+    assert _figures(page.page(read_runs([tmp_path / "demo"]))) >= 4
+
+
+def test_what_is_broken_is_said(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "demo")
+    (folder / "summary.json").unlink()
+    (folder / "events.jsonl").write_text('{"event": "fai')
+    (run,) = read_runs([folder])
+    assert run.status == "not finished: still running, or killed after step 40"
+    assert run.problems == [
+        "no summary.json: the run has not ended by itself",
+        "events.jsonl: 1 of 1 lines are broken and left out",
+    ]
+    assert all(problem in page.page([run]) for problem in run.problems)
+
+
+def test_words_of_a_run_are_never_code(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script>"
+    folder = write_run(tmp_path / "<b>demo")
+    (folder / "events.jsonl").write_text(json.dumps({"event": "failed", "step": 3, "error": evil}) + "\n")
+    (folder / "traffic.json").write_text(json.dumps({"stages": {evil: {"bytes": [[0, 1], [1, 0]]}}}))
+    html = page.page(read_runs([folder]))
+    assert evil not in html
+    assert "<b>demo" not in html
+    assert "&lt;script&gt;alert(1)" in html
+
+
+def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere: is no run folder"):
+        read_runs([tmp_path / "nowhere"])
+    with pytest.raises(ConfigError, match=r"holds none of config\.yaml"):
+        read_runs([tmp_path])
+    run = read_runs([write_run(tmp_path / "demo")])
+    with pytest.raises(MoeDistError, match="cannot be written"):
+        write_report(run, tmp_path / "no folder" / "report.html")
+
+
+def test_a_figure_that_is_missing_is_a_dash(tmp_path: Path) -> None:
+    whole, broken = write_run(tmp_path / "whole"), write_run(tmp_path / "broken")
+    (broken / "summary.json").unlink()
+    rows = re.findall(r"<tr>(.*?)</tr>", tables.comparison(read_runs([whole, broken])))
+    (loss,) = [row for row in rows if "validation loss" in row]
+    assert loss == "<td>validation loss</td><td>3.4012</td><td>-</td>"
