@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.bed import HERE, ROOT, Bed, Counters, finish
 
-LIMIT = 100.0
+LIMIT = 170.0
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tests.cluster.services import start_ssh
 
 ENTRY = HERE / "meeting_entry.py"
 LAUNCH = HERE / "launch_meeting.py"
-LIMIT = 100.0
+LIMIT = 170.0
 TOLD = "MOE_DIST_TEST_MEETING"  # travels to the other nodes, as all variables of this prefix
 RANKS = {
     "OMP_NUM_THREADS": "1",
