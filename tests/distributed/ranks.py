@@ -55,7 +55,7 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
         while not pipe.poll(0.02) and process.is_alive() and time.monotonic() < deadline:
             pass
         if pipe.poll(0):
-            outcomes.append(pickle.loads(pipe.recv_bytes()))  # noqa: S301  of our own rank
+            outcomes.append(_answer(pipe, process))
         elif process.is_alive():
             outcomes.append((None, "no answer within the time limit"))
         else:
@@ -63,6 +63,16 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
         if outcomes[-1][1]:
             deadline = min(deadline, time.monotonic() + 3)  # the others may hang on this one: hear what they have
     return outcomes
+
+
+def _answer(pipe: Connection, process: Any) -> tuple[Any, str | None]:
+    """What a rank has sent, or that it has closed its end of the pipe without a word."""
+    try:
+        answer: tuple[Any, str | None] = pickle.loads(pipe.recv_bytes())  # noqa: S301  of our own rank
+    except EOFError:
+        process.join()
+        return None, f"ended with exit code {process.exitcode} before it answered"
+    return answer
 
 
 def _rank(

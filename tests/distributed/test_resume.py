@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(folder: Pa
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
-    run_ranks(_train, 2, _words(folder, "damaged", "world.zero_stage=2", "checkpoint.resume=auto"))
+    run_ranks(_train, 2, _words(folder, "damaged", "world.zero_stage=2", f"checkpoint.resume={run}"))
     _assert_same_end(run, _straight(folder))
     assert (run / "checkpoints" / "damaged-step-00000006" / shard.name).read_bytes() == content
     damaged, resumed = [
@@ -325,5 +325,5 @@ def test_only_damaged_checkpoints_are_an_error(folder: Path) -> None:
     (run / "summary.json").unlink()
     for checkpoint in checkpoints_of(run):
         (checkpoint / "manifest.json").unlink()
-    for message, _ in run_ranks(_refused, 2, _words(folder, "ruined", "checkpoint.resume=auto")):
+    for message, _ in run_ranks(_refused, 2, _words(folder, "ruined", f"checkpoint.resume={run}")):
         assert "every checkpoint is damaged" in message
