@@ -31,7 +31,8 @@ def behave(config: RunConfig) -> bool:
 
 def _behave(rank: str, signals: StopSignals) -> bool:
     wait_for_all(rank)
-    print(f"rank {rank} of {os.environ['WORLD_SIZE']} pid {os.getpid()} tty {sys.stdout.isatty()}", flush=True)
+    here = f"rank {rank} of {os.environ['WORLD_SIZE']} pid {os.getpid()} tty {sys.stdout.isatty()}\n"
+    os.write(sys.stdout.fileno(), here.encode())  # in one piece: print would write the line's end by itself
     how = os.environ.get(f"RANK_{rank}", "succeed")
     if how in ("raise", "refuse", "lose_peer", "die", "terminate", "exit"):
         time.sleep(0.3)  # the others have said that they are there

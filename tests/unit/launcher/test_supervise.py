@@ -47,7 +47,7 @@ def wait_for_ranks(child: subprocess.Popen[str], count: int) -> str:
     """What the ranks say of themselves, one line each; rank 0 also says who started them."""
     assert child.stdout is not None
     lines: list[str] = []
-    while sum(" pid " in line for line in lines) < count:
+    while "".join(lines).count(" pid ") < count:  # unbuffered ranks may share a line
         lines.append(child.stdout.readline())
         assert lines[-1], f"the job ended: {lines}"
     return "".join(lines)
