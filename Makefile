@@ -38,10 +38,11 @@ test: install
 test-fast: install
 	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m "not slow"
 
+CLUSTER_TESTS ?= tests/cluster
 # Several nodes on this machine, with ssh, SLURM and MPI: needs root, and installs Debian's packages of these.
 test-cluster: install
 	tests/cluster/install.sh
-	python -m pytest tests/cluster
+	python -m pytest $(CLUSTER_TESTS)
 
 soak: install  # kills training 200 times: an hour or so
 	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)
