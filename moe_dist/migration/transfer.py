@@ -44,11 +44,6 @@ class Arrivals:
     def _place(self, piece: Piece) -> Tensor:
         return _run(self.owned, piece.target, piece.target_start, piece.length)
 
-    @property
-    def bytes(self) -> int:
-        """Memory that waits."""
-        return sum(values.numel() * values.element_size() for _, values in self.waiting)
-
 
 @torch.no_grad()
 def carry(plan: Plan, rank: int, owned: OwnedTensor, device: torch.device) -> Arrivals:

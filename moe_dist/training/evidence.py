@@ -41,7 +41,7 @@ class Evidence:
     """Mean similarity within present clusters by part, mean over layers."""
 
 
-def gather_evidence(layers: list[ClusteredMoE], config: RunConfig, context: LayerContext, step: int) -> Evidence:
+def gather_evidence(layers: list[ClusteredMoE], config: RunConfig, context: LayerContext) -> Evidence:
     """Adds up the ranks' statistics and sketches; collective. Statistics that are not finite are forgotten."""
     assert context.statistics is not None
     together = context.statistics.together_LGG.clone()

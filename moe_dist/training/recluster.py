@@ -163,7 +163,7 @@ class Coordinator:
 
     def _hold_round(self, step: int, sequences_BS: Tensor) -> None:
         started = time.perf_counter()
-        evidence = gather_evidence(self._layers, self._config, self._context, step)
+        evidence = gather_evidence(self._layers, self._config, self._context)
         if evidence.broken:
             parts = ", ".join(evidence.broken)
             self._recorder.event("recluster_skipped", step, reason=f"not finite: {parts}")
