@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from moe_dist.checkpoint.parts import Part
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
+from moe_dist.data.prepare import TOKENIZER
 from moe_dist.dispatch.traffic import TrafficLedger
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.engine.startup import Process, join, leave
@@ -59,6 +61,8 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
     _require_same_data(data, process)
     resumption = find_resumption(config, data)
     recorder = open_recorder(config, process.rank, resumption)
+    if recorder.folder is not None:
+        shutil.copyfile(data.tokenizer_path, recorder.folder / TOKENIZER)  # what evaluates the run may lack its text
     with recorder, StopSignals() as signals:
         run = TrainingRun(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
         if resumption is not None:
