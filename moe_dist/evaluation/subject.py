@@ -7,7 +7,7 @@ import torch
 
 from moe_dist.checkpoint.load_model import load_model
 from moe_dist.checkpoint.weights import TrainedWeights, find_weights
-from moe_dist.config import ReclusterConfig, RunConfig, WorldConfig, resolve_world
+from moe_dist.config import RunConfig, WorldConfig, resolve_world
 from moe_dist.data import Tokenizer, prepare_data
 from moe_dist.data.prepare import TOKENIZER
 from moe_dist.engine.startup import Process
@@ -15,6 +15,9 @@ from moe_dist.errors import DataError
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
+
+TRAINING_ONLY = ("recluster", "memory")
+"""Sections that an evaluation leaves at their defaults."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str) -> RunC
     """
     moe = config.moe.model_copy(update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none"})
     model = config.model.model_copy(update={"activation_checkpointing": False})
-    return config.model_copy(update={"moe": moe, "model": model, "world": world, "recluster": ReclusterConfig()})
+    fields = RunConfig.model_fields
+    defaults = {name: fields[name].get_default() for name in TRAINING_ONLY if name in fields}
+    return config.model_copy(update={**defaults, "moe": moe, "model": model, "world": world})
 
 
 def _tokenizer(run: Path, weights: TrainedWeights) -> Tokenizer:

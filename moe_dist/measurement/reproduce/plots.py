@@ -4,6 +4,7 @@ Shapes: C logged steps (or bins of several), L layers, E experts.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,18 @@ FRONTIERS = {  # file name -> figure on the x-axis, its label
 
 def plot_all(results: Sequence[Result], table: Sequence[Row], folder: Path) -> list[Path]:
     """Writes every plot for which there is something to show; returns the files."""
+    bytes_label, variance_label = "all-to-all, bytes a token and layer", "load variance (log)"
     makers: dict[str, Callable[[Any], bool]] = {
-        "loss-tokens": lambda figure: _loss_curves(figure, results),
-        "bytes-token": lambda figure: _bars(
-            figure, table, "bytes_per_token_layer", "all-to-all, bytes a token and layer"
-        ),
-        "load-variance": lambda figure: _bars(figure, table, "load_variance", "load variance (log)", log=True),
-        **{
-            name: lambda figure, x=x, label=label: _frontier(figure, table, x, label)
-            for name, (x, label) in FRONTIERS.items()
-        },
+        "loss-tokens": partial(_loss_curves, results=results),
+        "bytes-token": partial(_bars, table=table, name="bytes_per_token_layer", label=bytes_label),
+        "load-variance": partial(_bars, table=table, name="load_variance", label=variance_label, log=True),
     }
-    first = [result for result in results if result.seed == 0 and result.run is not None and result.run.is_dir()]
-    for result in first:
-        makers[f"load-map-{result.kind}"] = lambda figure, run=result.run: _load_map(figure, run)
-        makers[f"membership-{result.kind}"] = lambda figure, run=result.run: _membership(figure, run)
+    for name, (x, label) in FRONTIERS.items():
+        makers[name] = partial(_frontier, table=table, name=x, label=label)
+    for result in results:
+        if result.seed == 0 and result.run is not None and result.run.is_dir():
+            makers[f"load-map-{result.kind}"] = partial(_load_map, run=result.run)
+            makers[f"membership-{result.kind}"] = partial(_membership, run=result.run)
     written = []
     for name, make in makers.items():
         figure = Figure(figsize=(8, 5), layout="constrained")
