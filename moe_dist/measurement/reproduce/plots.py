@@ -4,6 +4,7 @@ Shapes: C logged steps (or bins of several), L layers, E experts.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ def plot_all(results: Sequence[Result], table: Sequence[Row], folder: Path) -> l
         ),
         "load-variance": lambda figure: _bars(figure, table, "load_variance", "load variance (log)", log=True),
         **{
-            name: lambda figure, x=x, label=label: _frontier(figure, table, x, label)
+            name: partial(_frontier, table=table, name=x, label=label)
             for name, (x, label) in FRONTIERS.items()
         },
     }
     first = [result for result in results if result.seed == 0 and result.run is not None and result.run.is_dir()]
     for result in first:
-        makers[f"load-map-{result.kind}"] = lambda figure, run=result.run: _load_map(figure, run)
-        makers[f"membership-{result.kind}"] = lambda figure, run=result.run: _membership(figure, run)
+        makers[f"load-map-{result.kind}"] = partial(_load_map, run=result.run)
+        makers[f"membership-{result.kind}"] = partial(_membership, run=result.run)
     written = []
     for name, make in makers.items():
         figure = Figure(figsize=(8, 5), layout="constrained")
