@@ -31,10 +31,7 @@ def plot_all(results: Sequence[Result], table: Sequence[Row], folder: Path) -> l
             figure, table, "bytes_per_token_layer", "all-to-all, bytes a token and layer"
         ),
         "load-variance": lambda figure: _bars(figure, table, "load_variance", "load variance (log)", log=True),
-        **{
-            name: partial(_frontier, table=table, name=x, label=label)
-            for name, (x, label) in FRONTIERS.items()
-        },
+        **{name: partial(_frontier, table=table, name=x, label=label) for name, (x, label) in FRONTIERS.items()},
     }
     first = [result for result in results if result.seed == 0 and result.run is not None and result.run.is_dir()]
     for result in first:
