@@ -33,10 +33,10 @@ def plot_all(results: Sequence[Result], table: Sequence[Row], folder: Path) -> l
         "load-variance": lambda figure: _bars(figure, table, "load_variance", "load variance (log)", log=True),
         **{name: partial(_frontier, table=table, name=x, label=label) for name, (x, label) in FRONTIERS.items()},
     }
-    first = [result for result in results if result.seed == 0 and result.run is not None and result.run.is_dir()]
-    for result in first:
-        makers[f"load-map-{result.kind}"] = partial(_load_map, run=result.run)
-        makers[f"membership-{result.kind}"] = partial(_membership, run=result.run)
+    for result in results:
+        if result.seed == 0 and result.run is not None and result.run.is_dir():
+            makers[f"load-map-{result.kind}"] = partial(_load_map, run=result.run)
+            makers[f"membership-{result.kind}"] = partial(_membership, run=result.run)
     written = []
     for name, make in makers.items():
         figure = Figure(figsize=(8, 5), layout="constrained")
