@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from launcher.train import writable
+from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.words import Json, Overrides
 from moe_dist.errors import LaunchError
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
     bench.callback()(_group)  # a group with one command would else be that command
     bench.command("layer")(bench_layer)
     bench.command("quality")(bench_quality)
+    bench.command("precision")(bench_precision)
     bench.command("recluster")(bench_recluster)
     app.add_typer(bench, name="bench")
 
