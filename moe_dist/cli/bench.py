@@ -9,6 +9,7 @@ from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.bench_domains import bench_domains
+from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.words import Json, Overrides
 from moe_dist.errors import LaunchError
@@ -21,6 +22,7 @@ def register(app: typer.Typer) -> None:
     bench.command("layer")(bench_layer)
     bench.command("quality")(bench_quality)
     bench.command("domains")(bench_domains)
+    bench.command("precision")(bench_precision)
     bench.command("recluster")(bench_recluster)
     app.add_typer(bench, name="bench")
 

@@ -273,6 +273,21 @@ class TrainConfig(Section):
         return self
 
 
+class PrecisionConfig(Section):
+    """What clustered experts are stored as when they are not being updated (moe.kind=clustered)."""
+
+    residuals: Literal["none", "qat", "post"] = Field(
+        "none",
+        description="factors in few bits: none; post: at the end, in evaluation and export; qat: the forward pass of "
+        "training sees them so too",
+    )
+    bits: Literal[4, 8] = Field(4, description="of a factor's number")
+    group_size: Literal[32, 64, 128] = Field(64, description="neighbouring numbers along d or f that share a scale")
+    symmetric: bool = Field(True, description="no zero points beside the scales")
+    scale_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="what scales are kept as")
+    bases: Dtype | None = Field(None, description="what bases are stored as; null: train.precision")
+
+
 class CheckpointConfig(Section):
     """What is kept of a run, and from where it goes on (docs/checkpoints.md)."""
 
@@ -317,6 +332,7 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
 
@@ -330,7 +346,7 @@ class RunConfig(Section):
         if step >= self.standard_steps:
             return self
         moe = self.moe.model_copy(update={"kind": "standard", "warmup_standard": 0.0})
-        return self.model_copy(update={"moe": moe, "recluster": ReclusterConfig()})
+        return self.model_copy(update={"moe": moe, "recluster": ReclusterConfig(), "precision": PrecisionConfig()})
 
     @model_validator(mode="after")
     def _warmup_leaves_both_phases(self) -> Self:
@@ -338,6 +354,15 @@ class RunConfig(Section):
             raise ConfigError(
                 f"moe.warmup_standard={self.moe.warmup_standard} of train.steps={self.train.steps} is "
                 f"{self.standard_steps} steps: at least 1 must be trained before and after the experts are clustered"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _residuals_can_be_stored(self) -> Self:
+        if self.precision.residuals != "none" and self.moe.kind != "clustered":
+            raise ConfigError(
+                f"precision.residuals={self.precision.residuals} works with moe.kind=clustered only, not "
+                f"{self.moe.kind}: set it to none"
             )
         return self
 

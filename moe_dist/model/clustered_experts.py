@@ -6,7 +6,7 @@ Shapes: A rows at a shard, D hidden, F expert hidden, N experts of a cluster on 
 import torch
 from torch import Tensor, nn
 
-from moe_dist.compression import ClusterWeights, clustered_experts, init_base, init_residual
+from moe_dist.compression import ClusterWeights, as_stored, clustered_experts, init_base, init_residual
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.model.context import LayerContext
 from moe_dist.model.initial import SHARED, generator
@@ -57,12 +57,17 @@ class ClusteredExperts(nn.Module):
     def __init__(self, layer: int, cluster: int, model: ModelConfig, moe: MoEConfig, context: LayerContext) -> None:
         super().__init__()
         experts = context.placements[layer].experts_of(cluster, context.mesh.at.shard)
-        self.form = moe.form
+        self.form, self.seen_as = moe.form, context.seen_as
         self.base = ClusterBase(layer, cluster, model, moe, context.seed)
         self.residuals = Residuals(layer, experts, model, moe, context.seed)
 
     def weights(self) -> ClusterWeights:
-        """The tensors in the form that the computation takes."""
+        """The tensors that the computation takes: the parameters, or what would be stored of them."""
+        weights = self.parameter_weights()
+        return weights if self.seen_as is None else as_stored(weights, self.seen_as)
+
+    def parameter_weights(self) -> ClusterWeights:
+        """The parameters themselves."""
         return ClusterWeights(self.base.w_in_DH, self.base.w_out_FD, **self.residuals.tensors())
 
     def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:

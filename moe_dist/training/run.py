@@ -226,8 +226,18 @@ class TrainingRun:
             figures["load"] = self.account.loads[-1]
         return figures
 
+    def _validation_loss(self) -> float:
+        return validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
+
+    def _loss_as_stored(self) -> float | None:
+        """With what would be stored of the experts; None where their factors are not stored in few bits."""
+        if self.config.precision.residuals == "none":
+            return None
+        with self.model.with_stored_experts():
+            return self._validation_loss()
+
     def _evaluate(self, step: int) -> None:
-        loss = validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
+        loss = self._validation_loss()
         if not math.isfinite(loss):
             raise TrainingError(f"step {step}: the validation loss is {loss}: the weights are no longer finite")
         tokens = step * self.tokens_per_step
@@ -251,7 +261,12 @@ class TrainingRun:
                 "steps": steps,
                 "tokens": tokens,
                 "seconds": sum(self.account.step_seconds),
-                "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.account.curve},
+                "validation": {
+                    "loss": loss,
+                    "perplexity": perplexity(loss),
+                    "loss_stored": self._loss_as_stored(),
+                    "curve": self.account.curve,
+                },
                 "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(self.ledger, tokens, config.model.layers, self.process),
