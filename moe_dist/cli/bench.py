@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from launcher.train import writable
+from moe_dist.cli.bench_growth import bench_growth
 from moe_dist.cli.bench_layer import bench_layer
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.words import Json, Overrides
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure parts of the system on this machine.")
     bench.callback()(_group)  # a group with one command would else be that command
     bench.command("layer")(bench_layer)
+    bench.command("growth")(bench_growth)
     bench.command("quality")(bench_quality)
     bench.command("recluster")(bench_recluster)
     app.add_typer(bench, name="bench")
