@@ -15,7 +15,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Dtype = Literal["float32", "bfloat16", "float16"]
+WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 class Section(BaseModel):
@@ -95,7 +95,9 @@ class MoEConfig(Section):
     form: Literal["auto", "mask", "sort", "compiled", "reference"] = Field(
         "auto", description="how clustered experts are computed"
     )
-    wire_dtype: Dtype = Field("bfloat16", description="what hidden vectors travel as between ranks")
+    wire_dtype: WireDtype = Field(
+        "bfloat16", description="what hidden vectors travel as between ranks; int8: with a scale for each"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

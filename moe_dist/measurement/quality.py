@@ -1,8 +1,8 @@
 """Clustered experts against their baselines: the same text, tokens and steps, several seeds, one table.
 
-Each cell (recipe, corpus, seed) is a `moe-dist train` process of its own, so that any cell can be had alone by the same
-command. A finished cell is a JSON file named by a hash of its configuration and of this package's source: it is not run
-again.
+Each cell (recipe, corpus, seed) is a `moe-dist train` process of its own, or a `moe-dist launch` where its recipe lays
+out several ranks, so that any cell can be had alone by the same command. A finished cell is a JSON file named by a hash
+of its configuration and of this package's source: it is not run again.
 """
 
 import json
@@ -91,9 +91,12 @@ def run_cells(todo: Sequence[Cell], folder: Path, jobs: int, report: Callable[[s
 
 
 def _train(cell: Cell, file: Path, folder: Path) -> str | None:
-    """Trains one cell as a single process; returns what went wrong, in one line."""
+    """Trains one cell; returns what went wrong, in one line."""
+    world = load_config(cell.config, cell.overrides).world
+    alone = (world.data or 1) * (world.cluster or 1) * world.shard == 1
+    command = ["train"] if alone else ["launch", "--launcher", "local"]
     words = [*cell.overrides, f"name={cell.name}", f"runs_dir={json.dumps(str(folder / 'runs'))}"]
-    return subruns.run([sys.executable, "-m", "moe_dist", "train", str(cell.config), *words, "--json", str(file)])
+    return subruns.run([sys.executable, "-m", "moe_dist", *command, str(cell.config), *words, "--json", str(file)])
 
 
 @dataclass(frozen=True)
