@@ -273,6 +273,24 @@ class TrainConfig(Section):
         return self
 
 
+class MemoryConfig(Section):
+    """Experts whose weights, gradients and training state are more than a device holds (moe.kind=clustered)."""
+
+    offload: bool = Field(False, description="clusters of experts live below the device and come to it for use")
+    device_budget: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="of a device's memory for experts: bytes; or, up to 16, in parts of what weights, gradients and "
+        "training state of the dense baseline's feed-forward layers take",
+    )
+    host_budget: Positive | None = Field(
+        None, description="bytes of host memory between an accelerator and the disk; null: no limit. Unused on a CPU"
+    )
+    directory: str | None = Field(
+        None, description="where the disk tier is, best on a local disk; null: .offload/<name> in runs_dir"
+    )
+    prefetch: NonNegative = Field(2, description="clusters that are fetched ahead of the one in use")
+
+
 class CheckpointConfig(Section):
     """What is kept of a run, and from where it goes on (docs/checkpoints.md)."""
 
@@ -317,6 +335,7 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
 
@@ -351,6 +370,17 @@ class RunConfig(Section):
                 f"moe.expert_hidden={self.moe.expert_hidden} can be cut to: at most {most} with moe.warmup_standard or "
                 "recluster.transition=refactor"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_possible(self) -> Self:
+        if not self.memory.offload:
+            return self
+        if self.moe.kind != "clustered":
+            raise ConfigError(f"memory.offload=true works with moe.kind=clustered only, not {self.moe.kind}")
+        if self.moe.warmup_standard or self.recluster.transition == "refactor":
+            key = "moe.warmup_standard" if self.moe.warmup_standard else "recluster.transition=refactor"
+            raise ConfigError(f"memory.offload=true does not work with {key} yet: experts would have to be whole in memory")
         return self
 
     @model_validator(mode="after")
