@@ -380,7 +380,9 @@ class RunConfig(Section):
             raise ConfigError(f"memory.offload=true works with moe.kind=clustered only, not {self.moe.kind}")
         if self.moe.warmup_standard or self.recluster.transition == "refactor":
             key = "moe.warmup_standard" if self.moe.warmup_standard else "recluster.transition=refactor"
-            raise ConfigError(f"memory.offload=true does not work with {key} yet: experts would have to be whole in memory")
+            raise ConfigError(
+                f"memory.offload=true does not work with {key} yet: experts would have to be whole in memory"
+            )
         return self
 
     @model_validator(mode="after")

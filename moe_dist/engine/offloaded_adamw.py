@@ -6,7 +6,7 @@ clipped by it, and torch's fused AdamW takes the step. In float32 on a CPU the r
 (DeepSpeed's CPU Adam is not used: it rounds otherwise than what is stepped beside it.)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -35,7 +35,7 @@ class OffloadedAdamW:
         self._replicated = any(copies_of(parameter, mesh) > 1 for parameter in memory.parameters())
 
     def finish_gradients(self) -> Tensor:
-        """Completes all gradients of a step; returns this rank's part of the squared global norm, float64. Collective."""
+        """Completes all gradients of a step; returns this rank's part of the squared norm, float64. Collective."""
         for place, cluster in self.memory.clusters.items():
             if place not in self._square and (cluster.has_gradient or self._replicated):
                 with self._gradient(cluster) as gradient:
@@ -53,13 +53,6 @@ class OffloadedAdamW:
                 self._fetch_ahead(ahead)
             self._step_cluster(cluster, learning_rate, clip_factor)
         self.steps += 1
-
-    @contextmanager
-    def state_of(self, cluster: OffloadedCluster, changed: bool) -> Iterator[Mapping[Kind, Tensor]]:
-        """All blocks of a cluster but its gradient, brought to where training state is."""
-        kinds = [kind for kind in cluster.sizes() if kind is not Kind.GRADIENT]
-        with self._blocks(cluster, kinds, changed) as blocks:
-            yield blocks
 
     def _finish_alone(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
         """Completes a gradient at the end of its backward pass, while it is at hand, where no other rank has to add."""
@@ -95,7 +88,7 @@ class OffloadedAdamW:
 
     def _step_cluster(self, cluster: OffloadedCluster, learning_rate: float, clip_factor: Tensor | None) -> None:
         gradient_block = cluster.block(Kind.GRADIENT)
-        with self._blocks(cluster, list(cluster.sizes()), changed=True) as blocks:
+        with self._blocks(cluster) as blocks:
             gradient = blocks[Kind.GRADIENT]
             if clip_factor is not None:
                 gradient.mul_(clip_factor.to(gradient.device))
@@ -120,16 +113,16 @@ class OffloadedAdamW:
         )  # fmt: skip
 
     @contextmanager
-    def _blocks(self, cluster: OffloadedCluster, kinds: list[Kind], changed: bool) -> Iterator[dict[Kind, Tensor]]:
-        """Blocks where the training state is; what an accelerator has of them is sent down first, and read anew later."""
+    def _blocks(self, cluster: OffloadedCluster) -> Iterator[dict[Kind, Tensor]]:
+        """Blocks where the training state is; what an accelerator has of them is sent down first."""
         memory = self.memory
         with ExitStack() as held:
             blocks = {}
-            for kind in kinds:
+            for kind in cluster.sizes():
                 block = cluster.block(kind)
                 if memory.state is not memory.device and kind in (Kind.WEIGHT, Kind.GRADIENT):
                     memory.device.send_down(block)
                 idle = kind is not Kind.WEIGHT
                 blank = kind is Kind.GRADIENT and not cluster.has_gradient
-                blocks[kind] = held.enter_context(memory.state.held(block, changed=changed, idle=idle, blank=blank))
+                blocks[kind] = held.enter_context(memory.state.held(block, changed=True, idle=idle, blank=blank))
             yield blocks

@@ -94,6 +94,17 @@ class TrainingState:
         return isinstance(self._optimizer, DeepSpeedZeroOptimizer) or bool(self._masters)
 
     @property
+    def separate_masters_of_experts(self) -> bool:
+        """The same for experts, which in tiers have masters of their own only where weights are narrower."""
+        if self.offloaded is None:
+            return self.separate_masters
+        return self.offloaded.memory.separate_masters
+
+    def is_offloaded(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter's values and state are in tiers, whole on each rank that holds it."""
+        return self.offloaded is not None and self.offloaded.memory.of(parameter) is not None
+
+    @property
     def steps(self) -> int:
         """Updates that the moments have seen, which corrects their start from zero."""
         return int(next(iter(self._step_counters())))

@@ -65,14 +65,14 @@ class DiskTier:
                 raise OffloadError(f"{self._name(file, block)} cannot be read: {error.strerror}") from error
             if not count:
                 raise OffloadError(
-                    f"{self._name(file, block)}: only {done:,} of {len(values):,} bytes are left: the file was cut short; "
-                    "go on from the last checkpoint"
+                    f"{self._name(file, block)}: only {done:,} of {len(values):,} bytes are left: the file was cut "
+                    "short; go on from the last checkpoint"
                 )
             done += count
         if xxhash.xxh3_64_intdigest(values) != self._digests[block]:
             raise OffloadError(
-                f"{self._name(file, block)} is damaged: its checksum is wrong; look at the disk, and go on from the last "
-                "checkpoint"
+                f"{self._name(file, block)} is damaged: its checksum is wrong; look at the disk, and go on "
+                "from the last checkpoint"
             )
         if target is not into:
             into.copy_(target)

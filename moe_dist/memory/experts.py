@@ -6,8 +6,8 @@ disk.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,15 @@ class ExpertMemory:
         backward = at_once * sizes[Kind.WEIGHT] + sizes[Kind.GRADIENT]
         return max(backward, sum(sizes.values())) if self.state is self.device else backward
 
+    @property
+    def separate_masters(self) -> bool:
+        """Whether FP32 masters are blocks of their own, beside weights in a narrower type."""
+        return self._dtype is not torch.float32
+
+    def kind_of(self, name: str) -> Kind:
+        """The block that holds what the optimizer calls `name`: in float32 weights are their own masters."""
+        return Kind.WEIGHT if name == Kind.MASTER and not self.separate_masters else Kind(name)
+
     def of(self, parameter: nn.Parameter) -> tuple[OffloadedCluster, str] | None:
         """The cluster that a parameter belongs to and its name there; None if it is not kept here."""
         return self._of_parameter.get(parameter)
@@ -119,7 +128,27 @@ class ExpertMemory:
         found = (self.clusters.get(divmod(place, self._per_layer)) for place in places)
         return [other for other in found if other is not None]
 
-    def figures(self) -> dict[str, Any]:
+    def read_run(self, cluster: OffloadedCluster, name: str, kind: Kind, start: int, length: int) -> Tensor:
+        """A copy of a run of a parameter's flattened elements, taken where its training state is."""
+        with self._at_state(cluster, kind, changed=False) as flat:
+            first = cluster.layout.spans[name].start + start
+            return flat[first : first + length].clone()
+
+    def write_run(self, cluster: OffloadedCluster, name: str, kind: Kind, start: int, values: Tensor) -> None:
+        """Replaces such a run."""
+        with self._at_state(cluster, kind, changed=True) as flat:
+            first = cluster.layout.spans[name].start + start
+            flat[first : first + len(values)].copy_(values)
+
+    @contextmanager
+    def _at_state(self, cluster: OffloadedCluster, kind: Kind, changed: bool) -> Iterator[Tensor]:
+        block = cluster.block(kind)
+        if self.state is not self.device and kind in (Kind.WEIGHT, Kind.GRADIENT):
+            self.device.send_down(block)
+        with self.state.held(block, changed=changed) as flat:
+            yield flat
+
+    def figures(self) -> dict[str, int]:
         """What has moved since the start, bytes."""
         account = self.device.arena.account
         return {

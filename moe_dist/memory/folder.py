@@ -30,7 +30,8 @@ class OwnedFolder:
             owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._lock)
             raise OffloadError(
-                f"memory.directory: {path} is used by another run (process {owner}): give this one a directory of its own"
+                f"memory.directory: {path} is used by another run (process {owner}): give this one a directory of "
+                "its own"
             ) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)

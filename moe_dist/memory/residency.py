@@ -89,9 +89,7 @@ class Residency:
             self._condition.notify_all()
 
     @contextmanager
-    def held(
-        self, block: Block, *, changed: bool = False, idle: bool = False, blank: bool = False
-    ) -> Iterator[Tensor]:
+    def held(self, block: Block, *, changed: bool = False, idle: bool = False, blank: bool = False) -> Iterator[Tensor]:
         """The block for the length of a `with`."""
         values = self.acquire(block, blank=blank)
         try:

@@ -69,7 +69,7 @@ class ClusteredExperts(nn.Module):
             self._offloaded = context.memory.adopt(layer, local, dict(self.named_parameters()))
 
     def weights(self) -> ClusterWeights:
-        """The tensors in the form that the computation takes; those of an offloaded cluster only while it is present."""
+        """The tensors in the form that the computation takes; of an offloaded cluster only while `present`."""
         return ClusterWeights(self.base.w_in_DH, self.base.w_out_FD, **self.residuals.tensors())
 
     def present(self) -> AbstractContextManager[None]:
