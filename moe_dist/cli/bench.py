@@ -9,9 +9,9 @@ from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.bench_domains import bench_domains
-from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_growth import bench_growth
 from moe_dist.cli.bench_layer import bench_layer
+from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.words import Json, Overrides
 from moe_dist.errors import LaunchError

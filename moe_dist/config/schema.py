@@ -287,7 +287,27 @@ class PrecisionConfig(Section):
     group_size: Literal[32, 64, 128] = Field(64, description="neighbouring numbers along d or f that share a scale")
     symmetric: bool = Field(True, description="no zero points beside the scales")
     scale_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="what scales are kept as")
-    bases: Dtype | None = Field(None, description="what bases are stored as; null: train.precision")
+    bases: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="what bases are stored as; null: train.precision"
+    )
+
+
+class MemoryConfig(Section):
+    """Experts whose weights, gradients and training state are more than a device holds (moe.kind=clustered)."""
+
+    offload: bool = Field(False, description="clusters of experts live below the device and come to it for use")
+    device_budget: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="of a device's memory for experts: bytes; or, up to 16, in parts of what weights, gradients and "
+        "training state of the dense baseline's feed-forward layers take",
+    )
+    host_budget: Positive | None = Field(
+        None, description="bytes of host memory between an accelerator and the disk; null: no limit. Unused on a CPU"
+    )
+    directory: str | None = Field(
+        None, description="where the disk tier is, best on a local disk; null: .offload/<name> in runs_dir"
+    )
+    prefetch: NonNegative = Field(2, description="clusters that are fetched ahead of the one in use")
 
 
 class CheckpointConfig(Section):
@@ -335,6 +355,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
 
@@ -377,6 +398,19 @@ class RunConfig(Section):
                 f"moe.rank={self.moe.rank} is more than experts of model.hidden_size={self.model.hidden_size} and "
                 f"moe.expert_hidden={self.moe.expert_hidden} can be cut to: at most {most} with moe.warmup_standard or "
                 "recluster.transition=refactor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_possible(self) -> Self:
+        if not self.memory.offload:
+            return self
+        if self.moe.kind != "clustered":
+            raise ConfigError(f"memory.offload=true works with moe.kind=clustered only, not {self.moe.kind}")
+        if self.moe.warmup_standard or self.recluster.transition == "refactor":
+            key = "moe.warmup_standard" if self.moe.warmup_standard else "recluster.transition=refactor"
+            raise ConfigError(
+                f"memory.offload=true does not work with {key} yet: experts would have to be whole in memory"
             )
         return self
 

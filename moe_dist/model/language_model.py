@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from moe_dist.compression import PackedCluster, StoredForm
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic import TrafficLedger
+from moe_dist.memory.block import Block
+from moe_dist.memory.experts import ExpertMemory
 from moe_dist.model.balance_state import BalanceState
 from moe_dist.model.clustered_experts import ClusteredExperts
 from moe_dist.model.clustered_layer import ClusteredMoE
@@ -42,8 +44,13 @@ class LanguageModel(nn.Module):
         links: Links,
         micro_batches: int = 1,
         ledger: TrafficLedger | None = None,
+        memory: ExpertMemory | None = None,
     ) -> None:
-        """Args: ledger: goes on with an account of traffic that exists; None: a new one."""
+        """
+        Args:
+            ledger: goes on with an account of traffic that exists; None: a new one.
+            memory: keeps the experts from the moment they are made; None: they stay in memory.
+        """
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
@@ -55,12 +62,15 @@ class LanguageModel(nn.Module):
             statistics = RoutingStatistics.create(layers, config.model.hidden_size, moe, config.recluster.decay)
         balance = BalanceState.create(layers, moe, torch.device("cpu"))
         seen_as = stored_form(config) if config.precision.residuals == "qat" else None
+        ledger = ledger or TrafficLedger(links)
         self.context = LayerContext(
-            mesh, placements, balance, ledger or TrafficLedger(links), config.seed, statistics, seen_as
+            mesh, placements, balance, ledger, config.seed, statistics, seen_as=seen_as, memory=memory
         )
+        if memory is not None:
+            memory.describe = self._describe_block
         self._micro_batches = micro_batches
         initialize_megatron(config.world.timeout_seconds, mesh.shape.cluster * mesh.shape.shard)
-        self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._uncounted)
+        self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._recomputing)
 
     def forward(self, sequence_BS: Tensor) -> Tensor:
         """Mean loss in nats a token over [B, S+1] token numbers: each predicts the next."""
@@ -84,6 +94,23 @@ class LanguageModel(nn.Module):
         if config.moe.kind == "standard":
             return StandardMoE(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
         return ClusteredMoE(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
+
+    def _describe_block(self, block: Block) -> str:
+        clusters = self.context.placements[block.layer].clusters_of_block(self.context.mesh.at.cluster)
+        return f"layer {block.layer}, cluster {clusters[block.local]}"
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """While a layer is recomputed in the backward pass, what it brings in stays for what follows."""
+        memory = self.context.memory
+        if memory is not None:
+            memory.recomputing = True
+        try:
+            with self._uncounted():
+                yield
+        finally:
+            if memory is not None:
+                memory.recomputing = False
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:

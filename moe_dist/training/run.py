@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from moe_dist.dispatch.traffic import TrafficLedger
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.errors import DataError, TrainingError
+from moe_dist.memory.experts import ExpertMemory
 from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
@@ -33,7 +34,7 @@ from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, perplexity
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.schedule import learning_rate
-from moe_dist.training.totals import all_to_all_totals, memory_now, peak_memory, traffic_matrices
+from moe_dist.training.totals import all_to_all_totals, memory_now, offload_totals, peak_memory, traffic_matrices
 from moe_dist.training.warmup import Trained, cluster_experts
 from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
 
@@ -65,14 +66,14 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
         shutil.copyfile(data.tokenizer_path, recorder.folder / TOKENIZER)  # what evaluates the run may lack its text
     with recorder, StopSignals() as signals:
         run = TrainingRun(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
-        if resumption is not None:
-            run.resume(resumption)
 
         def hangs(error: TrainingError) -> None:
             recorder.event("failed", run.steps_done, error=str(error))
             give_up(error)
 
-        with Watchdog(watched_seconds(config), run.checkpoints.run, process.rank, hangs) as watchdog:
+        with run, Watchdog(watched_seconds(config), run.checkpoints.run, process.rank, hangs) as watchdog:
+            if resumption is not None:
+                run.resume(resumption)
             stopped = run.run(signals, watchdog.alive)
     leave()
     return stopped
@@ -120,8 +121,20 @@ class TrainingRun:
 
     def _build(self, config: RunConfig) -> tuple[LanguageModel, Engine]:
         links, accumulation = self.ledger.links, self.batch.accumulation
-        model = LanguageModel(config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger)
+        self.memory = None
+        if config.memory.offload:
+            per_layer = config.moe.clusters // self.shape.cluster
+            self.memory = ExpertMemory(config, per_layer, self.process.rank, self.process.device)
+        model = LanguageModel(config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger, self.memory)
         return model, Engine(model, config, self.batch, self.process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives up what the run has kept outside of memory."""
+        if self.memory is not None:
+            self.memory.close()
 
     def _load_record(self) -> LoadRecord:
         moe, layers = self.model.config.moe, self.config.model.layers
@@ -276,6 +289,7 @@ class TrainingRun:
                     "peak_rss_bytes": max(peaks.rss_by_rank),
                     "peak_rss_bytes_by_rank": peaks.rss_by_rank,
                     "peak_device_bytes": peaks.device,
+                    "offload": None if self.memory is None else offload_totals(self.memory, self.process),
                 },
                 "world": vars(self.shape),
                 "seed": config.seed,
