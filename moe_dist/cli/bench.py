@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from launcher.train import writable
+from moe_dist.cli.bench_memory import bench_memory
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.words import Json, Overrides
 from moe_dist.errors import LaunchError
@@ -20,6 +21,7 @@ def register(app: typer.Typer) -> None:
     bench.command("layer")(bench_layer)
     bench.command("quality")(bench_quality)
     bench.command("recluster")(bench_recluster)
+    bench.command("memory")(bench_memory)
     app.add_typer(bench, name="bench")
 
 
