@@ -15,7 +15,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Dtype = Literal["float32", "bfloat16", "float16"]
+WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 class Section(BaseModel):
@@ -95,7 +95,9 @@ class MoEConfig(Section):
     form: Literal["auto", "mask", "sort", "compiled", "reference"] = Field(
         "auto", description="how clustered experts are computed"
     )
-    wire_dtype: Dtype = Field("bfloat16", description="what hidden vectors travel as between ranks")
+    wire_dtype: WireDtype = Field(
+        "bfloat16", description="what hidden vectors travel as between ranks; int8: with a scale for each"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -273,6 +275,23 @@ class TrainConfig(Section):
         return self
 
 
+class PrecisionConfig(Section):
+    """What clustered experts are stored as when they are not being updated (moe.kind=clustered)."""
+
+    residuals: Literal["none", "qat", "post"] = Field(
+        "none",
+        description="factors in few bits: none; post: at the end, in evaluation and export; qat: the forward pass of "
+        "training sees them so too",
+    )
+    bits: Literal[4, 8] = Field(4, description="of a factor's number")
+    group_size: Literal[32, 64, 128] = Field(64, description="neighbouring numbers along d or f that share a scale")
+    symmetric: bool = Field(True, description="no zero points beside the scales")
+    scale_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="what scales are kept as")
+    bases: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="what bases are stored as; null: train.precision"
+    )
+
+
 class MemoryConfig(Section):
     """Experts whose weights, gradients and training state are more than a device holds (moe.kind=clustered)."""
 
@@ -335,6 +354,7 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
@@ -349,7 +369,7 @@ class RunConfig(Section):
         if step >= self.standard_steps:
             return self
         moe = self.moe.model_copy(update={"kind": "standard", "warmup_standard": 0.0})
-        return self.model_copy(update={"moe": moe, "recluster": ReclusterConfig()})
+        return self.model_copy(update={"moe": moe, "recluster": ReclusterConfig(), "precision": PrecisionConfig()})
 
     @model_validator(mode="after")
     def _warmup_leaves_both_phases(self) -> Self:
@@ -357,6 +377,15 @@ class RunConfig(Section):
             raise ConfigError(
                 f"moe.warmup_standard={self.moe.warmup_standard} of train.steps={self.train.steps} is "
                 f"{self.standard_steps} steps: at least 1 must be trained before and after the experts are clustered"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _residuals_can_be_stored(self) -> Self:
+        if self.precision.residuals != "none" and self.moe.kind != "clustered":
+            raise ConfigError(
+                f"precision.residuals={self.precision.residuals} works with moe.kind=clustered only, not "
+                f"{self.moe.kind}: set it to none"
             )
         return self
 

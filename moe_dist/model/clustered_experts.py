@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from moe_dist.compression import ClusterWeights, clustered_experts, init_base, init_residual
+from moe_dist.compression import ClusterWeights, as_stored, clustered_experts, init_base, init_residual
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.memory.cluster import OffloadedCluster
 from moe_dist.model.context import LayerContext
@@ -60,7 +60,7 @@ class ClusteredExperts(nn.Module):
     def __init__(self, layer: int, cluster: int, model: ModelConfig, moe: MoEConfig, context: LayerContext) -> None:
         super().__init__()
         experts = context.placements[layer].experts_of(cluster, context.mesh.at.shard)
-        self.form = moe.form
+        self.form, self.seen_as = moe.form, context.seen_as
         self.base = ClusterBase(layer, cluster, model, moe, context.seed)
         self.residuals = Residuals(layer, experts, model, moe, context.seed)
         self._offloaded: OffloadedCluster | None = None
@@ -69,7 +69,12 @@ class ClusteredExperts(nn.Module):
             self._offloaded = context.memory.adopt(layer, local, dict(self.named_parameters()))
 
     def weights(self) -> ClusterWeights:
-        """The tensors in the form that the computation takes; of an offloaded cluster only while `present`."""
+        """What is computed with: the parameters, or their stored form; of an offloaded cluster only while `present`."""
+        weights = self.parameter_weights()
+        return weights if self.seen_as is None else as_stored(weights, self.seen_as)
+
+    def parameter_weights(self) -> ClusterWeights:
+        """The parameters themselves."""
         return ClusterWeights(self.base.w_in_DH, self.base.w_out_FD, **self.residuals.tensors())
 
     def present(self) -> AbstractContextManager[None]:

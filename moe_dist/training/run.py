@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any, Self
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from moe_dist.checkpoint.parts import Part
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
+from moe_dist.data.prepare import TOKENIZER
 from moe_dist.dispatch.traffic import TrafficLedger
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.engine.startup import Process, join, leave
@@ -67,6 +69,8 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
     _require_same_data(data, process)
     resumption = find_resumption(config, data)
     recorder = open_recorder(config, process.rank, resumption)
+    if recorder.folder is not None:
+        shutil.copyfile(data.tokenizer_path, recorder.folder / TOKENIZER)  # what evaluates the run may lack its text
     with recorder, StopSignals() as signals:
         run = TrainingRun(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
 
@@ -242,8 +246,18 @@ class TrainingRun:
             figures["load"] = self.account.loads[-1]
         return figures
 
+    def _validation_loss(self) -> float:
+        return validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
+
+    def _loss_as_stored(self) -> float | None:
+        """With what would be stored of the experts; None where their factors are not stored in few bits."""
+        if self.config.precision.residuals == "none":
+            return None
+        with self.model.with_stored_experts():
+            return self._validation_loss()
+
     def _evaluate(self, step: int) -> None:
-        loss = validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
+        loss = self._validation_loss()
         if not math.isfinite(loss):
             raise TrainingError(f"step {step}: the validation loss is {loss}: the weights are no longer finite")
         tokens = step * self.tokens_per_step
@@ -268,7 +282,12 @@ class TrainingRun:
                 "steps": steps,
                 "tokens": tokens,
                 "seconds": sum(self.account.step_seconds),
-                "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.account.curve},
+                "validation": {
+                    "loss": loss,
+                    "perplexity": perplexity(loss),
+                    "loss_stored": self._loss_as_stored(),
+                    "curve": self.account.curve,
+                },
                 "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(self.ledger, tokens, config.model.layers, self.process),
