@@ -45,7 +45,7 @@ class _Reference:
 
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: Any
 
 
 class OffloadedCluster:
@@ -226,6 +226,6 @@ class _Leave(torch.autograd.Function):
         return result.view_as(result)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         ctx.cluster.begin_backward()
         return None, gradient

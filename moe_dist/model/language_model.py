@@ -1,6 +1,6 @@
 """Puts a language model together from its configuration, and counts its parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -140,6 +140,10 @@ class LanguageModel(nn.Module):
     def with_stored_experts(self) -> Iterator[None]:
         """Computes with what would be stored of the clusters (`precision`), which cannot be trained meanwhile."""
         layers, form = self.clustered_layers(), stored_form(self.config)
+        if self.context.memory is not None:
+            with _seen_as(layers, form):
+                yield
+            return
         trained = [layer.clusters for layer in layers]
         for layer, parts in zip(layers, trained, strict=True):
             layer.clusters = nn.ModuleList(_stored(part, form) for part in parts)
@@ -155,6 +159,20 @@ class LanguageModel(nn.Module):
         if self.context.statistics is not None:
             self.context.statistics.to(device)
         return self.to(device)
+
+
+@contextmanager
+def _seen_as(layers: Iterable[ClusteredMoE], form: StoredForm) -> Iterator[None]:
+    """Clusters that are offloaded are seen as stored whenever one is used: to hold all in that form would not fit."""
+    parts = [part for layer in layers for part in layer.clusters if isinstance(part, ClusteredExperts)]
+    before = [part.seen_as for part in parts]
+    for part in parts:
+        part.seen_as = form
+    try:
+        yield
+    finally:
+        for part, seen_as in zip(parts, before, strict=True):
+            part.seen_as = seen_as
 
 
 def _stored(part: nn.Module, form: StoredForm) -> StoredExperts:
