@@ -19,8 +19,8 @@ from tests.distributed.ranks import run_ranks
 SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"
 TEXT = " \n = Title = \n \n Some words , and a few more of them , in 3 lines . \n" * 3
 SPEC: dict[str, Any] = {
-    "tasks": ("wikitext",), "text": None, "split": "validation", "subset": "", "window": None, "stride": None, "batch": 3,
-    "dtype": "float32", "json_file": None, "glue": None, "seeds": 1, "epochs": 1.0, "glue_batch": 8,
+    "tasks": ("wikitext",), "text": None, "split": "validation", "subset": "", "window": None, "stride": None,
+    "batch": 3, "dtype": "float32", "json_file": None, "glue": None, "seeds": 1, "epochs": 1.0, "glue_batch": 8,
     "learning_rate": None, "max_train": None, "max_eval": None, "max_steps": None,
 }  # fmt: skip
 WORLD = WorldConfig(backend="gloo", timeout_seconds=60)
@@ -80,7 +80,13 @@ def _write_task(folder: Path) -> None:
 def test_a_task_is_learnt_by_every_kind_on_several_ranks(tmp_path: Path, kind: str) -> None:
     _write_task(tmp_path / "glue")
     run_ranks(_train, 1, tmp_path, f"moe.kind={kind}")
-    options = {"tasks": ("glue:sst2",), "glue": str(tmp_path / "glue"), "epochs": 12.0, "learning_rate": 0.01, "seeds": 2}
+    options = {
+        "tasks": ("glue:sst2",),
+        "glue": str(tmp_path / "glue"),
+        "epochs": 12.0,
+        "learning_rate": 0.01,
+        "seeds": 2,
+    }
     first, second = run_ranks(_evaluate, 2, tmp_path / "runs" / "smoke", options)
     assert first == second
     accuracy = first["glue"]["tasks"]["sst2"]["metrics"]["accuracy"]

@@ -30,7 +30,9 @@ def _setting(folder: Path, scale: str = "tiny") -> cells.Setting:
 def _plan(folder: Path, scale: str = "tiny", kinds: tuple[str, ...] = ("dense", CLASSIC, STRONG, OURS)) -> run.Plan:
     chosen = SCALES[scale]
     evaluations = choose(chosen, "stdlib", None, "/glue", None)
-    return run.Plan(_setting(folder, scale), [KINDS[name] for name in kinds], 2, bool(chosen.grid), evaluations, "local")
+    return run.Plan(
+        _setting(folder, scale), [KINDS[name] for name in kinds], 2, bool(chosen.grid), evaluations, "local"
+    )
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -58,11 +60,14 @@ def test_texts_are_chosen() -> None:
     assert cells.text_words("hub") == ()
     config = load_config(CONFIGS / "reproduce" / "tiny.yaml", cells.text_words("a.txt,b.txt"))
     assert (config.corpus.kind, config.corpus.paths) == ("text", [str(Path("a.txt").absolute())])
-    with pytest.raises(ConfigError, match="--text 'a.txt': write stdlib, hub, or TRAIN,VALIDATION"):
+    with pytest.raises(ConfigError, match=r"--text 'a.txt': write stdlib, hub, or TRAIN,VALIDATION"):
         cells.text_words("a.txt")
     tiny: Scale = SCALES["tiny"]
     assert choose(tiny, "a.txt,b.txt", None, "none", None).text == str(Path("b.txt").absolute())
-    assert choose(tiny, "hub", None, None, "wikitext-2-raw-v1").words(tiny)[:2] == ["--task=wikitext", "--subset=wikitext-2-raw-v1"]
+    assert choose(tiny, "hub", None, None, "wikitext-2-raw-v1").words(tiny)[:2] == [
+        "--task=wikitext",
+        "--subset=wikitext-2-raw-v1",
+    ]
     assert choose(tiny, "stdlib", None, "none", None).words(tiny) == []
 
 
@@ -73,7 +78,11 @@ def _summary(kind: str, rate: float, seed: int) -> dict[str, Any]:
     standard = kind in (CLASSIC, STRONG)
     loss = LOSSES[kind] + abs(rate - 0.004) + 0.01 * seed
     return {
-        "validation": {"loss": loss, "perplexity": 2.0, "curve": [{"tokens": 1, "loss": 5.0}, {"tokens": 2, "loss": loss}]},
+        "validation": {
+            "loss": loss,
+            "perplexity": 2.0,
+            "curve": [{"tokens": 1, "loss": 5.0}, {"tokens": 2, "loss": loss}],
+        },
         "parameters": {"total": 100, "expert": 80 if standard else 15, "expert_standard": 0 if kind == "dense" else 80},
         "load": {"variance": None if kind == "dense" else 9e-4 if standard else 1e-4},
         "tokens_per_second": 1000.0,
@@ -149,7 +158,12 @@ def test_claims_by_hand() -> None:
         return Result(kind, seed, None, {"validation": {"loss": loss}, "load": {"variance": variance}})
 
     table = rows(
-        [result(OURS, 0, 4.0, 1e-4), result(OURS, 1, 4.2, 2e-4), result(STRONG, 0, 4.1, 1e-3), result(STRONG, 1, 4.0, 4e-4)]
+        [
+            result(OURS, 0, 4.0, 1e-4),
+            result(OURS, 1, 4.2, 2e-4),
+            result(STRONG, 0, 4.1, 1e-3),
+            result(STRONG, 1, 4.0, 4e-4),
+        ]
     )
     found = {verdict.claim.figure: verdict for verdict in verdicts(table, OURS)}
     assert found["loss"].values == pytest.approx((-0.1, 0.2))
