@@ -110,9 +110,9 @@ SCALES = {
             100,
             _recluster(20, 100),
             None,
-            ("--max-train=512", "--max-eval=512", "--epochs=2"),
+            ("--max-train=512", "--max-eval=256", "--epochs=1"),
             True,
-            (50, 90, 110),
+            (45, 85, 90),
         ),
         Scale(
             "small", "hub", 4, GRID, 500, _recluster(100, 1000), None, ("--max-train=10000",), True, (1200, 4800, 3600)

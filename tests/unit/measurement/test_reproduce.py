@@ -2,13 +2,14 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_dist.config import load_config
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.measurement import subruns
 from moe_dist.measurement.reproduce import cells, run
 from moe_dist.measurement.reproduce.claims import verdicts
@@ -69,6 +70,15 @@ def test_texts_are_chosen() -> None:
         "--subset=wikitext-2-raw-v1",
     ]
     assert choose(tiny, "stdlib", None, "none", None).words(tiny) == []
+
+
+def test_wrong_data_are_said_before_any_run(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Too little to learn from .\n")
+    words = (*cells.text_words(f"{text},{text}"), f"corpus.cache_dir={tmp_path}/cache")
+    plan = replace(_plan(tmp_path), setting=cells.Setting(SCALES["smoke"], CONFIGS, tmp_path, words))
+    with pytest.raises(DataError, match="nothing to train on"):
+        run.require_data(plan)
 
 
 LOSSES = {"dense": 4.5, CLASSIC: 4.2, STRONG: 4.1, "clustered-fixed": 4.25, OURS: 4.15}
