@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from launcher.train import writable
+from moe_dist.cli.bench_layer import bench_layer
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.words import Json, Overrides
 from moe_dist.errors import LaunchError
@@ -25,51 +26,6 @@ def register(app: typer.Typer) -> None:
 
 def _group() -> None:
     pass
-
-
-def bench_layer(
-    tokens: Annotated[int | None, typer.Option(help="Tokens in the batch.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="d: width of the model.")] = None,
-    expert_hidden: Annotated[int | None, typer.Option(help="f: hidden width of an expert.")] = None,
-    experts: Annotated[int | None, typer.Option(help="E: experts in the layer.")] = None,
-    clusters: Annotated[int | None, typer.Option(help="G: clusters of experts.")] = None,
-    rank: Annotated[int | None, typer.Option(help="r: rank of an expert's residual.")] = None,
-    top_k: Annotated[list[int] | None, typer.Option(help="k: experts a token; may be given again.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Such as float32; may be given again.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Timed rounds; the median is reported.")] = None,
-    vectors: Annotated[bool | None, typer.Option(help="Per-expert vectors too.")] = None,
-    form: Annotated[str | None, typer.Option(help="How clustered experts are computed, as moe.form.")] = None,
-    also_form: Annotated[list[str] | None, typer.Option(help="A further form to show; may be given again.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights and tokens.")] = None,
-    json_file: Json = None,
-) -> None:
-    """Time the clustered layer against the standard one and the dense floor, forward and backward, side by side."""
-    given: dict[str, Any] = {
-        "tokens": tokens,
-        "hidden": hidden,
-        "expert_hidden": expert_hidden,
-        "experts": experts,
-        "clusters": clusters,
-        "rank": rank,
-        "top_k": tuple(top_k) if top_k else None,
-        "dtypes": tuple(dtype) if dtype else None,
-        "threads": threads,
-        "repeats": repeats,
-        "vectors": vectors,
-        "form": form,
-        "forms": tuple(also_form) if also_form else None,
-        "seed": seed,
-    }
-    target = json_file and writable(json_file)
-    from moe_dist.measurement import layer_bench
-    from moe_dist.metrics import write_json
-
-    spec = layer_bench.LayerBenchSpec(**{name: value for name, value in given.items() if value is not None})
-    result = layer_bench.run_layer_bench(spec)
-    layer_bench.render(result, Console())
-    if target is not None:
-        write_json(Path(target), result.to_dict())
 
 
 def bench_quality(

@@ -13,15 +13,26 @@ from moe_dist.model.dense_layer import SwiGLU
 
 
 class DeepSpeedMoE(nn.Module):
-    """`deepspeed.moe.layer.MoE` over all ranks with the experts of our standard layer, dropless; [T, D] -> [T, D]."""
+    """`deepspeed.moe.layer.MoE` over all ranks with the experts of our standard layer; [T, D] -> [T, D]."""
 
-    def __init__(self, config: RunConfig, ranks: int) -> None:
-        """Collective, since DeepSpeed forms its process groups here."""
+    def __init__(self, config: RunConfig, ranks: int, capacity_factor: float | None = None) -> None:
+        """Collective, since DeepSpeed forms its process groups here.
+
+        Args:
+            capacity_factor: what an expert takes over an even share, the rest is dropped; None: dropless.
+        """
         super().__init__()
         moe = config.moe
         expert = SwiGLU(0, moe.expert_hidden, config.model, config.seed)
         self.layer: Any = MoE(
-            config.model.hidden_size, expert, moe.experts, ep_size=ranks, k=moe.top_k, drop_tokens=False, use_rts=False
+            config.model.hidden_size,
+            expert,
+            moe.experts,
+            ep_size=ranks,
+            k=moe.top_k,
+            capacity_factor=capacity_factor or 1.0,
+            drop_tokens=capacity_factor is not None,
+            use_rts=False,
         )
         groups._EXPERT_PARALLEL_GROUP.pop(self.layer.expert_group_name, None)  # of a model of ours before it
         groups._EXPERT_DATA_PARALLEL_GROUP.pop(self.layer.expert_group_name, None)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from moe_dist.compression import FORMS, ClusterWeights, choose_form, clustered_experts, init_base, init_residual
 from moe_dist.errors import ConfigError
+from moe_dist.measurement.spread import Spread
 from moe_dist.model.standard_experts import experts_grouped, experts_loop, swiglu
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,23 +67,6 @@ class LayerBenchSpec:
             raise ConfigError(f"dtype {unknown[0]!r} is unknown: use {' or '.join(_DTYPES)}")
         if unknown := sorted({self.form, *self.forms} - set(FORMS)):
             raise ConfigError(f"form {unknown[0]!r} is unknown: use one of {', '.join(FORMS)}")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, quartiles and extremes over the rounds."""
-
-    median: float
-    lower: float
-    upper: float
-    smallest: float
-    largest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Quartiles are inclusive: with few rounds they stay within what was seen."""
-        lower, _, upper = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
-        return cls(statistics.median(values), lower, upper, min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -161,17 +145,14 @@ def render(result: LayerBenchResult, console: Console) -> None:
             speedup = case.speedup if name == "clustered" else None
             floor = {"clustered": case.over_floor, case.standard: case.standard_over_floor}.get(name)
             table.add_row(
-                case.dtype, str(case.top_k), label, _text(seconds, 1e3, 0), _text(speedup, 1, 2), _text(floor, 1, 2)
+                case.dtype,
+                str(case.top_k),
+                label,
+                seconds.text(1e3, 0),
+                *(s.text() if s else "" for s in (speedup, floor)),
             )
         table.add_section()
     console.print(table)
-
-
-def _text(spread: Spread | None, factor: float, digits: int) -> str:
-    if spread is None:
-        return ""
-    median, lower, upper = (f"{factor * v:.{digits}f}" for v in (spread.median, spread.lower, spread.upper))
-    return f"{median} \\[{lower}-{upper}]"
 
 
 def _measure(spec: LayerBenchSpec, dtype: str, top_k: int) -> LayerBenchCase:
@@ -182,9 +163,6 @@ def _measure(spec: LayerBenchSpec, dtype: str, top_k: int) -> LayerBenchCase:
     rounds = _time_rounds(layer, _contenders(layer, form, spec.forms), spec.repeats)
     standard = min(_STANDARD, key=lambda name: statistics.median(rounds[name]))
 
-    def ratio(above: str, below: str) -> Spread:
-        return Spread.of([a / b for a, b in zip(rounds[above], rounds[below], strict=True)])
-
     return LayerBenchCase(
         dtype=dtype,
         top_k=top_k,
@@ -192,9 +170,9 @@ def _measure(spec: LayerBenchSpec, dtype: str, top_k: int) -> LayerBenchCase:
         compiled=form == "compiled",
         standard=standard,
         seconds={name: Spread.of(seconds) for name, seconds in rounds.items()},
-        speedup=ratio(standard, "clustered"),
-        over_floor=ratio("clustered", "dense"),
-        standard_over_floor=ratio(standard, "dense"),
+        speedup=Spread.of_ratios(rounds[standard], rounds["clustered"]),
+        over_floor=Spread.of_ratios(rounds["clustered"], rounds["dense"]),
+        standard_over_floor=Spread.of_ratios(rounds[standard], rounds["dense"]),
     )
 
 

@@ -34,7 +34,7 @@ from moe_dist.clustering import (
 )
 from moe_dist.compression import InputRoots, factorise_cluster
 from moe_dist.errors import ConfigError
-from moe_dist.measurement.layer_bench import Spread
+from moe_dist.measurement.spread import Spread
 
 PARTS = ("gram", "sketch", "assign", "assign warm", "factorise", "whitened")
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from moe_dist.errors import ConfigError
 from moe_dist.measurement.layer_bench import (
     LayerBenchSpec,
-    Spread,
     _contenders,
     _draw_layer,
     render,
     run_layer_bench,
 )
+from moe_dist.measurement.spread import Spread
 
 TOY = LayerBenchSpec(
     tokens=64, hidden=16, expert_hidden=32, experts=8, clusters=2, rank=2, top_k=(1, 3), repeats=3, vectors=True

@@ -1,0 +1,56 @@
+"""The entry script of every rank of `moe-dist bench ... --ranks`: `launcher/bench.py NAME SPECIFICATION [key=value]`."""
+
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # started by path: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launcher.environment import discover
+from launcher.train import run_rank
+from moe_dist.config import RunConfig
+from moe_dist.errors import LaunchError
+
+
+def bench_rank(name: str, spec: str, config_path: str | None, overrides: Sequence[str]) -> int:
+    """Does one rank's whole work and returns its exit code.
+
+    Args:
+        spec: what to measure, as JSON.
+        config_path: None: a bench that needs no configuration, but takes keys of `world`.
+    """
+
+    def bench(config: RunConfig) -> bool:
+        from moe_dist.measurement.layers.run import run_bench  # here, since it loads torch
+
+        run_bench(name, spec, config)
+        return False
+
+    fits_all = [] if config_path else ["moe.kind=dense", f"train.global_batch_size={_ranks()}"]
+    return run_rank(config_path, [*fits_all, *overrides], bench)
+
+
+def _ranks() -> int:
+    try:
+        return discover(os.environ).world_size
+    except LaunchError:
+        return 1  # run_rank says it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the words after the script's name."""
+    parser = ArgumentParser(prog="launcher/bench.py", description="One rank of a bench.")
+    parser.add_argument("name")
+    parser.add_argument("spec", help="JSON")
+    parser.add_argument("--config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
+    words = parser.parse_intermixed_args(arguments)
+    return bench_rank(words.name, words.spec, words.config, words.overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""`moe-dist bench layer`: one layer against its baselines, in this process or on ranks."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from launcher import bench as entry
+from launcher import runners
+from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines
+from launcher.train import writable
+from moe_dist.cli.words import Hostfile, Json, Port
+from moe_dist.errors import LaunchError
+from moe_dist.measurement.layers.spec import LayerShape, RanksBenchSpec
+
+ENTRY = Path(entry.__file__)
+ON_RANKS = ("ranks", "peers", "wire_dtype", "launcher", "hostfile", "port", "json_file")
+SHAPE = ("tokens", "hidden", "expert_hidden", "experts", "clusters", "rank", "vectors", "form", "wire_dtype", "seed")
+
+
+def bench_layer(
+    tokens: Annotated[int | None, typer.Option(help="Tokens in the batch; with --ranks, of a rank.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="d: width of the model.")] = None,
+    expert_hidden: Annotated[int | None, typer.Option(help="f: hidden width of an expert.")] = None,
+    experts: Annotated[int | None, typer.Option(help="E: experts in the layer.")] = None,
+    clusters: Annotated[int | None, typer.Option(help="G: clusters of experts.")] = None,
+    rank: Annotated[int | None, typer.Option(help="r: rank of an expert's residual.")] = None,
+    top_k: Annotated[list[int] | None, typer.Option(help="k: experts a token; may be given again.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Such as float32; may be given again.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads (of a rank). Default: 1.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed rounds; the median is reported.")] = None,
+    vectors: Annotated[bool | None, typer.Option(help="Per-expert vectors too.")] = None,
+    form: Annotated[str | None, typer.Option(help="How clustered experts are computed, as moe.form.")] = None,
+    also_form: Annotated[list[str] | None, typer.Option(help="A further form to show; may be given again.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and tokens.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Whole layers, with routers, on so many ranks.")] = None,
+    peers: Annotated[str, typer.Option(help="With --ranks, others' layers too: deepspeed,megatron.")] = "",
+    wire_dtype: Annotated[str | None, typer.Option(help="With --ranks, as moe.wire_dtype. Default: --dtype.")] = None,
+    launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.LOCAL,
+    hostfile: Hostfile = None,
+    port: Port = DEFAULT_PORT,
+    json_file: Json = None,
+) -> None:
+    """Time the clustered layer against the standard one and the dense floor, forward and backward, side by side.
+
+    Without --ranks: experts alone, in this process, on routing drawn beforehand. With --ranks: whole layers, with what
+    crosses between the ranks counted, beside the MoE layers of DeepSpeed and Megatron-core if --peers names them.
+    """
+    options = {name: value for name, value in locals().items() if value is not None}
+    for plural, name in (("top_k", "top_k"), ("dtypes", "dtype"), ("forms", "also_form")):
+        if given := options.pop(name, None):
+            options[plural] = tuple(given)
+    target = str(writable(json_file)) if json_file else None
+    if ranks is None and hostfile is None:
+        _in_this_process(options, target)
+        return
+    if also_form:
+        raise LaunchError("--also-form does not go with --ranks: give --form")
+    job = Job(launcher, machines(launcher, Size(ranks=ranks, hostfile=hostfile), 1), (), threads or 1, ENTRY, port)
+    raise typer.Exit(runners.launch(_job_with(job, options, target)))
+
+
+def _in_this_process(options: dict[str, Any], target: str | None) -> None:
+    for name in ("peers", "wire_dtype"):
+        if options.get(name):
+            raise LaunchError(f"--{name.replace('_', '-')} needs --ranks")
+    from moe_dist.measurement import layer_bench
+    from moe_dist.metrics import write_json
+
+    given = {name: value for name, value in options.items() if name not in ON_RANKS}
+    result = layer_bench.run_layer_bench(layer_bench.LayerBenchSpec(**given))
+    layer_bench.render(result, Console())
+    if target is not None:
+        write_json(Path(target), result.to_dict())
+
+
+def _job_with(job: Job, options: dict[str, Any], target: str | None) -> Job:
+    """The job with its specification among its words, refused here if it cannot work."""
+    shape = LayerShape(**{name: options[name] for name in SHAPE if name in options})
+    own = {name: options[name] for name in ("top_k", "dtypes", "repeats") if name in options}
+    peers = tuple(word for word in options["peers"].split(",") if word)
+    spec = RanksBenchSpec(shape, peers=peers, json_file=target, **own)
+    spec.check(job.ranks)
+    return replace(job, words=("layer", json.dumps(asdict(spec)), f"world.threads={job.threads}"))

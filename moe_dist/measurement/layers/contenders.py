@@ -1,0 +1,85 @@
+"""The layers that benches hold side by side, each with the same interface: ours, the peers', and the dense floor."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.config import RunConfig, resolve_world
+from moe_dist.dispatch.traffic import TrafficLedger
+from moe_dist.engine.peer_moe import DeepSpeedMoE
+from moe_dist.engine.startup import Process
+from moe_dist.measurement.layers.spec import CLUSTERED, LayerShape
+from moe_dist.model.balance_state import BalanceState
+from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.model.context import LayerContext
+from moe_dist.model.dense_layer import SwiGLU
+from moe_dist.model.megatron_moe import MegatronMoE, stand_ins
+from moe_dist.model.standard_layer import StandardMoE
+from moe_dist.topology.links import Links
+from moe_dist.topology.mesh import Mesh
+from moe_dist.topology.placement import ExpertPlacement
+
+DENSE, STANDARD = "dense", "standard"
+CAPACITY_FACTOR = 1.25
+"""Of DeepSpeed's layer, whose padding to the fullest expert without one costs it more still."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One layer: takes and returns [T, D].
+
+    Attributes:
+        ledger: where our own layers enter what they send; None for others.
+        setting: entered around forward and backward passes.
+    """
+
+    module: nn.Module
+    ledger: TrafficLedger | None = None
+    setting: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def run(self, x_TD: Tensor, d_y_TD: Tensor) -> Tensor:
+        """Forward and backward; gradients of the input and of all weights are afresh."""
+        with self.setting():
+            y_TD: Tensor = self.module(x_TD)
+            y_TD.backward(d_y_TD)
+        return y_TD
+
+    def forget(self) -> None:
+        """Drops the gradients."""
+        self.module.zero_grad(set_to_none=True)
+
+
+def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: Process, mesh: Mesh) -> Contender:
+    """The contender of that name; collective for the peers, which form process groups."""
+    kind = "clustered" if name in CLUSTERED else DENSE if name == DENSE else STANDARD
+    config = shape.config(kind, dtype, top_k, CLUSTERED.get(name, 1))
+    if name == "deepspeed":
+        contender = Contender(DeepSpeedMoE(config, process.ranks, CAPACITY_FACTOR))
+    elif name == "megatron":
+        contender = Contender(MegatronMoE(config, process.ranks), setting=stand_ins)
+    elif name == DENSE:
+        contender = Contender(SwiGLU(0, config.moe.dense_width, config.model, config.seed))
+    else:
+        contender = _ours(config, process, mesh)
+    contender.module.to(process.device, getattr(torch, dtype))
+    return contender
+
+
+def _ours(config: RunConfig, process: Process, mesh: Mesh) -> Contender:
+    moe, clustered = config.moe, config.moe.kind == "clustered"
+    placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] if clustered else []
+    links = Links.alone() if process.ranks == 1 else Links.discover(process.device)
+    ledger = TrafficLedger(links)
+    context = LayerContext(mesh, placements, BalanceState.create(1, moe, process.device), ledger, config.seed)
+    layer = (ClusteredMoE if clustered else StandardMoE)(0, config.model, moe, context, 1.0)
+    return Contender(layer, ledger)
+
+
+def mesh_for(shape: LayerShape, process: Process) -> Mesh:
+    """All experts once over all ranks; collective."""
+    if process.ranks == 1:
+        return Mesh.alone()
+    return Mesh.create(resolve_world(shape.config("clustered", "float32", 1), process.ranks), process.timeout)

@@ -1,0 +1,18 @@
+"""Which bench a rank of `launcher/bench.py` takes part in."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from moe_dist.config import RunConfig
+from moe_dist.measurement.layers.ranks_bench import bench_ranks
+from moe_dist.measurement.layers.spec import RanksBenchSpec
+
+BENCHES: dict[str, Callable[[RunConfig, dict[str, Any]], None]] = {
+    "layer": lambda config, words: bench_ranks(config, RanksBenchSpec.from_words(words)),
+}
+
+
+def run_bench(name: str, spec: str, config: RunConfig) -> None:
+    """Takes part in the bench of that name, with its specification as JSON; collective."""
+    BENCHES[name](config, json.loads(spec))

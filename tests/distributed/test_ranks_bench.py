@@ -1,0 +1,118 @@
+"""`moe-dist bench layer --ranks`: bytes against the floor, the peers' layers, and what is refused."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.config import RunConfig, WorldConfig
+from moe_dist.engine.startup import join
+from moe_dist.errors import ConfigError
+from moe_dist.measurement.layers.rounds import inputs
+from moe_dist.measurement.layers.run import run_bench
+from moe_dist.measurement.layers.spec import PEERS, LayerShape, RanksBenchSpec
+from moe_dist.model.megatron_moe import MegatronMoE, stand_ins
+from tests.distributed.ranks import run_ranks
+
+SMALL = LayerShape(tokens=96, hidden=32, expert_hidden=48, experts=8, clusters=4, rank=2)
+SPEC = RanksBenchSpec(SMALL, top_k=(2,), peers=PEERS, repeats=1)
+COUNTS = 2 * 2 * 8 / (2 * 96)  # bytes a token: each of 2 ranks tells the other of 2 clusters' rows by an int64
+
+
+def _bench(spec: RanksBenchSpec) -> None:
+    run_bench("layer", json.dumps(asdict(spec)), RunConfig())
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("bench") / "figures.json"
+    run_ranks(_bench, 2, replace(SPEC, json_file=str(file)))
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_every_contender_is_measured(figures: dict[str, Any]) -> None:
+    (case,) = figures["cases"]
+    assert set(case["seconds"]) == {"dense", "clustered m=1", "clustered m=2", "standard", *PEERS}
+    assert all(spread["median"] > 0 for spread in case["seconds"].values())
+    assert case["over_dense"]["dense"]["median"] == 1
+    assert case["fastest_peer"] in PEERS
+    assert figures["ranks"] == 2
+
+
+def test_bytes_are_the_floor_and_the_counts(figures: dict[str, Any]) -> None:
+    sent = figures["cases"][0]["bytes_per_token"]
+    one = sent["clustered m=1"]
+    assert one["floor"] > 0
+    assert one["counted"] == pytest.approx(one["floor"] + COUNTS, abs=1e-9)
+    assert sent["clustered m=2"]["counted"] > sent["clustered m=2"]["floor"] > one["floor"]  # routing travels along
+    assert sent["dense"] == {"counted": 0, "floor": 0}
+    k_copies = 4 * 2 * 0.5 * 32 * 4  # there and back in both passes, k = 2, half of them to the other rank, float32
+    for peer in PEERS:
+        assert sent[peer]["floor"] is None
+        assert sent[peer]["counted"] == pytest.approx(k_copies, rel=0.4)
+
+
+def _megatron_against_experts() -> None:
+    """Megatron-core's layer behind the stand-ins computes what its own router and experts say."""
+    process = join(WorldConfig())
+    config = SMALL.config("standard", "float32", 2)
+    layer = MegatronMoE(config, process.ranks)
+    x_TD, d_y_TD = inputs(16, SMALL.hidden, "float32", process, 0)
+    with stand_ins():
+        y_TD = layer(x_TD)
+        y_TD.backward(d_y_TD)
+        probability_TE, chosen_TE = layer.layer.router(x_TD[:, None])
+        experts = _all_experts(layer, process.ranks)
+    expected_TD = torch.zeros_like(x_TD)
+    for e, (w_in, w_out) in enumerate(experts):
+        gate, up = (x_TD @ w_in.T).chunk(2, dim=-1)
+        h = torch.nn.functional.silu(gate) * up @ w_out.T
+        expected_TD = expected_TD + (probability_TE * chosen_TE)[:, e, None] * h
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5)
+    assert x_TD.grad is not None
+    assert torch.cuda.current_device.__module__ == "torch.cuda"  # put back
+
+
+def _all_experts(layer: MegatronMoE, ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    pairs = []
+    for expert in layer.layer.experts.local_experts:
+        pairs += [expert.linear_fc1.weight.detach(), expert.linear_fc2.weight.detach()]
+    gathered = []
+    for weight in pairs:
+        copies = [torch.empty_like(weight) for _ in range(ranks)]
+        torch.distributed.all_gather(copies, weight)
+        gathered.append(copies)
+    return [
+        (gathered[2 * e][rank], gathered[2 * e + 1][rank]) for rank in range(ranks) for e in range(len(gathered) // 2)
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are for machines without CUDA")
+def test_megatron_computes_what_it_should() -> None:
+    run_ranks(_megatron_against_experts, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"peers": ("tutel",)}, "peer 'tutel' is unknown: use deepspeed or megatron"),
+        ({"dtypes": ("int8",)}, "dtype 'int8' is unknown"),
+        ({"repeats": 0}, "repeats=0 must be 1 or more"),
+        ({"shape": replace(SMALL, tokens=0)}, "tokens=0 must be 1 or more"),
+        ({"shape": replace(SMALL, experts=6, clusters=2)}, "experts=6 cannot be divided over 4 ranks"),
+        ({"shape": replace(SMALL, clusters=2)}, "clusters=2 cannot be divided over 4 ranks"),
+        ({"top_k": (3,)}, "moe.top_k=3 is larger than a cluster"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(change: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError, match=part.replace("[", r"\[")):
+        replace(SPEC, **change).check(4)
+
+
+def test_a_specification_survives_its_way_to_the_ranks(tmp_path: Path) -> None:
+    spec = replace(SPEC, json_file=str(tmp_path / "a file.json"))
+    assert RanksBenchSpec.from_words(json.loads(json.dumps(asdict(spec)))) == spec
