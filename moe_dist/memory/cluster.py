@@ -99,7 +99,7 @@ class OffloadedCluster:
             if kind in sizes:
                 flat = state.acquire(self.block(kind), blank=True)
                 for name, view in self.layout.views(flat).items():
-                    view.copy_(self.parameters[name])
+                    view.copy_(self.parameters[name].to(self.dtype))  # masters start rounded, as DeepSpeed's do
                 state.release(self.block(kind), changed=True)
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._take_gradient)

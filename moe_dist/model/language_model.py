@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe_dist.compression import PackedCluster, StoredForm
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic import TrafficLedger
+from moe_dist.errors import MoeDistError
 from moe_dist.memory.block import Block
 from moe_dist.memory.experts import ExpertMemory
 from moe_dist.model.balance_state import BalanceState
@@ -70,7 +71,10 @@ class LanguageModel(nn.Module):
             memory.describe = self._describe_block
         self._micro_batches = micro_batches
         initialize_megatron(config.world.timeout_seconds, mesh.shape.cluster * mesh.shape.shard)
-        self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._recomputing)
+        try:
+            self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._recomputing)
+        except MoeDistError as error:
+            raise (memory and memory.refusal) or error from None
 
     def forward(self, sequence_BS: Tensor) -> Tensor:
         """Mean loss in nats a token over [B, S+1] token numbers: each predicts the next."""
