@@ -1,4 +1,4 @@
-"""The entry script of every rank of `moe-dist bench ... --ranks`: `launcher/bench.py NAME SPECIFICATION [key=value]`."""
+"""The entry script of every rank of `moe-dist bench ... --ranks`: `launcher/bench.py NAME SPEC [key=value ...]`."""
 
 import os
 import sys

@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 from moe_dist import __version__
-from moe_dist.cli import bench, calibrate, doctor, measure, predict, report, study, topology, training, weights
+from moe_dist.cli import (
+    bench,
+    calibrate,
+    doctor,
+    evaluation,
+    measure,
+    predict,
+    report,
+    reproduce,
+    study,
+    topology,
+    training,
+    weights,
+)
 from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError
 
 EXIT_INTERRUPTED = 130
@@ -39,7 +52,20 @@ def _options(
     pass
 
 
-for group in (training, bench, measure, study, predict, calibrate, report, weights, topology, doctor):
+for group in (
+    training,
+    bench,
+    measure,
+    study,
+    reproduce,
+    predict,
+    calibrate,
+    report,
+    evaluation,
+    weights,
+    topology,
+    doctor,
+):
     group.register(app)
 
 

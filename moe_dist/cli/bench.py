@@ -8,7 +8,11 @@ import typer
 from rich.console import Console
 
 from launcher.train import writable
+from moe_dist.cli.bench_domains import bench_domains
+from moe_dist.cli.bench_growth import bench_growth
 from moe_dist.cli.bench_layer import bench_layer
+from moe_dist.cli.bench_memory import bench_memory
+from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.words import Json, Overrides
 from moe_dist.errors import LaunchError
@@ -19,8 +23,12 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure parts of the system on this machine.")
     bench.callback()(_group)  # a group with one command would else be that command
     bench.command("layer")(bench_layer)
+    bench.command("growth")(bench_growth)
     bench.command("quality")(bench_quality)
+    bench.command("domains")(bench_domains)
+    bench.command("precision")(bench_precision)
     bench.command("recluster")(bench_recluster)
+    bench.command("memory")(bench_memory)
     app.add_typer(bench, name="bench")
 
 

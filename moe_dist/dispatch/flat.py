@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.dispatch.channel import Channel
-from moe_dist.dispatch.permute import count, group_order, inverse, travel
+from moe_dist.dispatch.permute import count, group_order, inverse
+from moe_dist.dispatch.wire import travel
 
 ExpertFunction = Callable[[Tensor, list[int]], Tensor]
 """(x_AD sorted by local expert, rows of each local expert) -> y_AD."""

@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-from moe_dist.dispatch.channel import Channel
-from moe_dist.dispatch.traffic import Payload
-
 
 def count(index_R: Tensor, bins: int) -> Tensor:
     """How often each of `bins` values occurs, int64; like bincount, without its synchronisation."""
@@ -27,10 +24,3 @@ def group_order(count_SG: Tensor, rows: int) -> Tensor:
     sources, groups = count_SG.shape
     group_R = torch.arange(groups, device=count_SG.device).repeat(sources)
     return group_R.repeat_interleave(count_SG.flatten(), output_size=rows).argsort(stable=True)
-
-
-def travel(channel: Channel, x_RD: Tensor, send: list[int], receive: list[int], wire_dtype: torch.dtype) -> Tensor:
-    """Exchanges hidden vectors as `wire_dtype`; where nobody else is in the group they stay as they are."""
-    if channel.alone:
-        return x_RD
-    return channel.exchange_rows(x_RD.to(wire_dtype), send, receive, Payload.HIDDEN).to(x_RD.dtype)

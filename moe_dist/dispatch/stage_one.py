@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from moe_dist.dispatch.channel import Channel
-from moe_dist.dispatch.permute import count, group_order, inverse, travel
+from moe_dist.dispatch.permute import count, group_order, inverse
 from moe_dist.dispatch.traffic import Payload
+from moe_dist.dispatch.wire import travel
 from moe_dist.topology.placement import ExpertPlacement
 
 NEVER = float("-inf")

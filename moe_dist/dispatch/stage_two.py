@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.dispatch.channel import Channel
-from moe_dist.dispatch.permute import travel
 from moe_dist.dispatch.traffic import Payload
+from moe_dist.dispatch.wire import travel
 from moe_dist.topology.placement import ExpertPlacement
 
 ABSENT = -1

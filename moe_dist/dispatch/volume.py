@@ -18,7 +18,12 @@ from moe_dist.dispatch.traffic import Direction, Payload, Stage
 
 Rows = npt.NDArray[np.float64]
 INT64, INT32, FLOAT32 = 8, 4, 4
-WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+
+def vector_bytes(hidden: int, wire_dtype: str) -> int:
+    """What one hidden vector takes on the wire; eight bits a number have a scale beside them (`dispatch/wire.py`)."""
+    return hidden * WIRE_BYTES[wire_dtype] + (FLOAT32 if wire_dtype == "int8" else 0)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def _diagonal(rows_PP: Rows) -> Rows:
 
 def hops(model: ModelConfig, moe: MoEConfig, shape: WorldShape) -> list[Hop]:
     """The hops of one layer, in order; those whose group is one rank alone are left out."""
-    hidden = model.hidden_size * WIRE_BYTES[moe.wire_dtype]
+    hidden = vector_bytes(model.hidden_size, moe.wire_dtype)
     found = []
     if moe.kind == "standard" and shape.cluster * shape.shard > 1:
         found.append(Hop(Stage.FLAT, hidden, counts=INT64 * (moe.experts // (shape.cluster * shape.shard))))

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig, MoEConfig, WorldShape
+from moe_dist.dispatch.channel import Channel
 from moe_dist.dispatch.observed import ObservedRouting
 from moe_dist.dispatch.traffic import Direction, Payload, Stage, TrafficLedger
 from moe_dist.dispatch.volume import hops, ranks_of
+from moe_dist.dispatch.wire import pack, travel, unpack
 from moe_dist.model.balance_state import BalanceState
 from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.context import LayerContext
@@ -96,6 +98,7 @@ TWO_CLUSTERS = CLUSTERED.model_copy(update={"top_clusters": 2})
         (STANDARD, (2, 2, 1)),
         (STANDARD, (1, 4, 1)),
         (CLUSTERED.model_copy(update={"wire_dtype": "float16"}), (1, 4, 1)),
+        (TWO_CLUSTERS.model_copy(update={"wire_dtype": "int8"}), (1, 2, 2)),
         (CLUSTERED.model_copy(update={"capacity_factor": 0.5}), (1, 2, 2)),
         (TWO_CLUSTERS.model_copy(update={"capacity_factor": 0.5}), (1, 4, 1)),
         (STANDARD.model_copy(update={"capacity_factor": 0.5}), (1, 4, 1)),
@@ -140,6 +143,7 @@ def _formulas_against_ledger(moe: MoEConfig, shape: WorldShape) -> None:
         (CLUSTERED, (1, 1, 4)),
         (TWO_CLUSTERS, (2, 2, 1)),
         (TWO_CLUSTERS.model_copy(update={"wire_dtype": "float32"}), (1, 2, 2)),
+        (CLUSTERED.model_copy(update={"wire_dtype": "int8"}), (1, 2, 2)),
         (STANDARD, (2, 2, 1)),
         (STANDARD, (1, 2, 2)),
         (CLUSTERED.model_copy(update={"capacity_factor": 0.5}), (1, 2, 2)),
@@ -192,3 +196,28 @@ def test_hidden_bytes_are_one_copy_a_destination_each_way(moe: MoEConfig, axes: 
     assert copies > 0
     for way in Direction:  # there and back, in each pass
         assert sum(sent[way.value] for sent, _ in outcomes) == 2 * one_way
+
+
+def _eight_bits_both_ways() -> tuple[Tensor, Tensor, int]:
+    """What arrives of a vector sent to the other rank, what comes back of its gradient, and the bytes of both."""
+    rank = dist.get_rank()
+    mesh = Mesh.create(WorldShape(1, 2, 1), timedelta(seconds=60))
+    channel = Channel(mesh.group(GroupKind.STAGE_ONE), TrafficLedger(Links(rank, (0, 0))), 0, Stage.ONE)
+    x_RD = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    send, receive = ([1, 2], [1, 2]) if rank == 0 else ([2, 1], [2, 1])
+    y_RD = travel(channel, x_RD, send, receive, torch.int8)
+    y_RD.backward(x_RD.detach().flip(0))
+    assert x_RD.grad is not None
+    return y_RD.detach(), x_RD.grad, channel.ledger.total(payload=Payload.HIDDEN).bytes
+
+
+def test_eight_bits_round_vectors_and_gradients_on_their_way() -> None:
+    x_RD = [torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
+    rounded = [unpack(pack(x), torch.float32) for x in x_RD]
+    (y_0, grad_0, bytes_0), (y_1, grad_1, bytes_1) = run_ranks(_eight_bits_both_ways, 2)
+    assert torch.equal(y_0, torch.cat([rounded[0][:1], rounded[1][:2]]))
+    assert torch.equal(y_1, torch.cat([rounded[0][1:], rounded[1][2:]]))
+    # rank r's gradient of what it received is its own x, upside down; the senders get it back rounded once
+    assert torch.equal(grad_0, torch.cat([rounded[0].flip(0)[:1], rounded[1].flip(0)[:2]]))
+    assert torch.equal(grad_1, torch.cat([rounded[0].flip(0)[1:], rounded[1].flip(0)[2:]]))
+    assert bytes_0 == bytes_1 == 2 * 2 * (HIDDEN + 4)  # two rows to the other rank, in each pass

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import RunConfig, resolve_world
 from moe_dist.dispatch.traffic import TrafficLedger
+from moe_dist.dispatch.volume import vector_bytes
 from moe_dist.engine.peer_moe import DeepSpeedMoE
 from moe_dist.engine.startup import Process
 from moe_dist.measurement.layers.spec import CLUSTERED, LayerShape
@@ -33,10 +34,12 @@ class Contender:
 
     Attributes:
         ledger: where our own layers enter what they send; None for others.
+        vector_bytes: what one hidden vector takes on the wire.
         setting: entered around forward and backward passes.
     """
 
     module: nn.Module
+    vector_bytes: int
     ledger: TrafficLedger | None = None
     setting: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -56,26 +59,26 @@ def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: Process
     """The contender of that name; collective for the peers, which form process groups."""
     kind = "clustered" if name in CLUSTERED else DENSE if name == DENSE else STANDARD
     config = shape.config(kind, dtype, top_k, CLUSTERED.get(name, 1))
+    vector = vector_bytes(shape.hidden, config.moe.wire_dtype)
     if name == "deepspeed":
-        contender = Contender(DeepSpeedMoE(config, process.ranks, CAPACITY_FACTOR))
+        contender = Contender(DeepSpeedMoE(config, process.ranks, CAPACITY_FACTOR), vector)
     elif name == "megatron":
-        contender = Contender(MegatronMoE(config, process.ranks), setting=stand_ins)
+        contender = Contender(MegatronMoE(config, process.ranks), vector, setting=stand_ins)
     elif name == DENSE:
-        contender = Contender(SwiGLU(0, config.moe.dense_width, config.model, config.seed))
+        contender = Contender(SwiGLU(0, config.moe.dense_width, config.model, config.seed), vector)
     else:
-        contender = _ours(config, process, mesh)
+        ledger = TrafficLedger(Links.alone() if process.ranks == 1 else Links.discover(process.device))
+        contender = Contender(_ours(config, process, mesh, ledger), vector, ledger)
     contender.module.to(process.device, getattr(torch, dtype))
     return contender
 
 
-def _ours(config: RunConfig, process: Process, mesh: Mesh) -> Contender:
-    moe, clustered = config.moe, config.moe.kind == "clustered"
+def _ours(config: RunConfig, process: Process, mesh: Mesh, ledger: TrafficLedger) -> nn.Module:
+    moe = config.moe
+    clustered = moe.kind == "clustered"
     placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] if clustered else []
-    links = Links.alone() if process.ranks == 1 else Links.discover(process.device)
-    ledger = TrafficLedger(links)
     context = LayerContext(mesh, placements, BalanceState.create(1, moe, process.device), ledger, config.seed)
-    layer = (ClusteredMoE if clustered else StandardMoE)(0, config.model, moe, context, 1.0)
-    return Contender(layer, ledger)
+    return (ClusteredMoE if clustered else StandardMoE)(0, config.model, moe, context, 1.0)
 
 
 def mesh_for(shape: LayerShape, process: Process) -> Mesh:

@@ -133,7 +133,7 @@ def count_bytes(
     tokens = len(x_TD) * process.ranks
     found = {}
     for (name, contender), (total, rows) in zip(contenders.items(), counted.tolist(), strict=True):
-        floor = PASSES * rows * _vector_bytes(contender, x_TD) / tokens
+        floor = PASSES * rows * contender.vector_bytes / tokens
         found[name] = Bytes(total / tokens, None if contender.ledger is None and total else floor)
     return found
 
@@ -145,10 +145,6 @@ def _rows_needed_elsewhere(observed: ObservedRouting) -> int:
         for rank, rows in zip(needs.group, needs.needed_P, strict=True)
         if rank != observed.rank
     )
-
-
-def _vector_bytes(contender: Contender, x_TD: Tensor) -> int:
-    return x_TD.shape[1] * x_TD.element_size()
 
 
 def render(result: RanksBenchResult, console: Console) -> None:

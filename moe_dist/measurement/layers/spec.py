@@ -1,6 +1,6 @@
 """What the benches of whole layers are asked for; no torch here, so that a refusal comes at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from moe_dist.config import RunConfig
@@ -92,3 +92,44 @@ class RanksBenchSpec:
             shape.config("standard", self.dtypes[0], top_k)
             for top_clusters in CLUSTERED.values():
                 shape.config("clustered", self.dtypes[0], top_k, top_clusters)
+
+
+def clusters_for(experts: int) -> int:
+    """G: the largest power of two up to sqrt(2E) that divides E."""
+    clusters = 1 << ((2 * experts).bit_length() - 1) // 2
+    while experts % clusters:
+        clusters //= 2
+    return clusters
+
+
+@dataclass(frozen=True)
+class GrowthSpec:
+    """What `moe-dist bench growth` measures; `shape.experts` and `shape.clusters` are what grows."""
+
+    shape: LayerShape = LayerShape()
+    experts: tuple[int, ...] = (16, 32, 64, 128, 256)
+    top_k: int = 2
+    dtype: str = "float32"
+    threads: int = 1
+    repeats: int = 5
+    standard_up_to: int = 256
+
+    def check(self) -> None:
+        """Refuses what cannot be measured.
+
+        Raises:
+            ConfigError: in one line, what and why.
+        """
+        for name, value in (("tokens", self.shape.tokens), ("repeats", self.repeats), ("threads", self.threads)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be 1 or more")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is unknown: use {' or '.join(DTYPES)}")
+        if list(self.experts) != sorted(set(self.experts)):
+            raise ConfigError(f"experts={','.join(map(str, self.experts))} must grow")
+        if self.experts[0] < 1:
+            raise ConfigError(f"experts={self.experts[0]} must be 1 or more")
+        for experts in self.experts:
+            shape = replace(self.shape, experts=experts, clusters=clusters_for(experts))
+            for top_clusters in CLUSTERED.values():
+                shape.config("clustered", self.dtype, self.top_k, top_clusters)
