@@ -31,9 +31,7 @@ class Kind:
 
 
 CLASSIC, STRONG, OURS = "standard-aux", "standard-bias", "clustered-online"
-_SLOWER = (
-    "optimizer.feed_forward_lr_scale=0.6",
-)  # what suits these baselines best, as in configs/experiment/quality-*
+_SLOWER = ("optimizer.feed_forward_lr_scale=0.6",)  # suits these best: see quality-*.yaml
 _INT4 = ("precision.residuals=qat",)
 KINDS = {
     kind.name: kind
