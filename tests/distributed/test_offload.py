@@ -186,11 +186,11 @@ def test_runs_with_and_without_tiers_go_on_from_each_others_checkpoints(tmp_path
     for name, words in {
         "plain": [],
         "away": away,
-        "off": [f"checkpoint.resume={runs}/away/checkpoints/step-00000003"],
-        "on": [*away, f"checkpoint.resume={runs}/plain/checkpoints/step-00000003"],
+        "to-memory": [f"checkpoint.resume={runs}/away/checkpoints/step-00000003"],
+        "to-tiers": [*away, f"checkpoint.resume={runs}/plain/checkpoints/step-00000003"],
     }.items():
         run_ranks(_train, 1, [*common, f"name={name}", *words], timeout=300)
-    names = ("plain", "away", "off", "on")
+    names = ("plain", "away", "to-memory", "to-tiers")
     summaries: dict[str, Any] = {name: json.loads((runs / name / "summary.json").read_text()) for name in names}
     final = {name: _final(runs / name) for name in names}
     for name in names:
