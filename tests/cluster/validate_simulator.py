@@ -81,7 +81,10 @@ LAUNCHES = (
 def measure(bed: Bed, launch: Launch, folder: Path, steps: int, timeout: float) -> list[dict[str, object]]:
     """The cases of a launch; none, with the reason told, where it fails."""
     for name in bed.workers:
-        bed.unshape(name) if launch.rate == "unshaped" else bed.shape(name, launch.rate)
+        if launch.rate == "unshaped":
+            bed.unshape(name)
+        else:
+            bed.shape(name, launch.rate)
     hosts = folder / f"{launch.name}.hosts"
     hosts.write_text("".join(f"n{i + 1} slots={launch.per_node}\n" for i in range(launch.nodes)))
     ranks = launch.nodes * launch.per_node
