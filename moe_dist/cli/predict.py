@@ -17,7 +17,7 @@ Rails = Annotated[int | None, typer.Option(min=1, help="Network interfaces of a 
 PodNodes = Annotated[int | None, typer.Option(min=1, help="Nodes below one leaf switch; default: at most 32.")]
 Oversubscription = Annotated[float, typer.Option(min=1.0, help="Of the spine: leaf's downlinks over its uplinks.")]
 Skew = Annotated[float, typer.Option(min=0.0, help="Popularity of the i-th expert goes as 1 / i^skew.")]
-Machine = Annotated[Path | None, typer.Option("--calibration", help="From `moe-dist calibrate`; instead of --gpu.")]
+Calibration = Annotated[Path | None, typer.Option("--calibration", help="From `moe-dist calibrate`; instead of --gpu.")]
 Vocabulary = Annotated[int | None, typer.Option(min=1, help="Pieces; default: tokenizer.vocab_size.")]
 
 
@@ -33,7 +33,7 @@ def plan(
     nodes: Nodes = 1,
     gpus_per_node: PerNode = 8,
     gpu: Gpu = "h100",
-    calibration: Machine = None,
+    calibration: Calibration = None,
     rails: Rails = None,
     pod_nodes: PodNodes = None,
     oversubscription: Oversubscription = 1.0,
@@ -60,7 +60,7 @@ def simulate(
     nodes: Nodes = 1,
     gpus_per_node: PerNode = 8,
     gpu: Gpu = "h100",
-    calibration: Machine = None,
+    calibration: Calibration = None,
     rails: Rails = None,
     pod_nodes: PodNodes = None,
     oversubscription: Oversubscription = 1.0,

@@ -254,8 +254,8 @@ class Bed:
 
     def unshape(self, name: str) -> None:
         """Lets a node's cable carry what the machine's processors can move."""
-        self.nodes[name].run("tc", "qdisc", "del", "dev", "eth0", "root")
-        self._on_switch("tc", "qdisc", "del", "dev", f"to-{name}", "root")
+        self.nodes[name].run("tc", "qdisc", "replace", "dev", "eth0", "root", "noqueue")
+        self._on_switch("tc", "qdisc", "replace", "dev", f"to-{name}", "root", "noqueue")
 
     def _lay_cable(self, node: Node) -> None:
         """Joins the node's eth0 to the switch's device `to-NAME`."""

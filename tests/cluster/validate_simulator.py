@@ -78,26 +78,36 @@ LAUNCHES = (
 )
 
 
-def measure(bed: Bed, launch: Launch, folder: Path, steps: int, timeout: float) -> list[dict[str, object]]:
-    """The cases of a launch; none, with the reason told, where it fails."""
-    for name in bed.workers:
-        bed.unshape(name) if launch.rate == "unshaped" else bed.shape(name, launch.rate)
-    hosts = folder / f"{launch.name}.hosts"
-    hosts.write_text("".join(f"n{i + 1} slots={launch.per_node}\n" for i in range(launch.nodes)))
-    ranks = launch.nodes * launch.per_node
-    place = (f"name={launch.name}", f"runs_dir={folder}/runs", f"corpus.cache_dir={folder}/cache")
-    options = (f"--hostfile={hosts}", f"--steps={steps}", "--warmup=3", "--kind=clustered", "--kind=standard")
-    command = ("moe-dist", "measure", "traffic", *WORDS, *place, f"world.cluster={ranks}", *options)
+def measure(launch: Launch, folder: Path, steps: int, timeout: float) -> list[dict[str, object]]:
+    """The cases of a launch on a bed of its own; none, with the reason told, where it fails or takes too long."""
     started = time.monotonic()
     try:
-        output = bed.head.run(*command, timeout=timeout, env=ENVIRONMENT)
-    except AssertionError as error:
+        with tempfile.TemporaryDirectory(prefix="bed-") as place, Bed(Path(place) / "bed", launch.nodes) as bed:
+            start_ssh(bed)
+            output = run(bed, launch, folder, steps, timeout)
+    except (AssertionError, OSError, subprocess.CalledProcessError) as error:
         print(f"{launch.name}: failed: {error}", flush=True)
         return []
     (folder / f"{launch.name}.log").write_text(output)
     print(f"{launch.name}: measured in {time.monotonic() - started:.0f} s", flush=True)
     kept = {"held_out": launch.held_out, "network_bandwidth": RATES[launch.rate]}
     return [{"run": f"runs/{launch.name}-traffic-{kind}", **kept} for kind in ("clustered", "standard")]
+
+
+def run(bed: Bed, launch: Launch, folder: Path, steps: int, timeout: float) -> str:
+    """What users would type on the head node; returns what it printed."""
+    for name in bed.workers:
+        if launch.rate == "unshaped":
+            bed.unshape(name)
+        else:
+            bed.shape(name, launch.rate)
+    hosts = folder / f"{launch.name}.hosts"
+    hosts.write_text("".join(f"{name} slots={launch.per_node}\n" for name in bed.workers))
+    place = (f"name={launch.name}", f"runs_dir={folder}/runs", f"corpus.cache_dir={folder}/cache")
+    options = (f"--hostfile={hosts}", f"--steps={steps}", "--warmup=3", "--kind=clustered", "--kind=standard")
+    layout = f"world.cluster={launch.nodes * launch.per_node}"
+    command = ("moe-dist", "measure", "traffic", *WORDS, *place, layout, *options)
+    return bed.head.run(*command, timeout=timeout, env=ENVIRONMENT)
 
 
 def main() -> int:
@@ -115,10 +125,8 @@ def main() -> int:
     folder.mkdir(parents=True)
     launches = [launch for launch in LAUNCHES if not words.only or launch.name in words.only]
     found: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory(prefix="bed-") as place, Bed(Path(place) / "bed", nodes=4) as bed:
-        start_ssh(bed)
-        for launch in launches:
-            found.extend(measure(bed, launch, folder, words.steps, words.timeout))
+    for launch in launches:
+        found.extend(measure(launch, folder, words.steps, words.timeout))
     return judge(found, folder, 2 * len(launches))
 
 
