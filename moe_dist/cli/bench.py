@@ -11,6 +11,7 @@ from launcher.train import writable
 from moe_dist.cli.bench_growth import bench_growth
 from moe_dist.cli.bench_layer import bench_layer
 from moe_dist.cli.bench_recluster import bench_recluster
+from moe_dist.cli.bench_step import bench_step
 from moe_dist.cli.words import Json, Overrides
 from moe_dist.errors import LaunchError
 
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     bench.command("growth")(bench_growth)
     bench.command("quality")(bench_quality)
     bench.command("recluster")(bench_recluster)
+    bench.command("step")(bench_step)
     app.add_typer(bench, name="bench")
 
 

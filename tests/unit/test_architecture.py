@@ -38,7 +38,7 @@ HANDS_OVER = {
     ("launcher/train.py", "moe_dist.training.run"),
     ("launcher/measure.py", "moe_dist.measurement.traffic"),
     ("launcher/doctor.py", "moe_dist.measurement.doctor"),
-    ("launcher/bench.py", "moe_dist.measurement.layers.run"),
+    ("launcher/bench.py", "moe_dist.measurement.rank_benches"),
 }
 
 
