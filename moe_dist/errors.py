@@ -41,3 +41,7 @@ class CheckpointError(MoeDistError):
     """A checkpoint that is missing, damaged, hostile, or does not fit the configuration."""
 
     exit_code = EXIT_REFUSED
+
+
+class OffloadError(MoeDistError):
+    """Experts that could not be kept or found in a tier below the device; the last checkpoint is untouched."""

@@ -5,43 +5,88 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from moe_dist.checkpoint.manifest import WEIGHT, read_index
-from moe_dist.checkpoint.shards import ShardedTensor
+from moe_dist.checkpoint.manifest import WEIGHT, Index, read_index
+from moe_dist.checkpoint.shards import ShardedTensor, State
+from moe_dist.checkpoint.stored_tensors import is_of_cluster, stored_tensors
 from moe_dist.checkpoint.transfer import read_checkpoint
 from moe_dist.checkpoint.weights import TrainedWeights
+from moe_dist.compression import StoredForm
 from moe_dist.errors import CheckpointError
+from moe_dist.model.stored_experts import stored_form
 
 PREFIX = f"{WEIGHT}/"
+BALANCE = "part/balance/"
+"""Selection biases, without which tokens would go to other experts; `balance.<name>` in the file."""
 
 
-def export_weights(weights: TrainedWeights, file: Path, dtype: torch.dtype | None = None) -> int:
+def export_weights(
+    weights: TrainedWeights, file: Path, dtype: torch.dtype | None = None, *, stored: bool = False
+) -> int:
     """Writes all weights to `file`, whole or not at all, and returns their number; in one process.
 
-    The file's metadata holds `config` and `placements` as JSON, and the step.
+    The file's metadata holds `config`, `placements` and `data` as JSON, the step, and whether clusters are stored.
 
     Args:
-        dtype: None: float32, as they are kept.
+        dtype: None: float32, as they are kept; where clusters are stored, what the run trained with.
+        stored: clusters in the form of the run's `precision` section: factors in few bits, bases in their type.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or there are no clusters to be stored.
     """
+    form = _form(weights) if stored else None
+    trained = getattr(torch, weights.config.train.precision)
     index = read_index(weights.path)
-    state = {
-        name: ShardedTensor.whole(torch.empty(tensor.shape, dtype=dtype or tensor.torch_dtype))
-        for name, tensor in index.tensors.items()
-        if name.startswith(PREFIX)
-    }
+    state = _room(index, dtype or (trained if stored else None), None if form is None else trained)
     read_checkpoint(weights.path, state)
-    tensors = {name.removeprefix(PREFIX): tensor.shards[0].values.view(tensor.shape) for name, tensor in state.items()}
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name, value = _name(key), tensor.shards[0].values.view(tensor.shape)
+        tensors |= {name: value} if form is None else stored_tensors(name, value, form)
+    _write(file, tensors, _metadata(weights, stored))
+    return sum(tensor.numel for key, tensor in state.items() if key.startswith(PREFIX))
+
+
+def _form(weights: TrainedWeights) -> StoredForm:
+    if weights.config.moe.kind != "clustered":
+        raise CheckpointError(
+            f"{weights.path}: only clustered experts have factors to store in few bits, not "
+            f"moe.kind={weights.config.moe.kind}"
+        )
+    return stored_form(weights.config)
+
+
+def _room(index: Index, dtype: torch.dtype | None, of_clusters: torch.dtype | None) -> State:
+    """Tensors to be read: what is quantised comes as the model computes with it, and biases as they are."""
+    state: State = {}
+    for key, tensor in index.tensors.items():
+        if not key.startswith((PREFIX, BALANCE)):
+            continue
+        wanted = tensor.torch_dtype
+        if key.startswith(PREFIX):
+            wanted = (of_clusters if is_of_cluster(key) else None) or dtype or wanted
+        state[key] = ShardedTensor.whole(torch.empty(tensor.shape, dtype=wanted))
+    return state
+
+
+def _name(key: str) -> str:
+    return key.removeprefix(PREFIX) if key.startswith(PREFIX) else f"balance.{key.removeprefix(BALANCE)}"
+
+
+def _metadata(weights: TrainedWeights, stored: bool) -> dict[str, str]:
     manifest = weights.manifest
-    placements = [record.model_dump() for record in manifest.placements]
-    metadata = {
+    return {
         "format": "pt",
         "step": str(manifest.step),
         "config": json.dumps(manifest.config),
-        "placements": json.dumps(placements),
+        "placements": json.dumps([record.model_dump() for record in manifest.placements]),
+        "data": json.dumps(manifest.data.model_dump()),
+        "stored": json.dumps(stored),
     }
+
+
+def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     partial = file.with_name(f".{file.name}.part")
     try:
         partial.touch()
@@ -53,4 +98,3 @@ def export_weights(weights: TrainedWeights, file: Path, dtype: torch.dtype | Non
         raise CheckpointError(f"{file}: cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
-    return sum(tensor.numel() for tensor in tensors.values())

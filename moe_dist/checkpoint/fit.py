@@ -17,7 +17,7 @@ FREE = (
     "moe.aux_loss_weight", "moe.z_loss_weight", "moe.capacity_factor", "moe.shared_init", "tokenizer.train_bytes",
 )  # fmt: skip
 """Keys below `MUST_FIT` that may differ all the same: how it is computed, and how training is steered."""
-UNSAID = ("name", "runs_dir", "summary_copy", "tensorboard", "checkpoint", "watchdog", "corpus")
+UNSAID = ("name", "runs_dir", "summary_copy", "tensorboard", "memory", "checkpoint", "watchdog", "corpus")
 """What may differ without a word: where the run is kept, and where its text lies (its tokens are compared)."""
 
 

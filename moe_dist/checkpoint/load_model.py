@@ -1,14 +1,20 @@
 """A trained model, on any number of ranks."""
 
 import torch
+from torch import nn
 
+from moe_dist.checkpoint.exported import ExportedFile, open_exported
 from moe_dist.checkpoint.manifest import read_index
 from moe_dist.checkpoint.model_state import weights_of
+from moe_dist.checkpoint.names import named_runs
 from moe_dist.checkpoint.parts import hand_back, room_for
 from moe_dist.checkpoint.placement_record import adopt_placements
+from moe_dist.checkpoint.stored_tensors import read_stored_experts
 from moe_dist.checkpoint.transfer import read_checkpoint
 from moe_dist.checkpoint.weights import TrainedWeights
+from moe_dist.model.clustered_experts import ClusteredExperts
 from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.stored_experts import stored_form
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
 
@@ -17,6 +23,8 @@ def load_model(
     weights: TrainedWeights, mesh: Mesh, links: Links, device: torch.device, dtype: torch.dtype | None = None
 ) -> LanguageModel:
     """The trained model, laid out over the ranks of `mesh`, which need not be as many as trained it; collective.
+
+    Clusters that an exported file holds in few bits stay so in memory, and cannot be trained.
 
     Args:
         dtype: of the weights; None: what the run trained with (`train.precision`).
@@ -28,8 +36,35 @@ def load_model(
     model = LanguageModel(weights.config, weights.manifest.data.vocab_size, mesh, links)
     model = model.to_device(device).to(dtype or getattr(torch, weights.config.train.precision))
     adopt_placements(model, weights.manifest)
+    if weights.path.is_file():
+        with open_exported(weights.path) as file:
+            _read_exported(model, file)
+        return model
     parts = {"balance": model.context.balance}
     room = room_for(parts, read_index(weights.path), mesh.rank, mesh.shape.ranks)
     read_checkpoint(weights.path, {**weights_of(model), **room})
     hand_back(parts, room, weights.manifest)
     return model
+
+
+def _read_exported(model: LanguageModel, file: ExportedFile) -> None:
+    for name, bias in model.context.balance.state_dict().items():
+        file.fill(f"balance.{name}", bias)
+    if file.stored:
+        _read_stored_clusters(model, file)
+    for parameter, runs in named_runs(model).items():
+        for run in runs:
+            size = torch.Size(run.shape).numel()
+            file.fill(run.name, parameter.detach().view(-1)[run.start : run.start + size].view(run.shape))
+
+
+def _read_stored_clusters(model: LanguageModel, file: ExportedFile) -> None:
+    form, at = stored_form(model.config), model.context.mesh.at
+    paths = {module: path for path, module in model.named_modules()}
+    for layer in model.clustered_layers():
+        clusters, parts = layer.placement.clusters_of_block(at.cluster), []
+        for cluster, part in zip(clusters, layer.clusters, strict=True):
+            assert isinstance(part, ClusteredExperts)
+            experts = layer.placement.experts_of(cluster, at.shard)
+            parts.append(read_stored_experts(part, paths[layer], cluster, experts, form, file.tensor))
+        layer.clusters = nn.ModuleList(parts)

@@ -5,15 +5,24 @@ from torch import Tensor, nn
 
 from moe_dist.checkpoint.manifest import WEIGHT
 from moe_dist.checkpoint.names import NamedRun, named_runs
-from moe_dist.checkpoint.shards import Shard, ShardedTensor, State
+from moe_dist.checkpoint.shards import AwayShard, Shard, ShardedTensor, State
 from moe_dist.engine.training_state import MASTER, STATE_NAMES, TrainingState
+from moe_dist.memory.block import Kind
+from moe_dist.memory.experts import ExpertMemory
 from moe_dist.model.language_model import LanguageModel
 
 
 def weights_of(model: LanguageModel) -> State:
     """The weights that the model computes with, whole and free to be written: what a checkpoint is read into."""
+    memory = model.context.memory
     return {
-        _key(MASTER, run.name): ShardedTensor(run.shape, parameter.dtype, [Shard(0, _run_of(parameter, run))])
+        _key(MASTER, run.name): ShardedTensor(
+            run.shape,
+            parameter.dtype,
+            [Shard(0, _run_of(parameter, run))]
+            if memory is None or memory.of(parameter) is None
+            else [_away(memory, parameter, run, Kind.WEIGHT)],
+        )
         for parameter, runs in named_runs(model).items()
         for run in runs
     }
@@ -22,7 +31,14 @@ def weights_of(model: LanguageModel) -> State:
 def training_tensors_of(model: LanguageModel, state: TrainingState, names: tuple[str, ...] = STATE_NAMES) -> State:
     """What this rank owns of FP32 masters and moments, free to be written."""
     tensors: State = {}
+    memory = model.context.memory
     for parameter, runs in named_runs(model).items():
+        if memory is not None and state.is_offloaded(parameter):
+            for run in runs:
+                for name in names:
+                    shards = [_away(memory, parameter, run, memory.kind_of(name))]
+                    tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, list(shards))
+            continue
         fragment = state.fragment(parameter)
         for run in runs:
             for name in names:
@@ -32,7 +48,22 @@ def training_tensors_of(model: LanguageModel, state: TrainingState, names: tuple
     return tensors
 
 
-def _overlap(run: NamedRun, start: int, values: Tensor) -> list[Shard]:
+def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: Kind) -> AwayShard:
+    """A run of an offloaded parameter, which its memory reads and writes."""
+    found = memory.of(parameter)
+    assert found is not None
+    cluster, name = found
+    length, dtype = torch.Size(run.shape).numel(), cluster.sizes()[kind].dtype
+    return AwayShard(
+        0,
+        length,
+        dtype,
+        lambda: memory.read_run(cluster, name, kind, run.start, length),
+        lambda first, values: memory.write_run(cluster, name, kind, run.start + first, values),
+    )
+
+
+def _overlap(run: NamedRun, start: int, values: Tensor) -> list[Shard | AwayShard]:
     """The part of a run that lies in elements [start, start + len(values)) of the flattened parameter."""
     first = max(run.start, start)
     last = min(run.start + torch.Size(run.shape).numel(), start + values.numel())

@@ -14,6 +14,7 @@ from moe_dist.model.clustered_experts import ClusteredExperts
 from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.standard_layer import StandardMoE
+from moe_dist.model.stored_experts import StoredExperts
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def named_runs(model: LanguageModel) -> dict[nn.Parameter, list[NamedRun]]:
 def _of_clusters(path: str, layer: ClusteredMoE) -> Iterator[tuple[nn.Parameter, list[NamedRun]]]:
     placement, at = layer.placement, layer.context.mesh.at
     for cluster, held in zip(placement.clusters_of_block(at.cluster), layer.clusters, strict=True):
+        if isinstance(held, StoredExperts):
+            continue  # it has no parameters
         assert isinstance(held, ClusteredExperts)
         for name, parameter in held.base.named_parameters():
             yield parameter, [NamedRun(f"{path}.cluster.{cluster}.{name}", tuple(parameter.shape))]

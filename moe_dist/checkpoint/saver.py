@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moe_dist.checkpoint.manifest import Manifest
-from moe_dist.checkpoint.shards import Staging, State
+from moe_dist.checkpoint.shards import Staging, State, is_away
 from moe_dist.checkpoint.store import prune, remove_partial
 from moe_dist.checkpoint.transfer import write_checkpoint
 from moe_dist.config import CheckpointConfig
@@ -50,8 +50,10 @@ class CheckpointSaver:
     def save(self, target: Path, manifest: Manifest, state: State) -> Saved | None:
         """Starts to save `state` as `target`, as it is now; returns how the save before it ended, if not yet told.
 
-        With `checkpoint.asynchronous` this returns as soon as the state is copied. Collective, except for the writing.
+        With `checkpoint.asynchronous` this returns as soon as the state is copied, unless some of it is offloaded: that
+        is written before training goes on, since a copy of it may fit nowhere. Collective, except for the writing.
         """
+        asynchronous = self._options.asynchronous and not is_away(state)
         started = time.perf_counter()
         before = self.wait()
         copied = self._staging.copy(state)
@@ -60,10 +62,10 @@ class CheckpointSaver:
         def write() -> None:
             error = self._attempt(lambda: self._write(target, manifest, copied))
             seconds = time.perf_counter() - started
-            stalled = stall if self._options.asynchronous else seconds
+            stalled = stall if asynchronous else seconds
             self._ended = Saved(target, manifest.step, stalled, seconds, error)
 
-        if self._options.asynchronous:
+        if asynchronous:
             self._writing = threading.Thread(target=write, name="checkpoint-writer", daemon=True)
             self._writing.start()
         else:

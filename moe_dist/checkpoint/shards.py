@@ -4,6 +4,7 @@ A tensor's name and shape do not depend on the layout of ranks; which run of its
 layout can read what another one wrote: `torch.distributed.checkpoint` finds the overlaps of one-dimensional runs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,29 @@ class Shard:
     values: Tensor
     """One-dimensional; a view where the owner is to be read or written in place."""
 
+    @property
+    def length(self) -> int:
+        """Elements."""
+        return self.values.numel()
+
+
+@dataclass(frozen=True)
+class AwayShard:
+    """A run of elements that is kept in a tier below the device, and is not brought into memory before its turn."""
+
+    start: int
+    length: int
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    """A copy of all of it."""
+    write: Callable[[int, Tensor], None]
+    """Replaces a part of it, from an element on."""
+
+    @property
+    def values(self) -> Tensor:
+        """A copy."""
+        return self.read()
+
 
 @dataclass
 class ShardedTensor:
@@ -25,7 +49,7 @@ class ShardedTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    shards: list[Shard] = field(default_factory=list)
+    shards: list[Shard | AwayShard] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
@@ -47,6 +71,11 @@ class ShardedTensor:
 State = dict[str, ShardedTensor]
 
 
+def is_away(state: State) -> bool:
+    """Whether some of it is not in memory, so that it must be written before training changes it."""
+    return any(isinstance(shard, AwayShard) for tensor in state.values() for shard in tensor.shards)
+
+
 class Staging:
     """Copies on the CPU of state that training will change; the buffers are used again for the next copy."""
 
@@ -54,12 +83,15 @@ class Staging:
         self._buffers: dict[tuple[str, int], Tensor] = {}
 
     def copy(self, state: State) -> State:
-        """The same state with values of its own, finished when this returns."""
+        """The same state with values of its own, finished when this returns; what is away stays there."""
         before, self._buffers = self._buffers, {}
         copied: State = {}
         for name, tensor in state.items():
             copied[name] = ShardedTensor(tensor.shape, tensor.dtype)
             for shard in tensor.shards:
+                if isinstance(shard, AwayShard):
+                    copied[name].shards.append(shard)
+                    continue
                 buffer = before.get((name, shard.start))
                 if buffer is None or buffer.shape != shard.values.shape or buffer.dtype != shard.values.dtype:
                     buffer = torch.empty_like(shard.values, device="cpu")

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -34,10 +42,12 @@ from moe_dist.checkpoint.manifest import (
     TensorRecord,
     write_manifest,
 )
-from moe_dist.checkpoint.shards import State
+from moe_dist.checkpoint.shards import AwayShard, State
 from moe_dist.errors import CheckpointError
 
 PARTIAL = ".partial"
+AWAY_FILE_BYTES = 64 << 20
+"""About as much of what is not in memory is read at once, and written to a file of its own."""
 
 
 def partial_name(target: Path) -> Path:
@@ -55,6 +65,12 @@ class ShardWriter(StorageWriter):
     def __init__(self, target: Path, manifest: Manifest, state: State, rank: int) -> None:
         self._target, self._folder, self._manifest, self._rank = target, partial_name(target), manifest, rank
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
+        self._away_bytes = {
+            (name, shard.start): shard.length * shard.dtype.itemsize
+            for name, tensor in state.items()
+            for shard in tensor.shards
+            if isinstance(shard, AwayShard)
+        }
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing to forget: a writer writes once."""
@@ -82,21 +98,44 @@ class ShardWriter(StorageWriter):
         return done
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        path = self._folder / f"rank-{self._rank:05}.safetensors"
         if not self._folder.is_dir():
             raise CheckpointError(
                 f"rank {self._rank} does not see {self._folder}, which rank 0 has made: runs_dir must be on a file "
                 "system that all nodes share"
             )
+        results = []
+        for number, items in enumerate(self._by_file(plan.items)):
+            suffix = f"-{number:03}" if number else ""
+            results += self._write_file(self._folder / f"rank-{self._rank:05}{suffix}.safetensors", items, planner)
+        return results
+
+    def _by_file(self, items: Sequence[WriteItem]) -> list[list[WriteItem]]:
+        """All that is in memory in one file, and what is away in files that are small enough to be held one by one."""
+        files: list[list[WriteItem]] = [[]]
+        room = AWAY_FILE_BYTES
+        for item in sorted(items, key=lambda item: self._bytes_away(item) > 0):  # stable: in the order of clusters
+            size = self._bytes_away(item)
+            if size > room and files[-1]:
+                files.append([])
+                room = AWAY_FILE_BYTES
+            files[-1].append(item)
+            room -= size
+        return files
+
+    def _bytes_away(self, item: WriteItem) -> int:
+        assert item.index.offset is not None
+        return self._away_bytes.get((item.index.fqn, item.index.offset[0]), 0)
+
+    def _write_file(self, path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         tensors = {}
-        for item in plan.items:
+        for item in items:
             values = planner.resolve_data(item)
             assert isinstance(values, torch.Tensor)
             tensors[key_of(item.index)] = values
         save_file(tensors, path)
         path.chmod(self._folder.stat().st_mode & 0o666)  # safetensors lets only its user read it
         written = (path.name, recorded(path))
-        return [WriteResult(item.index, tensors[key_of(item.index)].nbytes, written) for item in plan.items]
+        return [WriteResult(item.index, tensors[key_of(item.index)].nbytes, written) for item in items]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files: dict[str, FileRecord] = dict(result.storage_data for rank in results for result in rank)
@@ -167,7 +206,9 @@ class ShardReader(StorageReader):
                 for item in items:
                     start, length = item.storage_offsets[0], item.lengths[0]
                     values = file.get_slice(key_of(item.storage_index))[start : start + length]
-                    planner.resolve_tensor(item).copy_(values)
+                    target = planner.resolve_tensor(item)
+                    target.copy_(values)
+                    planner.commit_tensor(item, target)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"checkpoint {self._folder} is damaged: {path.name}: {error}") from error
 

@@ -1,8 +1,9 @@
-"""The trained weights of a run: where they are; no model is needed to know it."""
+"""Trained weights: where they are; no model is needed to know it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_dist.checkpoint.exported import open_exported
 from moe_dist.checkpoint.find import Found, checked, is_checkpoint, newest_good
 from moe_dist.checkpoint.fit import config_of
 from moe_dist.checkpoint.manifest import Manifest
@@ -15,6 +16,7 @@ class TrainedWeights:
     """Where a run's weights are, what they say of themselves, and the configuration that they were trained with."""
 
     path: Path
+    """The folder of a checkpoint, or a file of `moe-dist export`."""
     manifest: Manifest
     config: RunConfig
 
@@ -22,11 +24,16 @@ class TrainedWeights:
 def find_weights(run: Path) -> TrainedWeights:
     """The weights of a run's end, or of its newest good checkpoint where it has not ended; or those at `run` itself.
 
-    Collective where a process group exists. All files have been checked.
+    `run` may also be a file that `moe-dist export` wrote. Collective where a process group exists. All files of a
+    checkpoint have been checked.
 
     Raises:
         CheckpointError: there are none, or every one is damaged.
     """
+    if run.is_file():
+        with open_exported(run) as file:
+            manifest = file.manifest()
+        return TrainedWeights(run, manifest, config_of(manifest))
     found: Found | None = checked(run) if is_checkpoint(run) else newest_good(run, weights=True)
     if found is None:
         raise CheckpointError(

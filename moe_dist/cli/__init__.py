@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from moe_dist import __version__
-from moe_dist.cli import bench, doctor, measure, predict, report, study, topology, training, weights
+from moe_dist.cli import (
+    bench,
+    doctor,
+    evaluation,
+    measure,
+    predict,
+    report,
+    reproduce,
+    study,
+    topology,
+    training,
+    weights,
+)
 from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError
 
 EXIT_INTERRUPTED = 130
@@ -39,7 +51,7 @@ def _options(
     pass
 
 
-for group in (training, bench, measure, study, predict, report, weights, topology, doctor):
+for group in (training, bench, measure, study, reproduce, predict, report, evaluation, weights, topology, doctor):
     group.register(app)
 
 

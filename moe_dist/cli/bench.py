@@ -8,8 +8,10 @@ import typer
 from rich.console import Console
 
 from launcher.train import writable
+from moe_dist.cli.bench_domains import bench_domains
 from moe_dist.cli.bench_growth import bench_growth
 from moe_dist.cli.bench_layer import bench_layer
+from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.bench_step import bench_step
 from moe_dist.cli.words import Json, Overrides
@@ -23,6 +25,8 @@ def register(app: typer.Typer) -> None:
     bench.command("layer")(bench_layer)
     bench.command("growth")(bench_growth)
     bench.command("quality")(bench_quality)
+    bench.command("domains")(bench_domains)
+    bench.command("precision")(bench_precision)
     bench.command("recluster")(bench_recluster)
     bench.command("step")(bench_step)
     app.add_typer(bench, name="bench")

@@ -25,7 +25,16 @@ def register(app: typer.Typer) -> None:
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo, or a checkpoint.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.")],
-    dtype: Annotated[Dtype, typer.Option(help="Type of the weights in the file.")] = Dtype.FLOAT32,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Type of the weights in the file. Default: float32, with --stored the run's train.precision."
+        ),
+    ] = None,
+    stored: Annotated[
+        bool | None,
+        typer.Option("--stored/--plain", help="Factors in few bits. Default: as precision.residuals says."),
+    ] = None,
 ) -> None:
     """Write a run's trained weights to one safetensors file, its configuration and placement in the file's metadata."""
     target = Path(writable(output, "--output"))
@@ -35,5 +44,10 @@ def export(
     from moe_dist.checkpoint.weights import find_weights
 
     weights = find_weights(run)
-    count = export_weights(weights, target, getattr(torch, dtype.value))
-    typer.echo(f"{output}: {count:,} weights of step {weights.manifest.step} as {dtype.value}")
+    if stored is None:
+        stored = weights.config.precision.residuals != "none"
+    count = export_weights(weights, target, getattr(torch, dtype.value) if dtype else None, stored=stored)
+    kind = dtype.value if dtype else weights.config.train.precision if stored else Dtype.FLOAT32.value
+    few = f", factors in {weights.config.precision.bits} bits" if stored else ""
+    size = target.stat().st_size
+    typer.echo(f"{output}: {count:,} weights of step {weights.manifest.step} as {kind}{few}, {size:,} bytes")

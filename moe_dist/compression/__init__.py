@@ -12,6 +12,8 @@ from moe_dist.compression.factorise import (
 )
 from moe_dist.compression.initialisation import ExpertResidual, init_base, init_residual
 from moe_dist.compression.input_roots import InputRoots
+from moe_dist.compression.packed_cluster import PackedCluster, PackedExperts, StoredForm, as_stored, long_axis
+from moe_dist.compression.packed_factor import GroupFormat, PackedFactor
 from moe_dist.compression.shared_base import FORMS, choose_form, clustered_experts
 
 __all__ = [
@@ -21,15 +23,22 @@ __all__ = [
     "ExpertResidual",
     "FactorisedCluster",
     "FactorisedExpert",
+    "GroupFormat",
     "InputRoots",
+    "PackedCluster",
+    "PackedExperts",
+    "PackedFactor",
+    "StoredForm",
     "UnitOrder",
     "align_hidden_units",
+    "as_stored",
     "choose_form",
     "clustered_experts",
     "factorise_cluster",
     "factorise_expert",
     "init_base",
     "init_residual",
+    "long_axis",
     "relative_error",
     "usage_weighted_mean",
 ]

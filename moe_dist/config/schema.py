@@ -275,6 +275,41 @@ class TrainConfig(Section):
         return self
 
 
+class PrecisionConfig(Section):
+    """What clustered experts are stored as when they are not being updated (moe.kind=clustered)."""
+
+    residuals: Literal["none", "qat", "post"] = Field(
+        "none",
+        description="factors in few bits: none; post: at the end, in evaluation and export; qat: the forward pass of "
+        "training sees them so too",
+    )
+    bits: Literal[4, 8] = Field(4, description="of a factor's number")
+    group_size: Literal[32, 64, 128] = Field(64, description="neighbouring numbers along d or f that share a scale")
+    symmetric: bool = Field(True, description="no zero points beside the scales")
+    scale_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="what scales are kept as")
+    bases: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="what bases are stored as; null: train.precision"
+    )
+
+
+class MemoryConfig(Section):
+    """Experts whose weights, gradients and training state are more than a device holds (moe.kind=clustered)."""
+
+    offload: bool = Field(False, description="clusters of experts live below the device and come to it for use")
+    device_budget: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="of a device's memory for experts: bytes; or, up to 16, in parts of what weights, gradients and "
+        "training state of the dense baseline's feed-forward layers take",
+    )
+    host_budget: Positive | None = Field(
+        None, description="bytes of host memory between an accelerator and the disk; null: no limit. Unused on a CPU"
+    )
+    directory: str | None = Field(
+        None, description="where the disk tier is, best on a local disk; null: .offload/<name> in runs_dir"
+    )
+    prefetch: NonNegative = Field(2, description="clusters that are fetched ahead of the one in use")
+
+
 class CheckpointConfig(Section):
     """What is kept of a run, and from where it goes on (docs/checkpoints.md)."""
 
@@ -319,6 +354,8 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
 
@@ -332,7 +369,7 @@ class RunConfig(Section):
         if step >= self.standard_steps:
             return self
         moe = self.moe.model_copy(update={"kind": "standard", "warmup_standard": 0.0})
-        return self.model_copy(update={"moe": moe, "recluster": ReclusterConfig()})
+        return self.model_copy(update={"moe": moe, "recluster": ReclusterConfig(), "precision": PrecisionConfig()})
 
     @model_validator(mode="after")
     def _warmup_leaves_both_phases(self) -> Self:
@@ -340,6 +377,15 @@ class RunConfig(Section):
             raise ConfigError(
                 f"moe.warmup_standard={self.moe.warmup_standard} of train.steps={self.train.steps} is "
                 f"{self.standard_steps} steps: at least 1 must be trained before and after the experts are clustered"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _residuals_can_be_stored(self) -> Self:
+        if self.precision.residuals != "none" and self.moe.kind != "clustered":
+            raise ConfigError(
+                f"precision.residuals={self.precision.residuals} works with moe.kind=clustered only, not "
+                f"{self.moe.kind}: set it to none"
             )
         return self
 
@@ -352,6 +398,19 @@ class RunConfig(Section):
                 f"moe.rank={self.moe.rank} is more than experts of model.hidden_size={self.model.hidden_size} and "
                 f"moe.expert_hidden={self.moe.expert_hidden} can be cut to: at most {most} with moe.warmup_standard or "
                 "recluster.transition=refactor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_possible(self) -> Self:
+        if not self.memory.offload:
+            return self
+        if self.moe.kind != "clustered":
+            raise ConfigError(f"memory.offload=true works with moe.kind=clustered only, not {self.moe.kind}")
+        if self.moe.warmup_standard or self.recluster.transition == "refactor":
+            key = "moe.warmup_standard" if self.moe.warmup_standard else "recluster.transition=refactor"
+            raise ConfigError(
+                f"memory.offload=true does not work with {key} yet: experts would have to be whole in memory"
             )
         return self
 

@@ -12,7 +12,8 @@ from moe_dist.data.documents import split_rows, split_text
 from moe_dist.data.hub import offline, quiet, rows_of
 from moe_dist.errors import DataError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+PLAIN = (".txt", ".tokens", ".raw")  # the last two are WikiText's own
+SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 
 # Left out: what is not the library (site-packages), what this machine's build wrote (config-*, _sysconfigdata*), tests
 # (more bytes than the library), and encodings, whose near-identical tables would put copies on both sides of the split.
@@ -58,7 +59,7 @@ def stdlib_source() -> StdlibSource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Files in the order of their names: .txt is cut into documents (`split_text`), tables give one a row."""
+    """Files in the order of their names: plain text is cut into documents (`split_text`), tables give one a row."""
 
     files: tuple[Path, ...]
     text_column: str
@@ -77,7 +78,7 @@ class FileSource:
             DataError: a file is not UTF-8, not a table, or lacks the column.
         """
         for path in self.files:
-            if path.suffix == ".txt":
+            if path.suffix in PLAIN:
                 yield from split_text(_read_utf8(path))
             else:
                 yield from split_rows(self._rows(path))

@@ -25,13 +25,16 @@ class HubSource:
     split: str
     text_column: str
     split_key: str = "corpus.split"
+    key: str = "corpus."
+    """Before the names of the other keys, where a message tells them."""
+    instead: str = "corpus.kind=text with local files in corpus.paths"
 
     def __str__(self) -> str:
         return f"{self.split_key}={self.split} of {self.name}"
 
     def fingerprint(self) -> str:
         """Changes with the data set's version, split and column."""
-        return f"{self.name} {self.subset} {self.split} {self.text_column} {self._table._fingerprint}"
+        return f"{self.name} {self.subset} {self.split} {self.text_column} {self.table._fingerprint}"
 
     def texts(self) -> Iterator[str]:
         """Texts of all documents.
@@ -39,10 +42,15 @@ class HubSource:
         Raises:
             DataError: the data set cannot be had, or has no such split or column.
         """
-        return split_rows(rows_of(self._table, self.text_column, f"data set {self.name}"))
+        return split_rows(rows_of(self.table, self.text_column, f"data set {self.name}"))
 
     @cached_property
-    def _table(self) -> Any:
+    def table(self) -> Any:
+        """The rows.
+
+        Raises:
+            DataError: they cannot be had.
+        """
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
@@ -55,14 +63,13 @@ class HubSource:
             raise DataError(self._advice(reason, reachable)) from error
 
     def _advice(self, reason: str, reachable: bool) -> str:
-        named = f"corpus.name={self.name} (corpus.subset={self.subset}, {self.split_key}={self.split})"
+        named = f"{self.key}name={self.name} ({self.key}subset={self.subset}, {self.split_key}={self.split})"
         if reachable:
             hint = "; null holds out a fraction instead" if self.split_key == "corpus.validation_split" else ""
             return f"{named} cannot be loaded: {reason}{hint}"
         return (
             f"{named} is not in this machine's cache and the Hugging Face hub cannot be reached: run once "
-            "where there is a network and share that cache (HF_HOME), or use corpus.kind=text with local "
-            "files in corpus.paths"
+            f"where there is a network and share that cache (HF_HOME), or use {self.instead}"
         )
 
 

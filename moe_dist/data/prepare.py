@@ -24,6 +24,7 @@ from moe_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+TOKENIZER = "tokenizer.model"
 _FORMAT = 1  # raise it when the same corpus and settings give other files
 
 
@@ -89,7 +90,7 @@ def _open(folder: Path) -> PreparedData | None:
 
 def _open_finished(folder: Path, manifest: Path) -> PreparedData:
     facts = json.loads(manifest.read_text())
-    model = folder / "tokenizer.model"
+    model = folder / TOKENIZER
     if hashlib.sha256(model.read_bytes()).hexdigest() != facts["tokenizer_sha256"]:
         raise DataError(f"{model} is damaged: its SHA-256 is not {facts['tokenizer_sha256']}")
     train, validation = (open_token_file(folder / f"{split}.tokens") for split in ("train", "validation"))
@@ -104,9 +105,9 @@ def _make(folder: Path, corpus: Corpus, config: TokenizerConfig) -> None:
     split = corpus.documents()
     logger.info("training a %s tokenizer of %d pieces", config.kind, config.vocab_size)
     model = train_tokenizer(_sample(split.train, config.train_bytes), config)
-    with written_whole(folder / "tokenizer.model") as path:
+    with written_whole(folder / TOKENIZER) as path:
         path.write_bytes(model)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = Tokenizer(folder / TOKENIZER)
     checksums = []
     for name, documents in split._asdict().items():
         logger.info("encoding %d documents (%s)", len(documents), name)

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_dist.config import BatchShape, RunConfig
 from moe_dist.engine import gradient_norm
 from moe_dist.engine.expert_groups import MarkedModel, register_groups
+from moe_dist.engine.offloaded_adamw import OffloadedAdamW
 from moe_dist.engine.parameter_groups import parameter_groups
 from moe_dist.engine.startup import Process
 from moe_dist.engine.training_state import TrainingState
@@ -41,19 +42,24 @@ class Engine:
         self.model, self.config, self.batch, self.process = model.to_device(process.device), config, batch, process
         mesh = model.context.mesh
         register_groups(model, mesh)
-        groups = parameter_groups(model, config.optimizer)
-        options = config.optimizer
+        memory, options = model.context.memory, config.optimizer
+        self._memory = memory
+        self._offloaded = None if memory is None else OffloadedAdamW(memory, options, mesh)
+        hidden = () if memory is None else memory.parameters()
+        marked = MarkedModel(model, config.moe.experts, hidden)
+        groups = parameter_groups(marked, options)
         adamw = torch.optim.AdamW(
             groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), eps=options.epsilon, fused=True
         )
         self._engine, *_ = deepspeed.initialize(
-            model=MarkedModel(model, config.moe.experts),
+            model=marked,
             optimizer=adamw,
             config=_deepspeed_config(config, batch, process.ranks),
             dist_init_required=False,
         )
         self.training_state().undo_trial_step()
-        gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm)
+        elsewhere = gradient_norm.nothing_else if self._offloaded is None else self._offloaded.finish_gradients
+        gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm, elsewhere)
 
     def forward_backward(self, sequences_BS: Tensor, stop_wanted: Callable[[], bool] = lambda: False) -> StepOutcome:
         """Runs this rank's share of a step, [micro * accumulation, S+1] token numbers, in micro-batches; collective.
@@ -63,6 +69,8 @@ class Engine:
         """
         loss = torch.zeros((), device=self.process.device)
         for sequence_BS in sequences_BS.to(self.process.device).split(self.batch.micro):
+            if self._memory is not None:
+                self._memory.last_pass = self._engine.is_gradient_accumulation_boundary()
             micro_loss = self._engine(sequence_BS)
             self._engine.backward(micro_loss)
             loss += micro_loss.detach().float() / self.batch.accumulation
@@ -75,6 +83,10 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         self._engine.step()
+        if self._offloaded is not None:
+            norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
+            factor = gradient_norm.clip_factor(self._engine.optimizer, norm, self.config.optimizer.clip_norm)
+            self._offloaded.step(learning_rate, factor)
         context, moe = self.model.context, self.config.moe
         if moe.kind != "dense":
             context.balance.update(outcome.count_LE.to(self.process.device), moe, context.placements)
@@ -82,7 +94,7 @@ class Engine:
 
     def training_state(self) -> TrainingState:
         """Masters and moments of the parameters, as they are between two steps."""
-        return TrainingState(self._engine.optimizer)
+        return TrainingState(self._engine.optimizer, self._offloaded)
 
     def close(self) -> None:
         """Gives up the optimizer and DeepSpeed's hooks; the engine cannot be used afterwards."""

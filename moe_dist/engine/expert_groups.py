@@ -1,5 +1,8 @@
 """Makes DeepSpeed treat our parameter classes as its experts: reduced over their own ranks and no other."""
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import nn
@@ -20,12 +23,17 @@ class ExpertMarker(MoE):  # type: ignore[misc]
 
 
 class MarkedModel(nn.Module):
-    """The model beside the marker, as one module for DeepSpeed."""
+    """The model beside the marker, as one module for DeepSpeed, which does not see the parameters `hidden` from it."""
 
-    def __init__(self, model: nn.Module, num_experts: int) -> None:
+    def __init__(self, model: nn.Module, num_experts: int, hidden: Iterable[nn.Parameter] = ()) -> None:
         super().__init__()
+        self._hidden = set(hidden)
         self.model = model
-        self.marker = ExpertMarker(num_experts) if has_experts(model) else None
+        self.marker = ExpertMarker(num_experts) if has_experts(self) else None
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        shown = super().named_parameters(*args, **kwargs)
+        return ((name, parameter) for name, parameter in shown if parameter not in self._hidden)
 
     def forward(self, *args: object) -> object:
         return self.model(*args)

@@ -7,6 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.engine.training_state import TrainingState
+from moe_dist.memory.block import Kind as BlockKind
+from moe_dist.memory.cluster import OffloadedCluster
+from moe_dist.memory.experts import ExpertMemory
 from moe_dist.migration.plan import Cell, Holdings, Kind, Run
 from moe_dist.model.clustered_experts import ClusteredExperts
 from moe_dist.model.clustered_layer import ClusteredMoE
@@ -24,8 +27,36 @@ class ExpertTensors:
         self._parameters = dict(_parameters_of(layers))
         self._state, self._mesh = state, mesh
         # without separate masters the weight is its own master, and travels once
-        self.kinds = tuple(kind for kind in Kind if kind is not Kind.MASTER or state.separate_masters)
+        self.kinds = tuple(kind for kind in Kind if kind is not Kind.MASTER or state.separate_masters_of_experts)
         self.holdings = self._gather_holdings()
+
+    def read(self, cell: Cell, start: int, length: int) -> Tensor:
+        """A copy of a run of elements that this rank owns; what is offloaded is read where it is."""
+        if (offloaded := self._offloaded(cell)) is not None:
+            memory, cluster, name = offloaded
+            return memory.read_run(cluster, name, BlockKind(cell.kind.value), start, length)
+        tensor, first = self.owned(cell)
+        return tensor[start - first : start - first + length].clone()
+
+    def write(self, cell: Cell, start: int, values: Tensor) -> None:
+        """Replaces such a run."""
+        if (offloaded := self._offloaded(cell)) is not None:
+            memory, cluster, name = offloaded
+            memory.write_run(cluster, name, BlockKind(cell.kind.value), start, values)
+            return
+        tensor, first = self.owned(cell)
+        tensor[start - first : start - first + len(values)].copy_(values)
+
+    def dtype(self, cell: Cell) -> torch.dtype:
+        """Of a cell's elements."""
+        return self._dtype(cell.kind)
+
+    def _offloaded(self, cell: Cell) -> tuple[ExpertMemory, OffloadedCluster, str] | None:
+        if self._state.offloaded is None:
+            return None
+        memory = self._state.offloaded.memory
+        found = memory.of(self._parameters[cell.layer, cell.local, cell.name])
+        return None if found is None else (memory, *found)
 
     def owned(self, cell: Cell) -> tuple[Tensor, int]:
         """This rank's run of a cell, one-dimensional, in place, and the element at which it begins."""
@@ -72,6 +103,8 @@ class ExpertTensors:
                 yield rank_at(shape, Coordinates(data, at.cluster, shard))
 
     def _state_run(self, parameter: nn.Parameter) -> Run:
+        if self._state.is_offloaded(parameter):
+            return 0, parameter.numel()
         fragment = self._state.fragment(parameter)
         return NOTHING if fragment is None else (fragment.start, fragment.end)
 

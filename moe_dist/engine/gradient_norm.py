@@ -17,9 +17,18 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 CopiesOf = Callable[[nn.Parameter], int]
+Square = Callable[[], Tensor]
+"""This rank's part of the squared norm of gradients that the optimizer does not know; float64."""
 
 
-def global_norm(gradients: Iterable[tuple[Tensor, int]], device: torch.device) -> Tensor:
+def nothing_else() -> Tensor:
+    """The optimizer knows all gradients."""
+    return torch.zeros((), dtype=torch.float64)
+
+
+def global_norm(
+    gradients: Iterable[tuple[Tensor, int]], device: torch.device, elsewhere: Square = nothing_else
+) -> Tensor:
     """sqrt of the sum over all ranks and (gradient, copies) of |gradient|^2 / copies; collective, float32 scalar.
 
     Summed in float64, so that the order of the terms, which follows from where clusters live, leaves no trace.
@@ -27,27 +36,41 @@ def global_norm(gradients: Iterable[tuple[Tensor, int]], device: torch.device) -
     square = torch.zeros((), dtype=torch.float64, device=device)
     for gradient, copies in gradients:
         square += torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).square() / copies
+    square += elsewhere().to(device)
     dist.all_reduce(square)
     return square.sqrt().float()
 
 
-def install(engine: Any, copies_of: CopiesOf, clip_norm: float) -> None:
+def install(engine: Any, copies_of: CopiesOf, clip_norm: float, elsewhere: Square = nothing_else) -> None:
     """Makes `engine` (a DeepSpeedEngine) report and clip by the true norm, whatever its ZeRO stage and precision."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        optimizer.scaled_global_norm = MethodType(_norm_of_partitions, optimizer)
+        _install_partitioned(optimizer, elsewhere)
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        _install_unfused(optimizer, copies_of, engine.device)
+        _install_unfused(optimizer, copies_of, engine.device, elsewhere)
     else:
-        _install_plain(engine, copies_of, clip_norm)
+        _install_plain(engine, copies_of, clip_norm, elsewhere)
 
 
-def _norm_of_partitions(optimizer: Any, norm_type: int = 2) -> Tensor:
-    partitions = (gradients for gradients in optimizer.averaged_gradients.values() if gradients is not None)
-    return global_norm(((gradient, 1) for part in partitions for gradient in part), torch.device(optimizer.device))
+def clip_factor(optimizer: Any, norm: Tensor, clip_norm: float) -> Tensor | None:
+    """What an optimizer multiplies its gradients by, to the last bit; None: it leaves them as they are."""
+    if clip_norm == 0:
+        return None
+    if isinstance(optimizer, (DeepSpeedZeroOptimizer, FP16_UnfusedOptimizer)):
+        return 1.0 / ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def _install_unfused(optimizer: Any, copies_of: CopiesOf, device: torch.device) -> None:
+def _install_partitioned(optimizer: Any, elsewhere: Square) -> None:
+    def norm_of_partitions(self: Any, norm_type: int = 2) -> Tensor:
+        partitions = (gradients for gradients in self.averaged_gradients.values() if gradients is not None)
+        own = ((gradient, 1) for part in partitions for gradient in part)
+        return global_norm(own, torch.device(self.device), elsewhere)
+
+    optimizer.scaled_global_norm = MethodType(norm_of_partitions, optimizer)
+
+
+def _install_unfused(optimizer: Any, copies_of: CopiesOf, device: torch.device, elsewhere: Square) -> None:
     clip = optimizer.unscale_and_clip_grads
 
     def clip_by_true_norm(self: Any, total_norm: Any, apply_scale: bool = True) -> Any:
@@ -56,21 +79,24 @@ def _install_unfused(optimizer: Any, copies_of: CopiesOf, device: torch.device) 
             for groups in zip(self.fp32_groups, self.fp16_groups, strict=True)
             for pair in zip(*groups, strict=True)
         ]
-        self._global_grad_norm = global_norm(((master.grad, copies_of(held)) for master, held in pairs), device)
+        self._global_grad_norm = global_norm(
+            ((master.grad, copies_of(held)) for master, held in pairs), device, elsewhere
+        )
         return clip(self._global_grad_norm, apply_scale)
 
     optimizer.unscale_and_clip_grads = MethodType(clip_by_true_norm, optimizer)
 
 
-def _install_plain(engine: Any, copies_of: CopiesOf, clip_norm: float) -> None:
+def _install_plain(engine: Any, copies_of: CopiesOf, clip_norm: float, elsewhere: Square) -> None:
     step = engine.optimizer.step
 
     def clip_and_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         held = [parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
-        norm = global_norm(((parameter.grad, copies_of(parameter)) for parameter in held), engine.device)
+        norm = global_norm(((parameter.grad, copies_of(parameter)) for parameter in held), engine.device, elsewhere)
         self._global_grad_norm = norm
         if clip_norm > 0:
-            torch._foreach_mul_([parameter.grad for parameter in held], (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            factor = clip_factor(self, norm, clip_norm)
+            torch._foreach_mul_([parameter.grad for parameter in held], factor)
         return step(*args, **kwargs)
 
     engine.optimizer.step = MethodType(clip_and_step, engine.optimizer)

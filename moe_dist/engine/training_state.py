@@ -14,6 +14,8 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from moe_dist.engine.offloaded_adamw import OffloadedAdamW
+
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_NAMES = (MASTER, *MOMENTS)
@@ -37,9 +39,13 @@ class StateFragment:
 class TrainingState:
     """The optimizer's state, parameter by parameter. Values before the first update are zero moments, step 0."""
 
-    def __init__(self, optimizer: Any) -> None:
-        """Args: optimizer: `DeepSpeedEngine.optimizer`, of any ZeRO stage that moe-dist uses."""
-        self._optimizer = optimizer
+    def __init__(self, optimizer: Any, offloaded: OffloadedAdamW | None = None) -> None:
+        """
+        Args:
+            optimizer: `DeepSpeedEngine.optimizer`, of any ZeRO stage that moe-dist uses.
+            offloaded: the optimizer of experts that are kept in tiers.
+        """
+        self._optimizer, self.offloaded = optimizer, offloaded
         self._adamw: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         for managed in self._managed():
             _create_missing(self._adamw.state[managed], managed)
@@ -88,6 +94,17 @@ class TrainingState:
         return isinstance(self._optimizer, DeepSpeedZeroOptimizer) or bool(self._masters)
 
     @property
+    def separate_masters_of_experts(self) -> bool:
+        """The same for experts, which in tiers have masters of their own only where weights are narrower."""
+        if self.offloaded is None:
+            return self.separate_masters
+        return self.offloaded.memory.separate_masters
+
+    def is_offloaded(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter's values and state are in tiers, whole on each rank that holds it."""
+        return self.offloaded is not None and self.offloaded.memory.of(parameter) is not None
+
+    @property
     def steps(self) -> int:
         """Updates that the moments have seen, which corrects their start from zero."""
         return int(next(iter(self._step_counters())))
@@ -96,6 +113,8 @@ class TrainingState:
     def steps(self, value: int) -> None:
         for counter in self._step_counters():
             counter.fill_(value)
+        if self.offloaded is not None:
+            self.offloaded.steps = value
 
     def _managed(self) -> Iterator[Tensor]:
         """The tensors that AdamW itself updates."""

@@ -21,6 +21,7 @@ from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.measurement import subruns
 from moe_dist.measurement.subruns import PACKAGE, Summary
+from moe_dist.metrics.summary import look_up
 
 RECIPES = ("dense", "standard-aux", "standard-aux-scaled", "standard-bias", "cheap", "good")
 YARDSTICK = "standard-aux-scaled"
@@ -105,6 +106,8 @@ class Row:
     recipe: str
     corpus: str
     losses: dict[int, float]
+    stored: dict[int, float]
+    """With what is stored of the experts, of runs that store them in few bits."""
     expert_share: float | None
     """Expert parameters over those of standard experts."""
     load_variance: float | None
@@ -126,7 +129,8 @@ def rows(results: dict[Cell, Summary]) -> list[Row]:
         variances = [summary["load"]["variance"] for _, summary in members]
         share = parameters["expert"] / parameters["expert_standard"] if parameters["expert_standard"] else None
         losses = {cell.seed: summary["validation"]["loss"] for cell, summary in members}
-        found.append(Row(recipe, corpus, losses, share, None if None in variances else mean(variances)))
+        stored = {cell.seed: loss for cell, summary in members if (loss := look_up(summary, "validation.loss_stored"))}
+        found.append(Row(recipe, corpus, losses, stored, share, None if None in variances else mean(variances)))
     return found
 
 
@@ -142,7 +146,9 @@ def render(results: dict[Cell, Summary], console: Console) -> None:
     """Prints the table."""
     table = rows(results)
     view = Table(title="validation loss, nats a token (mean ± standard deviation over seeds)", title_justify="left")
-    for name in ("corpus", "recipe", "loss", f"less {YARDSTICK}", "expert parameters", "load variance", "seeds"):
+    less_yardstick = f"less {YARDSTICK}"
+    names = ("corpus", "recipe", "loss", "as stored", less_yardstick, "expert parameters", "load variance", "seeds")
+    for name in names:
         view.add_column(name, justify="left" if name in ("corpus", "recipe") else "right")
     for row in table:
         less = differences(table, row)
@@ -150,6 +156,7 @@ def render(results: dict[Cell, Summary], console: Console) -> None:
             row.corpus,
             row.recipe,
             f"{mean(row.losses.values()):.4f} ± {row.spread:.4f}",
+            f"{mean(row.stored.values()):.4f}" if row.stored else "-",
             f"{mean(less):+.4f} ({min(less):+.4f} to {max(less):+.4f})" if less else "-",
             "-" if row.expert_share is None else f"{row.expert_share:.1%}",
             "-" if row.load_variance is None else f"{row.load_variance:.2e}",

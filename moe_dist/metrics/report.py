@@ -90,6 +90,8 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row()
+    if (stored := at("validation.loss_stored")) is not None:
+        table.add_row("as stored", f"validation loss {_number(stored, '.4f')}")
     table.add_row("ranks", _world(summary))
     table.add_row("speed", f"{_number(at('tokens_per_second'), ',.0f')} tokens/s")
     table.add_row("parameters", f"{_count(at('parameters.total'))} in all")

@@ -8,6 +8,7 @@ it and, while it is sent, what leaves it.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,18 @@ from moe_dist.migration.plan import Cell, Piece, Plan
 
 CHECKSUM_BYTES = 8
 
-OwnedTensor = Callable[[Cell], tuple[Tensor, int]]
-"""Cell -> this rank's run of it as a one-dimensional view, and where that begins in the whole parameter."""
+
+class Cells(Protocol):
+    """This rank's cells, wherever they are kept; elements count from the beginning of the whole parameter."""
+
+    def read(self, cell: Cell, start: int, length: int) -> Tensor:
+        """A copy of a run of elements, one-dimensional."""
+
+    def write(self, cell: Cell, start: int, values: Tensor) -> None:
+        """Replaces a run of elements."""
+
+    def dtype(self, cell: Cell) -> torch.dtype:
+        """Of a cell's elements."""
 
 
 class MigrationError(MoeDistError):
@@ -31,31 +42,28 @@ class Arrivals:
     """What has come to this rank and waits: each piece and its values."""
 
     waiting: list[tuple[Piece, Tensor]]
-    owned: OwnedTensor
+    cells: Cells
 
     def write(self, wanted: Callable[[Piece], bool] = lambda _: True) -> "Arrivals":
         """Puts the wanted pieces into place; returns what they replaced, which `write` of the result brings back."""
         chosen = [(piece, values) for piece, values in self.waiting if wanted(piece)]
-        replaced = [(piece, self._place(piece).clone()) for piece, _ in chosen]
+        replaced = [(piece, self.cells.read(piece.target, piece.target_start, piece.length)) for piece, _ in chosen]
         for piece, values in chosen:
-            self._place(piece).copy_(values)
-        return Arrivals(replaced, self.owned)
-
-    def _place(self, piece: Piece) -> Tensor:
-        return _run(self.owned, piece.target, piece.target_start, piece.length)
+            self.cells.write(piece.target, piece.target_start, values)
+        return Arrivals(replaced, self.cells)
 
 
 @torch.no_grad()
-def carry(plan: Plan, rank: int, owned: OwnedTensor, device: torch.device) -> Arrivals:
+def carry(plan: Plan, rank: int, cells: Cells, device: torch.device) -> Arrivals:
     """Phase one; collective over all ranks unless the plan is empty, which sends nothing at all.
 
     Raises:
         MigrationError: on every rank, if anything arrived damaged on any.
     """
     if not plan.pieces:
-        return Arrivals([], owned)
-    waiting = [(piece, _source(owned, piece).clone()) for piece in plan.stays(rank)]
-    outgoing = {peer: _packed(owned, pieces) for peer, pieces in plan.sends(rank).items()}
+        return Arrivals([], cells)
+    waiting = [(piece, _source(cells, piece)) for piece in plan.stays(rank)]
+    outgoing = {peer: _packed(cells, pieces).to(device) for peer, pieces in plan.sends(rank).items()}
     incoming = {
         peer: torch.empty(plan.bytes_between(peer, rank) + CHECKSUM_BYTES, dtype=torch.uint8, device=device)
         for peer in plan.receives(rank)
@@ -63,8 +71,8 @@ def carry(plan: Plan, rank: int, owned: OwnedTensor, device: torch.device) -> Ar
     _exchange(outgoing, incoming)
     _require_whole(incoming, rank, device)
     for peer, pieces in plan.receives(rank).items():
-        waiting += _unpacked(incoming[peer], pieces, owned)
-    return Arrivals(waiting, owned)
+        waiting += _unpacked(incoming[peer], pieces, cells)
+    return Arrivals(waiting, cells)
 
 
 def _exchange(outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
@@ -91,28 +99,23 @@ def _is_whole(message: Tensor) -> bool:
     return torch.equal(checksum(body).view(1).view(torch.uint8), sent)
 
 
-def _packed(owned: OwnedTensor, pieces: Iterable[Piece]) -> Tensor:
-    body = torch.cat([_source(owned, piece).contiguous().view(torch.uint8) for piece in pieces])
+def _packed(cells: Cells, pieces: Iterable[Piece]) -> Tensor:
+    body = torch.cat([_source(cells, piece).view(torch.uint8) for piece in pieces])
     return torch.cat([body, checksum(body).view(1).view(torch.uint8)])
 
 
-def _unpacked(message: Tensor, pieces: Iterable[Piece], owned: OwnedTensor) -> list[tuple[Piece, Tensor]]:
+def _unpacked(message: Tensor, pieces: Iterable[Piece], cells: Cells) -> list[tuple[Piece, Tensor]]:
     found, first = [], 0
     for piece in pieces:
-        dtype = owned(piece.target)[0].dtype
+        dtype = cells.dtype(piece.target)
         end = first + piece.length * dtype.itemsize
         found.append((piece, message[first:end].view(dtype)))
         first = end
     return found
 
 
-def _source(owned: OwnedTensor, piece: Piece) -> Tensor:
-    return _run(owned, piece.source, piece.start, piece.length)
-
-
-def _run(owned: OwnedTensor, cell: Cell, start: int, length: int) -> Tensor:
-    tensor, first = owned(cell)
-    return tensor[start - first : start - first + length]
+def _source(cells: Cells, piece: Piece) -> Tensor:
+    return cells.read(piece.source, piece.start, piece.length)
 
 
 def checksum(body: Tensor) -> Tensor:

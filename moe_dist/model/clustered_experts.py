@@ -3,11 +3,14 @@
 Shapes: A rows at a shard, D hidden, F expert hidden, N experts of a cluster on this shard, K chosen experts.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
-from moe_dist.compression import ClusterWeights, clustered_experts, init_base, init_residual
+from moe_dist.compression import ClusterWeights, as_stored, clustered_experts, init_base, init_residual
 from moe_dist.config import ModelConfig, MoEConfig
+from moe_dist.memory.cluster import OffloadedCluster
 from moe_dist.model.context import LayerContext
 from moe_dist.model.initial import SHARED, generator
 from moe_dist.model.parameter_class import ParameterClass, mark
@@ -57,13 +60,35 @@ class ClusteredExperts(nn.Module):
     def __init__(self, layer: int, cluster: int, model: ModelConfig, moe: MoEConfig, context: LayerContext) -> None:
         super().__init__()
         experts = context.placements[layer].experts_of(cluster, context.mesh.at.shard)
-        self.form = moe.form
+        self.form, self.seen_as = moe.form, context.seen_as
         self.base = ClusterBase(layer, cluster, model, moe, context.seed)
         self.residuals = Residuals(layer, experts, model, moe, context.seed)
+        self._offloaded: OffloadedCluster | None = None
+        if context.memory is not None:
+            local = context.placements[layer].local_index(cluster)
+            self._offloaded = context.memory.adopt(layer, local, dict(self.named_parameters()))
 
     def weights(self) -> ClusterWeights:
-        """The tensors in the form that the computation takes."""
+        """What is computed with: the parameters, or their stored form; of an offloaded cluster only while `present`."""
+        weights = self.parameter_weights()
+        return weights if self.seen_as is None else as_stored(weights, self.seen_as)
+
+    def parameter_weights(self) -> ClusterWeights:
+        """The parameters themselves."""
         return ClusterWeights(self.base.w_in_DH, self.base.w_out_FD, **self.residuals.tensors())
 
+    def present(self) -> AbstractContextManager[None]:
+        """The weights can be read for the length of a `with`."""
+        return nullcontext() if self._offloaded is None else self._offloaded.weights()
+
     def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:
-        return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.form)
+        if self._offloaded is None:
+            return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.form)
+        if not len(x_AD):
+            self._offloaded.skip()
+            return x_AD + gate_AK.sum(1, keepdim=True).to(x_AD.dtype)  # no rows, but all that came has a gradient
+
+        def compute(x_AD: Tensor, gate_AK: Tensor) -> Tensor:
+            return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.form)
+
+        return self._offloaded.run(compute, len(x_AD), x_AD, gate_AK)

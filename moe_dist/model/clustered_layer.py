@@ -19,6 +19,7 @@ from moe_dist.model.attached_loss import attach_router_losses
 from moe_dist.model.clustered_experts import ClusteredExperts
 from moe_dist.model.context import LayerContext
 from moe_dist.model.router import Router
+from moe_dist.model.stored_experts import StoredExperts
 from moe_dist.routing.capacity import capacity_of, within_capacity
 from moe_dist.routing.two_stage import choose_clusters, choose_experts, router_logits
 from moe_dist.topology.mesh import GroupKind
@@ -108,7 +109,7 @@ class ClusteredMoE(nn.Module):
         gate_RK = attach_router_losses(choice.gate_RK, logits_RN, choice.slot_RK, self.moe, loss_scale)
         slot_RK, gate_RK = self._slots_within_capacity(choice.slot_RK, gate_RK, tokens)
         experts = self.clusters[local]
-        assert isinstance(experts, ClusteredExperts)
+        assert isinstance(experts, ClusteredExperts | StoredExperts)
         return self.stage_two.run(x_RD, slot_RK, gate_RK, experts), choice.log_mass_R
 
     def _slots_within_capacity(self, slot_RK: Tensor, gate_RK: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from moe_dist.compression import StoredForm
 from moe_dist.dispatch.traffic import TrafficLedger
+from moe_dist.memory.experts import ExpertMemory
 from moe_dist.model.balance_state import BalanceState
 from moe_dist.model.routing_statistics import RoutingStatistics
 from moe_dist.topology.mesh import Mesh
@@ -21,3 +23,7 @@ class LayerContext:
     seed: int
     statistics: RoutingStatistics | None = None
     """What re-clustering reads; None where nothing will be re-clustered."""
+    seen_as: StoredForm | None = None
+    """What the forward pass sees of experts under training (precision.residuals=qat); None: their parameters."""
+    memory: ExpertMemory | None = None
+    """Keeps the clusters' parameters; None where they are in memory all the time."""

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe_dist.compression import PackedCluster, StoredForm
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic import TrafficLedger
+from moe_dist.memory.block import Block
+from moe_dist.memory.experts import ExpertMemory
 from moe_dist.model.balance_state import BalanceState
+from moe_dist.model.clustered_experts import ClusteredExperts
 from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.context import LayerContext
 from moe_dist.model.dense_layer import SwiGLU
@@ -17,6 +21,7 @@ from moe_dist.model.megatron_gpt import build_gpt, initialize_megatron
 from moe_dist.model.parameter_class import REDUCED_OVER, ParameterClass, class_of
 from moe_dist.model.routing_statistics import RoutingStatistics
 from moe_dist.model.standard_layer import StandardMoE
+from moe_dist.model.stored_experts import StoredExperts, stored_form
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
 from moe_dist.topology.placement import ExpertPlacement
@@ -39,8 +44,13 @@ class LanguageModel(nn.Module):
         links: Links,
         micro_batches: int = 1,
         ledger: TrafficLedger | None = None,
+        memory: ExpertMemory | None = None,
     ) -> None:
-        """Args: ledger: goes on with an account of traffic that exists; None: a new one."""
+        """
+        Args:
+            ledger: goes on with an account of traffic that exists; None: a new one.
+            memory: keeps the experts from the moment they are made; None: they stay in memory.
+        """
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
@@ -51,10 +61,16 @@ class LanguageModel(nn.Module):
         if config.recluster.period is not None:
             statistics = RoutingStatistics.create(layers, config.model.hidden_size, moe, config.recluster.decay)
         balance = BalanceState.create(layers, moe, torch.device("cpu"))
-        self.context = LayerContext(mesh, placements, balance, ledger or TrafficLedger(links), config.seed, statistics)
+        seen_as = stored_form(config) if config.precision.residuals == "qat" else None
+        ledger = ledger or TrafficLedger(links)
+        self.context = LayerContext(
+            mesh, placements, balance, ledger, config.seed, statistics, seen_as=seen_as, memory=memory
+        )
+        if memory is not None:
+            memory.describe = self._describe_block
         self._micro_batches = micro_batches
         initialize_megatron(config.world.timeout_seconds, mesh.shape.cluster * mesh.shape.shard)
-        self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._uncounted)
+        self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._recomputing)
 
     def forward(self, sequence_BS: Tensor) -> Tensor:
         """Mean loss in nats a token over [B, S+1] token numbers: each predicts the next."""
@@ -78,6 +94,23 @@ class LanguageModel(nn.Module):
         if config.moe.kind == "standard":
             return StandardMoE(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
         return ClusteredMoE(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
+
+    def _describe_block(self, block: Block) -> str:
+        clusters = self.context.placements[block.layer].clusters_of_block(self.context.mesh.at.cluster)
+        return f"layer {block.layer}, cluster {clusters[block.local]}"
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """While a layer is recomputed in the backward pass, what it brings in stays for what follows."""
+        memory = self.context.memory
+        if memory is not None:
+            memory.recomputing = True
+        try:
+            with self._uncounted():
+                yield
+        finally:
+            if memory is not None:
+                memory.recomputing = False
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
@@ -103,12 +136,31 @@ class LanguageModel(nn.Module):
             ledger.recording = before
             self.train(was_training)
 
+    @contextmanager
+    def with_stored_experts(self) -> Iterator[None]:
+        """Computes with what would be stored of the clusters (`precision`), which cannot be trained meanwhile."""
+        layers, form = self.clustered_layers(), stored_form(self.config)
+        trained = [layer.clusters for layer in layers]
+        for layer, parts in zip(layers, trained, strict=True):
+            layer.clusters = nn.ModuleList(_stored(part, form) for part in parts)
+        try:
+            yield
+        finally:
+            for layer, parts in zip(layers, trained, strict=True):
+                layer.clusters = parts
+
     def to_device(self, device: torch.device) -> "LanguageModel":
         """Moves parameters and the balance state."""
         self.context.balance.to(device)
         if self.context.statistics is not None:
             self.context.statistics.to(device)
         return self.to(device)
+
+
+def _stored(part: nn.Module, form: StoredForm) -> StoredExperts:
+    assert isinstance(part, ClusteredExperts)
+    weights = part.parameter_weights()
+    return StoredExperts(PackedCluster.of(weights, form), weights.base_in_DH.dtype, part.form)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,18 @@ def build_gpt(
     return cast(nn.Module, gpt)
 
 
+def hidden_states(gpt: nn.Module, tokens_BS: Tensor) -> Tensor:
+    """What the output layer of a `build_gpt` model would be given for each token, [B, S, hidden]."""
+    position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    stage = cast(Any, gpt)
+    stage.post_process = False  # as the earlier stages of a pipeline, which have no output layer
+    try:
+        hidden_SBD: Tensor = stage(tokens_BS, position_BS, None)
+    finally:
+        stage.post_process = True
+    return hidden_SBD.transpose(0, 1)
+
+
 def _transformer_config(model: ModelConfig) -> TransformerConfig:
     return TransformerConfig(
         num_layers=model.layers,

@@ -91,7 +91,8 @@ def _parameter_similarity(layer: ClusteredMoE, config: RunConfig, context: Layer
     for cluster, part in zip(layer.placement.clusters_of_block(block), layer.clusters, strict=True):
         assert isinstance(part, ClusteredExperts)
         experts += layer.placement.experts_of(cluster, shard)
-        sketches.append(_sketch(part, config))
+        with part.present():
+            sketches.append(_sketch(part, config))
     mine_NS = torch.cat(sketches)
     sketch_ES = mine_NS.new_zeros(layer.placement.experts, mine_NS.shape[1])
     sketch_ES[experts] = mine_NS

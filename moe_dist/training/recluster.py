@@ -117,7 +117,7 @@ class Coordinator:
         old = list(self._context.placements)
         new = [p if b == p.block_of_cluster else p.with_blocks(b) for p, b in zip(old, blocks, strict=True)]
         plan, tensors = self._plan(new)
-        carry(plan, self._process.rank, tensors.owned, self._process.device).write()
+        carry(plan, self._process.rank, tensors, self._process.device).write()
         self._switch(new)
         return plan.bytes
 
@@ -129,7 +129,7 @@ class Coordinator:
         """
         old = list(self._context.placements)
         plan, tensors = self._plan(_after(old, moves))
-        arrived = carry(plan, self._process.rank, tensors.owned, self._process.device)
+        arrived = carry(plan, self._process.rank, tensors, self._process.device)
         base = self._loss_of(sequences_BS) if moves else 0.0
         seen: dict[tuple[Move, ...], float] = {}
 

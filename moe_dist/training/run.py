@@ -2,9 +2,10 @@
 
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,10 +14,12 @@ import torch.distributed as dist
 from moe_dist.checkpoint.parts import Part
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
+from moe_dist.data.prepare import TOKENIZER
 from moe_dist.dispatch.traffic import TrafficLedger
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.errors import DataError, TrainingError
+from moe_dist.memory.experts import ExpertMemory
 from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
@@ -31,7 +34,7 @@ from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, perplexity
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.schedule import learning_rate
-from moe_dist.training.totals import all_to_all_totals, memory_now, peak_memory, traffic_matrices
+from moe_dist.training.totals import all_to_all_totals, memory_now, offload_totals, peak_memory, traffic_matrices
 from moe_dist.training.warmup import Trained, cluster_experts
 from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
 
@@ -59,16 +62,18 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
     _require_same_data(data, process)
     resumption = find_resumption(config, data)
     recorder = open_recorder(config, process.rank, resumption)
+    if recorder.folder is not None:
+        shutil.copyfile(data.tokenizer_path, recorder.folder / TOKENIZER)  # what evaluates the run may lack its text
     with recorder, StopSignals() as signals:
         run = TrainingRun(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
-        if resumption is not None:
-            run.resume(resumption)
 
         def hangs(error: TrainingError) -> None:
             recorder.event("failed", run.steps_done, error=str(error))
             give_up(error)
 
-        with Watchdog(watched_seconds(config), run.checkpoints.run, process.rank, hangs) as watchdog:
+        with run, Watchdog(watched_seconds(config), run.checkpoints.run, process.rank, hangs) as watchdog:
+            if resumption is not None:
+                run.resume(resumption)
             stopped = run.run(signals, watchdog.alive)
     leave()
     return stopped
@@ -116,8 +121,20 @@ class TrainingRun:
 
     def _build(self, config: RunConfig) -> tuple[LanguageModel, Engine]:
         links, accumulation = self.ledger.links, self.batch.accumulation
-        model = LanguageModel(config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger)
+        self.memory = None
+        if config.memory.offload:
+            per_layer = config.moe.clusters // self.shape.cluster
+            self.memory = ExpertMemory(config, per_layer, self.process.rank, self.process.device)
+        model = LanguageModel(config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger, self.memory)
         return model, Engine(model, config, self.batch, self.process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives up what the run has kept outside of memory."""
+        if self.memory is not None:
+            self.memory.close()
 
     def _load_record(self) -> LoadRecord:
         moe, layers = self.model.config.moe, self.config.model.layers
@@ -222,8 +239,18 @@ class TrainingRun:
             figures["load"] = self.account.loads[-1]
         return figures
 
+    def _validation_loss(self) -> float:
+        return validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
+
+    def _loss_as_stored(self) -> float | None:
+        """With what would be stored of the experts; None where their factors are not stored in few bits."""
+        if self.config.precision.residuals == "none":
+            return None
+        with self.model.with_stored_experts():
+            return self._validation_loss()
+
     def _evaluate(self, step: int) -> None:
-        loss = validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
+        loss = self._validation_loss()
         if not math.isfinite(loss):
             raise TrainingError(f"step {step}: the validation loss is {loss}: the weights are no longer finite")
         tokens = step * self.tokens_per_step
@@ -247,7 +274,12 @@ class TrainingRun:
                 "steps": steps,
                 "tokens": tokens,
                 "seconds": sum(self.account.step_seconds),
-                "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": self.account.curve},
+                "validation": {
+                    "loss": loss,
+                    "perplexity": perplexity(loss),
+                    "loss_stored": self._loss_as_stored(),
+                    "curve": self.account.curve,
+                },
                 "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
                 "parameters": vars(counts),
                 "all_to_all": all_to_all_totals(self.ledger, tokens, config.model.layers, self.process),
@@ -257,6 +289,7 @@ class TrainingRun:
                     "peak_rss_bytes": max(peaks.rss_by_rank),
                     "peak_rss_bytes_by_rank": peaks.rss_by_rank,
                     "peak_device_bytes": peaks.device,
+                    "offload": None if self.memory is None else offload_totals(self.memory, self.process),
                 },
                 "world": vars(self.shape),
                 "seed": config.seed,

@@ -38,6 +38,7 @@ HANDS_OVER = {
     ("launcher/train.py", "moe_dist.training.run"),
     ("launcher/measure.py", "moe_dist.measurement.traffic"),
     ("launcher/doctor.py", "moe_dist.measurement.doctor"),
+    ("launcher/evaluate.py", "moe_dist.evaluation.run"),
     ("launcher/bench.py", "moe_dist.measurement.rank_benches"),
 }
 

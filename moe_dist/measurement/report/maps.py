@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 
 def load_map(run: Run) -> go.Figure | None:
     """Each expert's load over the mean load, step by step; a layer is chosen above the figure."""
-    steps, counts_CLE = _counts(run.loads)
+    steps, counts_CLE = load_counts(run.loads)
     if not steps:
         return None
     layers = counts_CLE.shape[1]
@@ -44,7 +44,7 @@ def load_map(run: Run) -> go.Figure | None:
     return made
 
 
-def _counts(lines: Sequence[Line]) -> tuple[list[float], Floats]:
+def load_counts(lines: Sequence[Line]) -> tuple[list[float], Floats]:
     """Steps and copies [C, L, E] of the lines that agree in shape with the first good one, binned in time."""
     good: list[tuple[float, Floats]] = []
     for line in lines:
@@ -96,7 +96,7 @@ def balance(run: Run) -> go.Figure | None:
 
 def membership(run: Run) -> go.Figure | None:
     """The cluster of each expert from one re-clustering to the next; nothing where a run does not tell."""
-    history = _history(run.events)
+    history = membership_history(run.events)
     if not history:
         return None
     made = figure("step", "expert", margin={"l": 56, "r": 12, "t": 40, "b": 40})
@@ -116,7 +116,7 @@ def membership(run: Run) -> go.Figure | None:
     return made
 
 
-def _history(events: Iterable[Line]) -> dict[int, list[tuple[float, list[int]]]]:
+def membership_history(events: Iterable[Line]) -> dict[int, list[tuple[float, list[int]]]]:
     """For each layer: (step, cluster of each expert) after each event that tells the members."""
     found: dict[int, list[tuple[float, list[int]]]] = {}
     for event in events:

@@ -22,8 +22,13 @@ class Outcome:
 
 def train_words(cell: Cell, folder: Path) -> list[str]:
     """Configuration, overrides and options of the cell's training command, each a word."""
-    own = [f"name={cell.name}", f"runs_dir={json.dumps(str((folder / 'runs').absolute()))}"]
+    own = [f"name={run_name(cell, folder)}", f"runs_dir={json.dumps(str((folder / 'runs').absolute()))}"]
     return [str(cell.config), *cell.overrides, *own, "--json", str(cell.result_file(folder).absolute())]
+
+
+def run_name(cell: Cell, folder: Path) -> str:
+    """Of the cell's run: another configuration and other code have another, so that nothing wrong is gone on with."""
+    return cell.result_file(folder).stem
 
 
 def run_study(
@@ -38,7 +43,7 @@ def run_study(
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for number, cell in enumerate(cells, 1):
-        outcome = _finish(cell, folder, launcher, seconds)
+        outcome = finish(cell, folder, launcher, seconds)
         outcomes.append(outcome)
         speed = outcome.summary["tokens_per_second"] if outcome.summary else None
         told = f"{speed:,.0f} tokens/s" if speed is not None else f"no result: {outcome.problem}"
@@ -48,19 +53,21 @@ def run_study(
 
 def gather(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
     """What there is by now, nothing run."""
-    return [_known(cell, folder) or Outcome(cell, None, "not run yet") for cell in cells]
+    return [known(cell, folder) or Outcome(cell, None, "not run yet") for cell in cells]
 
 
-def _known(cell: Cell, folder: Path) -> Outcome | None:
+def known(cell: Cell, folder: Path) -> Outcome | None:
+    """What there is of a cell without running it: its summary, or why it cannot run."""
     if cell.refusal:
         return Outcome(cell, None, cell.refusal)
     summary = read_summary(cell.result_file(folder))
     return Outcome(cell, summary, None) if summary else None
 
 
-def _finish(cell: Cell, folder: Path, launcher: str, seconds: float | None) -> Outcome:
-    if known := _known(cell, folder):
-        return known
+def finish(cell: Cell, folder: Path, launcher: str, seconds: float | None) -> Outcome:
+    """Runs one cell, or reads what an earlier run of it has left."""
+    if outcome := known(cell, folder):
+        return outcome
     command = [sys.executable, "-m", "moe_dist", "launch", "--launcher", launcher, "--ranks", str(cell.ranks)]
     problem = subruns.run([*command, *train_words(cell, folder)], seconds)
     summary = read_summary(cell.result_file(folder))

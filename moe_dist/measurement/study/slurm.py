@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_dist.measurement.study.cells import Cell
@@ -21,19 +21,26 @@ def array_jobs(cells: Sequence[Cell], folder: Path, python: str = sys.executable
     by_ranks: dict[int, list[Cell]] = {}
     for cell in missing:
         by_ranks.setdefault(cell.ranks, []).append(cell)
-    return {f"study-{ranks}.sbatch": _script(ranks, held, folder, python) for ranks, held in by_ranks.items()}
+    return {
+        f"study-{ranks}.sbatch": array_job(
+            "train", ranks, {c.name: train_words(c, folder) for c in held}, folder, python
+        )
+        for ranks, held in by_ranks.items()
+    }
 
 
-def _script(ranks: int, cells: Sequence[Cell], folder: Path, python: str) -> str:
+def array_job(
+    command: str, ranks: int, tasks: Mapping[str, Sequence[str]], folder: Path, python: str = sys.executable
+) -> str:
+    """Text of an sbatch script that runs `moe-dist <command> WORDS` for each task, by its name, on so many ranks."""
     home = folder.absolute()
     cases = "\n".join(
-        f"{index}) words=({shlex.join(train_words(cell, folder))}) ;;  # {cell.name}"
-        for index, cell in enumerate(cells)
+        f"{index}) words=({shlex.join(words)}) ;;  # {name}" for index, (name, words) in enumerate(tasks.items())
     )
     return f"""#!/bin/bash
 #SBATCH --job-name=moe-dist-study-{ranks}
 #SBATCH --ntasks={ranks}
-#SBATCH --array=0-{len(cells) - 1}%1
+#SBATCH --array=0-{len(tasks) - 1}%1
 #SBATCH --chdir={shlex.quote(str(Path.cwd()))}
 #SBATCH --output={shlex.quote(str(home))}/slurm-%A_%a.out
 set -eu
@@ -44,5 +51,5 @@ esac
 meeting=$(mktemp -d {shlex.quote(str(home))}/meeting-XXXXXX)
 trap 'rm -rf "$meeting"' EXIT
 export MOE_DIST_INIT_METHOD="file://$meeting/ranks"
-srun {shlex.quote(python)} -m moe_dist train "${{words[@]}}"
+srun {shlex.quote(python)} -m moe_dist {command} "${{words[@]}}"
 """

@@ -176,3 +176,19 @@ def test_a_standard_warmup_changes_nothing_but_the_kind_of_experts() -> None:
     plain = load_config(None)
     assert plain.standard_steps == 0
     assert plain.phase_after(0) is plain
+
+
+def test_factors_in_few_bits_are_refused_where_there_are_none() -> None:
+    with pytest.raises(ConfigError, match=r"precision\.residuals=qat works with moe\.kind=clustered only, not dense"):
+        load_config(None, ["moe.kind=dense", "precision.residuals=qat"])
+    with pytest.raises(ConfigError, match=r"precision\.group_size=48: Input should be 32, 64 or 128"):
+        load_config(None, ["precision.group_size=48"])
+    with pytest.raises(ConfigError, match=r"precision\.bits=3: Input should be 4 or 8"):
+        load_config(None, ["precision.bits=3"])
+
+
+def test_a_standard_warm_up_stores_nothing_in_few_bits() -> None:
+    config = load_config(None, ["precision.residuals=qat", "moe.warmup_standard=0.5"])
+    assert config.phase_after(0).precision.residuals == "none"
+    assert config.phase_after(config.standard_steps).precision.residuals == "qat"
+    RunConfig.model_validate(config.phase_after(0).model_dump())  # as a checkpoint of that phase is read

@@ -87,6 +87,7 @@ def test_rows_compare_seed_by_seed_with_the_yardstick() -> None:
         cell("good", 1): _summary(5.25),
         cell("dense", 0): _summary(6.0, 0),
     }
+    results[cell("good", 1)]["validation"]["loss_stored"] = 5.2625
     table = quality.rows(results)
     good = next(row for row in table if row.recipe == "good")
     dense = next(row for row in table if row.recipe == "dense")
@@ -96,5 +97,7 @@ def test_rows_compare_seed_by_seed_with_the_yardstick() -> None:
     assert (dense.expert_share, dense.load_variance, dense.spread) == (None, None, 0.0)
     console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
     quality.render(results, console)
-    assert "4.3750 ± 1.2374" in console.export_text()
+    assert good.stored == {1: 5.2625}
+    assert dense.stored == {}
+    assert "4.3750 ± 1.2374 │    5.2625 │" in console.export_text()
     assert json.loads(json.dumps(quality.to_dict(results)))["rows"]

@@ -1,0 +1,93 @@
+"""An exported file read back: what it says of itself, and its tensors, each as it is asked for."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe_dist.checkpoint.manifest import Manifest
+from moe_dist.errors import CheckpointError
+
+
+class ExportedFile:
+    """An open file; use `open_exported`."""
+
+    def __init__(self, path: Path, opened: Any) -> None:
+        self._path, self._opened = path, opened
+        self._names = frozenset(opened.keys())
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all its tensors."""
+        return self._names
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor.
+
+        Raises:
+            CheckpointError: the file has none of that name.
+        """
+        if name not in self._names:
+            raise CheckpointError(f"{self._path} has no tensor {name}")
+        found: Tensor = self._opened.get_tensor(name)
+        return found
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Writes a tensor into one of the same shape, converting its type.
+
+        Raises:
+            CheckpointError: there is none, or its shape is another.
+        """
+        value = self.tensor(name)
+        if value.shape != target.shape:
+            raise CheckpointError(
+                f"{self._path}: {name} has shape {tuple(value.shape)}, the model needs {tuple(target.shape)}"
+            )
+        with torch.no_grad():
+            target.copy_(value)
+
+    def manifest(self) -> Manifest:
+        """Configuration, step and placements, as the manifest of a checkpoint would have them.
+
+        Raises:
+            CheckpointError: it is no file of `moe-dist export`.
+        """
+        metadata = self._metadata()
+        try:
+            parts = {key: json.loads(metadata[key]) for key in ("step", "config", "placements", "data")}
+            return Manifest.model_validate_json(json.dumps({"kind": "weights", "ranks": 1, **parts}))
+        except (KeyError, ValueError, RecursionError, ValidationError) as error:
+            raise CheckpointError(f"{self._path} is not a file that moe-dist export wrote: {_line(error)}") from error
+
+    @property
+    def stored(self) -> bool:
+        """Whether clusters are in their stored form."""
+        return self._metadata().get("stored") == "true"
+
+    def _metadata(self) -> dict[str, str]:
+        return self._opened.metadata() or {}
+
+
+@contextmanager
+def open_exported(path: Path) -> Iterator[ExportedFile]:
+    """Opens a file of `moe-dist export`.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as opened:
+            yield ExportedFile(path, opened)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    missing = f"no {error.args[0]} in its metadata" if isinstance(error, KeyError) else str(error)
+    return " ".join(missing.split())[:300]

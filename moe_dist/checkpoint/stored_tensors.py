@@ -1,0 +1,77 @@
+"""Clusters in their stored form as tensors of an exported file: names, values, and the way back.
+
+A factor `...expert.17.in_u_DR` is kept as its parts, `...expert.17.in_u_DR.codes`, `.scales` and, unless it is
+symmetric, `.zeros`, with its long axis last. Everything else keeps its name.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_dist.compression import PackedCluster, PackedFactor, StoredForm, long_axis
+from moe_dist.errors import CheckpointError
+from moe_dist.model.clustered_experts import ClusteredExperts
+from moe_dist.model.stored_experts import StoredExperts
+
+_BASES = ("w_in_DH", "w_out_FD")
+Get = Callable[[str], Tensor]
+
+
+def is_of_cluster(name: str) -> bool:
+    """Whether a tensor is one that a stored form changes: a factor or a base."""
+    leaf = name.rpartition(".")[2]
+    return (".expert." in name and long_axis(leaf) is not None) or (".cluster." in name and leaf in _BASES)
+
+
+def stored_tensors(name: str, value: Tensor, form: StoredForm) -> dict[str, Tensor]:
+    """What an exported file holds for a tensor of a model, by name."""
+    if not is_of_cluster(name):
+        return {name: value}
+    axis = long_axis(name.rpartition(".")[2])
+    if axis is None:
+        return {name: value.to(form.bases)}
+    return {f"{name}.{part}": tensor for part, tensor in PackedFactor.of(value, axis, form.factors).parts().items()}
+
+
+def read_stored_experts(
+    part: ClusteredExperts, path: str, cluster: int, experts: Sequence[int], form: StoredForm, get: Get
+) -> StoredExperts:
+    """The stored form of a cluster's part, with values of an exported file.
+
+    Args:
+        part: what the model holds now; its values do not matter.
+        path: of the layer.
+        experts: of this shard, by slot.
+        get: a tensor of the file by its name.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another type or shape than this form has.
+    """
+    weights = part.parameter_weights()
+    like = PackedCluster.of(weights, form)
+    bases = [
+        _checked(f"{path}.cluster.{cluster}.{name}", get, own) for name, own in zip(_BASES, _bases(like), strict=True)
+    ]
+    found = {}
+    for name, own in like.experts.parts().items():
+        leaf = name.replace("_N", "_", 1)  # without the axis over the experts, as `names.py` has it
+        rows = [_checked(f"{path}.expert.{e}.{leaf}", get, own[0]) for e in experts]
+        found[name] = torch.stack(rows)
+    packed = PackedCluster(bases[0], bases[1], like.experts.with_parts(found))
+    return StoredExperts(packed, weights.base_in_DH.dtype, part.form)
+
+
+def _bases(packed: PackedCluster) -> tuple[Tensor, Tensor]:
+    return packed.base_in_DH, packed.base_out_FD
+
+
+def _checked(name: str, get: Get, own: Tensor) -> Tensor:
+    """A tensor of the file, of the type that it has in the model; packed parts must have it already."""
+    value = get(name)
+    exact = own.dtype == torch.uint8 or name.endswith(".scales")
+    if value.shape != own.shape or (exact and value.dtype != own.dtype):
+        raise CheckpointError(
+            f"{name} is {value.dtype} {tuple(value.shape)}, where {own.dtype} {tuple(own.shape)} is right"
+        )
+    return value.to(own)

@@ -1,0 +1,38 @@
+"""`moe-dist bench precision`: how many bytes an expert takes, by how it is kept."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from launcher.train import writable
+from moe_dist.cli.words import Json
+from moe_dist.config import load_config
+
+
+def bench_precision(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="precision.KEY=value", help="What clusters are stored as.")
+    ] = None,
+    clusters: Annotated[int | None, typer.Option(help="G of every shape, instead of those shown.")] = None,
+    rank: Annotated[int | None, typer.Option(help="r of every shape, instead of those shown.")] = None,
+    vectors: Annotated[bool, typer.Option(help="Experts with vectors.")] = True,
+    json_file: Json = None,
+) -> None:
+    """Bytes of an expert at published shapes: standard, clustered, clustered with factors in few bits; runs nothing."""
+    target = json_file and writable(json_file)
+    config = load_config(None, ["precision.residuals=post", "precision.bases=bfloat16", *(overrides or ())])
+    from moe_dist.measurement import precision_table
+    from moe_dist.metrics import write_json
+    from moe_dist.model.stored_experts import stored_form
+
+    given: dict[str, Any] = {"clusters": clusters, "rank": rank}
+    changes = {name: value for name, value in given.items() if value is not None}
+    shapes = [replace(shape, **changes) for shape in precision_table.PUBLISHED]
+    form = stored_form(config)
+    rows = [precision_table.count(shape, form, vectors) for shape in shapes]
+    precision_table.render(rows, form, Console())
+    if target is not None:
+        write_json(Path(target), precision_table.to_dict(rows, form))

@@ -1,0 +1,105 @@
+"""`moe-dist reproduce`: the paper's table by one command."""
+
+import shutil
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from launcher.train import writable
+from moe_dist.cli.words import Json, Overrides
+from moe_dist.errors import ConfigError
+
+
+class ScaleName(StrEnum):
+    """As in measurement/reproduce/scales.py."""
+
+    SMOKE = "smoke"
+    TINY = "tiny"
+    SMALL = "small"
+    PAPER = "paper"
+
+
+class ReproduceLauncher(StrEnum):
+    """Who starts the ranks of a run."""
+
+    LOCAL = "local"
+    DEEPSPEED = "deepspeed"
+    TORCHRUN = "torchrun"
+    SLURM = "slurm"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command of this file."""
+    app.command()(reproduce)
+
+
+def reproduce(
+    overrides: Overrides = None,
+    scale: Annotated[ScaleName, typer.Option(help="How large: tiny takes 90 minutes on two cores.")] = ScaleName.TINY,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind.")] = 3,
+    kind: Annotated[list[str] | None, typer.Option(help="A kind to run; may be given again. Default: all.")] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="TRAIN,VALIDATION", help="Files; or stdlib, or hub. Default: the scale's.")
+    ] = None,
+    test_text: Annotated[Path | None, typer.Option(help="File for perplexity; default: the validation file.")] = None,
+    glue: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Of GLUE's data; or hub, or none. Default: the scale's.")
+    ] = None,
+    grid: Annotated[
+        bool | None, typer.Option("--grid/--no-grid", help="Look for each kind's learning rate first.")
+    ] = None,
+    launcher: Annotated[
+        ReproduceLauncher | None, typer.Option(help="slurm writes job arrays; default for paper. Else local.")
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds that one training or evaluation may take.")] = None,
+    configs: Annotated[Path, typer.Option(help="The folder configs of a checkout.")] = Path("configs"),
+    folder: Annotated[Path | None, typer.Option(help="Where all is kept; default: results/reproduce-SCALE.")] = None,
+    gpu: Annotated[str, typer.Option(help="For the predicted cost (paper): as moe-dist plan.")] = "h100",
+    nodes: Annotated[int, typer.Option(min=1, help="Machines, for the predicted cost and sbatch (paper).")] = 2,
+    only_cost: Annotated[bool, typer.Option("--cost", help="Only predict what it costs on GPUs.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Train and evaluate dense, standard and clustered models at equal tokens: table, plots, the paper's claims.
+
+    What has finished is kept and not run again; a part that fails is reported, and the others go on.
+    """
+    from moe_dist.measurement.reproduce import cells, evaluate, run, submit
+    from moe_dist.measurement.reproduce.scales import KINDS, SCALES
+
+    target = json_file and writable(json_file)
+    chosen, console = SCALES[scale.value], Console()
+    unknown = [name for name in kind or () if name not in KINDS]
+    if unknown:
+        raise ConfigError(f"--kind {unknown[0]}: there are {', '.join(KINDS)}")
+    home = folder or Path("results") / f"reproduce-{chosen.name}"
+    words = (*cells.text_words(text or chosen.text), *(overrides or ()))
+    setting = cells.Setting(chosen, configs, home, words)
+    subset = setting.load().corpus.subset
+    plan = run.Plan(
+        setting=setting,
+        kinds=[KINDS[name] for name in kind or KINDS],
+        seeds=seeds,
+        grid=bool(chosen.grid) and grid is not False,
+        evaluations=evaluate.choose(chosen, text or chosen.text, test_text, glue, subset),
+        launcher=(launcher or ReproduceLauncher.LOCAL).value,
+        limit=limit,
+    )
+    home.mkdir(parents=True, exist_ok=True)
+    if only_cost or scale is ScaleName.PAPER:
+        submit.show_cost(plan, gpu, nodes, console)
+    if only_cost:
+        return
+    on_slurm = launcher is ReproduceLauncher.SLURM or (launcher is None and scale is ScaleName.PAPER)
+    if on_slurm:
+        submit.write_arrays(plan, nodes, typer.echo)
+    results = run.gather(plan) if on_slurm else run.reproduce(plan, typer.echo)
+    console.print(Markdown((home / "results.md").read_text(encoding="utf-8")))
+    typer.echo(f"{home}/: results.md, {run.RESULTS}, runs.csv, *.png")
+    if target is not None:
+        shutil.copyfile(home / run.RESULTS, target)
+    if not on_slurm:
+        run.require_all(plan, results)

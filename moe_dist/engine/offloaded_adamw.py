@@ -1,0 +1,128 @@
+"""AdamW over experts that are kept in tiers, cluster by cluster, where their training state is.
+
+DeepSpeed never sees these parameters. What it does for the others is done here in the same order and with the same
+arithmetic: gradients are summed over the replicas and divided by the number of ranks, enter the one global norm, are
+clipped by it, and torch's fused AdamW takes the step. In float32 on a CPU the result is the same to the last bit.
+(DeepSpeed's CPU Adam is not used: it rounds otherwise than what is stepped beside it.)
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from moe_dist.config import OptimizerConfig
+from moe_dist.engine.parameter_groups import decays
+from moe_dist.memory.block import Kind
+from moe_dist.memory.cluster import OffloadedCluster
+from moe_dist.memory.experts import ExpertMemory, Place
+from moe_dist.model.language_model import copies_of
+from moe_dist.model.parameter_class import REDUCED_OVER, class_of
+from moe_dist.topology.mesh import Mesh
+
+
+class OffloadedAdamW:
+    """The optimizer of all clusters in an `ExpertMemory`."""
+
+    def __init__(self, memory: ExpertMemory, options: OptimizerConfig, mesh: Mesh) -> None:
+        self.memory, self._options, self._mesh = memory, options, mesh
+        self.steps = 0
+        self._square: dict[Place, Tensor] = {}
+        memory.on_gradient = self._finish_alone
+        self._replicated = any(copies_of(parameter, mesh) > 1 for parameter in memory.parameters())
+
+    def finish_gradients(self) -> Tensor:
+        """Completes all gradients of a step; returns this rank's part of the squared norm, float64. Collective."""
+        for place, cluster in self.memory.clusters.items():
+            if place not in self._square and (cluster.has_gradient or self._replicated):
+                with self._gradient(cluster) as gradient:
+                    self._square[place] = self._finish(cluster, gradient)
+        parts = [self._square[place] for place in self.memory.clusters if place in self._square]
+        self._square.clear()
+        return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, clip_factor: Tensor | None) -> None:
+        """Updates all clusters, moments and weights, and forgets the gradients."""
+        clusters = list(self.memory.clusters.values())
+        for index, cluster in enumerate(clusters):
+            for ahead in clusters[index + 1 : index + 2]:
+                self._fetch_ahead(ahead)
+            self._step_cluster(cluster, learning_rate, clip_factor)
+        self.steps += 1
+
+    def _finish_alone(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
+        """Completes a gradient at the end of its backward pass, while it is at hand, where no other rank has to add."""
+        if not self._replicated:
+            self._square[cluster.layer, cluster.local] = self._finish(cluster, gradient)
+
+    @torch.no_grad()
+    def _finish(self, cluster: OffloadedCluster, gradient: Tensor) -> Tensor:
+        """Sums over replicas, divides by the number of ranks, and returns the square of the norm over the copies."""
+        square = torch.zeros((), dtype=torch.float64, device=gradient.device)
+        views = cluster.layout.views(gradient)
+        for name, parameter in cluster.parameters.items():
+            copies = copies_of(parameter, self._mesh)
+            if copies > 1:
+                dist.all_reduce(views[name], group=self._mesh.group(REDUCED_OVER[class_of(parameter)]).handle)
+            views[name].div_(self._mesh.shape.ranks)
+            square += torch.linalg.vector_norm(views[name], dtype=torch.float64).square() / copies
+        return square.cpu()
+
+    @contextmanager
+    def _gradient(self, cluster: OffloadedCluster) -> Iterator[Tensor]:
+        block, device = cluster.block(Kind.GRADIENT), self.memory.device
+        gradient = device.acquire(block, blank=not cluster.has_gradient)
+        cluster.has_gradient = True
+        try:
+            yield gradient
+        finally:
+            device.release(block, changed=True)
+
+    def _fetch_ahead(self, cluster: OffloadedCluster) -> None:
+        kinds = [kind for kind in cluster.sizes() if kind is not Kind.GRADIENT or cluster.has_gradient]
+        self.memory.state.prefetch([cluster.block(kind) for kind in kinds])
+
+    def _step_cluster(self, cluster: OffloadedCluster, learning_rate: float, clip_factor: Tensor | None) -> None:
+        gradient_block = cluster.block(Kind.GRADIENT)
+        with self._blocks(cluster) as blocks:
+            gradient = blocks[Kind.GRADIENT]
+            if clip_factor is not None:
+                gradient.mul_(clip_factor.to(gradient.device))
+            master = blocks.get(Kind.MASTER, blocks[Kind.WEIGHT])
+            chosen = [decays(name, parameter) for name, parameter in cluster.parameters.items()]
+            for decayed, run in cluster.layout.runs(chosen):
+                moments = (blocks[Kind.EXP_AVG][run], blocks[Kind.EXP_AVG_SQ][run])
+                self._adamw(master[run], gradient[run], *moments, learning_rate, decayed)
+            if master is not blocks[Kind.WEIGHT]:
+                blocks[Kind.WEIGHT].copy_(master)
+        self.memory.state.drop(gradient_block)
+        cluster.has_gradient = False
+
+    def _adamw(
+        self, master: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, learning_rate: float, decayed: bool
+    ) -> None:
+        options = self._options
+        adamw(
+            [master], [gradient], [mean], [square], [], [torch.tensor(float(self.steps), device=master.device)],
+            fused=True, amsgrad=False, beta1=options.beta1, beta2=options.beta2, lr=learning_rate,
+            weight_decay=options.weight_decay if decayed else 0.0, eps=options.epsilon, maximize=False,
+        )  # fmt: skip
+
+    @contextmanager
+    def _blocks(self, cluster: OffloadedCluster) -> Iterator[dict[Kind, Tensor]]:
+        """Blocks where the training state is; what an accelerator has of them is sent down first."""
+        memory = self.memory
+        with ExitStack() as held:
+            blocks = {}
+            for kind in cluster.sizes():
+                block = cluster.block(kind)
+                if memory.state is not memory.device and kind in (Kind.WEIGHT, Kind.GRADIENT):
+                    memory.device.send_down(block)
+                idle = kind is not Kind.WEIGHT
+                blank = kind is Kind.GRADIENT and not cluster.has_gradient
+                blocks[kind] = held.enter_context(memory.state.held(block, changed=True, idle=idle, blank=blank))
+            yield blocks

@@ -1,0 +1,45 @@
+"""GLUE's official metrics, by the libraries that everyone takes them from: scikit-learn and scipy."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
+from scipy import stats
+from sklearn import metrics
+
+Values = npt.NDArray[Any]
+Metric = Callable[[Values, Values], float]
+
+
+def score(name: str, predicted: Values, label: Values) -> float:
+    """A metric of predictions against labels, from -1 or 0 to 1.
+
+    A correlation with predictions that are all the same does not exist; it counts as 0, as Matthews' does.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a correlation does not exist
+        value = float(METRICS[name](label, predicted))
+    return value if math.isfinite(value) else 0.0
+
+
+def _f1(label: Values, predicted: Values) -> float:
+    return float(metrics.f1_score(label, predicted, zero_division=0))
+
+
+def _pearson(label: Values, predicted: Values) -> float:
+    return float(stats.pearsonr(label, predicted).statistic)
+
+
+def _spearman(label: Values, predicted: Values) -> float:
+    return float(stats.spearmanr(label, predicted).statistic)
+
+
+METRICS: dict[str, Metric] = {
+    "matthews": metrics.matthews_corrcoef,
+    "accuracy": metrics.accuracy_score,
+    "f1": _f1,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}

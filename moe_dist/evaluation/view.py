@@ -1,0 +1,56 @@
+"""The figures of an evaluation in the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PERPLEXITIES = {
+    "token_perplexity": "a token of the run's tokenizer",
+    "word_perplexity": "a word or line end, as WikiText's literature counts",
+    "plain_word_perplexity": "a word, line ends not counted",
+}
+
+
+def render(figures: Mapping[str, Any], console: Console) -> None:
+    """Shows the model and each task."""
+    model = f"{figures['name']}: {figures['kind']}, step {figures['step']}, seed {figures['seed']}"
+    console.print(f"{model}; {figures['ranks']} rank(s), {figures['dtype']}", highlight=False)
+    if "wikitext" in figures:
+        console.print(_wikitext(figures["wikitext"]))
+    if "glue" in figures:
+        console.print(_glue(figures["glue"]))
+        if missing := figures["glue"]["missing"]:
+            console.print(f"no data, so left out of the average: {', '.join(missing)}", highlight=False)
+
+
+def _wikitext(found: Mapping[str, Any]) -> Table:
+    title = f"perplexity on {found['source']}: windows of {found['window']} tokens, stride {found['stride']}"
+    table = Table("perplexity", "of", title=title, title_justify="left")
+    for name, of in PERPLEXITIES.items():
+        table.add_row(f"{found[name]:,.3f}", of)
+    table.add_row(f"{found['bits_per_byte']:.4f}", "bits a byte")
+    table.add_row(f"{found['loss']:.4f}", f"nats a token, over {found['tokens']:,} tokens")
+    return table
+
+
+def _glue(found: Mapping[str, Any]) -> Table:
+    title = "GLUE after fine-tuning, validation splits, percent (mean ± standard deviation over seeds)"
+    table = Table("task", "metric", title=title, title_justify="left")
+    for name in ("score", "train rows", "rows"):
+        table.add_column(name, justify="right")
+    for task, figures in found["tasks"].items():
+        rows = f"{sum(figures['validation_rows'].values()):,}"
+        for metric, values in figures["metrics"].items():
+            table.add_row(task, metric.replace("_", " "), with_spread(values), f"{figures['train_rows']:,}", rows)
+    table.add_section()
+    table.add_row("average", "", with_spread(found["average"]))
+    if found["average_without_wnli"] is not None:
+        table.add_row("without WNLI", "", with_spread(found["average_without_wnli"]))
+    return table
+
+
+def with_spread(found: Mapping[str, Any]) -> str:
+    """A mean and its spread, where there is one."""
+    return f"{found['mean']:.1f}" + ("" if found["std"] is None else f" ± {found['std']:.1f}")

@@ -1,0 +1,48 @@
+"""Sliding windows: every token of a text is predicted once, with as much context as the stride leaves it.
+
+The text is a row of N tokens of which the first is context alone. Window i starts at token i * stride and predicts the
+S tokens after its first; it scores the last `stride` of them, the first window all: so each of the N - 1 others is
+scored exactly once, with at least S - stride tokens before it once the text is that long.
+
+Shapes: b windows of a batch, S tokens a window predicts.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class WindowBatch(NamedTuple):
+    """Token numbers, int64 [b, S + 1], and which of the predicted tokens [b, S] are scored here."""
+
+    sequence_bS: Tensor
+    scored_bS: Tensor
+
+
+def window_count(tokens: int, length: int, stride: int) -> int:
+    """Windows that a text of `tokens` tokens takes."""
+    return 1 + max(0, -(-(tokens - 1 - length) // stride))
+
+
+def window_batches(
+    ids: npt.NDArray[Any], length: int, stride: int, rank: int, ranks: int, batch: int
+) -> Iterator[WindowBatch]:
+    """This rank's share of the windows.
+
+    Every rank gets as many batches of the same shapes as the others, since all take part in the model's collectives;
+    what a rank has too many are windows that score nothing. Beyond the text's end the last token is repeated, which no
+    scored token sees.
+    """
+    count = window_count(len(ids), length, stride)
+    per_rank = -(-count // ranks)
+    for start in range(rank * per_rank, (rank + 1) * per_rank, batch):
+        window_b = np.arange(start, min(start + batch, (rank + 1) * per_rank))
+        position_bS = np.minimum(window_b, count - 1)[:, None] * stride + np.arange(length + 1)
+        sequence_bS = ids[np.minimum(position_bS, len(ids) - 1)].astype(np.int64)
+        new_bS = (np.arange(length) >= length - stride) | (window_b[:, None] == 0)
+        scored_bS = new_bS & (position_bS[:, 1:] < len(ids)) & (window_b[:, None] < count)
+        yield WindowBatch(torch.from_numpy(sequence_bS), torch.from_numpy(scored_bS))

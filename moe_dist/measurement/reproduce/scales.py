@@ -1,0 +1,122 @@
+"""What is compared, and at which sizes."""
+
+from dataclasses import dataclass
+
+from moe_dist.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layer in the comparison.
+
+    Attributes:
+        model: file in configs/model.
+        family: kinds of one family share the learning rate that the grid finds for the first of them.
+        online: clusters are regrouped during training.
+        words: settings on top.
+        needs: sections of the configuration that a version without the capability lacks.
+    """
+
+    name: str
+    model: str
+    family: str
+    online: bool = False
+    words: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+
+    @property
+    def is_available(self) -> bool:
+        """Whether this version can do it."""
+        return all(section in RunConfig.model_fields for section in self.needs)
+
+
+CLASSIC, STRONG, OURS = "standard-aux", "standard-bias", "clustered-online"
+_INT4 = ("precision.residuals=qat",)
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("dense", "dense", "dense"),
+        Kind(CLASSIC, "standard-aux", CLASSIC),
+        Kind(STRONG, "standard-bias", STRONG),
+        Kind("clustered-cheap", "cheap", "clustered-cheap"),
+        Kind("clustered-fixed", "good", "clustered-fixed"),
+        Kind(OURS, "good", "clustered-fixed", online=True),
+        Kind("clustered-int4", "good", "clustered-fixed", online=True, words=_INT4, needs=("precision",)),
+        Kind(
+            "clustered-int4-offload",
+            "good",
+            "clustered-fixed",
+            online=True,
+            words=(*_INT4, "memory.offload=true"),
+            needs=("precision", "memory"),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is; the configuration of a run is `configs/reproduce/<name>.yaml` and that of its kind.
+
+    Attributes:
+        text: `stdlib`, or `hub` for what the configuration names.
+        ranks: of every run.
+        grid: factors on the configuration's learning rate, of which each family takes its best; empty: no grid.
+        grid_steps: steps of the grid's runs.
+        recluster: settings of online kinds, which depend on how long a run is.
+        stride: of the windows that perplexity is taken by; None: half a window.
+        glue: options of `moe-dist eval`; each trained model, one a seed, is fine-tuned once on each task.
+        glue_by_default: whether GLUE is evaluated where no `--glue` says.
+        seconds: what a run of the grid, a training and an evaluation take on two cores, until it is measured.
+    """
+
+    name: str
+    text: str
+    ranks: int
+    grid: tuple[float, ...]
+    grid_steps: int
+    recluster: tuple[str, ...]
+    stride: int | None
+    glue: tuple[str, ...]
+    glue_by_default: bool
+    seconds: tuple[float, float, float]
+
+
+def _recluster(period: int, stop: int) -> tuple[str, ...]:
+    return (f"recluster.period={period}", f"recluster.start={period}", f"recluster.stop={stop}")
+
+
+GRID = (0.5, 1.0, 2.0)
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            "smoke",
+            "stdlib",
+            1,
+            (),
+            0,
+            _recluster(2, 8),
+            None,
+            ("--max-train=32", "--max-eval=32", "--max-steps=2"),
+            False,
+            (0, 15, 15),
+        ),
+        Scale(
+            "tiny",
+            "hub",
+            2,
+            GRID,
+            100,
+            _recluster(20, 100),
+            None,
+            ("--max-train=512", "--max-eval=512", "--epochs=2"),
+            True,
+            (50, 90, 110),
+        ),
+        Scale(
+            "small", "hub", 4, GRID, 500, _recluster(100, 1000), None, ("--max-train=10000",), True, (1200, 4800, 3600)
+        ),
+        Scale("paper", "hub", 16, (), 0, _recluster(500, 10000), None, (), True, (0, 3600, 3600)),
+    )
+}

@@ -1,0 +1,1 @@
+"""Experts whose weights and training state are larger than the device: tiers, a budget, and what is where."""

@@ -1,0 +1,53 @@
+"""Which blocks leave first: those said to be idle, then clusters that few tokens choose, then the least recently used.
+
+Shapes: L layers, C clusters of this rank in a layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_dist.memory.block import Block
+
+COLD = 0.25
+"""A cluster with less than this part of an even share of its layer's rows is cold."""
+DECAY = 0.9
+
+
+@dataclass
+class Use:
+    """What is known of a resident block's use."""
+
+    last: int = 0
+    """When it was last used, on a clock that counts uses."""
+    wanted: bool = False
+    """Brought in ahead of its use, which is still to come."""
+    idle: bool = False
+    """Whoever used it last will not need it soon."""
+
+
+class Activity:
+    """Moving averages of the rows that stage one brings to each cluster."""
+
+    def __init__(self, layers: int, clusters: int) -> None:
+        self.rows_LC = torch.zeros(layers, clusters, dtype=torch.float64)
+
+    def note(self, layer: int, local: int, rows: int) -> None:
+        """Enters the rows that a cluster got in one pass."""
+        self.rows_LC[layer, local] = DECAY * self.rows_LC[layer, local] + (1 - DECAY) * rows
+
+    def is_cold(self, layer: int, local: int) -> bool:
+        rows_C = self.rows_LC[layer]
+        return bool(rows_C[local] < COLD * rows_C.mean())
+
+
+def leaving_order(uses: Sequence[tuple[Block, Use]], activity: Activity | None) -> list[Block]:
+    """Blocks in the order in which they should leave; those wanted soon come last of all."""
+
+    def rank(pair: tuple[Block, Use]) -> tuple[bool, bool, bool, int]:
+        block, use = pair
+        cold = activity is not None and activity.is_cold(block.layer, block.local)
+        return use.wanted, not use.idle, not cold, use.last
+
+    return [block for block, _ in sorted(uses, key=rank)]

@@ -1,0 +1,129 @@
+"""Blocks in files, one for each layer, with a checksum of each that is verified whenever it is read.
+
+Files are read and written by plain system calls into and from the arena's buffers: nothing is mapped, so that what the
+page cache keeps is not this process's memory. They are scratch: nothing is read from them that this process has not
+written, and checkpoints hold what outlives it. Checksums stay in memory.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+from torch import Tensor
+
+from moe_dist.errors import OffloadError
+from moe_dist.memory.block import Block, Size
+from moe_dist.memory.folder import OwnedFolder
+
+PAGE = 4096
+
+
+@dataclass
+class _File:
+    """The blocks of one layer."""
+
+    name: str
+    places: dict[Block, tuple[int, Size]] = field(default_factory=dict)
+    bytes: int = 0
+    descriptor: int | None = None
+
+
+class DiskTier:
+    """Keeps blocks in a folder of its own; several threads may read and write different blocks at once."""
+
+    def __init__(self, folder: OwnedFolder, describe: Callable[[Block], str] = str) -> None:
+        """Args: describe: names a block's cluster in errors."""
+        self._folder, self._describe = folder, describe
+        self._files: dict[int, _File] = {}
+        self._digests: dict[Block, int] = {}
+
+    def register(self, block: Block, size: Size) -> None:
+        file = self._files.setdefault(block.layer, _File(f"layer-{block.layer:03}.bin"))
+        if block not in file.places:
+            file.places[block] = file.bytes, size
+            file.bytes += -(-size.bytes // PAGE) * PAGE
+
+    def read(self, block: Block, into: Tensor) -> None:
+        """
+        Raises:
+            OffloadError: the file is shorter than it was, damaged, or cannot be read.
+        """
+        if block not in self._digests:
+            into.zero_()
+            return
+        target = into if into.device.type == "cpu" else torch.empty_like(into, device="cpu")
+        values = _bytes_of(target)
+        file, offset = self._place(block)
+        assert file.descriptor is not None
+        done = 0
+        while done < len(values):
+            try:
+                count = os.preadv(file.descriptor, [values[done:]], offset + done)
+            except OSError as error:
+                raise OffloadError(f"{self._name(file, block)} cannot be read: {error.strerror}") from error
+            if not count:
+                raise OffloadError(
+                    f"{self._name(file, block)}: only {done:,} of {len(values):,} bytes are left: the file was cut "
+                    "short; go on from the last checkpoint"
+                )
+            done += count
+        if xxhash.xxh3_64_intdigest(values) != self._digests[block]:
+            raise OffloadError(
+                f"{self._name(file, block)} is damaged: its checksum is wrong; look at the disk, and go on "
+                "from the last checkpoint"
+            )
+        if target is not into:
+            into.copy_(target)
+
+    def write(self, block: Block, values: Tensor) -> None:
+        """
+        Raises:
+            OffloadError: the disk is full, or cannot be written.
+        """
+        data = _bytes_of(values if values.device.type == "cpu" else values.cpu())
+        file, offset = self._place(block)
+        done = 0
+        try:
+            descriptor = self._opened(file)
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], offset + done)
+        except OSError as error:
+            self._digests.pop(block, None)
+            raise OffloadError(
+                f"{self._name(file, block)} cannot be written ({file.bytes:,} bytes for the layer): {error.strerror}; "
+                "give memory.directory a disk with more room"
+            ) from error
+        self._digests[block] = xxhash.xxh3_64_intdigest(data)
+
+    def discard(self, block: Block) -> None:
+        self._digests.pop(block, None)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            if file.descriptor is not None:
+                os.close(file.descriptor)
+                file.descriptor = None
+                self._folder.remove(file.name)
+        self._digests.clear()
+        self._folder.close()
+
+    def _opened(self, file: _File) -> int:
+        """With room on the disk for the whole layer, so that a full one is known at the start."""
+        if file.descriptor is None:
+            file.descriptor = self._folder.open(file.name)
+        if os.fstat(file.descriptor).st_size < file.bytes:
+            os.posix_fallocate(file.descriptor, 0, file.bytes)
+        return file.descriptor
+
+    def _place(self, block: Block) -> tuple[_File, int]:
+        file = self._files[block.layer]
+        return file, file.places[block][0]
+
+    def _name(self, file: _File, block: Block) -> str:
+        return f"{self._folder.path / file.name}: {block.kind} of {self._describe(block)}"
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    return memoryview(values.detach().view(torch.uint8).numpy())

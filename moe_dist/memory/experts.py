@@ -1,0 +1,183 @@
+"""All clusters of a model on this rank, kept within a budget: tiers, the order of use, and what is fetched ahead.
+
+On an accelerator there are three tiers: weights and gradients come to the device for use, training state goes no higher
+than the host, and what neither has room for is on the disk. On a CPU the device is a budgeted part of memory, over the
+disk.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.config import RunConfig
+from moe_dist.errors import ConfigError
+from moe_dist.memory.activity import Activity
+from moe_dist.memory.arena import Account, Arena
+from moe_dist.memory.block import Block, Kind
+from moe_dist.memory.cluster import OffloadedCluster
+from moe_dist.memory.disk_tier import DiskTier
+from moe_dist.memory.folder import OwnedFolder
+from moe_dist.memory.residency import Residency
+from moe_dist.memory.streams import Transfers
+
+Place = tuple[int, int]
+"""A layer, and a cluster's place among those of this rank."""
+GradientFunction = Callable[[OffloadedCluster, Tensor], None]
+
+
+class ExpertMemory:
+    """Where the experts of this rank are; given to a model when it is built, so that it never holds them all at once.
+
+    Attributes:
+        on_gradient: called with each cluster's gradient of a step when its last micro-batch has added to it.
+        last_pass: the backward pass of the step's last micro-batch is running, or about to.
+    """
+
+    def __init__(self, config: RunConfig, clusters_per_layer: int, rank: int, device: torch.device) -> None:
+        """
+        Raises:
+            OffloadError: the directory is used by another run, or cannot be made.
+        """
+        self._options, self._device = config.memory, device
+        self._dtype: torch.dtype = getattr(torch, config.train.precision)
+        self._per_layer, self._layers = clusters_per_layer, config.model.layers
+        self.recomputes, self.recomputing = config.model.activation_checkpointing, False
+        self.activity = Activity(config.model.layers, clusters_per_layer)
+        self.describe: Callable[[Block], str] = lambda b: f"layer {b.layer}, cluster place {b.local}"
+        folder = OwnedFolder(directory_of(config) / f"rank-{rank:05}")
+        disk = DiskTier(folder, lambda block: self.describe(block))
+        self.budget = budget_of(config)
+        account = Account(self.budget, "memory of experts on the device")
+        if device.type == "cpu":
+            self.device = self.state = Residency(disk, Arena(account, device), Transfers(device), self.activity)
+        else:
+            host = Account(config.memory.host_budget, "memory of experts on the host (memory.host_budget)")
+            cpu = torch.device("cpu")
+            self.state = Residency(disk, Arena(host, cpu, pinned=True), Transfers(cpu), self.activity)
+            self.device = Residency(self.state, Arena(account, device), Transfers(device), self.activity)
+        self.clusters: dict[Place, OffloadedCluster] = {}
+        self._of_parameter: dict[nn.Parameter, tuple[OffloadedCluster, str]] = {}
+        self.on_gradient: GradientFunction | None = None
+        self.last_pass = False
+
+    def adopt(self, layer: int, local: int, parameters: Mapping[str, nn.Parameter]) -> OffloadedCluster:
+        """Takes a new cluster's parameters into its keeping; layers and places in order.
+
+        Raises:
+            ConfigError: the budget is less than the least that would do.
+            OffloadError: the disk is full.
+        """
+        cluster = OffloadedCluster(layer, local, parameters, self.device, self, self._dtype, self._device)
+        least = self.least_budget(cluster)
+        if self.budget < least:
+            raise ConfigError(
+                f"memory.device_budget={self._options.device_budget:g} is {self.budget:,} bytes, but a cluster in use "
+                f"needs {least:,} (layer {layer}): set it to {least} or more"
+            )
+        self.clusters[layer, local] = cluster
+        self._of_parameter.update({parameter: (cluster, name) for name, parameter in parameters.items()})
+        cluster.adopt(self.state)
+        return cluster
+
+    def least_budget(self, cluster: OffloadedCluster) -> int:
+        """Bytes of the device that the most demanding moment needs: a backward pass, or an update."""
+        sizes = {kind: size.bytes for kind, size in cluster.sizes().items()}
+        at_once = self._per_layer if self.recomputes else 1
+        backward = at_once * sizes[Kind.WEIGHT] + sizes[Kind.GRADIENT]
+        return max(backward, sum(sizes.values())) if self.state is self.device else backward
+
+    @property
+    def separate_masters(self) -> bool:
+        """Whether FP32 masters are blocks of their own, beside weights in a narrower type."""
+        return self._dtype is not torch.float32
+
+    def kind_of(self, name: str) -> Kind:
+        """The block that holds what the optimizer calls `name`: in float32 weights are their own masters."""
+        return Kind.WEIGHT if name == Kind.MASTER and not self.separate_masters else Kind(name)
+
+    def of(self, parameter: nn.Parameter) -> tuple[OffloadedCluster, str] | None:
+        """The cluster that a parameter belongs to and its name there; None if it is not kept here."""
+        return self._of_parameter.get(parameter)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter that is kept here."""
+        return iter(self._of_parameter)
+
+    def forward_begins(self, cluster: OffloadedCluster, rows: int) -> None:
+        if torch.is_grad_enabled() and not self.recomputing:
+            self.activity.note(cluster.layer, cluster.local, rows)
+        self.device.prefetch([other.block(Kind.WEIGHT) for other in self.neighbours(cluster, 1)])
+
+    def backward_begins(self, cluster: OffloadedCluster) -> None:
+        for other in self.neighbours(cluster, -1):
+            if other.expects_backward:
+                self.device.prefetch([other.block(Kind.WEIGHT)])
+                self.device.prefetch([other.block(Kind.GRADIENT)], blank=not other.has_gradient)
+
+    def gradient_is_complete(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
+        if self.last_pass and self.on_gradient is not None:
+            self.on_gradient(cluster, gradient)
+
+    def neighbours(self, cluster: OffloadedCluster, step: int) -> list[OffloadedCluster]:
+        """The clusters that are used after one, `memory.prefetch` of them, in the order of layers or against it."""
+        index = cluster.layer * self._per_layer + cluster.local
+        places = range(index + step, index + step * (self._options.prefetch + 1), step)
+        found = (self.clusters.get(divmod(place, self._per_layer)) for place in places)
+        return [other for other in found if other is not None]
+
+    def read_run(self, cluster: OffloadedCluster, name: str, kind: Kind, start: int, length: int) -> Tensor:
+        """A copy of a run of a parameter's flattened elements, taken where its training state is."""
+        with self._at_state(cluster, kind, changed=False) as flat:
+            first = cluster.layout.spans[name].start + start
+            return flat[first : first + length].clone()
+
+    def write_run(self, cluster: OffloadedCluster, name: str, kind: Kind, start: int, values: Tensor) -> None:
+        """Replaces such a run."""
+        with self._at_state(cluster, kind, changed=True) as flat:
+            first = cluster.layout.spans[name].start + start
+            flat[first : first + len(values)].copy_(values)
+
+    @contextmanager
+    def _at_state(self, cluster: OffloadedCluster, kind: Kind, changed: bool) -> Iterator[Tensor]:
+        block = cluster.block(kind)
+        if self.state is not self.device and kind in (Kind.WEIGHT, Kind.GRADIENT):
+            self.device.send_down(block)
+        with self.state.held(block, changed=changed) as flat:
+            yield flat
+
+    def figures(self) -> dict[str, int]:
+        """What has moved since the start, bytes."""
+        account = self.device.arena.account
+        return {
+            "budget_bytes": self.budget,
+            "peak_device_bytes": account.peak,
+            "bytes_in": self.device.bytes_in,
+            "bytes_out": self.device.bytes_out,
+        }
+
+    def close(self) -> None:
+        """Gives up all tiers and their files."""
+        self.device.close()
+
+
+def directory_of(config: RunConfig) -> Path:
+    """Where a run keeps what it offloads, a folder a rank below it."""
+    chosen = config.memory.directory
+    return Path(chosen) if chosen is not None else Path(config.runs_dir) / ".offload" / config.name
+
+
+BYTES_PER_PARAMETER = 16
+"""Of a dense model under AdamW: weight, gradient, two moments, and in bfloat16 (2 + 2 + 8) a float32 master."""
+LARGEST_FRACTION = 16
+
+
+def budget_of(config: RunConfig) -> int:
+    """`memory.device_budget` in bytes."""
+    given = config.memory.device_budget
+    if given > LARGEST_FRACTION:
+        return int(given)
+    dense = config.model.layers * 3 * config.model.hidden_size * config.moe.dense_width
+    return int(given * dense * BYTES_PER_PARAMETER)

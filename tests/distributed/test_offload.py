@@ -1,0 +1,210 @@
+"""Experts kept in tiers train to the last bit as experts in memory do, wherever they are and whoever moves them."""
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moe_dist.config import WorldShape, load_config, resolve_batch
+from moe_dist.engine.engine import Engine
+from moe_dist.engine.startup import join
+from moe_dist.errors import ConfigError, MoeDistError, OffloadError
+from moe_dist.memory.block import Kind
+from moe_dist.memory.experts import ExpertMemory
+from moe_dist.model.clustered_experts import ClusteredExperts
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.topology.links import Links
+from moe_dist.topology.mesh import Mesh
+from moe_dist.training.recluster import Coordinator, Move
+from moe_dist.training.recorder import Recorder
+from moe_dist.training.run import train
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY
+from tests.distributed.test_training import SMOKE
+
+pytestmark = pytest.mark.timeout(400)
+STEPS = 20
+REGROUPED: dict[int, list[Move]] = {6: [(0, (0, 5)), (0, (1, 6, 11)), (1, (2, 13))], 13: [(1, (0, 5)), (0, (0, 9))]}
+RECLUSTER = ["recluster.period=2", "recluster.start=1", "recluster.max_loss_increase=1e9"]
+BLOCKS = {2: [(1, 0, 0, 1), (0, 0, 1, 1)], 1: [(0, 0, 0, 0), (0, 0, 0, 0)]}
+TIGHT = "memory.device_budget=80000"  # a cluster of these takes 11,264 bytes in each of its blocks
+
+
+@dataclass
+class Story:
+    """What a rank saw of a run."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    moved: int
+
+
+def _story(axes: tuple[int, int, int], words: list[str], steps: int, directory: Path | None) -> Story:
+    offload = [] if directory is None else ["memory.offload=true", f"memory.directory={directory}"]
+    config = load_config(None, [*SMALL, *RECLUSTER, *words, *offload])
+    process = join(config.world)
+    mesh, batch = Mesh.create(WorldShape(*axes), timedelta(seconds=60)), resolve_batch(config, process.ranks)
+    memory = None
+    if directory is not None:
+        memory = ExpertMemory(config, config.moe.clusters // axes[1], process.rank, process.device)
+    links = Links.discover(process.device)
+    model = LanguageModel(config, VOCABULARY, mesh, links, batch.accumulation, memory=memory)
+    engine = Engine(model, config, batch, process)
+    coordinator, losses, norms = Coordinator(engine, config, Recorder()), [], []
+    share = SEQUENCES // process.ranks
+    for step in range(steps):
+        data = torch.randint(VOCABULARY, (SEQUENCES, 17), generator=torch.Generator().manual_seed(step))
+        mine = data[process.rank * share : (process.rank + 1) * share]
+        outcome = engine.forward_backward(mine)
+        losses.append(outcome.loss)
+        norms.append(engine.update(outcome, 1e-3))
+        if step in REGROUPED:
+            coordinator.exchange(REGROUPED[step], mine)
+            coordinator.relocate(BLOCKS[axes[1]])
+    story = Story(losses, norms, _weights(model), 0 if memory is None else memory.figures()["bytes_in"])
+    engine.close()
+    if memory is not None:
+        assert memory.figures()["peak_device_bytes"] <= memory.budget
+        memory.close()
+    return story
+
+
+def _weights(model: LanguageModel) -> dict[str, Tensor]:
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ClusteredExperts):
+            with module.present():
+                weights.update({f"{name}.{leaf}": p.detach().clone() for leaf, p in module.named_parameters()})
+    dense = {name: p.detach().clone() for name, p in model.named_parameters() if ".clusters." not in name}
+    return {**dense, **weights}
+
+
+def _both(axes: tuple[int, int, int], variants: list[list[str]], steps: int, directory: Path) -> list[list[Story]]:
+    return [[_story(axes, words, steps, where) for where in (None, directory)] for words in variants]
+
+
+def _assert_same(stories: list[list[Story]]) -> None:
+    for in_memory, offloaded in stories:
+        assert offloaded.losses == in_memory.losses
+        assert offloaded.norms == in_memory.norms
+        assert offloaded.weights.keys() == in_memory.weights.keys()
+        different = [
+            name for name, value in in_memory.weights.items() if not torch.equal(offloaded.weights[name], value)
+        ]
+        assert not different
+        assert offloaded.moved > 0
+
+
+def test_twenty_steps_with_reclusterings_are_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    variants = [[TIGHT, "world.zero_stage=1", "moe.top_clusters=2"]]
+    for stories in run_ranks(_both, 1, (1, 1, 1), variants, STEPS, tmp_path, timeout=300):
+        _assert_same(stories)
+
+
+def test_every_stage_precision_and_pass_is_the_same(tmp_path: Path) -> None:
+    variants = [
+        [TIGHT, "world.zero_stage=0", "optimizer.clip_norm=0", "train.micro_batch_size=8"],
+        ["memory.device_budget=120000", "world.zero_stage=2", "model.activation_checkpointing=true"],
+        ["memory.device_budget=120000", "memory.prefetch=0", "train.precision=bfloat16", "train.micro_batch_size=8"],
+    ]
+    for stories in run_ranks(_both, 1, (1, 1, 1), variants, 4, tmp_path, timeout=300):
+        _assert_same(stories)
+
+
+@pytest.mark.parametrize("axes", [(1, 2, 1), (2, 1, 1)])
+def test_ranks_that_share_or_repeat_experts_are_the_same(axes: tuple[int, int, int], tmp_path: Path) -> None:
+    """Clusters and experts move between ranks after a step; replicas add up their gradients."""
+    for stories in run_ranks(_both, 2, axes, [[TIGHT, "world.zero_stage=1"]], 9, tmp_path, timeout=300):
+        _assert_same(stories)
+
+
+def _refused(directory: Path) -> str:
+    with pytest.raises(ConfigError) as refusal:
+        _story((1, 1, 1), ["memory.device_budget=20000"], 1, directory)
+    return str(refusal.value)
+
+
+def test_a_budget_that_cannot_do_is_refused_with_the_least_that_would(tmp_path: Path) -> None:
+    message = run_ranks(_refused, 1, tmp_path)[0]
+    assert message.startswith("memory.device_budget=20000 is 20,000 bytes, but a cluster in use needs ")
+    least = int(message.rpartition("set it to ")[2].split()[0])
+    run_ranks(_both, 1, (1, 1, 1), [[f"memory.device_budget={least}"]], 1, tmp_path)
+
+
+def _damaged(directory: Path) -> str:
+    config = load_config(
+        None, [*SMALL, TIGHT, "memory.prefetch=0", "memory.offload=true", f"memory.directory={directory}"]
+    )
+    process = join(config.world)
+    mesh, batch = Mesh.create(WorldShape(1, 1, 1), timedelta(seconds=60)), resolve_batch(config, 1)
+    memory = ExpertMemory(config, config.moe.clusters, 0, process.device)
+    model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation, memory=memory)
+    engine = Engine(model, config, batch, process)
+    memory.device.send_down(memory.clusters[1, 2].block(Kind.WEIGHT))
+    with (directory / "rank-00000" / "layer-001.bin").open("r+b") as file:
+        file.write(bytes([1]) * (1 << 20))
+    with pytest.raises(OffloadError) as error:
+        engine.forward_backward(torch.randint(VOCABULARY, (SEQUENCES, 17), generator=torch.Generator().manual_seed(0)))
+    memory.close()
+    return str(error.value)
+
+
+def test_damage_between_two_uses_stops_the_step_and_is_named(tmp_path: Path) -> None:
+    message = run_ranks(_damaged, 1, tmp_path)[0]
+    assert message.startswith(f"{tmp_path}/rank-00000/layer-001.bin: weight of layer 1, cluster ")
+    assert "is damaged: its checksum is wrong" in message
+
+
+def _train(*words: str) -> dict[str, Any]:
+    config = load_config(SMOKE, list(words))
+    train(config)
+    found: dict[str, Any] = json.loads((Path(config.runs_dir) / config.name / "summary.json").read_text())
+    return found
+
+
+def _checkpoints(folder: Path) -> dict[str, dict[str, Any]]:
+    common = [f"runs_dir={folder}/runs", f"corpus.cache_dir={folder}/cache", "tensorboard=false", "train.steps=6"]
+    common += ["checkpoint.every=3", "recluster.period=2", "recluster.start=2", "recluster.threshold=0"]
+    away = ["memory.offload=true", f"memory.device_budget={BUDGET}"]
+    start = f"checkpoint.resume={folder}/runs"
+    return {
+        "plain": _train(*common, "name=plain"),
+        "away": _train(*common, *away, "name=away"),
+        "off": _train(*common, "name=off", f"{start}/away/checkpoints/step-00000003"),
+        "on": _train(*common, *away, "name=on", f"{start}/plain/checkpoints/step-00000003"),
+    }
+
+
+BUDGET = 3_000_000
+
+
+def test_runs_with_and_without_tiers_go_on_from_each_others_checkpoints(tmp_path: Path) -> None:
+    summaries = run_ranks(_checkpoints, 1, tmp_path, timeout=300)[0]
+    final = {name: load_file(tmp_path / "runs" / name / "final" / "rank-00000.safetensors") for name in summaries}
+    for file in (tmp_path / "runs" / "away" / "final").glob("rank-00000-*.safetensors"):
+        final["away"].update(load_file(file))
+    for file in (tmp_path / "runs" / "on" / "final").glob("rank-00000-*.safetensors"):
+        final["on"].update(load_file(file))
+    for name in summaries:
+        assert summaries[name]["validation"] == summaries["plain"]["validation"], name
+        assert final[name].keys() == final["plain"].keys()
+        assert not [key for key, value in final["plain"].items() if not torch.equal(final[name][key], value)], name
+    offload = summaries["away"]["memory"]["offload"]
+    assert 0 < offload["peak_device_bytes"] <= offload["budget_bytes"] == BUDGET
+    assert summaries["plain"]["memory"]["offload"] is None
+    assert not (tmp_path / "runs" / ".offload" / "away" / "rank-00000").exists()
+
+
+def test_a_run_does_not_take_another_runs_directory(tmp_path: Path) -> None:
+    words = [*SMALL, "memory.offload=true", f"memory.directory={tmp_path}"]
+    first = ExpertMemory(load_config(None, words), 4, 0, torch.device("cpu"))
+    with pytest.raises(MoeDistError, match="is used by another run"):
+        ExpertMemory(load_config(None, words), 4, 0, torch.device("cpu"))
+    first.close()

@@ -1,0 +1,169 @@
+"""Factors in few bits, end to end: what training sees, what is kept, exported and read back, and who has masters."""
+
+import gc
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_dist.checkpoint.export import export_weights
+from moe_dist.checkpoint.load_model import load_model
+from moe_dist.checkpoint.manifest import DataRecord
+from moe_dist.checkpoint.run_state import RunState
+from moe_dist.checkpoint.transfer import write_checkpoint
+from moe_dist.checkpoint.weights import find_weights
+from moe_dist.config import WorldShape, load_config, resolve_batch
+from moe_dist.engine.engine import Engine
+from moe_dist.engine.startup import join
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.stored_experts import StoredExperts
+from moe_dist.topology.links import Links
+from moe_dist.topology.mesh import Mesh
+from moe_dist.training.run import train
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY
+
+SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"
+DATA = DataRecord(train_checksum=1, validation_checksum=2, vocab_size=VOCABULARY, next_step=0)
+VARIANTS = [
+    ["precision.residuals=qat", "train.precision=float32"],
+    ["precision.residuals=qat", "train.precision=bfloat16", "world.zero_stage=2", "moe.top_clusters=2"],
+    ["precision.residuals=qat", "train.precision=float32", "precision.bases=bfloat16", "precision.symmetric=false"],
+    [
+        "precision.residuals=post",
+        "train.precision=bfloat16",
+        "precision.scale_dtype=float16",
+        "precision.group_size=32",
+    ],
+    ["precision.residuals=none", "train.precision=bfloat16"],
+]
+
+
+def _engine(axes: tuple[int, int, int], words: list[str]) -> Engine:
+    config = load_config(None, [*SMALL, *words])
+    process = join(config.world)
+    batch = resolve_batch(config, process.ranks)
+    mesh = Mesh.create(WorldShape(*axes), timedelta(seconds=60))
+    model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
+    return Engine(model, config, batch, process)
+
+
+def _sequences(step: int) -> Tensor:
+    return torch.randint(VOCABULARY, (SEQUENCES, 17), generator=torch.Generator().manual_seed(step))
+
+
+def _three_steps(engine: Engine) -> None:
+    rank, share = engine.process.rank, SEQUENCES // engine.process.ranks
+    for step in range(3):
+        mine = _sequences(step)[rank * share : (rank + 1) * share]
+        engine.update(engine.forward_backward(mine), 1e-2)
+
+
+def _losses(model: LanguageModel) -> Tensor:
+    with model.evaluating():
+        return model.token_losses(_sequences(9)[:2])
+
+
+def _trained_and_stored(axes: tuple[int, int, int], folder: Path) -> list[tuple[Tensor, Tensor]]:
+    """Losses of each variant as training sees it, and with stored experts; its weights go into the folder."""
+    found = []
+    for number, words in enumerate(VARIANTS):
+        engine = _engine(axes, words)
+        _three_steps(engine)
+        manifest, state = RunState(engine, DATA, {}).weights(3)
+        write_checkpoint(folder / f"{number}", manifest, state, engine.process.rank)
+        seen = _losses(engine.model)
+        with engine.model.with_stored_experts():
+            found.append((seen, _losses(engine.model)))
+        assert torch.equal(_losses(engine.model), seen)  # what is trained is back
+    return found
+
+
+def _loaded(axes: tuple[int, int, int], folder: Path) -> list[tuple[Tensor, int, int]]:
+    """Losses of each exported file, and bytes of a rank's experts: base, and what is each expert's own."""
+    process = join(load_config(None, SMALL).world)
+    mesh = Mesh.create(WorldShape(*axes), timedelta(seconds=60))
+    found = []
+    for number in range(len(VARIANTS)):
+        weights = find_weights(folder / f"{number}.safetensors")
+        model = load_model(weights, mesh, Links.discover(process.device), process.device)
+        parts = [part for layer in model.clustered_layers() for part in layer.clusters]
+        stored = [part for part in parts if isinstance(part, StoredExperts)]
+        assert len(stored) == (len(parts) if weights.config.precision.residuals != "none" else 0)
+        assert not any(list(part.parameters()) for part in stored)
+        base = sum(part.base_in_DH.nbytes + part.base_out_FD.nbytes for part in stored)
+        found.append((_losses(model), base, sum(part.expert_NB.nbytes for part in stored)))
+    return found
+
+
+def test_what_training_sees_is_what_an_exported_file_computes_bit_by_bit(tmp_path: Path) -> None:
+    trained = run_ranks(_trained_and_stored, 2, (1, 2, 1), tmp_path, timeout=170)
+    for number, words in enumerate(VARIANTS):
+        weights = find_weights(tmp_path / f"{number}")
+        stored = weights.config.precision.residuals != "none"
+        count = export_weights(weights, tmp_path / f"{number}.safetensors", stored=stored)
+        assert count == export_weights(weights, tmp_path / f"{number}-plain.safetensors"), words
+    loaded = run_ranks(_loaded, 2, (1, 2, 1), tmp_path, timeout=170)
+    for number, words in enumerate(VARIANTS):
+        for rank in range(2):
+            seen, kept = trained[rank][number]
+            assert torch.equal(seen, kept) is ("precision.residuals=qat" in words), f"{words}, rank {rank}"
+            torch.testing.assert_close(seen.float(), kept.float(), rtol=0.02, atol=0.02)
+            expected = seen if "precision.residuals=none" in words else kept
+            assert torch.equal(loaded[rank][number][0], expected), f"{words}, rank {rank}"
+    (alone,) = run_ranks(_loaded, 1, (1, 1, 1), tmp_path, timeout=170)  # another layout: sums in another order
+    for number, words in enumerate(VARIANTS):
+        tolerance = 1e-5 if "train.precision=float32" in words else 0.05
+        torch.testing.assert_close(alone[number][0], loaded[0][number][0], rtol=tolerance, atol=tolerance)
+        assert alone[number][1:] == (2 * loaded[0][number][1], 2 * loaded[0][number][2])
+
+
+def _train(words: list[str]) -> None:
+    train(load_config(SMOKE, words))
+
+
+def _validation(folder: Path, name: str) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "runs" / name / "summary.json").read_text())
+    return summary["validation"]  # type: ignore[no-any-return]
+
+
+def test_a_run_tells_the_loss_of_what_is_stored(tmp_path: Path) -> None:
+    """With experts that move between clusters meanwhile, and a standard warm-up that knows nothing of it."""
+    common = [f"runs_dir={tmp_path}/runs", f"corpus.cache_dir={tmp_path}/cache", "tensorboard=false"]
+    moving = ["recluster.period=2", "recluster.start=3", "recluster.threshold=0"]
+    run_ranks(_train, 2, [*common, "name=qat", "precision.residuals=qat", "train.precision=bfloat16", *moving])
+    run_ranks(_train, 2, [*common, "name=post", "precision.residuals=post", "moe.warmup_standard=0.25"])
+    qat, post = _validation(tmp_path, "qat"), _validation(tmp_path, "post")
+    assert qat["loss_stored"] == qat["loss"]
+    assert post["loss_stored"] != post["loss"]
+    assert post["loss_stored"] == pytest.approx(post["loss"], rel=0.01)
+
+
+def _float32_bytes(words: list[str]) -> tuple[set[torch.dtype], int, int]:
+    """Types of the model's tensors; float32 bytes of this process after training; what the optimizer has of them."""
+    engine = _engine((1, 1, 1), words)
+    _three_steps(engine)
+    gc.collect()
+    model = engine.model
+    types = {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter) and x.dtype == torch.float32]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    state, owned = engine.training_state(), set()
+    for parameter in model.parameters():
+        fragment = state.fragment(parameter)
+        assert fragment is not None
+        owned |= {tensor.untyped_storage().data_ptr() for tensor in fragment.tensors.values()}
+    assert owned <= storages.keys()
+    return types, sum(storages.values()), sum(storages[pointer] for pointer in owned)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_float32_copies_are_the_optimizer_s_alone(zero_stage: int) -> None:
+    words = ["train.precision=bfloat16", "precision.residuals=qat", f"world.zero_stage={zero_stage}"]
+    ((types, alive, optimizer),) = run_ranks(_float32_bytes, 1, words)
+    assert types == {torch.bfloat16}
+    assert optimizer <= alive <= 1.02 * optimizer  # what is beside them is smaller than a copy of anything large
