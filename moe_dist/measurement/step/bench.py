@@ -8,6 +8,7 @@ are somewhat slower, so that shares mean more than times.
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from rich.table import Table
 from moe_dist.config import RunConfig, resolve_world
 from moe_dist.data import PreparedData, prepare_data
 from moe_dist.engine.startup import Process, join, leave
+from moe_dist.measurement.silent import SilentRecorder
 from moe_dist.measurement.spread import Spread
 from moe_dist.measurement.step.clock import PartClock, StepPart
 from moe_dist.measurement.step.parts import clock_attention, step_clock
 from moe_dist.measurement.step.spec import StepBenchSpec
 from moe_dist.metrics import installed_versions, write_json
 from moe_dist.training.interrupt import StopSignals
-from moe_dist.training.recorder import Recorder
 from moe_dist.training.run import TrainingRun
 
 OF_MOE_LAYERS = (StepPart.ROUTING, StepPart.PERMUTE, StepPart.ALL_TO_ALL, StepPart.EXPERTS, StepPart.COUNTERS)
@@ -70,10 +71,10 @@ def bench_step(config: RunConfig, spec: StepBenchSpec) -> None:
     Raises:
         ConfigError: a kind does not fit the configuration or the number of ranks.
     """
-    with step_clock() as clock:  # before DeepSpeed is initialised
+    with step_clock() as clock, TemporaryDirectory() as folder:  # before DeepSpeed is initialised
         process = join(config.world)
         data = prepare_data(config.corpus, config.tokenizer)
-        runs = {kind: _Run(single, process, data, clock) for kind, single in spec.configs(config).items()}
+        runs = {kind: _Run(single, process, data, clock, Path(folder)) for kind, single in spec.configs(config).items()}
         for run in runs.values():
             run.steps(spec.warmup)
         seconds = {kind: _slowest(values) for kind, values in _rounds(runs, spec).items()}
@@ -95,9 +96,9 @@ def bench_step(config: RunConfig, spec: StepBenchSpec) -> None:
 class _Run:
     """A model of one kind under training; it writes nothing."""
 
-    def __init__(self, config: RunConfig, process: Process, data: PreparedData, clock: PartClock) -> None:
+    def __init__(self, config: RunConfig, process: Process, data: PreparedData, clock: PartClock, folder: Path) -> None:
         self.clock, self.signals, self.done = clock, StopSignals(), 0  # not entered: signals end a measurement
-        self.run = TrainingRun(config, process, resolve_world(config, process.ranks), data, Recorder())
+        self.run = TrainingRun(config, process, resolve_world(config, process.ranks), data, SilentRecorder(folder))
         for layer in self.run.model.gpt.decoder.layers:  # type: ignore[union-attr]
             clock_attention(clock, layer.self_attention)
 
