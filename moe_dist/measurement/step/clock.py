@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MARKED = "moe_dist.part"  # key in a node's metadata
+
 
 class StepPart(StrEnum):
     """What a training step consists of."""
@@ -88,10 +90,16 @@ class PartClock:
         return timed
 
     def _mark(self, part: StepPart, value: Any) -> None:
-        """Before autograd runs the nodes that made the tensors in `value`, time begins to belong to `part`."""
+        """Before autograd runs the nodes that made the tensors in `value`, time begins to belong to `part`.
+
+        The first mark of a node counts, which is that of the part in which it was made: what a function hands on as it
+        got it, or gives to the next, belongs to neither.
+        """
         for tensor in _tensors(value):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(lambda _: self._enter_backward(part))
+            node: Any = tensor.grad_fn  # torch annotates its metadata wrongly
+            if node is not None and _MARKED not in node.metadata:
+                node.metadata[_MARKED] = part
+                node.register_prehook(lambda _: self._enter_backward(part))
 
     def _enter_backward(self, part: StepPart) -> None:
         self.enter(part)

@@ -58,6 +58,25 @@ def test_parts_are_the_same_backwards() -> None:
     assert torch.equal(x.grad if x.grad is not None else x, torch.ones(2))
 
 
+def test_what_is_handed_on_stays_with_its_maker() -> None:
+    """A part's result that goes straight into the next part, or out of the one around it."""
+    clock = PartClock()
+
+    def spy(x: Tensor, name: str) -> Tensor:
+        y: Tensor = _Spy.apply(x, clock, name)  # type: ignore[no-untyped-call]
+        return y
+
+    routing = clock.wrap(StepPart.ROUTING, lambda x: spy(x, "routing"))
+    experts = clock.wrap(StepPart.EXPERTS, lambda x: spy(x, "experts"))
+    dispatch = clock.wrap(StepPart.PERMUTE, lambda x: experts(x))
+    SEEN.clear()
+    clock.start()
+    dispatch(routing(torch.ones(2, requires_grad=True))).sum().backward()
+    clock.stop()
+    assert ("experts backward", StepPart.EXPERTS) in SEEN
+    assert ("routing backward", StepPart.ROUTING) in SEEN
+
+
 def test_all_time_belongs_to_some_part(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(module, "_now", lambda: float(next(ticks)))
