@@ -14,9 +14,9 @@ RANKS ?= 4
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo test test-fast test-cluster soak checks format clean
+.PHONY: help install demo test test-fast test-cluster validate-simulator soak checks format clean
 help:
-	@echo "make install | demo | test | test-fast | test-cluster | soak | checks | format | clean"
+	@echo "make install | demo | test | test-fast | test-cluster | validate-simulator | soak | checks | format | clean"
 
 install: $(INSTALLED)
 
@@ -43,6 +43,12 @@ CLUSTER_TESTS ?= tests/cluster
 test-cluster: install
 	tests/cluster/install.sh
 	python -m pytest $(CLUSTER_TESTS)
+
+VALIDATION ?= runs/validation-$(shell date +%Y%m%d-%H%M%S)
+# The simulator's steps against steps on 2 and 4 nodes here, minutes: as root, on a machine that does nothing else.
+validate-simulator: install
+	tests/cluster/install.sh
+	python -m tests.cluster.validate_simulator $(VALIDATION)
 
 soak: install  # kills training 200 times: an hour or so
 	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)

@@ -37,14 +37,13 @@ def training_tensors_of(model: LanguageModel, state: TrainingState, names: tuple
             for run in runs:
                 for name in names:
                     shards = [_away(memory, parameter, run, memory.kind_of(name))]
-                    tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, list(shards))
+                    tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, shards)
             continue
         fragment = state.fragment(parameter)
         for run in runs:
             for name in names:
-                tensor = tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32)
-                if fragment is not None:
-                    tensor.shards += _overlap(run, fragment.start, fragment.tensors[name])
+                owned = [] if fragment is None else _overlap(run, fragment.start, fragment.tensors[name])
+                tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, owned)
     return tensors
 
 
@@ -63,7 +62,7 @@ def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: Ki
     )
 
 
-def _overlap(run: NamedRun, start: int, values: Tensor) -> list[Shard | AwayShard]:
+def _overlap(run: NamedRun, start: int, values: Tensor) -> list[Shard]:
     """The part of a run that lies in elements [start, start + len(values)) of the flattened parameter."""
     first = max(run.start, start)
     last = min(run.start + torch.Size(run.shape).numel(), start + values.numel())

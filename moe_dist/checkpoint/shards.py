@@ -4,8 +4,8 @@ A tensor's name and shape do not depend on the layout of ranks; which run of its
 layout can read what another one wrote: `torch.distributed.checkpoint` finds the overlaps of one-dimensional runs.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class ShardedTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    shards: list[Shard | AwayShard] = field(default_factory=list)
+    shards: Sequence[Shard | AwayShard] = ()
 
     @property
     def numel(self) -> int:
@@ -87,14 +87,15 @@ class Staging:
         before, self._buffers = self._buffers, {}
         copied: State = {}
         for name, tensor in state.items():
-            copied[name] = ShardedTensor(tensor.shape, tensor.dtype)
+            shards: list[Shard | AwayShard] = []
             for shard in tensor.shards:
                 if isinstance(shard, AwayShard):
-                    copied[name].shards.append(shard)
+                    shards.append(shard)
                     continue
                 buffer = before.get((name, shard.start))
                 if buffer is None or buffer.shape != shard.values.shape or buffer.dtype != shard.values.dtype:
                     buffer = torch.empty_like(shard.values, device="cpu")
                 self._buffers[name, shard.start] = buffer.copy_(shard.values)
-                copied[name].shards.append(Shard(shard.start, buffer))
+                shards.append(Shard(shard.start, buffer))
+            copied[name] = ShardedTensor(tensor.shape, tensor.dtype, shards)
         return copied

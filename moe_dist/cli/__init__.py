@@ -12,6 +12,7 @@ import typer
 from moe_dist import __version__
 from moe_dist.cli import (
     bench,
+    calibrate,
     doctor,
     evaluation,
     measure,
@@ -51,7 +52,20 @@ def _options(
     pass
 
 
-for group in (training, bench, measure, study, reproduce, predict, report, evaluation, weights, topology, doctor):
+for group in (
+    training,
+    bench,
+    measure,
+    study,
+    reproduce,
+    predict,
+    calibrate,
+    report,
+    evaluation,
+    weights,
+    topology,
+    doctor,
+):
     group.register(app)
 
 

@@ -11,6 +11,7 @@ from launcher.train import writable
 from moe_dist.cli.bench_domains import bench_domains
 from moe_dist.cli.bench_growth import bench_growth
 from moe_dist.cli.bench_layer import bench_layer
+from moe_dist.cli.bench_memory import bench_memory
 from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.bench_step import bench_step
@@ -29,6 +30,7 @@ def register(app: typer.Typer) -> None:
     bench.command("precision")(bench_precision)
     bench.command("recluster")(bench_recluster)
     bench.command("step")(bench_step)
+    bench.command("memory")(bench_memory)
     app.add_typer(bench, name="bench")
 
 

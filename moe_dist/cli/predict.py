@@ -17,6 +17,7 @@ Rails = Annotated[int | None, typer.Option(min=1, help="Network interfaces of a 
 PodNodes = Annotated[int | None, typer.Option(min=1, help="Nodes below one leaf switch; default: at most 32.")]
 Oversubscription = Annotated[float, typer.Option(min=1.0, help="Of the spine: leaf's downlinks over its uplinks.")]
 Skew = Annotated[float, typer.Option(min=0.0, help="Popularity of the i-th expert goes as 1 / i^skew.")]
+Machine = Annotated[Path | None, typer.Option("--calibration", help="From `moe-dist calibrate`; instead of --gpu.")]
 Vocabulary = Annotated[int | None, typer.Option(min=1, help="Pieces; default: tokenizer.vocab_size.")]
 
 
@@ -32,6 +33,7 @@ def plan(
     nodes: Nodes = 1,
     gpus_per_node: PerNode = 8,
     gpu: Gpu = "h100",
+    calibration: Machine = None,
     rails: Rails = None,
     pod_nodes: PodNodes = None,
     oversubscription: Oversubscription = 1.0,
@@ -45,7 +47,7 @@ def plan(
     from moe_dist.measurement.simulator import planner, view
     from moe_dist.metrics import write_json
 
-    fabric = _fabric(gpu, nodes, gpus_per_node, rails, pod_nodes, oversubscription)
+    fabric = _machine(gpu, calibration).fabric(nodes, gpus_per_node, rails, pod_nodes, oversubscription)
     found = planner.plan(loaded, fabric, vocabulary or loaded.tokenizer.vocab_size, skew)
     view.render_plan(found, Console())
     if target is not None:
@@ -58,6 +60,7 @@ def simulate(
     nodes: Nodes = 1,
     gpus_per_node: PerNode = 8,
     gpu: Gpu = "h100",
+    calibration: Machine = None,
     rails: Rails = None,
     pod_nodes: PodNodes = None,
     oversubscription: Oversubscription = 1.0,
@@ -80,7 +83,7 @@ def simulate(
 
     times = compare.compare(
         loaded,
-        _fabric(gpu, nodes, gpus_per_node, rails, pod_nodes, oversubscription),
+        _machine(gpu, calibration).fabric(nodes, gpus_per_node, rails, pod_nodes, oversubscription),
         vocabulary or loaded.tokenizer.vocab_size,
         skew=skew,
         trace=trace,
@@ -94,7 +97,7 @@ def simulate(
         write_json(Path(target), {name: view.time_to_dict(time) for name, time in times.items()})
 
 
-def _fabric(gpu: str, nodes: int, per_node: int, rails: int | None, pod_nodes: int | None, oversubscription: float):  # type: ignore[no-untyped-def]
-    from moe_dist.measurement.simulator.hardware import Fabric, device_named
+def _machine(gpu: str, calibration: Path | None):  # type: ignore[no-untyped-def]
+    from moe_dist.measurement.simulator.machine import Machine, read_section
 
-    return Fabric(device_named(gpu), nodes, per_node, rails or per_node, pod_nodes or min(nodes, 32), oversubscription)
+    return read_section(calibration, Machine, "--calibration") if calibration else Machine(device=gpu)

@@ -242,6 +242,9 @@ class OptimizerConfig(Section):
     router_lr_scale: Annotated[float, Field(gt=0)] = Field(
         0.1, description="the routers' learning rate over that of all else: slow enough for balancing to follow"
     )
+    feed_forward_lr_scale: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="the same of the feed-forward layers' full matrices: clusters' bases, standard experts, dense"
+    )
     beta1: Decay = 0.9
     beta2: Decay = 0.95
     epsilon: Annotated[float, Field(gt=0)] = 1e-8

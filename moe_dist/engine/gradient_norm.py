@@ -94,8 +94,8 @@ def _install_plain(engine: Any, copies_of: CopiesOf, clip_norm: float, elsewhere
         held = [parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
         norm = global_norm(((parameter.grad, copies_of(parameter)) for parameter in held), engine.device, elsewhere)
         self._global_grad_norm = norm
-        if clip_norm > 0:
-            factor = clip_factor(self, norm, clip_norm)
+        factor = clip_factor(self, norm, clip_norm)
+        if factor is not None:
             torch._foreach_mul_([parameter.grad for parameter in held], factor)
         return step(*args, **kwargs)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from moe_dist.config import OptimizerConfig
-from moe_dist.engine.parameter_groups import decays
+from moe_dist.engine.parameter_groups import UpdateRule, update_rule
 from moe_dist.memory.block import Kind
 from moe_dist.memory.cluster import OffloadedCluster
 from moe_dist.memory.experts import ExpertMemory, Place
@@ -93,23 +93,23 @@ class OffloadedAdamW:
             if clip_factor is not None:
                 gradient.mul_(clip_factor.to(gradient.device))
             master = blocks.get(Kind.MASTER, blocks[Kind.WEIGHT])
-            chosen = [decays(name, parameter) for name, parameter in cluster.parameters.items()]
-            for decayed, run in cluster.layout.runs(chosen):
+            rules = [update_rule(name, parameter, self._options) for name, parameter in cluster.parameters.items()]
+            for rule, run in cluster.layout.runs(rules):
                 moments = (blocks[Kind.EXP_AVG][run], blocks[Kind.EXP_AVG_SQ][run])
-                self._adamw(master[run], gradient[run], *moments, learning_rate, decayed)
+                self._adamw(master[run], gradient[run], *moments, learning_rate, rule)
             if master is not blocks[Kind.WEIGHT]:
                 blocks[Kind.WEIGHT].copy_(master)
         self.memory.state.drop(gradient_block)
         cluster.has_gradient = False
 
     def _adamw(
-        self, master: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, learning_rate: float, decayed: bool
+        self, master: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, learning_rate: float, rule: UpdateRule
     ) -> None:
         options = self._options
         adamw(
             [master], [gradient], [mean], [square], [], [torch.tensor(float(self.steps), device=master.device)],
-            fused=True, amsgrad=False, beta1=options.beta1, beta2=options.beta2, lr=learning_rate,
-            weight_decay=options.weight_decay if decayed else 0.0, eps=options.epsilon, maximize=False,
+            fused=True, amsgrad=False, beta1=options.beta1, beta2=options.beta2, lr=learning_rate * rule.lr_scale,
+            weight_decay=rule.weight_decay, eps=options.epsilon, maximize=False,
         )  # fmt: skip
 
     @contextmanager

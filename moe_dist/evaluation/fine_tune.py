@@ -17,6 +17,7 @@ from moe_dist.engine.engine import Engine
 from moe_dist.engine.startup import Process
 from moe_dist.errors import TrainingError
 from moe_dist.evaluation.sentence_model import Encoded, SentenceModel, pack
+from moe_dist.evaluation.subject import as_kept
 
 WARMUP_SHARE = 0.1
 
@@ -90,7 +91,7 @@ def predict(model: SentenceModel, rows: Sequence[Encoded], batch: int, process: 
         indices = by_length[start : start + batch * process.ranks]
         own = [indices[(process.rank * batch + place) % len(indices)] for place in range(batch)]
         width = max(len(rows[index].tokens) for index in indices)
-        with model.evaluating():
+        with model.evaluating(), as_kept(model):
             out_bC = model.outputs(pack([rows[index] for index in own], width).to(process.device))
         values_b = (out_bC.argmax(dim=1) if model.classes else out_bC[:, 0]).double()
         gathered = [torch.empty_like(values_b) for _ in range(process.ranks)]

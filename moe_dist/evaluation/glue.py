@@ -16,7 +16,7 @@ from moe_dist.evaluation.glue_data import GlueData, is_there, load_task
 from moe_dist.evaluation.glue_metrics import score
 from moe_dist.evaluation.glue_tasks import TASKS, GlueTask
 from moe_dist.evaluation.sentence_model import Encoded, SentenceModel, encode
-from moe_dist.evaluation.subject import Subject
+from moe_dist.evaluation.subject import Subject, is_packed
 from moe_dist.evaluation.view import with_spread
 
 Figures = dict[str, Any]
@@ -46,7 +46,7 @@ def evaluate_glue(subject: Subject, spec: GlueSpec, dtype: str, say: Callable[[s
 
     Raises:
         DataError: a task's data are missing or wrong.
-        ConfigError: the batch cannot be divided over the ranks.
+        ConfigError: the batch cannot be divided over the ranks, or the weights cannot be trained.
         TrainingError: a fine-tuning diverges.
     """
     ranks = subject.process.ranks
@@ -109,7 +109,12 @@ def _one(
 ) -> dict[str, float]:
     """Metrics in percent after one fine-tuning."""
     config, process = _tuning_config(subject.config, spec, dtype), subject.process
-    model = SentenceModel(subject.model(torch.float32), task.labels, seed)
+    language = subject.model(torch.float32)
+    if is_packed(language):
+        raise ConfigError(
+            f"{subject.run}: experts in few bits cannot be fine-tuned: give the run that it was exported from"
+        )
+    model = SentenceModel(language, task.labels, seed)
     try:
         engine = fine_tune(model, train, spec.tuning, config, seed, process)
     except TrainingError as error:

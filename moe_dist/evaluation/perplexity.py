@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.engine.startup import Process
+from moe_dist.evaluation.subject import as_kept
 from moe_dist.evaluation.texts import EncodedText
 from moe_dist.evaluation.windows import window_batches
 from moe_dist.model.language_model import LanguageModel
@@ -60,7 +61,7 @@ def perplexity(
         batch: windows that a rank holds at once.
     """
     total = torch.zeros(2, dtype=torch.float64, device=process.device)
-    with model.evaluating():
+    with model.evaluating(), as_kept(model):
         for window in window_batches(text.ids, length, stride, process.rank, process.ranks, batch):
             loss_bS = model.token_losses(window.sequence_bS.to(process.device)).double()
             scored_bS = window.scored_bS.to(process.device)

@@ -1,5 +1,6 @@
 """The trained model under evaluation: its weights over any number of ranks, and the tokenizer it was trained with."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,14 +8,18 @@ import torch
 
 from moe_dist.checkpoint.load_model import load_model
 from moe_dist.checkpoint.weights import TrainedWeights, find_weights
-from moe_dist.config import ReclusterConfig, RunConfig, WorldConfig, resolve_world
+from moe_dist.config import RunConfig, WorldConfig, resolve_world
 from moe_dist.data import Tokenizer, prepare_data
 from moe_dist.data.prepare import TOKENIZER
 from moe_dist.engine.startup import Process
 from moe_dist.errors import DataError
 from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.stored_experts import StoredExperts
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
+
+TRAINING_ONLY = ("recluster", "memory")
+"""Sections that an evaluation leaves at their defaults."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,18 @@ class Subject:
     def model(self, dtype: torch.dtype) -> LanguageModel:
         """The trained model on this rank; collective."""
         return load_model(self.weights, self.mesh, Links.discover(self.process.device), self.process.device, dtype)
+
+
+def as_kept(model: LanguageModel) -> AbstractContextManager[None]:
+    """While it holds the model computes with what is kept of its experts (`precision`), if that is not all of them."""
+    if model.config.precision.residuals == "none" or is_packed(model):
+        return nullcontext()
+    return model.with_stored_experts()
+
+
+def is_packed(model: LanguageModel) -> bool:
+    """Whether its experts are in few bits already, and cannot be trained: it is from an export with --stored."""
+    return any(isinstance(part, StoredExperts) for layer in model.clustered_layers() for part in layer.clusters)
 
 
 def open_subject(run: Path, process: Process, world: WorldConfig, dtype: str) -> Subject:
@@ -65,7 +82,9 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str) -> RunC
     """
     moe = config.moe.model_copy(update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none"})
     model = config.model.model_copy(update={"activation_checkpointing": False})
-    return config.model_copy(update={"moe": moe, "model": model, "world": world, "recluster": ReclusterConfig()})
+    fields = RunConfig.model_fields
+    defaults = {name: fields[name].get_default() for name in TRAINING_ONLY if name in fields}
+    return config.model_copy(update={**defaults, "moe": moe, "model": model, "world": world})
 
 
 def _tokenizer(run: Path, weights: TrainedWeights) -> Tokenizer:

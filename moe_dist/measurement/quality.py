@@ -23,8 +23,8 @@ from moe_dist.measurement import subruns
 from moe_dist.measurement.subruns import PACKAGE, Summary
 from moe_dist.metrics.summary import look_up
 
-RECIPES = ("dense", "standard-aux", "standard-aux-scaled", "standard-bias", "cheap", "good")
-YARDSTICK = "standard-aux-scaled"
+RECIPES = ("dense", "standard-aux", "standard-bias", "cheap", "good")
+YARDSTICK = "standard-aux"
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 ALIGN = 16
 """Every parameter begins at a multiple of so many elements, as vector instructions like it."""
+
+Choice = TypeVar("Choice")
 
 
 class Kind(StrEnum):
@@ -93,7 +95,7 @@ class Layout:
         """Each parameter's part of a run, in its own shape."""
         return {name: flat[span.start : span.end].view(span.shape) for name, span in self.spans.items()}
 
-    def runs(self, chosen: Sequence[bool]) -> Iterator[tuple[bool, slice]]:
+    def runs(self, chosen: Sequence[Choice]) -> Iterator[tuple[Choice, slice]]:
         """Neighbouring parameters of equal choice, as whole runs of elements with what lies between them."""
         starts = [*(span.start for span in self.spans.values()), self.elements]
         for choice, group in groupby(range(len(chosen)), key=lambda index: chosen[index]):

@@ -45,7 +45,7 @@ class _Reference:
 
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: Any
 
 
 class OffloadedCluster:
@@ -99,7 +99,7 @@ class OffloadedCluster:
             if kind in sizes:
                 flat = state.acquire(self.block(kind), blank=True)
                 for name, view in self.layout.views(flat).items():
-                    view.copy_(self.parameters[name])
+                    view.copy_(self.parameters[name].to(self.dtype))  # masters start rounded, as DeepSpeed's do
                 state.release(self.block(kind), changed=True)
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._take_gradient)
@@ -226,6 +226,6 @@ class _Leave(torch.autograd.Function):
         return result.view_as(result)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         ctx.cluster.begin_backward()
         return None, gradient

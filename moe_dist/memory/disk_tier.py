@@ -126,4 +126,4 @@ class DiskTier:
 
 
 def _bytes_of(values: Tensor) -> memoryview:
-    return memoryview(values.detach().view(torch.uint8).numpy())
+    return memoryview(values.detach().view(torch.uint8).numpy())  # type: ignore[arg-type]

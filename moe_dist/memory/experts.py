@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config import RunConfig
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.memory.activity import Activity
 from moe_dist.memory.arena import Account, Arena
 from moe_dist.memory.block import Block, Kind
@@ -33,6 +33,7 @@ class ExpertMemory:
 
     Attributes:
         on_gradient: called with each cluster's gradient of a step when its last micro-batch has added to it.
+        refusal: why a cluster could not be taken, in its own words (Megatron-core adds some when it builds a layer).
         last_pass: the backward pass of the step's last micro-batch is running, or about to.
     """
 
@@ -60,6 +61,7 @@ class ExpertMemory:
             self.device = Residency(self.state, Arena(account, device), Transfers(device), self.activity)
         self.clusters: dict[Place, OffloadedCluster] = {}
         self._of_parameter: dict[nn.Parameter, tuple[OffloadedCluster, str]] = {}
+        self.refusal: MoeDistError | None = None
         self.on_gradient: GradientFunction | None = None
         self.last_pass = False
 
@@ -70,6 +72,13 @@ class ExpertMemory:
             ConfigError: the budget is less than the least that would do.
             OffloadError: the disk is full.
         """
+        try:
+            return self._adopt(layer, local, parameters)
+        except MoeDistError as error:
+            self.refusal = error
+            raise
+
+    def _adopt(self, layer: int, local: int, parameters: Mapping[str, nn.Parameter]) -> OffloadedCluster:
         cluster = OffloadedCluster(layer, local, parameters, self.device, self, self._dtype, self._device)
         least = self.least_budget(cluster)
         if self.budget < least:

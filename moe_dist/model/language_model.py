@@ -1,6 +1,6 @@
 """Puts a language model together from its configuration, and counts its parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe_dist.compression import PackedCluster, StoredForm
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic import TrafficLedger
+from moe_dist.errors import MoeDistError
 from moe_dist.memory.block import Block
 from moe_dist.memory.experts import ExpertMemory
 from moe_dist.model.balance_state import BalanceState
@@ -70,7 +71,10 @@ class LanguageModel(nn.Module):
             memory.describe = self._describe_block
         self._micro_batches = micro_batches
         initialize_megatron(config.world.timeout_seconds, mesh.shape.cluster * mesh.shape.shard)
-        self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._recomputing)
+        try:
+            self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._recomputing)
+        except MoeDistError as error:
+            raise (memory and memory.refusal) or error from None
 
     def forward(self, sequence_BS: Tensor) -> Tensor:
         """Mean loss in nats a token over [B, S+1] token numbers: each predicts the next."""
@@ -140,6 +144,10 @@ class LanguageModel(nn.Module):
     def with_stored_experts(self) -> Iterator[None]:
         """Computes with what would be stored of the clusters (`precision`), which cannot be trained meanwhile."""
         layers, form = self.clustered_layers(), stored_form(self.config)
+        if self.context.memory is not None:
+            with _seen_as(layers, form):
+                yield
+            return
         trained = [layer.clusters for layer in layers]
         for layer, parts in zip(layers, trained, strict=True):
             layer.clusters = nn.ModuleList(_stored(part, form) for part in parts)
@@ -155,6 +163,20 @@ class LanguageModel(nn.Module):
         if self.context.statistics is not None:
             self.context.statistics.to(device)
         return self.to(device)
+
+
+@contextmanager
+def _seen_as(layers: Iterable[ClusteredMoE], form: StoredForm) -> Iterator[None]:
+    """Clusters that are offloaded are seen as stored whenever one is used: to hold all in that form would not fit."""
+    parts = [part for layer in layers for part in layer.clusters if isinstance(part, ClusteredExperts)]
+    before = [part.seen_as for part in parts]
+    for part in parts:
+        part.seen_as = form
+    try:
+        yield
+    finally:
+        for part, seen_as in zip(parts, before, strict=True):
+            part.seen_as = seen_as
 
 
 def _stored(part: nn.Module, form: StoredForm) -> StoredExperts:

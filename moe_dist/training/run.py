@@ -34,7 +34,14 @@ from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, perplexity
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.schedule import learning_rate
-from moe_dist.training.totals import all_to_all_totals, memory_now, offload_totals, peak_memory, traffic_matrices
+from moe_dist.training.totals import (
+    all_to_all_totals,
+    memory_now,
+    model_bytes,
+    offload_totals,
+    peak_memory,
+    traffic_matrices,
+)
 from moe_dist.training.warmup import Trained, cluster_experts
 from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
 
@@ -265,6 +272,7 @@ class TrainingRun:
         self.checkpoints.finish(steps)
         counts, peaks = count_parameters(self.model), peak_memory(self.process)
         tokens, loss = steps * self.tokens_per_step, self.account.curve[-1]["loss"]
+        whole, away = model_bytes(self.engine)
         self.recorder.traffic(traffic_matrices(self.ledger, self.process))
         timed = self.account.step_seconds[1:] or self.account.step_seconds  # the first step warms up
         self.recorder.finish(
@@ -289,6 +297,8 @@ class TrainingRun:
                     "peak_rss_bytes": max(peaks.rss_by_rank),
                     "peak_rss_bytes_by_rank": peaks.rss_by_rank,
                     "peak_device_bytes": peaks.device,
+                    "model_bytes": whole,
+                    "offloadable_bytes": away,
                     "offload": None if self.memory is None else offload_totals(self.memory, self.process),
                 },
                 "world": vars(self.shape),

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.dispatch.traffic import Direction, Payload, Stage, TrafficLedger
+from moe_dist.engine.engine import Engine
 from moe_dist.engine.startup import Process
+from moe_dist.engine.training_state import MASTER
 from moe_dist.memory.experts import ExpertMemory
 from moe_dist.metrics import peak_rss_bytes, rss_bytes
 from moe_dist.topology.links import LinkKind
@@ -79,6 +81,21 @@ def memory_now(process: Process) -> dict[str, int]:
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     largest, smallest, device = extremes.tolist()
     return {"rss_bytes_max": largest, "rss_bytes_min": -smallest, "device_bytes_max": device}
+
+
+def model_bytes(engine: Engine) -> tuple[int, int]:
+    """Weights, gradients and training state of a rank, counted from its tensors; and of them, what is kept in tiers."""
+    state, held, away = engine.training_state(), 0, 0
+    for parameter in engine.model.parameters():
+        if not state.is_offloaded(parameter):
+            held += 2 * parameter.numel() * parameter.element_size()  # with a gradient as large
+            fragment = state.fragment(parameter)
+            tensors = {} if fragment is None else fragment.tensors
+            held += sum(t.nbytes for name, t in tensors.items() if name != MASTER or state.separate_masters)
+    if state.offloaded is not None:
+        clusters = state.offloaded.memory.clusters.values()
+        away = sum(size.bytes for cluster in clusters for size in cluster.sizes().values())
+    return held + away, away
 
 
 def offload_totals(memory: ExpertMemory, process: Process) -> dict[str, int]:

@@ -252,6 +252,11 @@ class Bed:
         self.nodes[name].run("tc", "qdisc", "replace", "dev", "eth0", *limit)
         self._on_switch("tc", "qdisc", "replace", "dev", f"to-{name}", *limit)
 
+    def unshape(self, name: str) -> None:
+        """Lets a node's cable carry what the machine's processors can move."""
+        self.nodes[name].run("tc", "qdisc", "del", "dev", "eth0", "root")
+        self._on_switch("tc", "qdisc", "del", "dev", f"to-{name}", "root")
+
     def _lay_cable(self, node: Node) -> None:
         """Joins the node's eth0 to the switch's device `to-NAME`."""
         here, pid = f"to-{node.name}", str(node.pid)

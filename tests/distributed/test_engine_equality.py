@@ -28,6 +28,7 @@ SMALL = [
     "moe.expert_hidden=16", "moe.rank=2", "moe.wire_dtype=float32", "train.precision=float32",
     f"train.global_batch_size={SEQUENCES}", "train.micro_batch_size=1", "optimizer.clip_norm=0.5",
     "optimizer.learning_rate=1e-3",
+    "optimizer.feed_forward_lr_scale=0.5",
 ]  # fmt: skip
 
 
@@ -166,16 +167,24 @@ def _train_plainly(words: list[str]) -> Trained:
     options, trained = config.optimizer, Trained()
     decayed: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     routers: list[torch.nn.Parameter] = []
+    full: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         vector = parameter.ndim == 1 or leaf in ("hidden_gate_NF", "hidden_bias_NH", "output_bias_ND")
         if ".router." in name:
             routers.append(parameter)
+        elif {"w_in", "w_out", "w_in_DH", "w_out_FD"} & set(name.split(".")):
+            full.append(parameter)
         else:
             decayed[not vector and "embedding" not in name].append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed[True], "weight_decay": options.weight_decay},
         {"params": decayed[False]},
+        {
+            "params": full,
+            "weight_decay": options.weight_decay,
+            "lr": options.learning_rate * options.feed_forward_lr_scale,
+        },
         {
             "params": routers,
             "weight_decay": options.weight_decay,

@@ -154,3 +154,39 @@ def _descendants(root: int) -> list[tuple[int, dict[str, str]]]:
             if any(word.endswith("launcher/train.py") for word in words) and "deepspeed.launcher" not in str(words):
                 found.append((pid, dict(entry.split("=", 1) for entry in entries if "=" in entry)))
     return found
+
+
+def _glue(folder: Path) -> Path:
+    """Two tasks of a few rows."""
+    for task, rows in {
+        "cola": [{"sentence": f"sentence {n}", "label": n % 2} for n in range(8)],
+        "stsb": [{"sentence1": f"a {n}", "sentence2": f"b {n}", "label": n / 2} for n in range(8)],
+    }.items():
+        (folder / task).mkdir(parents=True)
+        for split in ("train", "validation"):
+            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_reproduction_in_miniature_and_an_evaluation_that_is_refused(tmp_path: Path) -> None:
+    text, results = tmp_path / "text.txt", tmp_path / "results"
+    text.write_text("A line of words that are held out .\n" * 20)
+    command = [str(BIN / "moe-dist"), "reproduce", "--scale", "smoke", "--seeds", "1", "--folder", str(results)]
+    command += ["--kind", "standard-aux", "--kind", "clustered-online", "--text", "stdlib", "--test-text", str(text)]
+    command += ["--glue", str(_glue(tmp_path / "glue")), f"corpus.cache_dir={tmp_path}/cache"]
+    done = _run(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4/4 evaluation clustered-online seed 0: done; done" in done.stdout
+    found = json.loads((results / "results.json").read_text())
+    assert [row["kind"] for row in found["rows"]] == ["standard-aux", "clustered-online"]
+    assert all({"loss", "word_perplexity", "glue", "active_work"} <= row["figures"].keys() for row in found["rows"])
+    assert {path.name for path in results.glob("*.png")} >= {"loss-tokens.png", "membership-clustered-online.png"}
+    again = _run(command)
+    assert "0 parts to run" in again.stdout
+    (tmp_path / "glue" / "cola" / "train.jsonl").write_text('{"sentence": "a"}\n')
+    run = next((results / "runs").glob("*clustered-online*"))
+    words = [str(run), "--task", "glue:cola", "--glue", str(tmp_path / "glue"), "--ranks", "2"]
+    refused = _run([str(BIN / "moe-dist"), "eval", *words])
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "cola/train.jsonl: row 1 has no column 'label'; it has: sentence" in refused.stderr
+    assert "Traceback" not in refused.stderr

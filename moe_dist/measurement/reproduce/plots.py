@@ -25,14 +25,14 @@ FRONTIERS = {  # file name -> figure on the x-axis, its label
 
 def plot_all(results: Sequence[Result], table: Sequence[Row], folder: Path) -> list[Path]:
     """Writes every plot for which there is something to show; returns the files."""
+    bytes_label, variance_label = "all-to-all, bytes a token and layer", "load variance (log)"
     makers: dict[str, Callable[[Any], bool]] = {
-        "loss-tokens": lambda figure: _loss_curves(figure, results),
-        "bytes-token": lambda figure: _bars(
-            figure, table, "bytes_per_token_layer", "all-to-all, bytes a token and layer"
-        ),
-        "load-variance": lambda figure: _bars(figure, table, "load_variance", "load variance (log)", log=True),
-        **{name: partial(_frontier, table=table, name=x, label=label) for name, (x, label) in FRONTIERS.items()},
+        "loss-tokens": partial(_loss_curves, results=results),
+        "bytes-token": partial(_bars, table=table, name="bytes_per_token_layer", label=bytes_label),
+        "load-variance": partial(_bars, table=table, name="load_variance", label=variance_label, log=True),
     }
+    for name, (x, label) in FRONTIERS.items():
+        makers[name] = partial(_frontier, table=table, name=x, label=label)
     for result in results:
         if result.seed == 0 and result.run is not None and result.run.is_dir():
             makers[f"load-map-{result.kind}"] = partial(_load_map, run=result.run)

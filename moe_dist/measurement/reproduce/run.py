@@ -50,10 +50,12 @@ class Plan:
         """How it was measured, in words."""
         config = self.setting.load()
         tokens = config.train.steps * config.train.global_batch_size * config.model.sequence_length
+        corpus = config.corpus
+        text = {"text": ", ".join(Path(path).name for path in corpus.paths), "hub": f"{corpus.name} {corpus.subset}"}
         versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
         return [
-            f"Scale {self.setting.scale.name}: {config.train.steps} steps, {tokens / 1e6:.1f} M tokens of "
-            f"{config.corpus.name or config.corpus.kind} text a run, {self.setting.scale.ranks} rank(s), "
+            f"Scale {self.setting.scale.name}: {config.train.steps} steps, {tokens:,} tokens of "
+            f"{text.get(corpus.kind, 'the standard library')} a run, {self.setting.scale.ranks} rank(s), "
             f"{config.train.precision}, {self.seeds} seed(s); the same batches for all kinds.",
             f"Versions: {versions}.",
         ]

@@ -3,6 +3,7 @@
 Figures are the vendors' for one direction; how much of them real code reaches is in `matmul_share` and `link_share`.
 """
 
+import math
 from dataclasses import dataclass
 
 from moe_dist.errors import ConfigError
@@ -22,6 +23,9 @@ class Device:
         matmul_share: part of `flops` that large matrix products reach.
         link_share: part of a link's rate that an all-to-all reaches.
         reserved: bytes that libraries and the allocator's losses take.
+        expert_share: part of `flops` that the experts' products reach; None: as much as others.
+        stack_bandwidth: bytes/s that its processor can hand to sockets; None: links move data by themselves.
+        step_overhead: seconds of a step that go with no work: starting operations, small collectives.
     """
 
     name: str
@@ -34,6 +38,9 @@ class Device:
     matmul_share: float = 0.5
     link_share: float = 0.8
     reserved: float = 4 * GIGA
+    expert_share: float | None = None
+    stack_bandwidth: float | None = None
+    step_overhead: float = 0.0
 
 
 DEVICES = {
@@ -69,6 +76,7 @@ class Fabric:
         pod_nodes: nodes below one leaf switch; traffic between pods crosses the spine.
         oversubscription: what the leaf's devices could send over what its uplinks carry; 1: none.
         node_latency, network_latency: seconds that one exchange takes at least, inside a node and between nodes.
+        sharing: devices that take turns on one processor: 1 on GPUs, more where ranks outnumber a machine's cores.
     """
 
     device: Device
@@ -79,6 +87,7 @@ class Fabric:
     oversubscription: float = 1.0
     node_latency: float = 10e-6
     network_latency: float = 25e-6
+    sharing: float = 1.0
 
     @property
     def ranks(self) -> int:
@@ -93,3 +102,18 @@ class Fabric:
     @property
     def node_bandwidth(self) -> float:
         return self.device.node_bandwidth * self.device.link_share
+
+    @property
+    def compute_rate(self) -> float:
+        """FLOP/s of a device in large matrix products."""
+        return self.device.flops * self.device.matmul_share / self.sharing
+
+    @property
+    def expert_rate(self) -> float:
+        """FLOP/s of a device in experts while others wait for it; where all work at once they share (`sharing`)."""
+        return self.device.flops * (self.device.expert_share or self.device.matmul_share)
+
+    @property
+    def stack_bandwidth(self) -> float:
+        """Bytes/s that a device's processor moves when all do."""
+        return (self.device.stack_bandwidth or math.inf) / self.sharing

@@ -1,5 +1,7 @@
 """Time of an all-to-all from bytes between ranks: the busiest device inside nodes, the busiest interface, the spine.
 
+Where processors move the data (`Device.stack_bandwidth`), all of it takes their time, whatever link it goes over.
+
 Shapes: D replicas of the expert-parallel group, C of them at a time, P ranks of a group.
 """
 
@@ -39,7 +41,8 @@ def exchange_seconds(
         outside_CPP = bytes_CPP * (node_CP[:, :, None] != node_CP[:, None, :])
         inside_CP = _busier(bytes_CPP - outside_CPP) / fabric.node_bandwidth
         between_CP = _busier(outside_CPP) / fabric.rail_bandwidth
-        busiest.append(np.maximum(inside_CP, between_CP).max(axis=1))
+        moved_CP = _busier(bytes_CPP) / fabric.stack_bandwidth
+        busiest.append(np.maximum(np.maximum(inside_CP, between_CP), moved_CP).max(axis=1))
         crosses = crosses or bool(between_CP.any())
         pod_CP = node_CP // fabric.pod_nodes
         spine_CPP = outside_CPP * (pod_CP[:, :, None] != pod_CP[:, None, :])
@@ -71,14 +74,15 @@ def _spine_seconds(bytes_R: Floats, fabric: Fabric) -> float:
     return float(per_pod.max() / uplink)
 
 
-def reduce_seconds(bytes_held: float, sharing: int, spread: int, fabric: Fabric) -> float:
-    """Ring all-reduce (or reduce-scatter and all-gather) of `bytes_held` among `sharing` ranks, 2 (n-1)/n of it a rank.
+def reduce_seconds(bytes_held: float, sharing: int, on_node: int, fabric: Fabric) -> float:
+    """Once around a ring (reduce-scatter, or all-gather) of n = `sharing` ranks: (n-1)/n of `bytes_held` a rank.
 
     Args:
-        spread: distance in rank numbers from the first to the last of them, which says whether they leave a node.
+        on_node: how many of them are neighbours on one node, whose interfaces their ring has together.
     """
     if sharing == 1:
         return 0.0
-    inside = spread < fabric.devices_per_node
-    rate = fabric.node_bandwidth if inside else fabric.rail_bandwidth
-    return 2 * (sharing - 1) / sharing * bytes_held / rate
+    rate = min(fabric.node_bandwidth, fabric.stack_bandwidth)
+    if sharing > on_node:
+        rate = min(rate, fabric.rail_bandwidth * on_node)
+    return (sharing - 1) / sharing * bytes_held / rate

@@ -1,7 +1,7 @@
 """Predicted time of a training step, by what it goes into.
 
     step = accumulation x layers x (attention + busiest rank's experts + all-to-all, forward and backward)
-           + accumulation x output layer + gradient reduction + optimizer + re-clustering
+           + accumulation x output layer + gradient reduction + optimizer + re-clustering + overhead
 
 The replicas of the expert-parallel group run apart from each other within a step, the slowest one counts at its end.
 
@@ -90,8 +90,7 @@ def step_time(
     """
     draw = np.random.default_rng(scenario.seed)
     tokens = batch.micro * config.model.sequence_length
-    work, device = work_of(config, vocabulary), fabric.device
-    rate = device.flops * device.matmul_share
+    work, rate = work_of(config, vocabulary), fabric.compute_rate
     passes = 4 if config.model.activation_checkpointing else 3  # forward once or twice, backward twice the work
     layers = config.model.layers * batch.accumulation
     count = min(scenario.layers, config.model.layers)
@@ -99,7 +98,7 @@ def step_time(
         _layer(config, shape, fabric, popularity_LE[i % len(popularity_LE)], scenario, tokens, draw)
         for i in range(count)
     ]
-    experts_D = passes * work.row / rate * np.mean([rows_D for rows_D, _, _ in taken], axis=0)
+    experts_D = passes * work.row / fabric.expert_rate * np.mean([rows_D for rows_D, _, _ in taken], axis=0)
     wire_D = np.mean([seconds_D for _, seconds_D, _ in taken], axis=0)
     slowest = int(np.argmax(experts_D + wire_D))
     attention = passes * tokens * work.layer / rate
@@ -108,14 +107,15 @@ def step_time(
         "experts": layers * float(experts_D[slowest]),
         "all-to-all": layers * (1 - scenario.overlap) * float(wire_D[slowest]),
         "offload": layers * _offload(config, shape, fabric, scenario, attention + float(experts_D[slowest])),
-        "reduction": _reduction(config, shape, vocabulary, fabric),
+        "reduction": _reduction(config, shape, batch, vocabulary, fabric),
         "optimizer": _optimizer(config, shape, vocabulary, fabric),
         "re-clustering": _recluster(config, shape, fabric, popularity_LE, scenario),
+        "overhead": fabric.device.step_overhead * fabric.sharing,
     }
     total, inter = np.mean([volume for _, _, volume in taken], axis=0)
     all_tokens = tokens * batch.accumulation * shape.ranks
     useful = 3 * work.token(config.model.layers) * all_tokens
-    return StepTime(parts, all_tokens, useful, inter, total, device.flops * shape.ranks)
+    return StepTime(parts, all_tokens, useful, inter, total, fabric.device.flops * shape.ranks)
 
 
 def _layer(
@@ -127,7 +127,10 @@ def _layer(
     tokens: int,
     draw: np.random.Generator,
 ) -> tuple[Floats, Floats, tuple[float, float]]:
-    """rows_D of the busiest rank, seconds_D on the wire, and bytes a token: all, and between nodes."""
+    """rows_D that take a replica's time, seconds_D on the wire, and bytes a token: all, and between nodes.
+
+    The busiest rank's rows count, or where devices take turns on processors all rows over these, if that is more.
+    """
     replicas = min(shape.data, scenario.drawn_replicas)
     if config.moe.kind == "dense":
         return np.zeros(replicas), np.zeros(replicas), (0.0, 0.0)
@@ -148,7 +151,8 @@ def _layer(
     for flow in asked.flows:
         sent_PP = flow.bytes(tokens)
         wire_D = wire_D + exchange_seconds(sent_PP, flow.hop.row_bytes / 2, replicas, fabric, exchanges, draw)
-    return rows_DP.max(axis=1), wire_D, _volumes(asked, fabric, tokens)
+    rows_D = np.maximum(rows_DP.max(axis=1), fabric.sharing * rows_DP.mean(axis=1))
+    return rows_D, wire_D, _volumes(asked, fabric, tokens)
 
 
 def _volumes(asked: Demand, fabric: Fabric, tokens: int) -> tuple[float, float]:
@@ -171,28 +175,31 @@ def _offload(config: RunConfig, shape: WorldShape, fabric: Fabric, scenario: Sce
     return max(0.0, 2 * (1 - scenario.resident) * bytes_layer / fabric.device.host_bandwidth - compute)
 
 
-def _reduction(config: RunConfig, shape: WorldShape, vocabulary: int, fabric: Fabric) -> float:
-    size = 2 if config.train.precision == "bfloat16" else 4
+def _reduction(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int, fabric: Fabric) -> float:
+    """Gradients go around twice, in stage 2 for every micro-batch; with ZeRO the updated weights once more."""
+    stage, size = config.world.zero_stage, 2 if config.train.precision == "bfloat16" else 4
+    rounds = 2 * (batch.accumulation if stage == 2 else 1) + (stage > 0)
     held = parameters_on_rank(config, shape, vocabulary)
-    return sum(
-        reduce_seconds(size * held[kind], sharing, _spread(kind, shape), fabric)
+    return rounds * sum(
+        reduce_seconds(size * held[kind], sharing, _on_node(kind, shape, fabric), fabric)
         for kind, sharing in memory.replicas(shape).items()
         if held[kind]
     )
 
 
-def _spread(kind: ParameterClass, shape: WorldShape) -> int:
-    """From the first to the last rank that holds a copy."""
+def _on_node(kind: ParameterClass, shape: WorldShape, fabric: Fabric) -> int:
+    """How many of the ranks of one node hold copies of the same parameters."""
+    devices = fabric.devices_per_node
     if kind is ParameterClass.DENSE:
-        return shape.ranks - 1
-    between = (shape.data - 1) * shape.cluster * shape.shard
-    return between + (shape.shard - 1 if kind is ParameterClass.BASE else 0)
+        return devices
+    replicas = max(1, devices // (shape.cluster * shape.shard))
+    return replicas * (min(shape.shard, devices) if kind is ParameterClass.BASE else 1)
 
 
 def _optimizer(config: RunConfig, shape: WorldShape, vocabulary: int, fabric: Fabric) -> float:
     held = parameters_on_rank(config, shape, vocabulary)
     own = sum(held[kind] / (n if config.world.zero_stage else 1) for kind, n in memory.replicas(shape).items())
-    return OPTIMIZER_BYTES * own / fabric.device.memory_bandwidth
+    return OPTIMIZER_BYTES * own / fabric.device.memory_bandwidth * fabric.sharing
 
 
 def _recluster(

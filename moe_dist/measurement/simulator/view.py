@@ -8,6 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.measurement.simulator.calibration import DEVICE_CONSTANTS, Calibration
 from moe_dist.measurement.simulator.memory import Memory
 from moe_dist.measurement.simulator.planner import GIB, Option, Plan
 from moe_dist.measurement.simulator.step import StepTime
@@ -71,6 +72,33 @@ def render_times(times: Mapping[str, StepTime], console: Console) -> None:
     table.add_row("B/token/layer", *(f"{time.bytes_per_token_layer:,.0f}" for time in times.values()))
     table.add_row("  between nodes", *(f"{time.inter_node_bytes_per_token_layer:,.0f}" for time in times.values()))
     console.print(table)
+
+
+def render_calibration(found: Calibration, console: Console) -> None:
+    """Every case, measured and predicted; the mean errors; the constants."""
+    table = Table(title="a step, ms: median of those timed, smallest to largest", title_justify="left", box=SIMPLE)
+    table.add_column("case")
+    for name in ("measured", "spread", "predicted", "error", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in found.predictions:
+        measured = one.measured
+        table.add_row(
+            measured.case.run.name,
+            f"{1000 * measured.median:,.0f}",
+            f"{1000 * min(measured.seconds):,.0f}-{1000 * max(measured.seconds):,.0f}",
+            f"{1000 * one.time.seconds:,.0f}",
+            f"{one.error:+.1%}",
+            "held out" if measured.case.held_out else "fitted",
+        )
+    console.print(table)
+    words = {"markup": False, "highlight": False, "soft_wrap": True}
+    for name, held_out in (("all cases", None), ("those fitted", False), ("those held out", True)):
+        if (error := found.mean_error(held_out)) is not None:
+            console.print(f"mean absolute error of {name}: {error:.1%}", **words)  # type: ignore[arg-type]
+    machine = found.machine
+    fitted = [f"{name} {getattr(machine.device, name):.3g}" for name in DEVICE_CONSTANTS]
+    text = ", ".join([*fitted, f"network_latency {machine.network_latency:.3g}"])
+    console.print(f"fitted: {text}", **words)  # type: ignore[arg-type]
 
 
 def time_to_dict(time: StepTime) -> dict[str, Any]:

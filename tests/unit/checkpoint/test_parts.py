@@ -41,7 +41,8 @@ def write(folder: Path, ranks: list[Part]) -> None:
     for rank, part in enumerate(ranks):
         for name, tensor in tensors_of({"p": part}, rank, len(ranks)).items():
             known = together.setdefault(name, ShardedTensor(tensor.shape, tensor.dtype))
-            known.shards += [new for new in tensor.shards if new.start not in {old.start for old in known.shards}]
+            starts = {old.start for old in known.shards}
+            known.shards = [*known.shards, *(new for new in tensor.shards if new.start not in starts)]
     filled = manifest().model_copy(update={"values": values_of({"p": ranks[0]})})
     write_checkpoint(folder, filled, together, rank=0)
 

@@ -1,6 +1,7 @@
 """Routing, network, step time and plans: against token-by-token counting, hand-made cases, and what must hold."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moe_dist.measurement.simulator.hardware import DEVICES, Fabric, device_name
 from moe_dist.measurement.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.measurement.simulator.planner import layouts, plan
 from moe_dist.measurement.simulator.popularity import Floats, balanced_clusters, recorded, sample, zipf
+from moe_dist.measurement.simulator.sizes import parameters_on_rank
 from moe_dist.measurement.simulator.step import Scenario, step_time
 from moe_dist.measurement.simulator.strategies import Strategy, demand
 
@@ -23,6 +25,7 @@ CONFIG = load_config(None, ["moe.experts=32", "moe.clusters=4", "moe.top_k=2", "
 STANDARD = load_config(None, ["moe.kind=standard", "moe.experts=32", "moe.top_k=4"])
 SHAPE = WorldShape(2, 4, 2)
 H100 = DEVICES["h100"]
+TWO = Scenario(Strategy.TWO_STAGE)
 
 
 def _fabric(nodes: int, per_node: int, pod_nodes: int = 32, oversubscription: float = 1.0) -> Fabric:
@@ -111,9 +114,35 @@ def test_all_replicas_share_an_oversubscribed_spine() -> None:
 
 def test_reduction_follows_the_ring() -> None:
     fabric = _fabric(2, 4)
-    assert reduce_seconds(40e9, 1, 0, fabric) == 0
-    assert reduce_seconds(40e9, 4, 3, fabric) == pytest.approx(1.5 * 40e9 / 360e9)
-    assert reduce_seconds(40e9, 4, 6, fabric) == pytest.approx(1.5)
+    assert reduce_seconds(40e9, 1, 1, fabric) == 0
+    assert reduce_seconds(40e9, 4, 4, fabric) == pytest.approx(0.75 * 40e9 / 360e9)
+    assert reduce_seconds(40e9, 4, 1, fabric) == pytest.approx(0.75)
+    assert reduce_seconds(40e9, 8, 4, fabric) == pytest.approx(0.875 / 4)  # their ring has all four interfaces
+
+
+@pytest.mark.parametrize(("zero_stage", "rounds"), [(0, 2), (1, 3), (2, 5)])
+def test_gradients_go_around_twice_and_weights_once(zero_stage: int, rounds: int) -> None:
+    config = load_config(None, ["moe.experts=32", "moe.clusters=4", f"world.zero_stage={zero_stage}"])
+    found = _seconds(0.0, Scenario(Strategy.TWO_STAGE), WorldShape(16, 1, 1), config)["reduction"]
+    held = sum(parameters_on_rank(config, WorldShape(16, 1, 1), 1000).values())
+    assert found == pytest.approx(rounds * reduce_seconds(2 * held, 16, 8, _fabric(2, 8)))
+
+
+def test_devices_that_take_turns_are_slower_but_wait_less_for_the_busiest() -> None:
+    popularity_LE = zipf(32, 1.0, 2, _random())
+    alone, shared = (
+        step_time(CONFIG, SHAPE, BatchShape(2, 2), 1000, replace(_fabric(2, 8), sharing=n), popularity_LE, TWO).parts
+        for n in (1.0, 8.0)
+    )
+    assert shared["attention and dense"] == pytest.approx(8 * alone["attention and dense"])
+    assert alone["experts"] < shared["experts"] < 8 * alone["experts"]
+
+
+def test_processors_that_move_data_count_all_of_it() -> None:
+    bytes_PP = np.full((4, 4), 1e9) * (1 - np.eye(4))
+    slow = replace(_fabric(2, 2), device=replace(H100, stack_bandwidth=1e9), sharing=2.0)
+    assert exchange_seconds(bytes_PP, 0.0, 1, slow, 0, _random()) == pytest.approx([3 / 0.5])
+    assert reduce_seconds(1e9, 2, 1, slow) == pytest.approx(0.5 / 0.5)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.floats(0, 3), st.integers(0, 99))
@@ -156,9 +185,11 @@ def test_a_run_tells_its_popularity(tmp_path: Path) -> None:
         recorded(tmp_path, 4)
 
 
-def _seconds(skew: float, scenario: Scenario, shape: WorldShape = SHAPE) -> dict[str, float]:
+def _seconds(
+    skew: float, scenario: Scenario, shape: WorldShape = SHAPE, config: RunConfig = CONFIG
+) -> dict[str, float]:
     popularity_LE = zipf(32, skew, 2, _random())
-    return step_time(CONFIG, shape, BatchShape(2, 2), 1000, _fabric(2, 8), popularity_LE, scenario).parts
+    return step_time(config, shape, BatchShape(2, 2), 1000, _fabric(2, 8), popularity_LE, scenario).parts
 
 
 def test_skew_costs_and_regrouping_wins_it_back() -> None:

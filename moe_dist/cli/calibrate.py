@@ -1,0 +1,36 @@
+"""`moe-dist calibrate`: fits the constants of `plan` and `simulate` to steps that were measured."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launcher.train import writable
+from moe_dist.cli.words import Json
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command of this file."""
+    app.command()(calibrate)
+
+
+def calibrate(
+    cases: Annotated[Path, typer.Argument(metavar="CASES", help="JSON: a machine to start from, and measurements.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the machine here, for --calibration of the others.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Fit the simulator to folders of `measure traffic`, and show how well it predicts those that are held out."""
+    machine_file = writable(output, "--output") if output else None
+    target = writable(json_file) if json_file else None
+    from moe_dist.measurement.simulator import calibration, view
+    from moe_dist.metrics import write_json
+
+    found = calibration.calibrate(cases)
+    view.render_calibration(found, Console())
+    if machine_file is not None:
+        write_json(Path(machine_file), found.machine.model_dump(mode="json"))
+    if target is not None:
+        write_json(Path(target), calibration.to_dict(found))
