@@ -17,12 +17,13 @@ ENTRY = Path(measure.__file__)
 
 
 class LayerKind(StrEnum):
-    """As `moe.kind`; deepspeed: its own MoE layer, alone, on random tokens."""
+    """As `moe.kind`; deepspeed and megatron: their own MoE layers, alone, on random tokens."""
 
     CLUSTERED = "clustered"
     STANDARD = "standard"
     DENSE = "dense"
     DEEPSPEED = "deepspeed"
+    MEGATRON = "megatron"
 
 
 def register(app: typer.Typer) -> None:

@@ -98,6 +98,9 @@ def simulate(
 
 
 def _machine(gpu: str, calibration: Path | None):  # type: ignore[no-untyped-def]
+    from moe_dist.measurement.simulator.hardware import device_named
     from moe_dist.measurement.simulator.machine import Machine, read_section
 
-    return read_section(calibration, Machine, "--calibration") if calibration else Machine(device=gpu)
+    if calibration is not None:
+        return read_section(calibration, Machine, "--calibration")
+    return Machine(device=device_named(gpu))

@@ -1,38 +1,48 @@
-"""The traffic of DeepSpeed's own MoE layer on tokens like ours, counted from outside by the collectives it issues."""
+"""The traffic of DeepSpeed's and Megatron-core's own MoE layers, counted from outside by the collectives they issue."""
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from moe_dist.config import RunConfig, resolve_batch
 from moe_dist.engine.peer_moe import DeepSpeedMoE
 from moe_dist.engine.startup import Process
 from moe_dist.errors import ConfigError
 from moe_dist.measurement.collectives import CollectiveWatch
+from moe_dist.model.megatron_moe import MegatronMoE, stand_ins
 from moe_dist.topology.links import LinkKind, Links
 
-NAME = "deepspeed"
+PEERS: dict[str, tuple[Callable[[RunConfig, int], nn.Module], Callable[[], AbstractContextManager[None]]]] = {
+    "deepspeed": (DeepSpeedMoE, nullcontext),
+    "megatron": (MegatronMoE, stand_ins),
+}
+"""By name: what makes the layer for so many ranks, and what must be entered around its passes."""
 
 
-def measure_deepspeed(
-    config: RunConfig, process: Process, watch: CollectiveWatch, steps: int, warmup: int
+def measure_peer(
+    name: str, config: RunConfig, process: Process, watch: CollectiveWatch, steps: int, warmup: int
 ) -> dict[str, Any]:
     """One layer, forward and backward, on random tokens in the type of `train.precision`; collective.
 
-    Its capacity is that of the fullest expert of any rank, and every expert's chunk is padded to it; its routing is its
-    own, of an untrained gate. `layer_seconds` is the time of this one layer, with the watch on.
+    Dropless: DeepSpeed's capacity is that of the fullest expert of any rank, and every expert's chunk is padded to it;
+    Megatron-core's all-to-all is uneven, without padding. The routing is their own, of an untrained gate.
+    `layer_seconds` is the time of this one layer, with the watch on.
 
     Raises:
         ConfigError: the ranks do not divide the experts.
     """
     if config.moe.experts % process.ranks:
         experts = f"moe.experts={config.moe.experts}"
-        raise ConfigError(f"--kind {NAME}: {experts} cannot be divided over {process.ranks} ranks")
+        raise ConfigError(f"--kind {name}: {experts} cannot be divided over {process.ranks} ranks")
     batch, dtype = resolve_batch(config, process.ranks), getattr(torch, config.train.precision)
-    layer = DeepSpeedMoE(config, process.ranks).to(process.device, dtype)
+    make, setting = PEERS[name]
+    layer = make(config, process.ranks).to(process.device, dtype)
     shape = (batch.micro * config.model.sequence_length, config.model.hidden_size)
     draw, seconds = torch.Generator().manual_seed(config.seed + process.rank), []
     for step in range(warmup + steps):
@@ -41,13 +51,16 @@ def measure_deepspeed(
             watch.active = True
         x_TD = torch.randn(shape, generator=draw).to(process.device, dtype).requires_grad_()
         started = time.perf_counter()
-        layer(x_TD).square().mean().backward()
+        with setting():
+            layer(x_TD).square().mean().backward()
         seconds.append(time.perf_counter() - started)
     watch.active = False
-    return _figures(process, watch, steps, shape[0], float(np.median(seconds[warmup:])))
+    return _figures(name, process, watch, steps, shape[0], float(np.median(seconds[warmup:])))
 
 
-def _figures(process: Process, watch: CollectiveWatch, steps: int, tokens: int, seconds: float) -> dict[str, Any]:
+def _figures(
+    name: str, process: Process, watch: CollectiveWatch, steps: int, tokens: int, seconds: float
+) -> dict[str, Any]:
     """The keys of `gather_figures`, as far as they can be told from outside."""
     links = Links.discover(process.device)
     mine = torch.zeros(2, process.ranks, dtype=torch.int64)
@@ -60,7 +73,7 @@ def _figures(process: Process, watch: CollectiveWatch, steps: int, tokens: int, 
     inter = int(sent[node_R[:, None] != node_R].sum())
     all_tokens = steps * tokens * process.ranks
     return {
-        "kind": NAME,
+        "kind": name,
         "steps": steps,
         "tokens": all_tokens,
         "layers": 1,
@@ -70,5 +83,5 @@ def _figures(process: Process, watch: CollectiveWatch, steps: int, tokens: int, 
         "bytes_by": {"link": {LinkKind.INTRA_NODE: int(sent.sum()) - inter, LinkKind.INTER_NODE: inter}},
         "layer_seconds": seconds,
         "node_of_rank": list(links.node_of_rank),
-        "stages": {NAME: {"bytes": sent.tolist(), "messages": messages.tolist()}},
+        "stages": {name: {"bytes": sent.tolist(), "messages": messages.tolist()}},
     }

@@ -36,8 +36,8 @@ class TrafficSpec:
     """What to measure.
 
     Attributes:
-        kinds: kinds of layer, one after the other, or `deepspeed` for its own MoE layer; empty: the configuration's
-            and `standard`.
+        kinds: kinds of layer, one after the other, or `deepspeed` and `megatron` for their own MoE layers; empty: the
+            configuration's and `standard`.
         steps: of each round, after `warmup` steps.
         profile: also tell compute, all-to-all, reduction and waiting apart, and save a trace.
         json_file: also write the figures here.
@@ -78,11 +78,11 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
     with watching() as watch:  # before DeepSpeed is initialised
         process = join(config.world)
         kinds = spec.kinds_for(config)
-        configs = {kind: of_kind(config, kind, spec) for kind in kinds if kind != peer.NAME}
+        configs = {kind: of_kind(config, kind, spec) for kind in kinds if kind not in peer.PEERS}
         data = prepare_data(config.corpus, config.tokenizer)
         results = {kind: _Measurement(single, process, data, watch).take(spec) for kind, single in configs.items()}
-        if peer.NAME in kinds:
-            results[peer.NAME] = peer.measure_deepspeed(config, process, watch, spec.steps, spec.warmup)
+        for name in filter(peer.PEERS.__contains__, kinds):
+            results[name] = peer.measure_peer(name, config, process, watch, spec.steps, spec.warmup)
     if process.rank == 0:
         traffic_view.render(results, Console())
         if spec.json_file is not None:

@@ -53,6 +53,8 @@ def test_help_and_version(moe_dist: Any) -> None:
         "plan",
         "simulate",
         "report",
+        "eval",
+        "reproduce",
     )
     for command in commands:
         assert command in out
@@ -81,6 +83,12 @@ def test_it_runs_as_a_module_too() -> None:
         (["launch", "--ranks", "0", "CONFIG"], "--ranks 0"),
         (["launch", "--ranks", "3", "CONFIG"], "train.global_batch_size=32 is not divisible by the 3 ranks"),
         (["launch", "--launcher", "pbs", "CONFIG"], "'pbs'"),
+        (["eval"], "RUN"),
+        (["eval", "RUN", "--task", "squad"], "--task squad: give wikitext, glue or glue:TASK,TASK of cola, sst2"),
+        (["eval", "RUN", "seed=4"], "'seed=4': an evaluation takes the model as it was trained"),
+        (["eval", "RUN", "--ranks", "2", "--launcher", "slurm"], "submit `sbatch slurm/eval.sbatch RUN ...`"),
+        (["reproduce", "--kind", "magic"], "--kind magic: there are dense, standard-aux"),
+        (["reproduce", "--text", "one.txt"], "--text 'one.txt': write stdlib, hub, or TRAIN,VALIDATION"),
         (["launch", "--frob", "CONFIG"], "--frob"),
         (["launch", "--nodes", "2", "CONFIG"], "--nodes 2 needs --hostfile"),
         (["launch", "--hostfile", "/nowhere", "CONFIG"], "--hostfile /nowhere: cannot be read"),

@@ -26,7 +26,8 @@ from moe_dist.measurement.simulator.strategies import Strategy
 
 PULL = 0.02
 """Of a constant's logarithm to where it started, beside a case's relative error."""
-DEVICE_CONSTANTS = ("matmul_share", "expert_share", "step_overhead", "link_share", "stack_bandwidth")
+SHARES = ("matmul_share", "expert_share", "link_share")
+DEVICE_CONSTANTS = (*SHARES, "memory_bandwidth", "stack_bandwidth", "step_overhead")
 
 
 class Case(Section):
@@ -148,7 +149,10 @@ def fit(start: Machine, measured: Sequence[Measured]) -> Machine:
         missed = [np.log(one.predict(machine).seconds / one.median) for one in measured]
         return np.array([*missed, *(PULL * (logs - first))])
 
-    found = least_squares(errors, first, diff_step=1e-3, loss="soft_l1", f_scale=0.1)
+    most = np.array([0.0 if name in SHARES else np.inf for name in (*DEVICE_CONSTANTS, "network_latency")])
+    start_at = np.minimum(first, most - 1e-3)  # inside the bounds: no more of a rate is reached than there is
+    options = {"diff_step": 1e-3, "loss": "soft_l1", "f_scale": 0.1, "xtol": 1e-4, "ftol": 1e-4}
+    found = least_squares(errors, start_at, bounds=(-np.inf, most), **options)
     return _with_constants(start, np.exp(found.x))
 
 

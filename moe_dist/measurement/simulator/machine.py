@@ -1,6 +1,6 @@
 """The machine to predict for: a device by name, or constants that were fitted to measured steps, kept as JSON."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -8,14 +8,22 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from moe_dist.config import Section
 from moe_dist.errors import ConfigError
-from moe_dist.measurement.simulator.hardware import Device, Fabric, device_named
+from moe_dist.measurement.simulator.hardware import DEVICES, Device, Fabric
 
 Positive = Annotated[float, Field(gt=0)]
 Read = TypeVar("Read", bound=Section)
 
 
 def _known(value: Any) -> Any:
-    return device_named(value) if isinstance(value, str) else value
+    """A device by its name; else fields, none of them misspelt."""
+    if isinstance(value, str):
+        if value.lower() not in DEVICES:
+            raise ValueError(f"{value!r} is no known device: use one of {', '.join(DEVICES)}")
+        return DEVICES[value.lower()]
+    names = [field.name for field in fields(Device)]
+    if isinstance(value, dict) and (unknown := [name for name in value if name not in names]):
+        raise ValueError(f"{unknown[0]!r} is no field of a device: use {', '.join(names)}")
+    return value
 
 
 class Machine(Section):

@@ -175,12 +175,19 @@ def _offload(config: RunConfig, shape: WorldShape, fabric: Fabric, scenario: Sce
     return max(0.0, 2 * (1 - scenario.resident) * bytes_layer / fabric.device.host_bandwidth - compute)
 
 
+def reduction_rounds(config: RunConfig, batch: BatchShape) -> int:
+    """How often a step's reductions go around their ring, as DeepSpeed does them.
+
+    Gradients are all-reduced, which is two rounds, in stage 2 for every micro-batch; ZeRO gathers weights in one more.
+    """
+    stage = config.world.zero_stage
+    return 2 * (batch.accumulation if stage == 2 else 1) + (stage > 0)
+
+
 def _reduction(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int, fabric: Fabric) -> float:
-    """Gradients go around twice, in stage 2 for every micro-batch; with ZeRO the updated weights once more."""
-    stage, size = config.world.zero_stage, 2 if config.train.precision == "bfloat16" else 4
-    rounds = 2 * (batch.accumulation if stage == 2 else 1) + (stage > 0)
+    size = 2 if config.train.precision == "bfloat16" else 4
     held = parameters_on_rank(config, shape, vocabulary)
-    return rounds * sum(
+    return reduction_rounds(config, batch) * sum(
         reduce_seconds(size * held[kind], sharing, _on_node(kind, shape, fabric), fabric)
         for kind, sharing in memory.replicas(shape).items()
         if held[kind]

@@ -83,7 +83,7 @@ def render_calibration(found: Calibration, console: Console) -> None:
     for one in found.predictions:
         measured = one.measured
         table.add_row(
-            measured.case.run.name,
+            measured.case.run.name.replace("-traffic-", " "),
             f"{1000 * measured.median:,.0f}",
             f"{1000 * min(measured.seconds):,.0f}-{1000 * max(measured.seconds):,.0f}",
             f"{1000 * one.time.seconds:,.0f}",
