@@ -15,6 +15,7 @@ from moe_dist.measurement.reproduce import cells, run
 from moe_dist.measurement.reproduce.claims import verdicts
 from moe_dist.measurement.reproduce.evaluate import choose
 from moe_dist.measurement.reproduce.figures import Result, active_work, rows
+from moe_dist.measurement.reproduce.plots import plot_all
 from moe_dist.measurement.reproduce.progress import Progress
 from moe_dist.measurement.reproduce.scales import CLASSIC, KINDS, OURS, SCALES, STRONG, Kind, Scale
 from moe_dist.measurement.reproduce.submit import write_arrays
@@ -122,6 +123,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return None
 
     monkeypatch.setattr(subruns, "run", fake)
+    monkeypatch.setattr(run, "plot_all", lambda *results: [])  # drawn once, by a test of its own
     return names
 
 
@@ -145,7 +147,8 @@ def test_everything_is_run_once_and_failures_do_not_stop_the_rest(tmp_path: Path
 
 
 def test_results_are_written_with_claims_and_plots(tmp_path: Path, started: list[str]) -> None:
-    run.reproduce(_plan(tmp_path), lambda line: None)
+    results = run.reproduce(_plan(tmp_path), lambda line: None)
+    plot_all(results, rows(results), tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| clustered-online | 4.1550 ± 0.0071 | 60.0 |" in text
     assert "| validation loss not above, nats | standard-aux | -0.0500 (-0.0500 to -0.0500): reached |" in text
