@@ -24,7 +24,7 @@ def bench_rank(name: str, spec: str, config_path: str | None, overrides: Sequenc
     """
 
     def bench(config: RunConfig) -> bool:
-        from moe_dist.measurement.layers.run import run_bench  # here, since it loads torch
+        from moe_dist.measurement.rank_benches import run_bench  # here, since it loads torch
 
         run_bench(name, spec, config)
         return False

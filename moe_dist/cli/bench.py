@@ -14,6 +14,7 @@ from moe_dist.cli.bench_layer import bench_layer
 from moe_dist.cli.bench_memory import bench_memory
 from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
+from moe_dist.cli.bench_step import bench_step
 from moe_dist.cli.words import Json, Overrides
 from moe_dist.errors import LaunchError
 
@@ -28,6 +29,7 @@ def register(app: typer.Typer) -> None:
     bench.command("domains")(bench_domains)
     bench.command("precision")(bench_precision)
     bench.command("recluster")(bench_recluster)
+    bench.command("step")(bench_step)
     bench.command("memory")(bench_memory)
     app.add_typer(bench, name="bench")
 

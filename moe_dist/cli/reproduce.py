@@ -96,6 +96,8 @@ def reproduce(
     on_slurm = launcher is ReproduceLauncher.SLURM or (launcher is None and scale is ScaleName.PAPER)
     if on_slurm:
         submit.write_arrays(plan, nodes, typer.echo)
+    else:
+        run.require_data(plan)
     results = run.gather(plan) if on_slurm else run.reproduce(plan, typer.echo)
     console.print(Markdown((home / "results.md").read_text(encoding="utf-8")))
     typer.echo(f"{home}/: results.md, {run.RESULTS}, runs.csv, *.png")

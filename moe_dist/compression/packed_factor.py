@@ -112,7 +112,7 @@ class PackedFactor:
 def _grouped(value_XL: Tensor, size: int) -> Tensor:
     """[M, S]; zeros fill up the last group, which the range of a group includes anyway."""
     padded_XL = functional.pad(value_XL, (0, -value_XL.shape[-1] % size))
-    return padded_XL.reshape(-1, size)
+    return padded_XL.reshape(-1, size).contiguous()  # a transposed view would give parts its strides
 
 
 def _quantise(group_MS: Tensor, form: GroupFormat) -> tuple[Tensor, Tensor, Tensor]:

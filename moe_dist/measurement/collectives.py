@@ -120,9 +120,9 @@ def _settle() -> None:
 
 
 @contextmanager
-def watching() -> Iterator[CollectiveWatch]:
-    """Puts the watch between torch.distributed and everything that calls it by its module."""
-    watch = CollectiveWatch()
+def watching(watch: CollectiveWatch | None = None) -> Iterator[CollectiveWatch]:
+    """Puts a watch, or a new one, between torch.distributed and everything that calls it by its module."""
+    watch = watch or CollectiveWatch()
     before = {name: (part, getattr(dist, name)) for part, names in WATCHED.items() for name in names}
     for name, (part, function) in before.items():
         setattr(dist, name, watch.wrap(part, function))

@@ -21,10 +21,10 @@ from moe_dist.engine.startup import Process, join, leave
 from moe_dist.errors import ConfigError
 from moe_dist.measurement import peer, traffic_view
 from moe_dist.measurement.collectives import CollectiveWatch, Part, watching
+from moe_dist.measurement.silent import SilentRecorder
 from moe_dist.measurement.traffic_figures import gather_figures, gather_seconds
 from moe_dist.metrics import RunFolder, write_json
 from moe_dist.training.interrupt import StopSignals
-from moe_dist.training.recorder import Recorder
 from moe_dist.training.run import TrainingRun
 
 KEPT_ROWS = 4096
@@ -90,17 +90,6 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
     leave()
 
 
-class _Silent(Recorder):
-    """Knows the measurement's folder, on rank 0, and writes nothing there: what training tells is not what is asked."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-
-    @property
-    def folder(self) -> Path | None:
-        return self._path
-
-
 class _Measurement:
     """One kind of layer under measurement."""
 
@@ -114,7 +103,7 @@ class _Measurement:
             name = f"{config.name}-traffic-{config.moe.kind}"
             self.folder = RunFolder.create(config.runs_dir, name, dump_config(config), tensorboard=False)
             print(f"{name}: {shape}", flush=True)
-        self.run = TrainingRun(config, process, shape, data, _Silent(self.folder.path if self.folder else None))
+        self.run = TrainingRun(config, process, shape, data, SilentRecorder(self.folder.path if self.folder else None))
         self.ledger = self.run.model.context.ledger
 
     def take(self, spec: TrafficSpec) -> Figures:

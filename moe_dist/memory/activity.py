@@ -1,12 +1,7 @@
-"""Which blocks leave first: those said to be idle, then clusters that few tokens choose, then the least recently used.
-
-Shapes: L layers, C clusters of this rank in a layer.
-"""
+"""Which blocks leave first: those said to be idle, then clusters few tokens choose, then the least recently used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from moe_dist.memory.block import Block
 
@@ -31,15 +26,16 @@ class Activity:
     """Moving averages of the rows that stage one brings to each cluster."""
 
     def __init__(self, layers: int, clusters: int) -> None:
-        self.rows_LC = torch.zeros(layers, clusters, dtype=torch.float64)
+        self._rows = [[0.0] * clusters for _ in range(layers)]  # plain numbers: they are asked for at every eviction
 
     def note(self, layer: int, local: int, rows: int) -> None:
         """Enters the rows that a cluster got in one pass."""
-        self.rows_LC[layer, local] = DECAY * self.rows_LC[layer, local] + (1 - DECAY) * rows
+        self._rows[layer][local] = DECAY * self._rows[layer][local] + (1 - DECAY) * rows
 
     def is_cold(self, layer: int, local: int) -> bool:
-        rows_C = self.rows_LC[layer]
-        return bool(rows_C[local] < COLD * rows_C.mean())
+        """Whether few tokens of its layer choose a cluster."""
+        rows = self._rows[layer]
+        return rows[local] * len(rows) < COLD * sum(rows)
 
 
 def leaving_order(uses: Sequence[tuple[Block, Use]], activity: Activity | None) -> list[Block]:

@@ -6,7 +6,7 @@ disk.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -48,7 +48,8 @@ class ExpertMemory:
         self.recomputes, self.recomputing = config.model.activation_checkpointing, False
         self.activity = Activity(config.model.layers, clusters_per_layer)
         self.describe: Callable[[Block], str] = lambda b: f"layer {b.layer}, cluster place {b.local}"
-        folder = OwnedFolder(directory_of(config) / f"rank-{rank:05}")
+        self._directory = directory_of(config)
+        folder = OwnedFolder(self._directory / f"rank-{rank:05}")
         disk = DiskTier(folder, lambda block: self.describe(block))
         self.budget = budget_of(config)
         account = Account(self.budget, "memory of experts on the device")
@@ -170,6 +171,10 @@ class ExpertMemory:
     def close(self) -> None:
         """Gives up all tiers and their files."""
         self.device.close()
+        if self._options.directory is None:
+            with suppress(OSError):  # other ranks' folders are still there
+                self._directory.rmdir()
+                self._directory.parent.rmdir()
 
 
 def directory_of(config: RunConfig) -> Path:

@@ -132,8 +132,14 @@ class TrainingRun:
         if config.memory.offload:
             per_layer = config.moe.clusters // self.shape.cluster
             self.memory = ExpertMemory(config, per_layer, self.process.rank, self.process.device)
-        model = LanguageModel(config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger, self.memory)
-        return model, Engine(model, config, self.batch, self.process)
+        try:
+            model = LanguageModel(
+                config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger, self.memory
+            )
+            return model, Engine(model, config, self.batch, self.process)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -56,7 +56,7 @@ def test_any_number_of_ranks_gives_the_perplexity_of_the_reference(tmp_path: Pat
     run_ranks(_train, 2, tmp_path, *more)
     run, stride = tmp_path / "runs" / "smoke", 7
     (expected,) = run_ranks(_by_hand, 1, run, file, stride)
-    for ranks in (1, 2, 4):
+    for ranks in (1, 4):
         target = tmp_path / f"{ranks}.json"
         options = {"text": str(file), "stride": stride, "json_file": str(target)}
         found = run_ranks(_evaluate, ranks, run, options)
@@ -83,14 +83,14 @@ def test_a_task_is_learnt_by_every_kind_on_several_ranks(tmp_path: Path, kind: s
     options = {
         "tasks": ("glue:sst2",),
         "glue": str(tmp_path / "glue"),
-        "epochs": 12.0,
+        "epochs": 8.0,
         "learning_rate": 0.01,
-        "seeds": 2,
+        "seeds": 1,
     }
     first, second = run_ranks(_evaluate, 2, tmp_path / "runs" / "smoke", options)
     assert first == second
     accuracy = first["glue"]["tasks"]["sst2"]["metrics"]["accuracy"]
-    assert len(accuracy["values"]) == 2
+    assert len(accuracy["values"]) == 1
     assert accuracy["mean"] > 90
     assert first["glue"]["average"]["mean"] == accuracy["mean"]
 

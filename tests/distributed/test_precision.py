@@ -27,6 +27,7 @@ from moe_dist.training.run import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY
 
+pytestmark = pytest.mark.timeout(400)
 SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"
 DATA = DataRecord(train_checksum=1, validation_checksum=2, vocab_size=VOCABULARY, next_step=0)
 VARIANTS = [

@@ -12,8 +12,8 @@ from moe_dist.config import RunConfig, WorldConfig
 from moe_dist.engine.startup import join
 from moe_dist.errors import ConfigError
 from moe_dist.measurement.layers.rounds import inputs
-from moe_dist.measurement.layers.run import run_bench
 from moe_dist.measurement.layers.spec import PEERS, LayerShape, RanksBenchSpec
+from moe_dist.measurement.rank_benches import run_bench
 from moe_dist.model.megatron_moe import MegatronMoE, stand_ins
 from tests.distributed.ranks import run_ranks
 

@@ -39,7 +39,7 @@ HANDS_OVER = {
     ("launcher/measure.py", "moe_dist.measurement.traffic"),
     ("launcher/doctor.py", "moe_dist.measurement.doctor"),
     ("launcher/evaluate.py", "moe_dist.evaluation.run"),
-    ("launcher/bench.py", "moe_dist.measurement.layers.run"),
+    ("launcher/bench.py", "moe_dist.measurement.rank_benches"),
 }
 
 

@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_dist.errors import MoeDistError
+from moe_dist.data import prepare_data
+from moe_dist.errors import DataError, MoeDistError
+from moe_dist.evaluation.glue_data import is_there, load_task
+from moe_dist.evaluation.glue_tasks import TASKS
 from moe_dist.measurement.reproduce import evaluate, tables
 from moe_dist.measurement.reproduce.cells import Setting, grid_cells, kind_of, main_cells
 from moe_dist.measurement.reproduce.evaluate import Evaluations
@@ -78,6 +81,24 @@ def reproduce(plan: Plan, say: Callable[[str], None]) -> list[Result]:
         if number % len(plan.kinds) == 0:
             write_results(plan, results, grid)
     return results
+
+
+def require_data(plan: Plan) -> None:
+    """Prepares the text and reads GLUE's local data once, so that what is wrong with them is said before any run.
+
+    Raises:
+        DataError: the text cannot be had, or a task's data are wrong.
+    """
+    config = plan.setting.load()
+    prepare_data(config.corpus, config.tokenizer)
+    if plan.evaluations.glue in (None, "hub"):
+        return
+    folder = Path(str(plan.evaluations.glue))
+    there = [task for task in TASKS.values() if is_there(task, folder)]
+    if not there:
+        raise DataError(f"--glue {folder}: holds no folder of a task: {', '.join(TASKS)}")
+    for task in there:
+        load_task(task, folder)
 
 
 def gather(plan: Plan) -> list[Result]:

@@ -93,12 +93,14 @@ def test_groups_do_not_share_anything() -> None:
     assert not changed.any()
 
 
-def test_experts_are_packed_one_by_one() -> None:
-    value = drawn(0, (4, 70, 6), 0.1, 0.0)
+@pytest.mark.parametrize("length", [64, 70])
+def test_experts_are_packed_one_by_one(length: int) -> None:
+    value = drawn(0, (4, length, 6), 0.1, 0.0)
     for form in (GroupFormat(), GroupFormat(symmetric=False)):
         whole = PackedFactor.of(value, -2, form)
         for e in range(4):
             own = PackedFactor.of(value[e], -2, form)
+            assert all(part.is_contiguous() for part in own.parts().values())  # files take no others
             assert all(torch.equal(part[e], own.parts()[name]) for name, part in whole.parts().items())
 
 

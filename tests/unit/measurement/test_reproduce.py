@@ -2,13 +2,14 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_dist.config import load_config
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.measurement import subruns
 from moe_dist.measurement.reproduce import cells, run
 from moe_dist.measurement.reproduce.claims import verdicts
@@ -71,12 +72,21 @@ def test_texts_are_chosen() -> None:
     assert choose(tiny, "stdlib", None, "none", None).words(tiny) == []
 
 
+def test_wrong_data_are_said_before_any_run(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Too little to learn from .\n")
+    words = (*cells.text_words(f"{text},{text}"), f"corpus.cache_dir={tmp_path}/cache")
+    plan = replace(_plan(tmp_path), setting=cells.Setting(SCALES["smoke"], CONFIGS, tmp_path, words))
+    with pytest.raises(DataError, match="nothing to train on"):
+        run.require_data(plan)
+
+
 LOSSES = {"dense": 4.5, CLASSIC: 4.2, STRONG: 4.1, "clustered-fixed": 4.25, OURS: 4.15}
 
 
 def _summary(kind: str, rate: float, seed: int) -> dict[str, Any]:
     standard = kind in (CLASSIC, STRONG)
-    loss = LOSSES[kind] + abs(rate - 0.004) + 0.01 * seed
+    loss = LOSSES[kind] + abs(rate - 0.0056) + 0.01 * seed
     return {
         "validation": {
             "loss": loss,
@@ -125,7 +135,7 @@ def test_everything_is_run_once_and_failures_do_not_stop_the_rest(tmp_path: Path
     with pytest.raises(MoeDistError, match=r"3 of 8 runs are not whole: .*standard-bias seed 1 \(seed 1: diverged\)"):
         run.require_all(plan, results)
     best = {config.optimizer.learning_rate for result in results if (config := result.config) is not None}
-    assert best == {0.004}  # of 0.002, 0.004 and 0.008
+    assert best == {0.0056}  # of 0.00392, 0.0056 and 0.00784
     before = len(started)
     again = run.reproduce(plan, said.append)
     assert [name.partition("-")[0] for name in started[before:]].count("eval_r2_kind") == 2  # dense's, once more
@@ -148,7 +158,7 @@ def test_results_are_written_with_claims_and_plots(tmp_path: Path, started: list
     assert len(lines) == 8
     assert lines[0]["problems"] == "seed 0: evaluation: out of luck"
     content = json.loads((tmp_path / "results.json").read_text())
-    assert look_up(content["grid"], "dense")["0.004"] == pytest.approx(4.5)
+    assert look_up(content["grid"], "dense")["0.0056"] == pytest.approx(4.5)
     for name in ("loss-tokens", "loss-parameters", "loss-work", "loss-bytes", "bytes-token", "load-variance"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -7,9 +7,12 @@ from typing import Any
 from moe_dist.config import RunConfig
 from moe_dist.measurement.layers.ranks_bench import bench_ranks
 from moe_dist.measurement.layers.spec import RanksBenchSpec
+from moe_dist.measurement.step.bench import bench_step
+from moe_dist.measurement.step.spec import StepBenchSpec
 
 BENCHES: dict[str, Callable[[RunConfig, dict[str, Any]], None]] = {
     "layer": lambda config, words: bench_ranks(config, RanksBenchSpec.from_words(words)),
+    "step": lambda config, words: bench_step(config, StepBenchSpec.from_words(words)),
 }
 
 

@@ -1,0 +1,121 @@
+"""Divides the time of a step over its parts, forward and backward, without a profiler.
+
+The time from one mark to the next belongs to the part that the first mark names. In the forward pass a wrapped function
+marks its beginning and its end. In the backward pass the marks are hooks on autograd's nodes: before the last node of a
+part runs backwards time begins to belong to that part, and before the nodes that made its inputs run, to the part
+around it. Autograd runs nodes in the reverse order of their making, so parts do not mix; adding up weights' gradients
+and what hangs on that (DeepSpeed copies them to its buckets) belongs to whatever part they come in between.
+
+On a device that works asynchronously every mark waits for it, so that a step takes longer than it would.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MARKED = "moe_dist.part"  # key in a node's metadata
+
+
+class StepPart(StrEnum):
+    """What a training step consists of."""
+
+    ATTENTION = "attention"
+    ROUTING = "routing"
+    PERMUTE = "permute"
+    ALL_TO_ALL = "all_to_all"
+    EXPERTS = "experts"
+    COUNTERS = "counters"  # loads, traffic, statistics for re-clustering
+    REDUCTION = "reduction"  # of gradients, norms and counts, and the gathering of updated weights
+    OPTIMIZER = "optimizer"
+    WAITING = "waiting"  # for the last rank to come to a collective
+    METRICS = "metrics"  # figures of a step and their way to the files
+    ELSE = "else"  # embeddings, norms, the loss, and what is between
+
+
+@dataclass
+class PartClock:
+    """Seconds by part since `clear`, while `running`."""
+
+    running: bool = False
+    part: StepPart = StepPart.ELSE
+    seconds: defaultdict[StepPart, float] = field(default_factory=lambda: defaultdict(float))
+    on_switch: Callable[[bool], None] = lambda running: None
+    """Told when the clock starts and stops."""
+    _since: float = 0.0
+
+    def start(self) -> None:
+        """From now on time belongs to `ELSE`, until a mark says otherwise."""
+        self.on_switch(True)
+        self.running, self.part, self._since = True, StepPart.ELSE, _now()
+
+    def stop(self) -> None:
+        """Ends the account; marks are without effect until the next start."""
+        self.enter(StepPart.ELSE)
+        self.running = False
+        self.on_switch(False)
+
+    def clear(self) -> None:
+        self.seconds.clear()
+
+    def enter(self, part: StepPart) -> StepPart:
+        """Time belongs to `part` from now on; returns the part that it belonged to."""
+        before = self.part
+        if self.running:
+            now = _now()
+            self.seconds[before] += now - self._since
+            self.part, self._since = part, now
+        return before
+
+    def wrap(self, part: StepPart, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, whose time, forward and backward, belongs to `part`."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if not self.running:
+                return function(*args, **kwargs)
+            around = self.enter(part)
+            self._mark(around, (args, kwargs))
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self.enter(around)
+            self._mark(part, result)
+            return result
+
+        return timed
+
+    def _mark(self, part: StepPart, value: Any) -> None:
+        """Before autograd runs the nodes that made the tensors in `value`, time begins to belong to `part`.
+
+        The first mark of a node counts, which is that of the part in which it was made: what a function hands on as it
+        got it, or gives to the next, belongs to neither.
+        """
+        for tensor in _tensors(value):
+            node: Any = tensor.grad_fn  # torch annotates its metadata wrongly
+            if node is not None and _MARKED not in node.metadata:
+                node.metadata[_MARKED] = part
+                node.register_prehook(lambda _: self._enter_backward(part))
+
+    def _enter_backward(self, part: StepPart) -> None:
+        self.enter(part)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _now() -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()

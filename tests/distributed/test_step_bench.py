@@ -1,0 +1,32 @@
+"""`moe-dist bench step` on ranks: every part of a step is seen, and the speeds are those of the kinds."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from moe_dist.config import load_config
+from moe_dist.measurement.rank_benches import run_bench
+from moe_dist.measurement.step.clock import StepPart
+from moe_dist.measurement.step.spec import StepBenchSpec
+from tests.distributed.ranks import run_ranks
+
+SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"
+
+
+def _bench(words: list[str], spec: StepBenchSpec) -> None:
+    run_bench("step", json.dumps(asdict(spec)), load_config(SMOKE, words))
+
+
+def test_kinds_are_compared_and_divided(tmp_path: Path) -> None:
+    words = [f"runs_dir={tmp_path}/runs", f"corpus.cache_dir={tmp_path}/cache", "train.log_every=1"]
+    spec = StepBenchSpec(rounds=2, steps=1, warmup=1, divided=2, json_file=f"{tmp_path}/figures.json")
+    run_ranks(_bench, 2, words, spec)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert list(found["kinds"]) == ["clustered", "standard"]
+    assert found["kinds"]["standard"]["over_last"]["median"] == 1
+    for kind, figures in found["kinds"].items():
+        assert set(figures["parts"]) == set(map(str, StepPart))
+        assert all(seconds > 0 for seconds in figures["parts"].values()), figures["parts"]
+        assert figures["tokens_per_second"]["median"] > 0
+        assert 0 < found["overhead"][kind] < 1
+    assert not (tmp_path / "runs").exists()  # it trains, but is no run
