@@ -10,6 +10,7 @@ held. Only whoever demands a block waits for room; who brings one in ahead gives
 cannot wait for each other.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class Residency:
         self._residents: dict[Block, _Resident] = {}
         self._condition = Condition()
         self._clock = 0
+        self._uses: Counter[Block] = Counter()
         self._worker: ThreadPoolExecutor | None = None
         self._ahead: list[Future[None]] = []
         self.bytes_in = self.bytes_out = 0
@@ -69,6 +71,7 @@ class Residency:
             missing = found is None
             resident = self._begin(block) if found is None else found
             resident.pins += 1
+            self._uses[block] += 1
         if missing:
             self._bring_in(block, resident, blank, demanded=True)
         with self._condition:
@@ -108,7 +111,8 @@ class Residency:
                 if resident is not None:
                     resident.use.wanted = True
                     continue
-            self._ahead.append(self._worker.submit(self._fetch_ahead, block, blank))
+                uses = self._uses[block]
+            self._ahead.append(self._worker.submit(self._fetch_ahead, block, blank, uses))
 
     def unwant(self, block: Block) -> None:
         """A block that was fetched ahead will not be used after all."""
@@ -247,8 +251,10 @@ class Residency:
             resident.buffer = resident.values = None
         self._condition.notify_all()
 
-    def _fetch_ahead(self, block: Block, blank: bool) -> None:
+    def _fetch_ahead(self, block: Block, blank: bool, uses: int) -> None:
         with self._condition:
+            if self._uses[block] != uses:
+                return  # too late: it has been used since, and what is below is no longer what was asked for
             if block in self._residents:
                 self._residents[block].use.wanted = True
                 return

@@ -166,7 +166,8 @@ def _constants(machine: Machine) -> Floats:
 
 def _with_constants(machine: Machine, values: Floats) -> Machine:
     *of_device, latency = map(float, values)
-    device = replace(machine.device, **dict(zip(DEVICE_CONSTANTS, of_device, strict=True)))
+    fitted: dict[str, Any] = dict(zip(DEVICE_CONSTANTS, of_device, strict=True))
+    device = replace(machine.device, **fitted)
     return machine.model_copy(update={"device": device, "network_latency": latency})
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,23 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         match=r"layer-001.bin: gradient of layer 1, cluster 1 cannot be written .*: No space left on device",
     ):
         tier.write(BLOCKS[-1], values_of(1))
+
+
+def test_what_is_fetched_too_late_does_not_blank_what_has_been_used(tmp_path: Path) -> None:
+    """The thread that fetches lags behind: the block has been filled and sent down before its turn comes."""
+    tier, gate = residency(tmp_path, 2), threading.Event()
+    tier.prefetch([])
+    assert tier._worker is not None
+    tier._worker.submit(gate.wait)
+    tier.prefetch([BLOCKS[0]], blank=True)
+    with tier.held(BLOCKS[0], blank=True, changed=True) as values:
+        values.fill_(7)
+    tier.send_down(BLOCKS[0])
+    gate.set()
+    tier._worker.submit(int).result()
+    with tier.held(BLOCKS[0]) as values:
+        assert torch.equal(values, values_of(7))
+    tier.close()
 
 
 def test_an_error_below_leaves_the_table_whole(tmp_path: Path) -> None:
