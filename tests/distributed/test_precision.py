@@ -133,7 +133,7 @@ def _validation(folder: Path, name: str) -> dict[str, Any]:
 
 
 def test_a_run_tells_the_loss_of_what_is_stored(tmp_path: Path) -> None:
-    """With experts that move between clusters meanwhile, and a standard warm-up that knows nothing of it."""
+    """With rounds of re-clustering meanwhile, and a standard warm-up that knows nothing of it."""
     common = [f"runs_dir={tmp_path}/runs", f"corpus.cache_dir={tmp_path}/cache", "tensorboard=false"]
     moving = ["recluster.period=2", "recluster.start=3", "recluster.threshold=0"]
     run_ranks(_train, 2, [*common, "name=qat", "precision.residuals=qat", "train.precision=bfloat16", *moving])
