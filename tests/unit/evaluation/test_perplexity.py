@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.config import WorldConfig
+from moe_dist.config import RunConfig, WorldConfig
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.evaluation.perplexity import Perplexity, perplexity
 from moe_dist.evaluation.texts import EncodedText
@@ -19,6 +19,8 @@ from moe_dist.model.language_model import LanguageModel
 
 class Bigrams:
     """p(next | last): an even number is followed by its successor with 1/2, all else has 1/8."""
+
+    config = RunConfig()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
