@@ -8,6 +8,7 @@ written, and checkpoints hold what outlives it. Checksums stay in memory.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 import xxhash
@@ -38,6 +39,7 @@ class DiskTier:
         self._folder, self._describe = folder, describe
         self._files: dict[int, _File] = {}
         self._digests: dict[Block, int] = {}
+        self._opening = Lock()
 
     def register(self, block: Block, size: Size) -> None:
         file = self._files.setdefault(block.layer, _File(f"layer-{block.layer:03}.bin"))
@@ -111,11 +113,12 @@ class DiskTier:
 
     def _opened(self, file: _File) -> int:
         """With room on the disk for the whole layer, so that a full one is known at the start."""
-        if file.descriptor is None:
-            file.descriptor = self._folder.open(file.name)
-        if os.fstat(file.descriptor).st_size < file.bytes:
-            os.posix_fallocate(file.descriptor, 0, file.bytes)
-        return file.descriptor
+        with self._opening:  # a second thread would open it anew, and so empty what the first has written
+            if file.descriptor is None:
+                file.descriptor = self._folder.open(file.name)
+            if os.fstat(file.descriptor).st_size < file.bytes:
+                os.posix_fallocate(file.descriptor, 0, file.bytes)
+            return file.descriptor
 
     def _place(self, block: Block) -> tuple[_File, int]:
         file = self._files[block.layer]

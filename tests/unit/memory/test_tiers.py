@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -284,3 +285,33 @@ def test_a_device_over_pinned_host_memory(tmp_path: Path) -> None:
         with above.held(block) as values:
             assert torch.equal(values.cpu(), values_of(number))
     above.close()
+
+
+def test_two_threads_that_write_a_layer_first_open_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, both = [], threading.Barrier(2)
+    really_open = OwnedFolder.open
+
+    def slow_open(folder: OwnedFolder, name: str) -> int:
+        opened.append(name)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # until the other thread is here too, if it can be
+        return really_open(folder, name)
+
+    monkeypatch.setattr(OwnedFolder, "open", slow_open)
+    tier = disk(tmp_path / "disk")
+    first, second = (block for block in BLOCKS if block.layer == 0 and block.kind is Kind.WEIGHT)
+    for block in (first, second):
+        tier.register(block, SIZE)
+    threads = [
+        threading.Thread(target=tier.write, args=(block, values_of(n))) for n, block in enumerate((first, second))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    for number, block in enumerate((first, second)):
+        into = torch.empty(SIZE.elements)
+        tier.read(block, into)
+        assert torch.equal(into, values_of(number))
+    assert len(opened) == 1
+    tier.close()
