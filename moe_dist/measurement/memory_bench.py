@@ -27,9 +27,11 @@ CASES: dict[str, tuple[str, ...]] = {
     "dense": ("moe.kind=dense",),
     "standard": ("moe.kind=standard",),
     "clustered": (),
+    "clustered + INT4": ("precision.residuals=qat",),
     OFFLOAD: ("memory.offload=true",),
+    "clustered + INT4 + offload": ("precision.residuals=qat", "memory.offload=true"),
 }
-"""What distinguishes each case, by name; a precision of the experts is one more line here."""
+"""What distinguishes each case, by name."""
 _FOOTPRINT = "import moe_dist.training.run; from moe_dist.metrics import peak_rss_bytes; print(peak_rss_bytes())"
 
 
