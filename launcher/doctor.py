@@ -1,6 +1,5 @@
 """The entry script of every rank of `moe-dist doctor`: `srun ... launcher/doctor.py [CONFIG [key=value ...]]`."""
 
-import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -9,10 +8,8 @@ from pathlib import Path
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launcher.environment import discover
-from launcher.train import run_rank
+from launcher.train import fitting_any_ranks, run_rank
 from moe_dist.config import RunConfig
-from moe_dist.errors import LaunchError
 
 
 def examine_rank(config_path: str | None, overrides: Sequence[str]) -> int:
@@ -28,15 +25,7 @@ def examine_rank(config_path: str | None, overrides: Sequence[str]) -> int:
         really(config)
         return False
 
-    fits_all = [] if config_path else ["moe.kind=dense", f"train.global_batch_size={_ranks()}"]
-    return run_rank(config_path, [*fits_all, *overrides], examine)
-
-
-def _ranks() -> int:
-    try:
-        return discover(os.environ).world_size
-    except LaunchError:
-        return 1  # run_rank says it
+    return run_rank(config_path, overrides if config_path else fitting_any_ranks(overrides), examine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

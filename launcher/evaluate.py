@@ -1,7 +1,6 @@
 """The entry script of every rank of `moe-dist eval`: `launcher/evaluate.py RUN [world.KEY=value ...] [options]`."""
 
 import json
-import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -12,8 +11,7 @@ from typing import Any
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from launcher.environment import discover
-from launcher.train import run_rank
+from launcher.train import fitting_any_ranks, run_rank
 from moe_dist.config import RunConfig
 from moe_dist.errors import LaunchError
 
@@ -86,8 +84,7 @@ def evaluate_rank(run: str, overrides: Sequence[str], options: EvalOptions) -> i
         really(config.world, EvalSpec(run=Path(run), **asdict(options)))
         return False
 
-    fits_all = ["moe.kind=dense", f"train.global_batch_size={_ranks()}"]
-    return run_rank(None, [*fits_all, *overrides], evaluate)
+    return run_rank(None, fitting_any_ranks(overrides), evaluate)
 
 
 def only_world(overrides: Sequence[str]) -> list[str]:
@@ -102,13 +99,6 @@ def only_world(overrides: Sequence[str]) -> list[str]:
                 f"{word!r}: an evaluation takes the model as it was trained: only world.KEY=value can be set"
             )
     return list(overrides)
-
-
-def _ranks() -> int:
-    try:
-        return discover(os.environ).world_size
-    except LaunchError:
-        return 1  # run_rank says it
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, list[str], EvalOptions]:

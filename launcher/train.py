@@ -55,6 +55,15 @@ def run_rank(config_path: str | None, overrides: Sequence[str], work: Callable[[
     return 0
 
 
+def fitting_any_ranks(overrides: Sequence[str]) -> list[str]:
+    """The overrides, after what makes the defaults fit however many ranks there are: for work without a CONFIG."""
+    try:
+        ranks = environment.discover(os.environ).world_size
+    except LaunchError:
+        ranks = 1  # run_rank says it
+    return ["moe.kind=dense", f"train.global_batch_size={ranks}", *overrides]
+
+
 def with_json(overrides: Sequence[str], file: Path | None) -> list[str]:
     """The overrides, and one more for `--json FILE`: the file also receives the run's summary.
 

@@ -90,22 +90,27 @@ def _modules() -> Iterator[ast.Module]:
             continue
 
 
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _documented(module: ast.Module) -> Iterator[tuple[Documented, str]]:
+    """What has a docstring, and that."""
+    for node in ast.walk(module):
+        if isinstance(node, Documented):
+            text = ast.get_docstring(node)
+            if text is not None:
+                yield node, text
+
+
 def _docstrings() -> Iterator[str]:
     for module in _modules():
-        for node in ast.walk(module):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node)
-                if text and len(text) > 80:
-                    yield text
+        yield from (text for _, text in _documented(module) if len(text) > 80)
 
 
 def _code() -> Iterator[str]:
     for module in _modules():
-        for node in ast.walk(module):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
-                ast.get_docstring(node) is not None
-            ):
-                node.body = node.body[1:] or [ast.Pass()]
+        for node, _ in _documented(module):
+            node.body = node.body[1:] or [ast.Pass()]
         yield ast.unparse(module)  # comments are not in the tree
 
 

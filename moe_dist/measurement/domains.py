@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +23,11 @@ from moe_dist.config import WorldConfig
 from moe_dist.data.domains import TRAIN, write_domains
 from moe_dist.data.files import FileSource
 from moe_dist.engine.startup import join, leave
-from moe_dist.errors import MoeDistError
 from moe_dist.evaluation.subject import open_subject
 from moe_dist.evaluation.texts import encode_text
 from moe_dist.evaluation.windows import window_batches
-from moe_dist.measurement.quality import Cell, cells, run_cells
+from moe_dist.measurement.quality import Cell, cells, require_all, run_cells
+from moe_dist.measurement.report.read import read_runs
 from moe_dist.measurement.subruns import Summary
 from moe_dist.model.language_model import LanguageModel
 
@@ -86,15 +85,14 @@ def run_domains(spec: DomainSpec, report: Callable[[str], None]) -> list[DomainR
     selection = ("corpus.kind=text", f"corpus.paths={paths}", f"corpus.validation_paths={validation}")
     todo = cells(spec.configs, {"domains": selection}, spec.seeds, spec.recipes, spec.overrides)
     results = run_cells(todo, spec.folder, spec.jobs, report)
-    if failed := [cell.name for cell in todo if cell not in results]:
-        raise MoeDistError(f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}")
+    require_all(results, todo)
     return [_measure(cell, results[cell], held, spec.folder) for cell in todo]
 
 
 def _measure(cell: Cell, summary: Summary, held: Mapping[str, Path], folder: Path) -> DomainRun:
     run = folder / "runs" / cell.name
     count_DLE, cluster_LE = domain_counts(run, held)
-    rounds = [event for event in _events(run) if event.get("event") == "recluster"]
+    rounds = [event for event in read_runs([run])[0].events if event.get("event") == "recluster"]
     return DomainRun(
         cell.recipe,
         cell.seed,
@@ -106,11 +104,6 @@ def _measure(cell: Cell, summary: Summary, held: Mapping[str, Path], folder: Pat
         sum(event.get("seconds", 0.0) for event in rounds),
         summary["seconds"],
     )
-
-
-def _events(run: Path) -> list[dict[str, Any]]:
-    file = run / "events.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def domain_counts(run: Path, held: Mapping[str, Path]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -125,11 +118,7 @@ def domain_counts(run: Path, held: Mapping[str, Path]) -> tuple[npt.NDArray[np.i
         model, length = subject.model(torch.float32), subject.config.model.sequence_length
         texts = [encode_text(FileSource((file,), "text"), subject.tokenizer) for file in held.values()]
         count_DLE = np.stack([_count(model, text.ids, length) for text in texts])
-        cluster_LE = np.empty(count_DLE.shape[1:], dtype=np.int64)
-        for layer, placement in enumerate(model.context.placements):
-            for cluster, members in enumerate(placement.members):
-                cluster_LE[layer, list(members)] = cluster
-        return count_DLE, cluster_LE
+        return count_DLE, np.array([placement.cluster_of() for placement in model.context.placements])
     finally:
         leave()
 
