@@ -36,7 +36,8 @@ def find_weights(run: Path) -> TrainedWeights:
         return TrainedWeights(run, manifest, config_of(manifest))
     found: Found | None = checked(run) if is_checkpoint(run) else newest_good(run, weights=True)
     if found is None:
+        what = "holds no weights" if run.exists() else "does not exist"
         raise CheckpointError(
-            f"{run} holds no weights: give the folder of a run that has ended or saved a checkpoint, such as runs/NAME"
+            f"{run} {what}: give the folder of a run that has ended or saved a checkpoint, such as runs/NAME"
         )
     return TrainedWeights(found.path, found.manifest, config_of(found.manifest))
