@@ -19,6 +19,8 @@ class TrainedWeights:
     """The folder of a checkpoint, or a file of `moe-dist export`."""
     manifest: Manifest
     config: RunConfig
+    stored: bool = False
+    """Clusters are in few bits: it is a file of `moe-dist export --stored`."""
 
 
 def find_weights(run: Path) -> TrainedWeights:
@@ -32,8 +34,8 @@ def find_weights(run: Path) -> TrainedWeights:
     """
     if run.is_file():
         with open_exported(run) as file:
-            manifest = file.manifest()
-        return TrainedWeights(run, manifest, config_of(manifest))
+            manifest, stored = file.manifest(), file.stored
+        return TrainedWeights(run, manifest, config_of(manifest), stored)
     found: Found | None = checked(run) if is_checkpoint(run) else newest_good(run, weights=True)
     if found is None:
         what = "holds no weights" if run.exists() else "does not exist"

@@ -39,7 +39,6 @@ from moe_dist.training.totals import (
     all_to_all_totals,
     memory_now,
     model_bytes,
-    offload_totals,
     peak_memory,
     traffic_matrices,
 )
@@ -312,7 +311,7 @@ class TrainingRun:
                     "peak_device_bytes": peaks.device,
                     "model_bytes": whole,
                     "offloadable_bytes": away,
-                    "offload": None if self.memory is None else offload_totals(self.memory, self.process),
+                    "offload": None if self.memory is None else self.memory.tiers.totals(self.process.device),
                 },
                 "world": vars(self.shape),
                 "seed": config.seed,

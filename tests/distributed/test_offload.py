@@ -68,10 +68,10 @@ def _story(axes: tuple[int, int, int], words: list[str], steps: int, directory: 
         if step in REGROUPED:
             coordinator.exchange(REGROUPED[step], mine)
             coordinator.relocate(BLOCKS[axes[1]])
-    story = Story(losses, norms, _weights(model), 0 if memory is None else memory.figures()["bytes_in"])
+    story = Story(losses, norms, _weights(model), 0 if memory is None else memory.tiers.figures()["bytes_in"])
     engine.close()
     if memory is not None:
-        assert memory.figures()["peak_device_bytes"] <= memory.budget
+        assert memory.tiers.figures()["peak_device_bytes"] <= memory.tiers.budget
         memory.close()
     return story
 
