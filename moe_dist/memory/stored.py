@@ -36,7 +36,7 @@ class StoredMemory:
         self.tiers = Tiers(config, rank, device, self._activity, lambda block: self.describe(block))
 
     def adopt(self, layer: int, local: int, values: Tensor) -> "StoredBlock":
-        """Takes a cluster's bytes (uint8, one-dimensional), below an accelerator, which computes with others meanwhile.
+        """Takes a cluster's bytes (uint8, one-dimensional); nothing of them comes to an accelerator before its use.
 
         Raises:
             ConfigError: the budget is less than one cluster.
