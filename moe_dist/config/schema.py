@@ -26,7 +26,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _truth_values_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
-        # pydantic would take `true` for 1; its own strictness would refuse numbers that YAML reads as text, such as 1e-3
+        # pydantic would take `true` for 1, and its strictness would refuse numbers that YAML takes for text (1e-3)
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("a truth value does not belong here")
         return value

@@ -171,7 +171,7 @@ def test_a_study_runs_each_variant(slurm: Bed, cache: Path, tmp_path: Path) -> N
 
 def test_an_evaluation_on_two_ranks_tells_what_one_process_tells(slurm: Bed, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text((ROOT / "README.md").read_text())
-    command = [finished, "--task", "wikitext", "--text", tmp_path / "text.txt", "--json"]
+    command: list[str | Path] = [finished, "--task", "wikitext", "--text", tmp_path / "text.txt", "--json"]
     job = Job(slurm, tmp_path, "slurm/eval.sbatch", *command, tmp_path / "two.json")
     job.await_state("COMPLETED", "FAILED")
     assert job.field("JobState") == "COMPLETED", job.log
