@@ -58,7 +58,8 @@ class StandardMoE(nn.Module):
         keep_C = self._within_capacity(expert_C)
         gate_TK = self.moe.gate_scale * choice.gate_TK
         y_TD = self.dispatch.run(x_TD, choice.expert_TK, gate_TK, self.experts, keep_C)
-        y_TD = attach_router_losses(y_TD, logits_TE, choice.expert_TK, self.moe, self.loss_scale / max(1, len(x_TD)))
+        scale = self.loss_scale / max(1, len(x_TD))
+        y_TD = attach_router_losses(y_TD, logits_TE, choice.expert_TK, self.moe, scale, self.balance)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(hidden)
