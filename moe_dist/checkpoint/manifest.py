@@ -96,10 +96,12 @@ class TensorRecord(Record):
 
     @property
     def numel(self) -> int:
+        """Elements of the whole tensor."""
         return prod(self.shape)
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
         return DTYPES[self.dtype]
 
 
