@@ -12,19 +12,7 @@ from launcher import bench as entry
 from launcher import runners
 from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines
 from launcher.train import writable
-from moe_dist.cli.words import (
-    Clusters,
-    ExpertWidth,
-    Hostfile,
-    Json,
-    Port,
-    Repeats,
-    ResidualRank,
-    Seed,
-    StartedBy,
-    Width,
-    said,
-)
+from moe_dist.cli.words import Clusters, ExpertWidth, Hostfile, Json, Port, Repeats, ResidualRank, Seed, Width
 from moe_dist.errors import LaunchError
 from moe_dist.measurement.layers.spec import LayerShape, RanksBenchSpec
 
@@ -51,7 +39,7 @@ def bench_layer(
     ranks: Annotated[int | None, typer.Option(help="Whole layers, with routers, on so many ranks.")] = None,
     peers: Annotated[str, typer.Option(help="With --ranks, others' layers too: deepspeed,megatron.")] = "",
     wire_dtype: Annotated[str | None, typer.Option(help="With --ranks, as moe.wire_dtype. Default: --dtype.")] = None,
-    launcher: StartedBy = Launcher.LOCAL,
+    launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.LOCAL,
     hostfile: Hostfile = None,
     port: Port = DEFAULT_PORT,
     json_file: Json = None,
@@ -61,7 +49,7 @@ def bench_layer(
     Without --ranks: experts alone, in this process, on routing drawn beforehand. With --ranks: whole layers, with what
     crosses between the ranks counted, beside the MoE layers of DeepSpeed and Megatron-core if --peers names them.
     """
-    options = said(**locals())
+    options = {name: value for name, value in locals().items() if value is not None}
     for plural, name in (("top_k", "top_k"), ("dtypes", "dtype"), ("forms", "also_form")):
         if given := options.pop(name, None):
             options[plural] = tuple(given)

@@ -10,7 +10,7 @@ import typer
 from launcher import environment, evaluate, runners
 from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines
 from launcher.train import writable
-from moe_dist.cli.words import Hostfile, Json, Nodes, Port, Ranks, RanksPerNode, Run, StartedBy
+from moe_dist.cli.words import Hostfile, Json, Nodes, Port, Ranks, RanksPerNode, StartedBy
 from moe_dist.config import load_config
 from moe_dist.errors import LaunchError
 
@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluation(
-    run: Run,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo, or a checkpoint.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="world.KEY=value", help="How this job's ranks work.")
     ] = None,

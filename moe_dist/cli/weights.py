@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from launcher.train import writable
-from moe_dist.cli.words import Run
 
 
 class Dtype(StrEnum):
@@ -24,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    run: Run,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo, or a checkpoint.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.")],
     dtype: Annotated[
         Dtype | None,
