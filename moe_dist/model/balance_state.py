@@ -33,6 +33,7 @@ class BalanceState:
 
     @classmethod
     def create(cls, layers: int, moe: MoEConfig, device: torch.device) -> "BalanceState":
+        """Biases and counts of zero, as a run starts."""
         return cls(
             torch.zeros(layers, moe.clusters, device=device),
             torch.zeros(layers, moe.experts, device=device),

@@ -50,6 +50,7 @@ class StandardMoE(nn.Module):
         self.dispatch = FlatDispatch(channel, moe.experts, getattr(torch, moe.wire_dtype))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Takes and returns [..., D]; collective over the expert-parallel group."""
         x_TD = hidden.flatten(0, -2)
         logits_TE = router_logits(x_TD, self.router.weight)
         choice = choose_flat(logits_TE, self.balance.expert_bias_LE[self.layer], self.moe.top_k)

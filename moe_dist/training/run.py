@@ -120,10 +120,12 @@ class TrainingRun:
 
     @property
     def model(self) -> LanguageModel:
+        """The model of the present phase: a standard warm-up's, then the clustered one."""
         return self.trained.model
 
     @property
     def engine(self) -> Engine:
+        """The engine that trains it; as short-lived."""
         return self.trained.engine
 
     def _build(self, config: RunConfig) -> tuple[LanguageModel, Engine]:
