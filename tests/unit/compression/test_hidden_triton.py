@@ -32,6 +32,7 @@ from moe_dist.compression.hidden_step import HiddenStep
 from moe_dist.compression.hidden_trial import trial
 from moe_dist.compression.packed_factor import PackedFactor
 from moe_dist.errors import ConfigError
+from tests.unit.compression import count_traffic
 from tests.unit.compression.test_clustered_experts import (
     assert_agree,
     draw_routing,
@@ -181,6 +182,15 @@ def test_a_trial_tells_right_from_wrong(dtype: torch.dtype) -> None:
         assert f"{part} differs from form 'mask' by" in str(trial(scaled(part), CPU, dtype, 8))
     assert "the gradient of" in str(trial(scaled("gradient"), CPU, dtype, 8))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_tensor_is_as_large_as_the_hidden_units_of_all_slots() -> None:
+    """pre read and hidden written once, pre kept; what comes on top is thin. Counted without running a kernel."""
+    wide = count_traffic.F * 2  # bytes of a token's hidden units
+    forward, backward, saved = count_traffic.counted("triton", 4, torch.bfloat16)
+    assert 3 * wide < forward < 6 * wide
+    assert 5 * wide < backward < 14 * wide
+    assert 2 * wide < saved < 2.3 * wide
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
