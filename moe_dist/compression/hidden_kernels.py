@@ -19,6 +19,7 @@ import os
 import triton
 import triton.language as tl
 
+_VARYING = ("tokens", "experts", "slots")  # of any value without compiling anew
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -101,7 +102,7 @@ def _place(slot_BP, gate_BP, e, P: tl.constexpr):
     return place_B, tl.sum(tl.where(hit_BP, gate_BP, 0.0), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def forward(
     pre, slot, z, gate, order, in_v, out_u, scale, bias, hidden, thin, tokens, experts, slots, width, run,
     rank: tl.constexpr, J: tl.constexpr, P: tl.constexpr, B: tl.constexpr, L: tl.constexpr,
@@ -144,7 +145,7 @@ def forward(
         tl.store(hidden + t_B[:, None] * width + f_L[None, :], _rounded(sum_BL, dtype), mask=real_BL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def backward(
     pre, slot, z, gate, order, in_v, out_u, scale, bias, d_hidden, d_thin, d_pre, d_z, d_gate, d_in_v, d_out_u,
     d_scale, d_bias, tokens, experts, slots, width, run,
