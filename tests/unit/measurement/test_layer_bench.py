@@ -74,6 +74,8 @@ def test_impossible_specs_are_refused() -> None:
     forms = "auto, mask, sort, compiled, triton, reference"
     with pytest.raises(ConfigError, match=f"form 'foo' is unknown: use one of {forms}"):
         LayerBenchSpec(form="foo")
+    with pytest.raises(ConfigError, match=r"device=tpu is not here: use cpu"):
+        LayerBenchSpec(device="tpu")
     with pytest.raises(ConfigError, match="form 'bar' is unknown"):
         LayerBenchSpec(forms=("mask", "bar"))
 
