@@ -87,6 +87,21 @@ def _columns(vector, row, f_L, width):
 
 
 @triton.jit
+def _projected(
+    pre_BL, z, in_v, bias, half, row_B, chosen_B, f_L, width,
+    rank: tl.constexpr, J: tl.constexpr, bits: tl.constexpr, group: tl.constexpr, dtype: tl.constexpr,
+    precision: tl.constexpr,
+):  # fmt: skip
+    """g or u of one expert [B, L], and what it was made of: a row of z [B, J] times V [J, L]. half: 2 e or 2 e + 1."""
+    z_BJ = _thin(z, row_B, chosen_B, 2 * rank, rank, J)
+    v_JL = _factor(in_v, half * rank, f_L, width, rank, J, bits, group, dtype)
+    value_BL = pre_BL + _product(z_BJ, v_JL, dtype, precision)
+    if bias is not None:
+        value_BL += _columns(bias, half, f_L, width)
+    return value_BL, z_BJ, v_JL
+
+
+@triton.jit
 def _choice(slot, gate, t_B, real_B, slots, P: tl.constexpr):
     """A block's slots and gates [B, P]; what is no slot is -1."""
     at_BP = t_B[:, None] * slots + tl.arange(0, P)[None, :]
@@ -124,16 +139,15 @@ def forward(
             place_B, p_B = _place(slot_BP, gate_BP, e, P)
             if tl.max(place_B, axis=0) >= 0:
                 chosen_B = place_B >= 0
-                vg_JL = _factor(in_v, 2 * e * rank, f_L, width, rank, J, bits, group, dtype)
-                vu_JL = _factor(in_v, (2 * e + 1) * rank, f_L, width, rank, J, bits, group, dtype)
+                g_BL, _, _ = _projected(
+                    pre_g_BL, z, in_v, bias, 2 * e, t_B * experts + e, chosen_B, f_L, width,
+                    rank, J, bits, group, dtype, precision,
+                )  # fmt: skip
+                u_BL, _, _ = _projected(
+                    pre_u_BL, z + rank, in_v, bias, 2 * e + 1, t_B * experts + e, chosen_B, f_L, width,
+                    rank, J, bits, group, dtype, precision,
+                )  # fmt: skip
                 uo_JL = _factor(out_u, e * rank, f_L, width, rank, J, bits, group, dtype)
-                zg_BJ = _thin(z, t_B * experts + e, chosen_B, 2 * rank, rank, J)
-                zu_BJ = _thin(z + rank, t_B * experts + e, chosen_B, 2 * rank, rank, J)
-                g_BL = pre_g_BL + _product(zg_BJ, vg_JL, dtype, precision)
-                u_BL = pre_u_BL + _product(zu_BJ, vu_JL, dtype, precision)
-                if bias is not None:
-                    g_BL += _columns(bias, 2 * e, f_L, width)
-                    u_BL += _columns(bias, 2 * e + 1, f_L, width)
                 h_BL = g_BL * tl.sigmoid(g_BL) * u_BL * p_B[:, None]
                 if scale is not None:
                     h_BL *= _columns(scale, e, f_L, width)
@@ -178,17 +192,16 @@ def backward(
                 place_B, p_B = _place(slot_BP, gate_BP, e, P)
                 if tl.max(place_B, axis=0) >= 0:
                     chosen_B = place_B >= 0
-                    vg_JL = _factor(in_v, 2 * e * rank, f_L, width, rank, J, 0, 1, dtype)
-                    vu_JL = _factor(in_v, (2 * e + 1) * rank, f_L, width, rank, J, 0, 1, dtype)
+                    g_BL, zg_BJ, vg_JL = _projected(
+                        pre_g_BL, z, in_v, bias, 2 * e, t_B * experts + e, chosen_B, f_L, width,
+                        rank, J, 0, 1, dtype, precision,
+                    )  # fmt: skip
+                    u_BL, zu_BJ, vu_JL = _projected(
+                        pre_u_BL, z + rank, in_v, bias, 2 * e + 1, t_B * experts + e, chosen_B, f_L, width,
+                        rank, J, 0, 1, dtype, precision,
+                    )  # fmt: skip
                     uo_JL = _factor(out_u, e * rank, f_L, width, rank, J, 0, 1, dtype)
-                    zg_BJ = _thin(z, t_B * experts + e, chosen_B, 2 * rank, rank, J)
-                    zu_BJ = _thin(z + rank, t_B * experts + e, chosen_B, 2 * rank, rank, J)
                     d_thin_BJ = _thin(d_thin, t_B * experts + e, chosen_B, rank, rank, J)
-                    g_BL = pre_g_BL + _product(zg_BJ, vg_JL, dtype, precision)
-                    u_BL = pre_u_BL + _product(zu_BJ, vu_JL, dtype, precision)
-                    if bias is not None:
-                        g_BL += _columns(bias, 2 * e, f_L, width)
-                        u_BL += _columns(bias, 2 * e + 1, f_L, width)
                     q_BL = d_hidden_BL + _product(d_thin_BJ, uo_JL, dtype, precision)  # gradient of p * h
                     s_BL = tl.sigmoid(g_BL)
                     silu_BL = g_BL * s_BL
