@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = [
-    {"errors"},
+    {"errors", "console"},
     {"config", "metrics"},
     {"topology"},
     {"clustering", "compression", "routing"},
