@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moe_dist.compression import ClusterWeights, GroupFormat, PackedCluster, StoredForm, clustered_experts
+from moe_dist.compression import ClusterWeights, GroupFormat, PackedCluster, StoredForm, stored_experts
 from moe_dist.config import RunConfig
 from moe_dist.memory.block import Layout
 from moe_dist.memory.stored import StoredBlock, StoredMemory
@@ -37,7 +37,7 @@ class StoredExperts(nn.Module):
     """The part of one cluster that this rank holds: its base, and one row of bytes for each expert.
 
     They are buffers, or a block of a memory's tiers, which then brings them to the device for each pass. Factors are
-    unpacked for each pass, and not kept. No parameters: nothing here can be trained.
+    unpacked for each pass, some in a kernel, and not kept. No parameters: nothing here can be trained.
     """
 
     base_in_DH: Tensor
@@ -86,8 +86,11 @@ class StoredExperts(nn.Module):
             return replace(weights, base_in_DH=weights.base_in_DH.clone(), base_out_FD=weights.base_out_FD.clone())
 
     def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:
-        if self._kept is not None and not len(x_AD):
-            self._kept.skip()
-            return x_AD
+        if self._kept is not None:
+            if torch.is_grad_enabled() and x_AD.requires_grad:
+                raise RuntimeError("a backward pass would read weights of a cluster that is no longer on the device")
+            if not len(x_AD):
+                self._kept.skip()
+                return x_AD
         with self.packed(len(x_AD)) as packed:
-            return clustered_experts(x_AD, slot_AK, gate_AK, packed.weights(self.dtype), self.form)
+            return stored_experts(x_AD, slot_AK, gate_AK, packed, self.form)
