@@ -24,8 +24,7 @@ def depart(
     channel: Channel, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], wire_dtype: torch.dtype
 ) -> Flight:
     """Sends hidden vectors as `wire_dtype`; where nobody else is in the group they stay as they are."""
-    form: Form = EightBits() if wire_dtype is torch.int8 else Rounded(wire_dtype)
-    return channel.depart(x_RD, send, receive, Payload.HIDDEN, form)
+    return channel.depart(x_RD, send, receive, Payload.HIDDEN, form_of(wire_dtype))
 
 
 def travel(
@@ -56,6 +55,11 @@ class EightBits:
 
     def unpack(self, packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
         return unpack(packed_RB, dtype)
+
+
+def form_of(wire_dtype: torch.dtype) -> Form:
+    """What hidden vectors travel as."""
+    return EightBits() if wire_dtype is torch.int8 else Rounded(wire_dtype)
 
 
 def pack(x_RD: Tensor) -> Tensor:

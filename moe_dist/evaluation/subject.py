@@ -80,7 +80,9 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str) -> RunC
 
     No token is dropped for want of capacity, nothing is balanced, and nothing is regrouped.
     """
-    moe = config.moe.model_copy(update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none"})
+    moe = config.moe.model_copy(
+        update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none", "overlap_chunks": 1}
+    )
     model = config.model.model_copy(update={"activation_checkpointing": False})
     fields = RunConfig.model_fields
     defaults = {name: fields[name].get_default() for name in TRAINING_ONLY if name in fields}

@@ -99,6 +99,7 @@ class _Run:
     def __init__(self, config: RunConfig, process: Process, data: PreparedData, clock: PartClock, folder: Path) -> None:
         self.clock, self.signals, self.done = clock, StopSignals(), 0  # not entered: signals end a measurement
         self.run = TrainingRun(config, process, resolve_world(config, process.ranks), data, SilentRecorder(folder))
+        self.run.overlap.apply(self.run.model, 0)
         for layer in self.run.model.gpt.decoder.layers:  # type: ignore[union-attr]
             clock_attention(clock, layer.self_attention)
 
