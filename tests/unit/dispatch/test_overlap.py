@@ -61,7 +61,7 @@ def test_the_choice_is_the_fastest_unless_it_gains_next_to_nothing(speed: HopSpe
 def test_nothing_to_hide_or_nothing_hidden_needs_no_chunks(speed: HopSpeed) -> None:
     assert choose_chunks(replace(speed, hidden=0)) == 1
     assert choose_chunks(replace(speed, exchange=0)) == 1
-    assert choose_chunks(replace(speed, compute=0)) == 1
+    assert choose_chunks(replace(speed, compute=0, chunk=0)) == 1
 
 
 def test_one_chunk_takes_all_of_both_and_many_the_longer_of_the_two() -> None:
