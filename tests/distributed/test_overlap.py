@@ -1,6 +1,8 @@
 """Chunks in turn against one chunk, their reference: values, gradients, loads, bytes, and the order of things."""
 
+import re
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -9,10 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.config import MoEConfig, WorldShape
+from moe_dist.config import MoEConfig, WorldShape, load_config
 from moe_dist.dispatch.channel import Channel, Pending
+from moe_dist.dispatch.overlap import HopSpeed, choose_chunks
+from moe_dist.engine.startup import join
+from moe_dist.errors import ConfigError
 from moe_dist.model.clustered_experts import ClusteredExperts
 from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.topology.links import Links
+from moe_dist.topology.mesh import Mesh
+from moe_dist.training.overlap import OverlapChoice
+from moe_dist.training.recorder import Recorder
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_traffic import HIDDEN, layer_of
 
@@ -20,6 +30,10 @@ ONE = MoEConfig(experts=16, clusters=8, top_k=2, expert_hidden=16, rank=2, wire_
 TWO = ONE.model_copy(update={"top_clusters": 2})
 EIGHT_BITS = ONE.model_copy(update={"wire_dtype": "int8"})
 CHUNKS = (2, 3, 8)
+TINY = [
+    "model.hidden_size=32", "model.heads=2", "model.sequence_length=16", "moe.experts=16", "moe.clusters=4",
+    "moe.expert_hidden=16", "moe.rank=2",
+]  # fmt: skip
 TOKENS = [[33, 40, 27, 50], [0, 41, 3, 1], [2, 1, 0, 0]]
 """Of each rank: ragged; one rank without any; fewer than there are chunks."""
 Outcome = tuple[Tensor, list[Tensor], Tensor, Counter[Any]]
@@ -136,3 +150,73 @@ def test_a_chunk_is_on_the_wire_while_another_is_computed() -> None:
         for forward, backward in run_ranks(_events, 2, chunks):
             assert ", ".join(forward) == expected
             assert ", ".join(backward) == expected  # the same picture, run from its end
+
+
+class _Events(Recorder):
+    """Keeps what a run says of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int, dict[str, Any]]] = []
+
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        self.found.append((name, step, fields))
+
+
+Case = tuple[tuple[int, ...], list[str], dict[str, Any]]
+"""Each rank's node, words of the configuration, and the state of an earlier choice."""
+Choice = tuple[int | None, dict[str, Any], list[tuple[str, int, dict[str, Any]]], list[int]]
+"""Its chunks, state and events, and the chunks of each layer."""
+LAYOUT, OTHER = "data 1 x cluster 2 x shard 1", "data 1 x cluster 4 x shard 1"
+KNOWN: list[tuple[Case, int]] = [
+    (((0, 0), [], {}), 1),  # the processors that move messages are those that compute
+    (((0, 1), ["moe.balance=aux_loss"], {}), 1),
+    (((0, 1), [], {"chunks": 4, "world": LAYOUT}), 4),  # an earlier choice is kept
+    (((0, 0), [], {"chunks": 4, "world": OTHER}), 1),  # but not that of another layout
+    (((0, 1), ["moe.overlap_chunks=3"], {}), 3),
+]
+
+
+def _choose(cases: list[Case]) -> list[Choice]:
+    """What comes of each case; nothing leaves a trace in loads, bytes and gradients."""
+    choices, shape = [], WorldShape(1, 2, 1)
+    for nodes, words, state in cases:
+        config = load_config(None, [*TINY, *words])
+        process, mesh = join(config.world), Mesh.create(shape, timedelta(seconds=60))
+        model, recorder = LanguageModel(config, 97, mesh, Links(mesh.rank, nodes), 1), _Events()
+        choice = OverlapChoice(config, shape, process, 48, recorder)
+        if state:
+            choice.load_state_dict(state)
+        choice.apply(model, 3)
+        assert model.context.ledger.total().bytes == 0
+        assert int(model.context.balance.count_LE.sum()) == 0
+        assert all(parameter.grad is None for parameter in model.parameters())
+        of_layers = [layer.stage_one.chunks for layer in model.clustered_layers()]
+        choices.append((choice.chunks, choice.state_dict(), recorder.found, of_layers))
+    return choices
+
+
+def test_the_number_of_chunks_is_measured_between_nodes_unless_it_is_known() -> None:
+    first, second = run_ranks(_choose, 2, [((0, 1), [], {}), *(case for case, _ in KNOWN)])
+    assert first == second
+    chunks, state, events, of_layers = first[0]
+    ((name, step, fields),) = events
+    assert (name, step) == ("overlap", 3)
+    assert chunks == fields.pop("chunks") == choose_chunks(HopSpeed(**fields))
+    assert of_layers == [chunks] * 2
+    assert state == {"chunks": chunks, "world": LAYOUT}
+    for (case, expected), (_, _, events, of_layers) in zip(KNOWN, first[1:], strict=True):
+        assert (events, of_layers) == ([], [expected] * 2), case
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["moe.capacity_factor=1.5"], "moe.overlap_chunks=2 does not work with moe.capacity_factor=1.5"),
+        (["moe.balance=aux_loss"], "moe.overlap_chunks=2 does not work with moe.balance=aux_loss"),
+        (["memory.offload=true"], "moe.overlap_chunks=2 does not work with memory.offload=true"),
+    ],
+)
+def test_what_needs_whole_batches_refuses_chunks(words: list[str], part: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(part)):
+        load_config(None, ["moe.overlap_chunks=2", *words])
