@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_dist.dispatch.channel import Channel, Flight
 from moe_dist.dispatch.overlap import Division, joined, pipelined
-from moe_dist.dispatch.permute import count, group_order, inverse
+from moe_dist.dispatch.permute import count, group_order, inverse, permuted
 from moe_dist.dispatch.traffic import Payload
 from moe_dist.dispatch.wire import depart
 from moe_dist.topology.placement import ExpertPlacement
@@ -50,14 +50,15 @@ class StageOne:
         count_BL = count(position_T, self.placement.clusters).view(self.channel.group.size, -1)
         division = Division.of(count_BL, self.channel.exchange_counts(count_BL), self._chunks)
         order_T = division.reorder(order_T)
-        x_C = division.split(x_TD[order_T])
+        back_T = inverse(order_T)
+        x_C = division.split(permuted(x_TD, order_T, back_T))
         y_C = pipelined(
             division.chunks,
             lambda c: [self._depart(x_C[c], division.send[c], division.receive[c])],
             lambda c, arrived: [self._compute_disjoint(arrived[0], division, c, compute)],
             lambda c, results: [self._depart(results[0], division.receive[c], division.send[c])],
         )
-        return joined([y_RD for (y_RD,) in y_C])[inverse(order_T)]
+        return permuted(joined([y_RD for (y_RD,) in y_C]), back_T, order_T)
 
     def run_several(self, x_TD: Tensor, logits_TG: Tensor, chosen_TG: Tensor, compute: ClusterFunction) -> Tensor:
         """M>1: returns y_TD, weighted by softmax over all chosen experts of (cluster logit + expert logit).
@@ -121,14 +122,15 @@ class StageOne:
         if blocks == 1:  # one source: the clusters' rows are runs already
             return torch.cat([compute(cluster, run)[0] for cluster, run in enumerate(x_RD.split(per_cluster))])
         order_R = group_order(count_BL, len(x_RD))
-        runs = x_RD[order_R].split(per_cluster)
-        return torch.cat([compute(cluster, run)[0] for cluster, run in enumerate(runs)])[inverse(order_R)]
+        back_R = inverse(order_R)
+        runs = permuted(x_RD, order_R, back_R).split(per_cluster)
+        return permuted(torch.cat([compute(cluster, run)[0] for cluster, run in enumerate(runs)]), back_R, order_R)
 
     @staticmethod
     def _compute_overlapping(x_RD: Tensor, logits_RL: Tensor, compute: ClusterFunction) -> tuple[Tensor, Tensor]:
         """A row belongs to every local cluster whose logit is finite; returns the combined (y_RD, log_mass_R)."""
         rows_L = [column_R.isfinite().nonzero()[:, 0] for column_R in logits_RL.detach().T]
-        results = [compute(cluster, x_RD[row_N]) for cluster, row_N in enumerate(rows_L)]
+        results = [compute(cluster, x_RD.index_select(0, row_N)) for cluster, row_N in enumerate(rows_L)]
         mass_RL = logits_RL
         for cluster, (row_N, (_, log_mass_N)) in enumerate(zip(rows_L, results, strict=True)):
             index = (row_N, torch.full_like(row_N, cluster))

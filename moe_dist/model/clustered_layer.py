@@ -68,7 +68,9 @@ class ClusteredMoE(nn.Module):
         if self.context.statistics is not None and self.balance.counting:
             self.context.statistics.choose_clusters(self.layer, cluster_TM, self.placement.clusters)
         compute, sequences = self.local_clusters(len(x_TD)), hidden.shape[1:-1].numel()
-        y_TD = self._run_stage_one(x_TD, logits_TG, cluster_TM, sequences, compute) * self.moe.gate_scale
+        y_TD = self._run_stage_one(x_TD, logits_TG, cluster_TM, sequences, compute)
+        if self.moe.gate_scale != 1:
+            y_TD = y_TD * self.moe.gate_scale
         y_TD = attach_router_losses(y_TD, logits_TG, cluster_TM, self.moe, loss_scale)
         return y_TD.view_as(hidden)
 
@@ -87,12 +89,13 @@ class ClusteredMoE(nn.Module):
             kept_TM = torch.ones_like(cluster_TM, dtype=torch.bool) if keep_TM is None else keep_TM
             chosen_TG = torch.zeros_like(logits_TG, dtype=torch.bool).scatter_(1, cluster_TM, kept_TM)
             return self.stage_one.run_several(x_TD, logits_TG, chosen_TG, compute)
-        gate_T1 = advantage_gate(logits_TG, cluster_TM, sequences).to(x_TD.dtype)
         if keep_TM is None:
-            return self.stage_one.run_single(x_TD, cluster_TM[:, 0], compute) * gate_T1
-        kept_R = keep_TM[:, 0].nonzero()[:, 0]
-        y_RD = self.stage_one.run_single(x_TD[kept_R], cluster_TM[kept_R, 0], compute)
-        return torch.zeros_like(x_TD).index_copy(0, kept_R, y_RD) * gate_T1
+            y_TD = self.stage_one.run_single(x_TD, cluster_TM[:, 0], compute)
+        else:
+            kept_R = keep_TM[:, 0].nonzero()[:, 0]
+            y_RD = self.stage_one.run_single(x_TD.index_select(0, kept_R), cluster_TM[kept_R, 0], compute)
+            y_TD = torch.zeros_like(x_TD).index_copy(0, kept_R, y_RD)
+        return advantage_gate(y_TD, logits_TG, cluster_TM, sequences)
 
     def _clusters_within_capacity(self, cluster_TM: Tensor) -> Tensor | None:
         if self.moe.capacity_factor is None:
