@@ -45,11 +45,12 @@ def measure_hop(layer: ClusteredMoE, tokens: int) -> HopSpeed:
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     latency, exchanged, computed, computed_part, both = slowest.tolist()
     per_row = max(0.0, computed - computed_part) / (rows - rows // PART)
+    clusters = layer.moe.top_clusters  # of a token, on as many ranks at most
     hidden = (exchanged + computed - both) / min(exchanged, computed)
     return HopSpeed(
         latency=latency,
-        exchange=max(0.0, exchanged - latency) * tokens / rows,
-        compute=per_row * tokens,
+        exchange=max(0.0, exchanged - latency) / rows * tokens * min(clusters, probe.ranks),
+        compute=per_row * tokens * clusters,
         chunk=max(0.0, computed - per_row * rows),
         hidden=min(1.0, max(0.0, hidden)),
     )
