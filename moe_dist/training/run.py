@@ -115,7 +115,7 @@ class TrainingRun:
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
         tokens = self.batch.micro * config.model.sequence_length
-        self.overlap = OverlapChoice(config, shape, process, tokens, recorder)
+        self.overlap = OverlapChoice(config, shape, self.ledger.links, process.device, tokens, recorder)
         self.coordinator = Coordinator(self.engine, config, recorder)
         self.loads = self._load_record()
         self.account, self.steps_done = RunAccount(), steps_done

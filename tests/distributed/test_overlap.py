@@ -167,12 +167,12 @@ Case = tuple[tuple[int, ...], list[str], dict[str, Any]]
 """Each rank's node, words of the configuration, and the state of an earlier choice."""
 Choice = tuple[int | None, dict[str, Any], list[tuple[str, int, dict[str, Any]]], list[int]]
 """Its chunks, state and events, and the chunks of each layer."""
-LAYOUT, OTHER = "data 1 x cluster 2 x shard 1", "data 1 x cluster 4 x shard 1"
+LAYOUT = "data 1 x cluster 2 x shard 1 on 2 node(s)"
 KNOWN: list[tuple[Case, int]] = [
     (((0, 0), [], {}), 1),  # the processors that move messages are those that compute
     (((0, 1), ["moe.balance=aux_loss"], {}), 1),
-    (((0, 1), [], {"chunks": 4, "world": LAYOUT}), 4),  # an earlier choice is kept
-    (((0, 0), [], {"chunks": 4, "world": OTHER}), 1),  # but not that of another layout
+    (((0, 1), [], {"chunks": 4, "layout": LAYOUT}), 4),  # an earlier choice is kept
+    (((0, 0), [], {"chunks": 4, "layout": LAYOUT}), 1),  # but not that of another layout
     (((0, 1), ["moe.overlap_chunks=3"], {}), 3),
 ]
 
@@ -183,8 +183,9 @@ def _choose(cases: list[Case]) -> list[Choice]:
     for nodes, words, state in cases:
         config = load_config(None, [*TINY, *words])
         process, mesh = join(config.world), Mesh.create(shape, timedelta(seconds=60))
-        model, recorder = LanguageModel(config, 97, mesh, Links(mesh.rank, nodes), 1), _Events()
-        choice = OverlapChoice(config, shape, process, 48, recorder)
+        links, recorder = Links(mesh.rank, nodes), _Events()
+        model = LanguageModel(config, 97, mesh, links)
+        choice = OverlapChoice(config, shape, links, process.device, 48, recorder)
         if state:
             choice.load_state_dict(state)
         choice.apply(model, 3)
@@ -204,7 +205,7 @@ def test_the_number_of_chunks_is_measured_between_nodes_unless_it_is_known() -> 
     assert (name, step) == ("overlap", 3)
     assert chunks == fields.pop("chunks") == choose_chunks(HopSpeed(**fields))
     assert of_layers == [chunks] * 2
-    assert state == {"chunks": chunks, "world": LAYOUT}
+    assert state == {"chunks": chunks, "layout": LAYOUT}
     for (case, expected), (_, _, events, of_layers) in zip(KNOWN, first[1:], strict=True):
         assert (events, of_layers) == ([], [expected] * 2), case
 
