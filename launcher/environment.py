@@ -3,6 +3,8 @@
 import os
 import re
 import socket
+import sys
+import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -180,3 +182,10 @@ def prepare_process(environment: MutableMapping[str, str], threads: int, local_w
 def usable_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hush_libraries() -> None:
+    """Other packages' advice to their own developers would tear a live display, once from every rank."""
+    if not sys.warnoptions:  # someone who asks for warnings gets them all
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"(torch|torchao|megatron|deepspeed|apex)\b")

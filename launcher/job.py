@@ -53,6 +53,7 @@ class Job:
 
     @property
     def ranks(self) -> int:
+        """How many ranks all machines run together."""
         return sum(node.ranks for node in self.nodes)
 
     @property

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ def run_rank(config_path: str | None, overrides: Sequence[str], work: Callable[[
         faults.register(place.rank, leave_with_parent=place.kind != "environment")
     try:
         config = _accepted_config(place, config_path, overrides)
-        _hush_libraries()
+        environment.hush_libraries()
         if (work or _train)(config):
             return _stopped(place)
     except KeyboardInterrupt:
@@ -107,13 +106,6 @@ def _train(config: RunConfig) -> bool:
 def _give_up(error: Exception) -> None:
     """Ends a rank whose main thread hangs, from another thread."""
     os._exit(faults.report(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), error))
-
-
-def _hush_libraries() -> None:
-    """Other packages' advice to their own developers would tear the live display of rank 0, once from every rank."""
-    if not sys.warnoptions:  # someone who asks for warnings gets them all
-        for category in (UserWarning, FutureWarning, DeprecationWarning):
-            warnings.filterwarnings("ignore", category=category, module=r"(torch|torchao|megatron|deepspeed|apex)\b")
 
 
 def _speak_later(place: environment.RankEnvironment) -> None:

@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 INDEX = "index.json"
 WEIGHT = "weight"
 """A parameter's values are the tensor `weight/<its name>`; its Adam moments lie beside it."""
-FileName = Annotated[str, Field(pattern=r"^(index\.json|rank-[0-9]{5}\.safetensors)$")]
+FileName = Annotated[str, Field(pattern=r"^(index\.json|rank-[0-9]{5}(-[0-9]{3,})?\.safetensors)$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 NonNegative = Annotated[int, Field(ge=0)]
 DTYPES = {
@@ -96,10 +96,12 @@ class TensorRecord(Record):
 
     @property
     def numel(self) -> int:
+        """Elements of the whole tensor."""
         return prod(self.shape)
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
         return DTYPES[self.dtype]
 
 

@@ -38,6 +38,7 @@ class ShardSavePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
+        """One write item for each shard that this rank holds, known by its tensor's name and first element."""
         self.plan = SavePlan(
             [
                 WriteItem(
@@ -54,6 +55,7 @@ class ShardSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The values of the shard behind a write item, [length]; read from its tier now if it is away."""
         return _shard_at(self.state_dict, index).values
 
 
@@ -68,10 +70,12 @@ class ShardLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: State, metadata: Metadata | StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
+        """Takes the state as it is: torch's own looks in it for tensors to initialise, which ours has none of."""
         assert isinstance(metadata, Metadata)
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
+        """The reads that fill every shard this rank holds, whatever the cuts of the shards that were written."""
         return LoadPlan(list(self._reads()))
 
     def _reads(self) -> Iterator[ReadItem]:
@@ -82,6 +86,7 @@ class ShardLoadPlanner(DefaultLoadPlanner):
             yield from create_read_items_for_chunk_list(name, stored, [chunk_of(shard) for shard in tensor.shards])
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """What a shard's elements are read into, [length]: itself, or a buffer if it is kept in a lower tier."""
         shard = _shard_at(self.state_dict, index)
         return torch.empty(shard.length, dtype=shard.dtype) if isinstance(shard, AwayShard) else shard.values
 

@@ -53,6 +53,7 @@ class ShardedTensor:
 
     @property
     def numel(self) -> int:
+        """Elements of the whole tensor, not of this rank's shards."""
         return torch.Size(self.shape).numel()
 
     @classmethod

@@ -59,7 +59,7 @@ class ShardWriter(StorageWriter):
     """Writes one checkpoint to the folder `target`; `finish` commits it.
 
     Args:
-        shapes: the whole shapes of all tensors this rank has a part of, which torch knows only flattened.
+        state: what this rank writes, for the whole shapes of its tensors, which torch knows only flattened.
     """
 
     def __init__(self, target: Path, manifest: Manifest, state: State, rank: int) -> None:
@@ -77,22 +77,31 @@ class ShardWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any will do: the folder is the constructor's."""
         return True
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Makes an empty folder under the temporary name, on the coordinator; what a broken attempt left there goes."""
         if is_coordinator:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Sends the shapes of this rank's tensors along with its plan, to the coordinator."""
         return SavePlan(plan.items, storage_data=self._shapes)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Learns the shapes of all ranks' tensors, for the index, and takes them out of the plans again."""
         for plan in plans:
             self._shapes.update(plan.storage_data)
         return [SavePlan(plan.items) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes this rank's files before it returns; each result tells the name, size and checksum of the file.
+
+        Raises:
+            CheckpointError: this rank does not see the folder that rank 0 made.
+        """
         done: Future[list[WriteResult]] = Future()
         done.set_result(self._write(plan, planner) if plan.items else [])
         return done
@@ -138,6 +147,11 @@ class ShardWriter(StorageWriter):
         return [WriteResult(item.index, tensors[key_of(item.index)].nbytes, written) for item in items]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Writes index and manifest, then gives the folder its final name; on the coordinator, after all ranks wrote.
+
+        Raises:
+            CheckpointError: some elements of a tensor were on no rank.
+        """
         files: dict[str, FileRecord] = dict(result.storage_data for rank in results for result in rank)
         where = {result.index: result.storage_data[0] for rank in results for result in rank}
         index = Index(tensors={name: self._record(name, metadata, where) for name in metadata.state_dict_metadata})
@@ -172,21 +186,30 @@ class ShardReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any will do: the folder is the constructor's."""
         return True
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index in torch's terms, every tensor flattened."""
         return Metadata({name: _flat(tensor) for name, tensor in self._index.tensors.items()})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Nothing to prepare."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As it is: the index already says which file holds what."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As they are: ranks read independently of each other."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Reads what this rank wants before it returns, file by file, and only the elements it wants.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
         by_file: defaultdict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
             by_file[self._file_of(item.storage_index)].append(item)

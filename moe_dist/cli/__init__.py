@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.environment import hush_libraries
 from moe_dist import __version__
 from moe_dist.cli import (
     bench,
@@ -71,6 +72,7 @@ for group in (
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits: what a user did wrong is one line, only our own mistakes show a traceback."""
+    hush_libraries()
     sys.exit(_exit_code(arguments))
 
 

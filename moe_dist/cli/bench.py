@@ -15,7 +15,7 @@ from moe_dist.cli.bench_memory import bench_memory
 from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.bench_step import bench_step
-from moe_dist.cli.words import Json, Overrides
+from moe_dist.cli.words import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
 from moe_dist.errors import LaunchError
 
 
@@ -44,10 +44,10 @@ def bench_quality(
         list[str] | None, typer.Option(metavar="NAME=TRAIN,VALIDATION", help="Also on these files; may be given again.")
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="A recipe to run; may be given again. Default: all.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, seeds 0 and on.")] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of one thread each.")] = 2,
-    configs: Annotated[Path, typer.Option(help="Folder of the quality-*.yaml files.")] = Path("configs/experiment"),
-    folder: Annotated[Path, typer.Option(help="Where finished runs are kept.")] = Path("results/quality"),
+    seeds: Seeds = 3,
+    jobs: Jobs = 2,
+    configs: RecipeFolder = Path("configs/experiment"),
+    folder: FinishedRuns = Path("results/quality"),
     json_file: Json = None,
 ) -> None:
     """Train clustered experts and their baselines on the same text and compare losses; finished runs are kept."""

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from launcher.train import writable
-from moe_dist.cli.words import Json, Overrides
+from moe_dist.cli.words import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
 
 
 def bench_domains(
@@ -16,12 +16,12 @@ def bench_domains(
         list[str] | None,
         typer.Option(help="A recipe to run; may be given again. The first is what others are held to."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, seeds 0 and on.")] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, of one thread each.")] = 2,
+    seeds: Seeds = 3,
+    jobs: Jobs = 2,
     characters: Annotated[int, typer.Option(min=10_000, help="Text of each domain.")] = 1_500_000,
     english: Annotated[Path | None, typer.Option(help="A text file; default: docstrings of the library.")] = None,
-    configs: Annotated[Path, typer.Option(help="Folder of the quality-*.yaml files.")] = Path("configs/experiment"),
-    folder: Annotated[Path, typer.Option(help="Where finished runs are kept.")] = Path("results/domains"),
+    configs: RecipeFolder = Path("configs/experiment"),
+    folder: FinishedRuns = Path("results/domains"),
     json_file: Json = None,
 ) -> None:
     """Train on English, code, Cyrillic and tables at once: loss, and whether a cluster's experts serve one domain."""

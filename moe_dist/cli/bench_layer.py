@@ -12,7 +12,7 @@ from launcher import bench as entry
 from launcher import runners
 from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines
 from launcher.train import writable
-from moe_dist.cli.words import Hostfile, Json, Port
+from moe_dist.cli.words import Clusters, ExpertWidth, Hostfile, Json, Port, Repeats, ResidualRank, Seed, Width
 from moe_dist.errors import LaunchError
 from moe_dist.measurement.layers.spec import LayerShape, RanksBenchSpec
 
@@ -23,19 +23,19 @@ SHAPE = ("tokens", "hidden", "expert_hidden", "experts", "clusters", "rank", "ve
 
 def bench_layer(
     tokens: Annotated[int | None, typer.Option(help="Tokens in the batch; with --ranks, of a rank.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="d: width of the model.")] = None,
-    expert_hidden: Annotated[int | None, typer.Option(help="f: hidden width of an expert.")] = None,
+    hidden: Width = None,
+    expert_hidden: ExpertWidth = None,
     experts: Annotated[int | None, typer.Option(help="E: experts in the layer.")] = None,
-    clusters: Annotated[int | None, typer.Option(help="G: clusters of experts.")] = None,
-    rank: Annotated[int | None, typer.Option(help="r: rank of an expert's residual.")] = None,
+    clusters: Clusters = None,
+    rank: ResidualRank = None,
     top_k: Annotated[list[int] | None, typer.Option(help="k: experts a token; may be given again.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Such as float32; may be given again.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads (of a rank). Default: 1.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Timed rounds; the median is reported.")] = None,
+    repeats: Repeats = None,
     vectors: Annotated[bool | None, typer.Option(help="Per-expert vectors too.")] = None,
     form: Annotated[str | None, typer.Option(help="How clustered experts are computed, as moe.form.")] = None,
     also_form: Annotated[list[str] | None, typer.Option(help="A further form to show; may be given again.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights and tokens.")] = None,
+    seed: Seed = None,
     ranks: Annotated[int | None, typer.Option(help="Whole layers, with routers, on so many ranks.")] = None,
     peers: Annotated[str, typer.Option(help="With --ranks, others' layers too: deepspeed,megatron.")] = "",
     wire_dtype: Annotated[str | None, typer.Option(help="With --ranks, as moe.wire_dtype. Default: --dtype.")] = None,

@@ -1,52 +1,52 @@
 """`moe-dist bench memory`: what training takes in memory."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from launcher.train import writable
-from moe_dist.cli.words import Json
+from moe_dist.cli.words import Clusters, ExpertWidth, Json, ResidualRank, Threads, Width, said
 
 
 def bench_memory(
-    hidden: Annotated[int | None, typer.Option(help="d: width of the model.")] = None,
-    expert_hidden: Annotated[int | None, typer.Option(help="f: hidden width of an expert.")] = None,
+    hidden: Width = None,
+    expert_hidden: ExpertWidth = None,
     layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
     experts: Annotated[int | None, typer.Option(help="E: experts in a layer.")] = None,
-    clusters: Annotated[int | None, typer.Option(help="G: clusters of experts.")] = None,
-    rank: Annotated[int | None, typer.Option(help="r: rank of an expert's residual.")] = None,
+    clusters: Clusters = None,
+    rank: ResidualRank = None,
     sequences: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of each run; the first is not timed.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds over all cases; medians are reported.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    threads: Threads = None,
     budget: Annotated[float | None, typer.Option(help="As memory.device_budget.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="A case to run; may be given again. Default: all.")] = None,
     json_file: Json = None,
 ) -> None:
     """Compare the memory of training with dense, standard, clustered and offloaded experts, a process for each case."""
-    given: dict[str, Any] = {
-        "hidden": hidden,
-        "expert_hidden": expert_hidden,
-        "layers": layers,
-        "experts": experts,
-        "clusters": clusters,
-        "rank": rank,
-        "sequences": sequences,
-        "sequence_length": sequence_length,
-        "steps": steps,
-        "repeats": repeats,
-        "threads": threads,
-        "budget": budget,
-        "cases": tuple(case) if case else None,
-    }
+    given = said(
+        hidden=hidden,
+        expert_hidden=expert_hidden,
+        layers=layers,
+        experts=experts,
+        clusters=clusters,
+        rank=rank,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        steps=steps,
+        repeats=repeats,
+        threads=threads,
+        budget=budget,
+        cases=tuple(case) if case else None,
+    )
     target = json_file and writable(json_file)
     from moe_dist.measurement import memory_bench
     from moe_dist.metrics import write_json
 
-    spec = memory_bench.MemoryBenchSpec(**{name: value for name, value in given.items() if value is not None})
+    spec = memory_bench.MemoryBenchSpec(**given)
     console = Console()
     result = memory_bench.run_memory_bench(spec, console.print)
     memory_bench.render(result, console)

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from launcher.train import writable
-from moe_dist.cli.words import Json
+from moe_dist.cli.words import Json, said
 from moe_dist.config import load_config
 
 
@@ -28,8 +28,7 @@ def bench_precision(
     from moe_dist.metrics import write_json
     from moe_dist.model.stored_experts import stored_form
 
-    given: dict[str, Any] = {"clusters": clusters, "rank": rank}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = said(clusters=clusters, rank=rank)
     shapes = [replace(shape, **changes) for shape in precision_table.PUBLISHED]
     form = stored_form(config)
     rows = [precision_table.count(shape, form, vectors) for shape in shapes]

@@ -11,7 +11,7 @@ from launcher import bench as entry
 from launcher import runners
 from launcher.job import DEFAULT_PORT, Launcher, Size, plan
 from launcher.train import writable
-from moe_dist.cli.words import Config, Hostfile, Json, Overrides, Port, Ranks
+from moe_dist.cli.words import Config, Hostfile, Json, Overrides, Port, Ranks, StartedBy
 from moe_dist.config import load_config
 from moe_dist.measurement.step.spec import StepBenchSpec
 
@@ -28,7 +28,7 @@ def bench_step(
     steps: Annotated[int, typer.Option(help="Steps of each kind in a round.")] = StepBenchSpec.steps,
     warmup: Annotated[int, typer.Option(help="Steps before.")] = StepBenchSpec.warmup,
     divided: Annotated[int, typer.Option(help="Steps whose time is divided over its parts.")] = StepBenchSpec.divided,
-    launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.LOCAL,
+    launcher: StartedBy = Launcher.LOCAL,
     ranks: Ranks = None,
     hostfile: Hostfile = None,
     port: Port = DEFAULT_PORT,

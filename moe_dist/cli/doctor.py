@@ -10,7 +10,7 @@ import typer
 from launcher import doctor as entry
 from launcher import environment, runners
 from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines, plan
-from moe_dist.cli.words import Hostfile, Nodes, Overrides, Port, Ranks, RanksPerNode
+from moe_dist.cli.words import Hostfile, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
 
 ENTRY = Path(entry.__file__)
 
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 def doctor(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="YAML file of a run to be started.")] = None,
     overrides: Overrides = None,
-    launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.LOCAL,
+    launcher: StartedBy = Launcher.LOCAL,
     ranks: Ranks = None,
     nodes: Nodes = None,
     ranks_per_node: RanksPerNode = None,

@@ -10,7 +10,7 @@ import typer
 from launcher import environment, evaluate, runners
 from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines
 from launcher.train import writable
-from moe_dist.cli.words import Hostfile, Json, Nodes, Port, Ranks, RanksPerNode
+from moe_dist.cli.words import Hostfile, Json, Nodes, Port, Ranks, RanksPerNode, StartedBy
 from moe_dist.config import load_config
 from moe_dist.errors import LaunchError
 
@@ -70,7 +70,7 @@ def evaluation(
     max_eval: Annotated[int | None, typer.Option(min=1, help="Rows a task is scored on, at most.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of fine-tuning, at most.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="float32 gives the same figure on any number of ranks.")] = Dtype.FLOAT32,
-    launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.LOCAL,
+    launcher: StartedBy = Launcher.LOCAL,
     ranks: Ranks = None,
     nodes: Nodes = None,
     ranks_per_node: RanksPerNode = None,

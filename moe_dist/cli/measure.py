@@ -11,7 +11,7 @@ import typer
 from launcher import environment, measure, runners
 from launcher.job import DEFAULT_PORT, Launcher, Size, plan
 from launcher.train import writable
-from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode
+from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
 
 ENTRY = Path(measure.__file__)
 
@@ -47,7 +47,7 @@ def traffic(
     steps: Annotated[int, typer.Option(min=1, help="Steps that are counted, and as many that are timed.")] = 3,
     warmup: Annotated[int, typer.Option(min=0, help="Steps before.")] = 2,
     profile: Annotated[bool, typer.Option("--profile", help="Also where the time goes, and a trace.")] = False,
-    launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.LOCAL,
+    launcher: StartedBy = Launcher.LOCAL,
     ranks: Ranks = None,
     nodes: Nodes = None,
     ranks_per_node: RanksPerNode = None,

@@ -95,10 +95,12 @@ def reproduce(
         return
     on_slurm = launcher is ReproduceLauncher.SLURM or (launcher is None and scale is ScaleName.PAPER)
     if on_slurm:
-        submit.write_arrays(plan, nodes, typer.echo)
+        submit.write_arrays(plan, nodes, typer.echo, gpus=scale is ScaleName.PAPER)
     else:
         run.require_data(plan)
     results = run.gather(plan) if on_slurm else run.reproduce(plan, typer.echo)
+    if on_slurm and not any(result.summary for result in results):
+        return  # nothing has arrived yet
     console.print(Markdown((home / "results.md").read_text(encoding="utf-8")))
     typer.echo(f"{home}/: results.md, {run.RESULTS}, runs.csv, *.png")
     if target is not None:

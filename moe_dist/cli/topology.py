@@ -80,7 +80,7 @@ def _map(config: RunConfig, shape: WorldShape, nodes: Sequence[Node], node_of_ra
 
 
 def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
-    """The clusters and experts that a rank has when a run starts; `moe.recluster` may move them later."""
+    """The clusters and experts that a rank has when a run starts; `recluster` may move them later."""
     moe = config.moe
     if moe.kind == "dense":
         return "the whole layer"

@@ -8,7 +8,7 @@ import typer
 from launcher import runners
 from launcher.job import DEFAULT_PORT, Launcher, Size, plan
 from launcher.train import run_rank, with_json
-from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode
+from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
 from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
 
 
@@ -27,7 +27,7 @@ def train(config: Config, overrides: Overrides = None, json_file: Json = None) -
 def launch(
     config: Config,
     overrides: Overrides = None,
-    launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.DEEPSPEED,
+    launcher: StartedBy = Launcher.DEEPSPEED,
     ranks: Ranks = None,
     nodes: Nodes = None,
     ranks_per_node: RanksPerNode = None,

@@ -27,6 +27,14 @@ class ActivationStatistics:
     def empty(
         cls, experts: int, hidden: int, decay: float, device: torch.device | str | None = None
     ) -> "ActivationStatistics":
+        """The sums before the first step: no expert was given anything.
+
+        Args:
+            hidden: D, the model's width.
+
+        Raises:
+            ValueError: a decay outside [0, 1).
+        """
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of activation statistics must be in [0, 1), not {decay}")
         weighted_ED = torch.zeros(experts, hidden, device=device)

@@ -9,8 +9,9 @@
  * and its gradient, which recomputes g, u and h instead of reading k saved copies of them.
  *
  * Loops: a tile of the hidden width (so that the factors of one expert stay in L1), a chunk of tokens (so that its part
- * of `pre` stays in L2), the experts, the chunk's slots of that expert, vectors. A call covers the columns
- * [first, last) only: threads take disjoint columns, and `thin`, `d_z` and `d_gate` are partial sums over them.
+ * of `pre` stays in L2), the experts (whose factors are copied side by side, and whose gradients are summed likewise),
+ * the chunk's slots of that expert, vectors. A call covers the columns [first, last) only: threads take disjoint
+ * columns, and `thin`, `d_z` and `d_gate` are partial sums over them.
  *
  * Compiled with -DRANK=r; -DBFLOAT16 makes the wide tensors (pre, hidden and their gradients) bfloat16, all others stay
  * float32 and so does the arithmetic. Plain C with the vector extensions of GCC and Clang.
@@ -26,6 +27,7 @@
 #define WIDTH 4     /* vectors computed together: hides the latency of the fused multiply-add */
 #define TILE 128    /* columns */
 #define CHUNK 128   /* tokens */
+#define SLOTS 2     /* of one expert, together in the backward pass: its sums are read and written once for both */
 #define AHEAD 4     /* slots: how far memory is asked for in advance */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -148,51 +150,65 @@ INLINE void prefetch(const wide *row, int64_t columns) {
     for (int64_t f = 0; f < columns; f += 64 / sizeof(wide)) __builtin_prefetch(row + f);
 }
 
-/* g and u of one slot at `width` vectors from column f; z: its 2 RANK coefficients. */
-INLINE void projections(const problem *p, int64_t t, int64_t e, const float *z, int64_t f, int width, vec *g, vec *u) {
-    const wide *pre = p->pre + t * 2 * p->hidden + f;
-    const float *vg = p->in_v + e * 2 * RANK * p->hidden + f, *vu = vg + RANK * p->hidden;
-    for (int w = 0; w < width; w++) {
-        g[w] = load(pre + w * LANES);
-        u[w] = load(pre + p->hidden + w * LANES);
-        if (p->bias) {
-            g[w] += at(p->bias + e * 2 * p->hidden + f + w * LANES);
-            u[w] += at(p->bias + (e * 2 + 1) * p->hidden + f + w * LANES);
-        }
-    }
+/* What an expert has in a tile, or the gradient of that: side by side, where the tensors' rows are far apart. */
+typedef struct { float vg[RANK][TILE], vu[RANK][TILE], uo[RANK][TILE], scale[TILE], bias_g[TILE], bias_u[TILE]; } panel;
+
+INLINE void copy_columns(float *to, const float *from, int64_t columns) { memcpy(to, from, columns * sizeof(float)); }
+
+/* Without vectors the scale is one and the biases are zero. */
+static void read_panel(panel *x, const problem *p, int64_t e, int64_t tile, int64_t columns) {
+    const float *v = p->in_v + e * 2 * RANK * p->hidden + tile, *u = p->out_u + e * RANK * p->hidden + tile;
     for (int i = 0; i < RANK; i++) {
-        vec z_g = zero() + z[i], z_u = zero() + z[RANK + i];
-        for (int w = 0; w < width; w++) {
-            g[w] += z_g * at(vg + i * p->hidden + w * LANES);
-            u[w] += z_u * at(vu + i * p->hidden + w * LANES);
-        }
+        copy_columns(x->vg[i], v + i * p->hidden, columns);
+        copy_columns(x->vu[i], v + (RANK + i) * p->hidden, columns);
+        copy_columns(x->uo[i], u + i * p->hidden, columns);
+    }
+    for (int f = 0; f < TILE; f++) {
+        x->scale[f] = 1;
+        x->bias_g[f] = x->bias_u[f] = 0;
+    }
+    if (p->scale) copy_columns(x->scale, p->scale + e * p->hidden + tile, columns);
+    if (p->bias) {
+        copy_columns(x->bias_g, p->bias + e * 2 * p->hidden + tile, columns);
+        copy_columns(x->bias_u, p->bias + (e * 2 + 1) * p->hidden + tile, columns);
     }
 }
 
-INLINE void forward_block(const problem *p, int64_t t, int64_t e, const float *z, float weight, int64_t f, int width,
-                          float *hidden, vec *thin) {
-    vec g[WIDTH], u[WIDTH];
-    projections(p, t, e, z, f, width, g, u);
+/* g and u of one slot at `width` vectors from column f of the tile; pre: its row there; z: its 2 RANK coefficients. */
+INLINE void projections(const panel *x, const wide *pre, int64_t hidden, const float *z, int64_t f, int width, vec *g,
+                        vec *u) {
     for (int w = 0; w < width; w++) {
-        vec h = g[w] * sigmoid(g[w]) * u[w] * weight;
-        if (p->scale) h *= at(p->scale + e * p->hidden + f + w * LANES);
-        add_to(hidden + w * LANES, h);
-        g[w] = h;
+        g[w] = load(pre + f + w * LANES) + at(x->bias_g + f + w * LANES);
+        u[w] = load(pre + hidden + f + w * LANES) + at(x->bias_u + f + w * LANES);
     }
-    const float *uo = p->out_u + e * RANK * p->hidden + f;
     for (int i = 0; i < RANK; i++)
-        for (int w = 0; w < width; w++) thin[i] += g[w] * at(uo + i * p->hidden + w * LANES);
+        for (int w = 0; w < width; w++) {
+            g[w] += z[i] * at(x->vg[i] + f + w * LANES);
+            u[w] += z[RANK + i] * at(x->vu[i] + f + w * LANES);
+        }
 }
 
-static void forward_slot(const problem *p, int64_t i, int64_t e, int64_t tile, int64_t end, float *hidden, float *out) {
-    int64_t t = i / p->slots, f = tile;
-    const float *z = p->z + (t * p->experts + e) * 2 * RANK;
+INLINE void forward_block(const panel *x, const wide *pre, int64_t hidden, const float *z, float weight, int64_t f,
+                          int width, float *sum, vec *thin) {
+    vec g[WIDTH], u[WIDTH];
+    projections(x, pre, hidden, z, f, width, g, u);
+    for (int w = 0; w < width; w++) {
+        g[w] = g[w] * sigmoid(g[w]) * u[w] * weight * at(x->scale + f + w * LANES);
+        add_to(sum + f + w * LANES, g[w]);
+    }
+    for (int i = 0; i < RANK; i++)
+        for (int w = 0; w < width; w++) thin[i] += g[w] * at(x->uo[i] + f + w * LANES);
+}
+
+static void forward_slot(const panel *x, const wide *pre, int64_t hidden, const float *z, float weight, int64_t columns,
+                         float *sum, float *out) {
+    int64_t f = 0;
     vec thin[RANK];
     for (int j = 0; j < RANK; j++) thin[j] = zero();
-    for (; f + WIDTH * LANES <= end; f += WIDTH * LANES)
-        forward_block(p, t, e, z, p->gate[i], f, WIDTH, hidden + f - tile, thin);
-    for (; f < end; f += LANES) forward_block(p, t, e, z, p->gate[i], f, 1, hidden + f - tile, thin);
-    add_sums(out + (t * p->experts + e) * RANK, thin, RANK);
+    for (; f + WIDTH * LANES <= columns; f += WIDTH * LANES)
+        forward_block(x, pre, hidden, z, weight, f, WIDTH, sum, thin);
+    for (; f < columns; f += LANES) forward_block(x, pre, hidden, z, weight, f, 1, sum, thin);
+    add_sums(out, thin, RANK);
 }
 
 /* hidden_out: [tokens, hidden]; thin: [tokens, experts, RANK], zeroed by the caller. */
@@ -203,20 +219,26 @@ int forward(int64_t tokens, int64_t experts, int64_t slots, int64_t hidden, int6
     schedule s;
     int status = schedule_slots(&p, &s);
     float sums[CHUNK][TILE] __attribute__((aligned(64)));
+    panel x __attribute__((aligned(64)));
     for (int64_t tile = first; status == DONE && tile < last; tile += TILE) {
-        int64_t end = tile + TILE < last ? tile + TILE : last;
+        int64_t columns = tile + TILE < last ? TILE : last - tile;
         for (int64_t c = 0; c * CHUNK < tokens; c++) {
             memset(sums, 0, sizeof(sums));
-            for (int64_t e = 0; e < experts; e++)
-                for (int64_t j = s.begin[c * experts + e]; j < s.begin[c * experts + e + 1]; j++) {
+            for (int64_t e = 0; e < experts; e++) {
+                int64_t j = s.begin[c * experts + e], stop = s.begin[c * experts + e + 1];
+                if (j < stop) read_panel(&x, &p, e, tile, columns);
+                for (; j < stop; j++) {
                     const wide *ahead = pre + s.entry[j + AHEAD] / slots * 2 * hidden + tile;
-                    prefetch(ahead, end - tile);
-                    prefetch(ahead + hidden, end - tile);
-                    forward_slot(&p, s.entry[j], e, tile, end, sums[s.entry[j] / slots - c * CHUNK], thin);
+                    prefetch(ahead, columns);
+                    prefetch(ahead + hidden, columns);
+                    int64_t t = s.entry[j] / slots, of_expert = t * experts + e;
+                    forward_slot(&x, pre + t * 2 * hidden + tile, hidden, z + of_expert * 2 * RANK, gate[s.entry[j]],
+                                 columns, sums[t - c * CHUNK], thin + of_expert * RANK);
                 }
+            }
             for (int64_t t = c * CHUNK; t < tokens && t < (c + 1) * CHUNK; t++)
-                for (int64_t f = tile; f < end; f += LANES)
-                    store(hidden_out + t * hidden + f, at(sums[t - c * CHUNK] + f - tile));
+                for (int64_t f = 0; f < columns; f += LANES)
+                    store(hidden_out + t * hidden + tile + f, at(sums[t - c * CHUNK] + f));
         }
     }
     discard(&s);
@@ -224,68 +246,83 @@ int forward(int64_t tokens, int64_t experts, int64_t slots, int64_t hidden, int6
 }
 
 /* What the backward pass adds to what it reads; the gradients of one expert's tensors have those tensors' layouts. */
-typedef struct {
-    const wide *d_hidden;  /* [tokens, hidden] */
-    const float *d_thin;   /* [tokens, experts, RANK] */
-    float *d_z, *d_gate, *d_in_v, *d_out_u, *d_scale, *d_bias;
-} gradients;
+typedef struct { float *d_in_v, *d_out_u, *d_scale, *d_bias; } gradients;
 
-/* Sums over the columns of one slot, kept as vectors until its tile is done. */
-typedef struct { vec z[2 * RANK], gate; } slot_sums;
+INLINE void add_columns(float *to, const float *from, int64_t columns) {
+    for (int64_t f = 0; f < columns; f += LANES) add_to(to + f, at(from + f));
+}
 
-INLINE void backward_block(const problem *p, const gradients *d, int64_t t, int64_t e, float weight, int64_t f,
-                           int width, float *d_g, float *d_u, slot_sums *sums) {
-    const int64_t F = p->hidden;
-    const float *z = p->z + (t * p->experts + e) * 2 * RANK, *dt = d->d_thin + (t * p->experts + e) * RANK;
-    const float *vg = p->in_v + e * 2 * RANK * F + f, *vu = vg + RANK * F, *uo = p->out_u + e * RANK * F + f;
-    float *d_vg = d->d_in_v + e * 2 * RANK * F + f, *d_vu = d_vg + RANK * F, *d_uo = d->d_out_u + e * RANK * F + f;
-    vec g[WIDTH], u[WIDTH], q[WIDTH], h[WIDTH];
-    projections(p, t, e, z, f, width, g, u);
-    for (int w = 0; w < width; w++) q[w] = load(d->d_hidden + t * F + f + w * LANES);
-    for (int i = 0; i < RANK; i++)
-        for (int w = 0; w < width; w++) q[w] += dt[i] * at(uo + i * F + w * LANES);
-    for (int w = 0; w < width; w++) { /* from here g, u hold their own gradients */
-        vec s = sigmoid(g[w]), silu = g[w] * s, d_h = q[w] * weight;
-        h[w] = silu * u[w];
-        if (p->scale) {
-            vec scale = at(p->scale + e * F + f + w * LANES);
-            add_to(d->d_scale + e * F + f + w * LANES, d_h * h[w]);
-            h[w] *= scale;
-            d_h *= scale;
-        }
-        sums->gate += q[w] * h[w];
-        h[w] *= weight;
-        g[w] = d_h * u[w] * s * (1.0f + g[w] - silu);
-        u[w] = d_h * silu;
-        add_to(d_g + w * LANES, g[w]);
-        add_to(d_u + w * LANES, u[w]);
-        if (p->bias) {
-            add_to(d->d_bias + e * 2 * F + f + w * LANES, g[w]);
-            add_to(d->d_bias + (e * 2 + 1) * F + f + w * LANES, u[w]);
-        }
-    }
+static void add_panel(const panel *x, const problem *p, const gradients *d, int64_t e, int64_t tile, int64_t columns) {
+    float *v = d->d_in_v + e * 2 * RANK * p->hidden + tile, *u = d->d_out_u + e * RANK * p->hidden + tile;
     for (int i = 0; i < RANK; i++) {
-        vec z_g = zero() + z[i], z_u = zero() + z[RANK + i], d_t = zero() + dt[i];
-        for (int w = 0; w < width; w++) {
-            sums->z[i] += g[w] * at(vg + i * F + w * LANES);
-            sums->z[RANK + i] += u[w] * at(vu + i * F + w * LANES);
-            add_to(d_vg + i * F + w * LANES, z_g * g[w]);
-            add_to(d_vu + i * F + w * LANES, z_u * u[w]);
-            add_to(d_uo + i * F + w * LANES, d_t * h[w]);
-        }
+        add_columns(v + i * p->hidden, x->vg[i], columns);
+        add_columns(v + (RANK + i) * p->hidden, x->vu[i], columns);
+        add_columns(u + i * p->hidden, x->uo[i], columns);
+    }
+    if (d->d_scale) add_columns(d->d_scale + e * p->hidden + tile, x->scale, columns);
+    if (d->d_bias) {
+        add_columns(d->d_bias + e * 2 * p->hidden + tile, x->bias_g, columns);
+        add_columns(d->d_bias + (e * 2 + 1) * p->hidden + tile, x->bias_u, columns);
     }
 }
 
-static void backward_slot(const problem *p, const gradients *d, int64_t i, int64_t e, int64_t tile, int64_t end,
-                          float *d_g, float *d_u) {
-    int64_t t = i / p->slots, f = tile;
-    slot_sums sums;
-    memset(&sums, 0, sizeof(sums));
-    for (; f + WIDTH * LANES <= end; f += WIDTH * LANES)
-        backward_block(p, d, t, e, p->gate[i], f, WIDTH, d_g + f - tile, d_u + f - tile, &sums);
-    for (; f < end; f += LANES) backward_block(p, d, t, e, p->gate[i], f, 1, d_g + f - tile, d_u + f - tile, &sums);
-    add_sums(d->d_z + (t * p->experts + e) * 2 * RANK, sums.z, 2 * RANK);
-    add_sums(d->d_gate + i, &sums.gate, 1);
+/* One slot in the backward pass: what it reads, where its row of d_pre is summed, and its sums over columns, kept as
+ * vectors until the tile is done. */
+typedef struct {
+    const wide *pre, *d_hidden;
+    const float *z, *d_thin;
+    float weight, *d_g, *d_u;
+    vec d_z[2 * RANK], d_weight;
+} backward_slot;
+
+INLINE void backward_block(const panel *x, panel *d, backward_slot *slot, int count, int64_t hidden, int64_t f,
+                           int width) {
+    vec g[SLOTS][WIDTH], u[SLOTS][WIDTH], h[SLOTS][WIDTH];
+    for (int s = 0; s < count; s++) {
+        vec q[WIDTH];
+        projections(x, slot[s].pre, hidden, slot[s].z, f, width, g[s], u[s]);
+        for (int w = 0; w < width; w++) q[w] = load(slot[s].d_hidden + f + w * LANES);
+        for (int i = 0; i < RANK; i++)
+            for (int w = 0; w < width; w++) q[w] += slot[s].d_thin[i] * at(x->uo[i] + f + w * LANES);
+        for (int w = 0; w < width; w++) { /* from here g, u hold their own gradients */
+            vec sig = sigmoid(g[s][w]), silu = g[s][w] * sig, d_h = q[w] * slot[s].weight;
+            vec scale = at(x->scale + f + w * LANES);
+            h[s][w] = silu * u[s][w];
+            add_to(d->scale + f + w * LANES, d_h * h[s][w]);
+            h[s][w] *= scale;
+            d_h *= scale;
+            slot[s].d_weight += q[w] * h[s][w];
+            h[s][w] *= slot[s].weight;
+            g[s][w] = d_h * u[s][w] * sig * (1.0f + g[s][w] - silu);
+            u[s][w] = d_h * silu;
+            add_to(slot[s].d_g + f + w * LANES, g[s][w]);
+            add_to(slot[s].d_u + f + w * LANES, u[s][w]);
+            add_to(d->bias_g + f + w * LANES, g[s][w]);
+            add_to(d->bias_u + f + w * LANES, u[s][w]);
+        }
+    }
+    for (int i = 0; i < RANK; i++)
+        for (int w = 0; w < width; w++) {
+            int64_t at_w = f + w * LANES;
+            vec vg = at(x->vg[i] + at_w), vu = at(x->vu[i] + at_w);
+            vec d_vg = at(d->vg[i] + at_w), d_vu = at(d->vu[i] + at_w), d_uo = at(d->uo[i] + at_w);
+            for (int s = 0; s < count; s++) {
+                slot[s].d_z[i] += g[s][w] * vg;
+                slot[s].d_z[RANK + i] += u[s][w] * vu;
+                d_vg += slot[s].z[i] * g[s][w];
+                d_vu += slot[s].z[RANK + i] * u[s][w];
+                d_uo += slot[s].d_thin[i] * h[s][w];
+            }
+            *(memory_vec *)(d->vg[i] + at_w) = d_vg;
+            *(memory_vec *)(d->vu[i] + at_w) = d_vu;
+            *(memory_vec *)(d->uo[i] + at_w) = d_uo;
+        }
+}
+
+INLINE void backward_slots(const panel *x, panel *d, backward_slot *slot, int count, int64_t hidden, int64_t columns) {
+    int64_t f = 0;
+    for (; f + WIDTH * LANES <= columns; f += WIDTH * LANES) backward_block(x, d, slot, count, hidden, f, WIDTH);
+    for (; f < columns; f += LANES) backward_block(x, d, slot, count, hidden, f, 1);
 }
 
 /* d_pre: [tokens, 2 hidden]; all other outputs are added to what the caller zeroed. */
@@ -294,27 +331,47 @@ int backward(int64_t tokens, int64_t experts, int64_t slots, int64_t hidden, int
              const float *out_u, const float *scale, const float *bias, const wide *d_hidden, const float *d_thin,
              wide *d_pre, float *d_z, float *d_gate, float *d_in_v, float *d_out_u, float *d_scale, float *d_bias) {
     problem p = {tokens, experts, slots, hidden, first, last, pre, z, slot, gate, in_v, out_u, scale, bias};
-    gradients d = {d_hidden, d_thin, d_z, d_gate, d_in_v, d_out_u, d_scale, d_bias};
+    gradients of_weights = {d_in_v, d_out_u, d_scale, d_bias};
     schedule s;
     int status = schedule_slots(&p, &s);
     float d_g[CHUNK][TILE] __attribute__((aligned(64))), d_u[CHUNK][TILE] __attribute__((aligned(64)));
+    panel x __attribute__((aligned(64))), d __attribute__((aligned(64)));
     for (int64_t tile = first; status == DONE && tile < last; tile += TILE) {
-        int64_t end = tile + TILE < last ? tile + TILE : last;
+        int64_t columns = tile + TILE < last ? TILE : last - tile;
         for (int64_t c = 0; c * CHUNK < tokens; c++) {
             memset(d_g, 0, sizeof(d_g));
             memset(d_u, 0, sizeof(d_u));
-            for (int64_t e = 0; e < experts; e++)
-                for (int64_t j = s.begin[c * experts + e]; j < s.begin[c * experts + e + 1]; j++) {
-                    int64_t row = s.entry[j] / slots - c * CHUNK, ahead = s.entry[j + AHEAD] / slots;
-                    prefetch(pre + ahead * 2 * hidden + tile, end - tile);
-                    prefetch(pre + (ahead * 2 + 1) * hidden + tile, end - tile);
-                    prefetch(d_hidden + ahead * hidden + tile, end - tile);
-                    backward_slot(&p, &d, s.entry[j], e, tile, end, d_g[row], d_u[row]);
+            for (int64_t e = 0; e < experts; e++) {
+                int64_t j = s.begin[c * experts + e], stop = s.begin[c * experts + e + 1];
+                if (j == stop) continue;
+                read_panel(&x, &p, e, tile, columns);
+                memset(&d, 0, sizeof(d));
+                while (j < stop) {
+                    backward_slot pair[SLOTS];
+                    int count = stop - j < SLOTS ? stop - j : SLOTS;
+                    for (int i = 0; i < count; i++) {
+                        int64_t t = s.entry[j + i] / slots, row = t - c * CHUNK, ahead = s.entry[j + i + AHEAD] / slots;
+                        prefetch(pre + ahead * 2 * hidden + tile, columns);
+                        prefetch(pre + (ahead * 2 + 1) * hidden + tile, columns);
+                        prefetch(d_hidden + ahead * hidden + tile, columns);
+                        pair[i] = (backward_slot){
+                            .pre = pre + t * 2 * hidden + tile, .d_hidden = d_hidden + t * hidden + tile,
+                            .z = z + (t * experts + e) * 2 * RANK, .d_thin = d_thin + (t * experts + e) * RANK,
+                            .weight = gate[s.entry[j + i]], .d_g = d_g[row], .d_u = d_u[row]};
+                    }
+                    if (count == SLOTS) backward_slots(&x, &d, pair, SLOTS, hidden, columns);
+                    else for (int i = 0; i < count; i++) backward_slots(&x, &d, pair + i, 1, hidden, columns);
+                    for (int i = 0; i < count; i++, j++) {
+                        add_sums(d_z + (s.entry[j] / slots * experts + e) * 2 * RANK, pair[i].d_z, 2 * RANK);
+                        add_sums(d_gate + s.entry[j], &pair[i].d_weight, 1);
+                    }
                 }
+                add_panel(&d, &p, &of_weights, e, tile, columns);
+            }
             for (int64_t t = c * CHUNK; t < tokens && t < (c + 1) * CHUNK; t++)
-                for (int64_t f = tile; f < end; f += LANES) {
-                    store(d_pre + t * 2 * hidden + f, at(d_g[t - c * CHUNK] + f - tile));
-                    store(d_pre + (t * 2 + 1) * hidden + f, at(d_u[t - c * CHUNK] + f - tile));
+                for (int64_t f = 0; f < columns; f += LANES) {
+                    store(d_pre + t * 2 * hidden + tile + f, at(d_g[t - c * CHUNK] + f));
+                    store(d_pre + (t * 2 + 1) * hidden + tile + f, at(d_u[t - c * CHUNK] + f));
                 }
         }
     }

@@ -143,7 +143,7 @@ def _validate(tree: Mapping[str, Any]) -> RunConfig:
         key = ".".join(str(part) for part in first["loc"]) or "configuration"
         given = first.get("input")
         shown = "" if isinstance(given, dict) else f"={given!r}"
-        raise ConfigError(f"{key}{shown}: {_one_line(first['msg'])}") from error
+        raise ConfigError(f"{key}{shown}: {_one_line(first['msg']).removeprefix('Value error, ')}") from error
 
 
 def _one_line(message: object) -> str:

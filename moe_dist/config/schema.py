@@ -7,7 +7,7 @@ number of ranks are in `config/world.py`. Nothing here imports torch, so that th
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from moe_dist.errors import ConfigError
 
@@ -22,6 +22,14 @@ class Section(BaseModel):
     """A group of keys: unknown ones are refused, values are fixed once validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_values_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
+        # pydantic would take `true` for 1, and its strictness would refuse numbers that YAML takes for text (1e-3)
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("a truth value does not belong here")
+        return value
 
 
 def _require_divisible(key: str, value: int, by_key: str, by: int) -> None:

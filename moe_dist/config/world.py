@@ -17,6 +17,7 @@ class WorldShape:
 
     @property
     def ranks(self) -> int:
+        """Their product: how many ranks the job has."""
         return self.data * self.cluster * self.shard
 
     def __str__(self) -> str:

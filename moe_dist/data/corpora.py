@@ -14,9 +14,15 @@ from moe_dist.errors import DataError
 class Source(Protocol):
     """Where texts come from; `fingerprint` is much cheaper than reading them, and tells whether they changed."""
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """A text that changes when the texts, or the way they are read, may have changed."""
 
-    def texts(self) -> Iterator[str]: ...
+    def texts(self) -> Iterator[str]:
+        """Reads every text, in the same order each time.
+
+        Raises:
+            DataError: it cannot be read.
+        """
 
     def __str__(self) -> str: ...
 

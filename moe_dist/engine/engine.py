@@ -31,6 +31,10 @@ class StepOutcome:
     """Copies routed to each expert of each layer, over all ranks; float64, on the CPU."""
     dropped: float
     """Copies beyond the capacity, over all layers and ranks."""
+    balance_loss: float
+    """What `loss` gets on top from `moe.aux_loss_weight`, over all layers."""
+    z_loss: float
+    """And from `moe.z_loss_weight`."""
     stop: bool
     """Some rank wants all to stop after this step."""
 
@@ -112,13 +116,15 @@ class Engine:
         faults[self.process.rank] = (~loss.isfinite()).double()
         stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
         mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop])
+        mine = torch.cat([mine, balance.router_loss_2.double()])
         packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
         balance.clear_counts()
-        (loss_sum, dropped, stop), faults, counts = packed.cpu().split([len(mine), ranks, balance.count_LE.numel()])
+        sums, faults, counts = packed.cpu().split([len(mine), ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
-        return StepOutcome(float(loss_sum) / ranks, broken, count_LE, float(dropped), bool(stop > 0))
+        loss_sum, dropped, stops, balance_loss, z_loss = sums.tolist()
+        return StepOutcome(loss_sum / ranks, broken, count_LE, dropped, balance_loss / ranks, z_loss / ranks, stops > 0)
 
 
 def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:

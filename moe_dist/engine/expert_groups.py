@@ -32,14 +32,17 @@ class MarkedModel(nn.Module):
         self.marker = ExpertMarker(num_experts) if has_experts(self) else None
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in `nn.Module`, without the hidden ones; `parameters()` leaves them out, too."""
         shown = super().named_parameters(*args, **kwargs)
         return ((name, parameter) for name, parameter in shown if parameter not in self._hidden)
 
     def forward(self, *args: object) -> object:
+        """The model's own forward pass."""
         return self.model(*args)
 
 
 def has_experts(model: nn.Module) -> bool:
+    """Whether some of its parameters are reduced over fewer than all ranks: a cluster's base or an expert's own."""
     return any(class_of(parameter) in REDUCED_OVER for parameter in model.parameters())
 
 

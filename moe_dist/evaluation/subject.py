@@ -38,6 +38,7 @@ class Subject:
 
     @property
     def config(self) -> RunConfig:
+        """The configuration that the evaluation uses."""
         return self.weights.config
 
     def model(self, dtype: torch.dtype) -> LanguageModel:

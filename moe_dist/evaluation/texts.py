@@ -1,5 +1,6 @@
 """The text that a perplexity is taken on: WikiText's validation or test split, from files or from the hub."""
 
+import glob
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_dist.data import Tokenizer
-from moe_dist.data.files import SUFFIXES, FileSource
+from moe_dist.data.files import SUFFIXES, FileSource, match_files
 from moe_dist.data.hub import HubSource
 from moe_dist.errors import DataError
 
@@ -43,12 +44,12 @@ def open_text(path: Path | None, split: str, subset: str = HUB_SUBSET) -> FileSo
             `wiki.valid.tokens`, `test.jsonl`, ...); None: from the hub.
 
     Raises:
-        DataError: there is no such file, or not one alone.
+        DataError: there is no such file, or not one alone, or it is of a format not read here.
     """
     if path is None:
         return HubSource(HUB_NAME, subset, split, COLUMN, "--split", "", "--text with a local file or folder")
     if path.is_file():
-        return FileSource((path,), COLUMN)
+        return FileSource(match_files("--text", (glob.escape(str(path)),)), COLUMN)
     if not path.is_dir():
         raise DataError(f"--text {path}: no such file or folder")
     known = {f"{prefix}{name}{suffix}" for prefix in ("", "wiki.") for name in NAMES[split] for suffix in SUFFIXES}

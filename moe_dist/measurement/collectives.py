@@ -62,11 +62,13 @@ class CollectiveWatch:
     messages_to: Counter[int] = field(default_factory=Counter)
 
     def clear(self) -> None:
+        """Starts the account anew; whether it is `active` stays."""
         self.seconds.clear()
         self.bytes_to.clear()
         self.messages_to.clear()
 
     def wrap(self, part: Part, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same collective; while the watch is active, a barrier precedes it and its time enters `part`."""
         signature = inspect.signature(function)
 
         def watched(*args: Any, **kwargs: Any) -> Any:

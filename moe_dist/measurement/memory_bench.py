@@ -140,6 +140,7 @@ class MemoryBenchResult:
         }
 
     def to_dict(self) -> dict[str, Any]:
+        """The figures for `--json`: spec, footprint, cases and ratios."""
         cases = [asdict(case) for case in self.cases]
         return {
             "spec": asdict(self.spec),

@@ -39,6 +39,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """`RECIPE-CORPUS-SEED`: what messages, its run folder and its result file call it."""
         return f"{self.recipe}-{self.corpus}-{self.seed}"
 
     def result_file(self, folder: Path) -> Path:

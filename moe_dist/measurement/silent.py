@@ -13,4 +13,5 @@ class SilentRecorder(Recorder):
 
     @property
     def folder(self) -> Path | None:
+        """The folder it was given."""
         return self._path

@@ -50,6 +50,7 @@ class TrafficSpec:
     json_file: str | None = None
 
     def kinds_for(self, config: RunConfig) -> tuple[str, ...]:
+        """What is measured of a configuration: the kinds asked for, else its own and `standard`."""
         return self.kinds or tuple(dict.fromkeys((config.moe.kind, "standard")))
 
 

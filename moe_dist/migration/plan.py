@@ -99,6 +99,7 @@ class Plan:
         return self.by_pair.get((rank, rank), [])
 
     def bytes_between(self, source: int, target: int) -> int:
+        """Bytes that one rank hands to another, or for `source == target` moves within itself."""
         return sum(piece.length * self.itemsize[piece.source.kind] for piece in self.by_pair.get((source, target), []))
 
     @property

@@ -26,6 +26,7 @@ class Verdict:
 
     @classmethod
     def of(cls, decisions: Sequence[LayerDecision], blocks: Sequence[tuple[int, ...]]) -> "Verdict":
+        """The decisions of all layers and the new block of every cluster, as one value."""
         return cls(tuple(decision.cycles for decision in decisions), tuple(blocks))
 
     @classmethod
@@ -42,6 +43,7 @@ class Verdict:
 
     @classmethod
     def decoded(cls, code_LC: Tensor, experts: int) -> "Verdict":
+        """The verdict that an encoded tensor stands for, each cycle beginning at its lowest expert."""
         rows = code_LC.tolist()
         return cls(tuple(tuple(cycles_of(row[:experts])) for row in rows), tuple(tuple(row[experts:]) for row in rows))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import MoEConfig
+from moe_dist.model.balance_state import BalanceState
 from moe_dist.routing.losses import balance_loss, z_loss
 
 
@@ -21,19 +22,26 @@ def attach_loss(x: Tensor, loss: Tensor, scale: float) -> Tensor:
     return attached
 
 
-def attach_router_losses(x: Tensor, logits_RE: Tensor, index_RK: Tensor, moe: MoEConfig, scale: float) -> Tensor:
+def attach_router_losses(
+    x: Tensor, logits_RE: Tensor, index_RK: Tensor, moe: MoEConfig, scale: float, balance: BalanceState
+) -> Tensor:
     """Attaches to `x` the auxiliary and z-loss of one stage, where the configuration asks for them.
 
     Args:
+        balance: keeps account of what enters the total.
         scale: of a sum over rows: 1 / (tokens of this rank's micro-batch * micro-batches of a step), so that the mean
             over ranks that ends the backward pass makes it a mean over the step's tokens.
     """
     if not torch.is_grad_enabled():
         return x
     if moe.balance == "aux_loss" and moe.aux_loss_weight:
-        x = attach_loss(x, balance_loss(logits_RE, index_RK), moe.aux_loss_weight * scale)
+        loss, weight = balance_loss(logits_RE, index_RK), moe.aux_loss_weight * scale
+        balance.router_loss_2[0] += weight * loss.detach()
+        x = attach_loss(x, loss, weight)
     if moe.z_loss_weight:
-        x = attach_loss(x, z_loss(logits_RE), moe.z_loss_weight * scale)
+        loss, weight = z_loss(logits_RE), moe.z_loss_weight * scale
+        balance.router_loss_2[1] += weight * loss.detach()
+        x = attach_loss(x, loss, weight)
     return x
 
 

@@ -27,15 +27,19 @@ class BalanceState:
     count_LE: Tensor
     dropped_L: Tensor
     """Copies beyond the capacity, among those counted or (stage one) instead of them."""
+    router_loss_2: Tensor
+    """Balance and z-loss as they have entered this rank's total since the last update."""
     counting: bool = field(default=True)
 
     @classmethod
     def create(cls, layers: int, moe: MoEConfig, device: torch.device) -> "BalanceState":
+        """Biases and counts of zero, as a run starts."""
         return cls(
             torch.zeros(layers, moe.clusters, device=device),
             torch.zeros(layers, moe.experts, device=device),
             torch.zeros(layers, moe.experts, dtype=torch.int64, device=device),
             torch.zeros(layers, dtype=torch.int64, device=device),
+            torch.zeros(2, device=device),
         )
 
     def count(self, layer: int, expert_C: Tensor) -> None:
@@ -52,6 +56,7 @@ class BalanceState:
         """Starts the next step's account."""
         self.count_LE.zero_()
         self.dropped_L.zero_()
+        self.router_loss_2.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What outlives a step: the biases; counts are empty between two steps."""
@@ -64,7 +69,7 @@ class BalanceState:
 
     def to(self, device: torch.device) -> None:
         """Moves all of it, in place."""
-        for name in ("cluster_bias_LG", "expert_bias_LE", "count_LE", "dropped_L"):
+        for name in ("cluster_bias_LG", "expert_bias_LE", "count_LE", "dropped_L", "router_loss_2"):
             setattr(self, name, getattr(self, name).to(device))
 
     def update(self, count_LE: Tensor, moe: MoEConfig, placements: Sequence[ExpertPlacement]) -> None:

@@ -71,7 +71,7 @@ class ClusteredMoE(nn.Module):
         y_TD = self._run_stage_one(x_TD, logits_TG, cluster_TM, sequences, compute)
         if self.moe.gate_scale != 1:
             y_TD = y_TD * self.moe.gate_scale
-        y_TD = attach_router_losses(y_TD, logits_TG, cluster_TM, self.moe, loss_scale)
+        y_TD = attach_router_losses(y_TD, logits_TG, cluster_TM, self.moe, loss_scale, self.balance)
         return y_TD.view_as(hidden)
 
     def local_clusters(self, tokens: int) -> ClusterFunction:
@@ -117,7 +117,7 @@ class ClusteredMoE(nn.Module):
         if self.context.statistics is not None and self.balance.counting:
             self.context.statistics.give(self.layer, x_RD, choice.slot_RK, choice.gate_RK, member_N)
         loss_scale = self.loss_scale / max(1, tokens)
-        gate_RK = attach_router_losses(choice.gate_RK, logits_RN, choice.slot_RK, self.moe, loss_scale)
+        gate_RK = attach_router_losses(choice.gate_RK, logits_RN, choice.slot_RK, self.moe, loss_scale, self.balance)
         slot_RK, gate_RK = self._slots_within_capacity(choice.slot_RK, gate_RK, tokens)
         experts = self.clusters[local]
         assert isinstance(experts, ClusteredExperts | StoredExperts)

@@ -19,4 +19,5 @@ class SwiGLU(nn.Module):
         self.w_out_FD = nn.Parameter(w_out_FD)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Takes and returns [..., D]."""
         return swiglu(hidden @ self.w_in_DH) @ self.w_out_FD

@@ -150,6 +150,7 @@ class SdpaCoreAttention(nn.Module):
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Returns [S, B, heads * head size]; `key` and `value` have one head for each group of queries."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -28,4 +28,5 @@ def mark(module: nn.Module, parameter_class: ParameterClass) -> None:
 
 
 def class_of(parameter: nn.Parameter) -> ParameterClass:
+    """What a parameter was marked as, or dense."""
     return getattr(parameter, _ATTRIBUTE, ParameterClass.DENSE)

@@ -28,6 +28,7 @@ class RoutingStatistics:
 
     @classmethod
     def create(cls, layers: int, hidden: int, moe: MoEConfig, decay: float) -> "RoutingStatistics":
+        """Averages of nothing yet, idle until `collecting` is set."""
         activation = [ActivationStatistics.empty(moe.experts, hidden, decay) for _ in range(layers)]
         return cls(activation, torch.zeros(layers, moe.clusters, moe.clusters), decay)
 

@@ -50,6 +50,7 @@ class StandardMoE(nn.Module):
         self.dispatch = FlatDispatch(channel, moe.experts, getattr(torch, moe.wire_dtype))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Takes and returns [..., D]; collective over the expert-parallel group."""
         x_TD = hidden.flatten(0, -2)
         logits_TE = router_logits(x_TD, self.router.weight)
         choice = choose_flat(logits_TE, self.balance.expert_bias_LE[self.layer], self.moe.top_k)
@@ -58,7 +59,8 @@ class StandardMoE(nn.Module):
         keep_C = self._within_capacity(expert_C)
         gate_TK = self.moe.gate_scale * choice.gate_TK
         y_TD = self.dispatch.run(x_TD, choice.expert_TK, gate_TK, self.experts, keep_C)
-        y_TD = attach_router_losses(y_TD, logits_TE, choice.expert_TK, self.moe, self.loss_scale / max(1, len(x_TD)))
+        scale = self.loss_scale / max(1, len(x_TD))
+        y_TD = attach_router_losses(y_TD, logits_TE, choice.expert_TK, self.moe, scale, self.balance)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(hidden)

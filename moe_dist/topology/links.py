@@ -37,6 +37,7 @@ class Links:
 
     @classmethod
     def alone(cls) -> "Links":
+        """Of a single process that talks to no other."""
         return cls(0, (0,))
 
     @classmethod

@@ -35,10 +35,12 @@ class Coordinates:
 
 
 def rank_at(shape: WorldShape, at: Coordinates) -> int:
+    """The rank at a position in the mesh."""
     return (at.data * shape.cluster + at.cluster) * shape.shard + at.shard
 
 
 def coordinates_of(shape: WorldShape, rank: int) -> Coordinates:
+    """A rank's position in the mesh."""
     outer, shard = divmod(rank, shape.shard)
     return Coordinates(*divmod(outer, shape.cluster), shard)
 
@@ -73,6 +75,7 @@ class RankGroup:
 
     @property
     def size(self) -> int:
+        """How many ranks it has."""
         return len(self.ranks)
 
 
@@ -86,9 +89,11 @@ class Mesh:
 
     @property
     def at(self) -> Coordinates:
+        """This rank's position."""
         return coordinates_of(self.shape, self.rank)
 
     def group(self, kind: GroupKind) -> RankGroup:
+        """The group of one kind that this rank belongs to."""
         return self.groups[kind]
 
     @classmethod

@@ -54,6 +54,7 @@ class ExpertPlacement:
 
     @property
     def clusters(self) -> int:
+        """Clusters in all (G)."""
         return len(self.members)
 
     @property
@@ -63,14 +64,17 @@ class ExpertPlacement:
 
     @property
     def experts(self) -> int:
+        """Experts in all (E)."""
         return self.clusters * self.slots
 
     @property
     def clusters_per_block(self) -> int:
+        """Clusters that each block's ranks hold together."""
         return self.clusters // self.blocks
 
     @property
     def slots_per_shard(self) -> int:
+        """Experts of one cluster that one rank holds."""
         return self.slots // self.shards
 
     def home_of(self, cluster: int) -> int:

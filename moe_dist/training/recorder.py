@@ -80,15 +80,19 @@ class RunRecorder(Recorder):
 
     @property
     def folder(self) -> Path:
+        """The run's folder."""
         return self._folder.path
 
     def note(self, message: str) -> None:
+        """A line above the progress display."""
         self._progress.note(message)
 
     def event(self, name: str, step: int, **fields: Any) -> None:
+        """A line of `events.jsonl`."""
         self._folder.event(name, step, **fields)
 
     def step(self, step: int, values: dict[str, Any]) -> None:
+        """A line of `metrics.jsonl`, TensorBoard and the progress display."""
         self._folder.log(step, values)
         self._progress.update(
             step,
@@ -98,17 +102,21 @@ class RunRecorder(Recorder):
         )
 
     def load(self, step: int, values: dict[str, Any]) -> None:
+        """A line of `load.jsonl`."""
         self._folder.load(step, values)
 
     def traffic(self, values: dict[str, Any]) -> None:
+        """Writes the traffic matrices."""
         self._folder.write_traffic(values)
 
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
+        """A line of `events.jsonl` and one of `metrics.jsonl`; loss in nats a token."""
         self._folder.event("evaluation", step, tokens=tokens, loss=loss, perplexity=perplexity(loss))
         self._folder.log(step, {"tokens": tokens, "validation": {"loss": loss, "perplexity": perplexity(loss)}})
         self._progress.update(step, validation_loss=loss)
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Writes the summary and shows it in place of the progress display."""
         self._folder.write_summary(summary)
         self._folder.event("finished", summary["steps"])
         self._progress.__exit__(None, None, None)

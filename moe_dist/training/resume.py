@@ -35,6 +35,7 @@ class Resumption:
 
     @property
     def step(self) -> int:
+        """The last step that the checkpoint has behind it."""
         return self.found.manifest.step
 
 

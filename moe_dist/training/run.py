@@ -123,10 +123,12 @@ class TrainingRun:
 
     @property
     def model(self) -> LanguageModel:
+        """The model of the present phase: a standard warm-up's, then the clustered one."""
         return self.trained.model
 
     @property
     def engine(self) -> Engine:
+        """The engine that trains it; as short-lived."""
         return self.trained.engine
 
     def _build(self, config: RunConfig) -> tuple[LanguageModel, Engine]:
@@ -252,10 +254,15 @@ class TrainingRun:
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:
         recent = self.account.step_seconds[-self.config.train.log_every :]
+        train = {"loss": outcome.loss, "learning_rate": rate, "gradient_norm": norm}
+        if self.config.moe.balance == "aux_loss":
+            train["balance_loss"] = outcome.balance_loss
+        if self.config.moe.z_loss_weight:
+            train["z_loss"] = outcome.z_loss
         figures: dict[str, Any] = {
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
-            "train": {"loss": outcome.loss, "learning_rate": rate, "gradient_norm": norm},
+            "train": train,
             "memory": memory_now(self.process),
         }
         if self.account.loads:

@@ -7,6 +7,8 @@ import pytest
 
 from tests.cluster.bed import HERE, Bed, finish, stop
 
+OTHER_HEADERS = 200  # bytes: frames of address resolution have shorter headers than the counters take off each frame
+
 
 def test_nodes_have_names_and_addresses_of_their_own(bed: Bed) -> None:
     assert bed.nodes["n1"].run("hostname", "-I").split() == ["10.77.0.11"]
@@ -25,7 +27,7 @@ def test_a_cable_carries_no_more_than_its_rate_and_every_byte_is_counted(bed: Be
     assert finish(sink, 20).strip() == str(size)
     for name in ("n1", "n2"):
         bed.shape(name, "1gbit")
-    assert size <= payload < 1.01 * size
+    assert size - OTHER_HEADERS <= payload < 1.01 * size
     assert seconds > 0.9 * size / rate
 
 
@@ -37,7 +39,7 @@ def test_a_cable_may_have_latency(possible: None, tmp_path: Path) -> None:
         before = far.nodes["n1"].counters()
         assert float(far.nodes["n1"].run("python", HERE / "transfer.py", "send", "n2", "1000000")) > 0
         assert finish(sink, 20).strip() == "1000000"
-        assert far.nodes["n1"].counters().payload_since(before) >= 1_000_000
+        assert far.nodes["n1"].counters().payload_since(before) >= 1_000_000 - OTHER_HEADERS
         far.nodes["n1"].run("python", HERE / "transfer.py", "reach", "n2")  # once for the address
         times = [float(far.nodes["n1"].run("python", HERE / "transfer.py", "trip", "n2")) for _ in range(3)]
     assert all(4 * delay <= seconds for seconds in times)

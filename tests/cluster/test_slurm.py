@@ -81,18 +81,25 @@ def words(folder: Path, cache: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(slurm: Bed, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The validation losses of a run on 2 nodes x 2 ranks that nothing happens to."""
+def finished(slurm: Bed, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on 2 nodes x 2 ranks that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
     job = Job(slurm, folder, "slurm/train.sbatch", *words(folder, cache))
     job.await_state("COMPLETED", "FAILED")
     assert job.field("JobState") == "COMPLETED", job.log
     assert "started by srun: 4 ranks, 2 on this node; they meet at n1:" in job.log
     assert "exit code 0" in job.log
-    summary = json.loads((folder / "runs" / "smoke" / "summary.json").read_text())
+    run = folder / "runs" / "smoke"
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["world"] == {"data": 1, "cluster": 4, "shard": 1}
     assert summary["all_to_all"]["bytes_inter_node"] > 0
-    return validation(folder / "runs" / "smoke")
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished: Path) -> dict[str, Any]:
+    """The validation losses of a run that nothing happened to."""
+    return validation(finished)
 
 
 def assert_went_on(job: Job, run: Path, undisturbed: dict[str, Any], restarts: int = 1) -> None:
@@ -160,6 +167,18 @@ def test_a_study_runs_each_variant(slurm: Bed, cache: Path, tmp_path: Path) -> N
     assert all((run / "summary.json").exists() for run in runs), logs()
     worlds = [json.loads((run / "summary.json").read_text())["world"] for run in runs]
     assert [world["data"] * world["cluster"] * world["shard"] for world in worlds] == [1, 2]
+
+
+def test_an_evaluation_on_two_ranks_tells_what_one_process_tells(slurm: Bed, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text((ROOT / "README.md").read_text())
+    command: list[str | Path] = [finished, "--task", "wikitext", "--text", tmp_path / "text.txt", "--json"]
+    job = Job(slurm, tmp_path, "slurm/eval.sbatch", *command, tmp_path / "two.json")
+    job.await_state("COMPLETED", "FAILED")
+    assert job.field("JobState") == "COMPLETED", job.log
+    slurm.head.run("moe-dist", "eval", *command, tmp_path / "one.json", timeout=LIMIT, env=ENVIRONMENT)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["wikitext"] == two["wikitext"]
+    assert (one["ranks"], two["ranks"]) == (1, 2)
 
 
 @pytest.fixture

@@ -121,6 +121,12 @@ def test_baselines_run(tmp_path: Path, kind: str) -> None:
     assert missing_keys(summary) == []
     assert (summary["parameters"]["expert_standard"] > 0) is (kind == "standard")
     assert (summary["load"]["variance"] is None) is (kind == "dense")
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "smoke" / "metrics.jsonl").read_text().splitlines()]
+    told = [line["train"].get("balance_loss") for line in lines if "train" in line]
+    if kind == "dense":
+        assert set(told) == {None}
+    else:  # 1 for each of two layers where loads are equal, times the weight
+        assert told == pytest.approx([0.02] * len(told), rel=0.2)
 
 
 def _train_with_a_broken_rank(words: list[str]) -> str:

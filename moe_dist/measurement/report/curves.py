@@ -27,6 +27,7 @@ def loss(runs: Sequence[Run]) -> go.Figure | None:
 
 
 def throughput(runs: Sequence[Run]) -> go.Figure | None:
+    """Tokens/s of all ranks against steps; None where no run has logged them."""
     return _one_line_a_run(runs, "tokens_per_second", "tokens/s", {"rangemode": "tozero"})
 
 
@@ -49,6 +50,7 @@ def memory(runs: Sequence[Run]) -> go.Figure | None:
 
 
 def balance(runs: Sequence[Run]) -> go.Figure | None:
+    """cv² of expert loads against steps, on a logarithmic axis; None where no run has experts."""
     return _one_line_a_run(runs, "load.cv2", "cv² of expert loads", {"type": "log"})
 
 

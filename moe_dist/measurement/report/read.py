@@ -12,7 +12,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.metrics.summary import look_up
 
 Line = dict[str, Any]
-ENDINGS = ("finished", "measured", "interrupted", "failed")
+ENDINGS = ("finished", "measured", "stopped", "interrupted", "failed")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,8 @@ class Run:
     @property
     def status(self) -> str:
         """How it ended, in words."""
-        endings = [event for event in self.events if event.get("event") in ENDINGS]
-        if endings:
-            last = endings[-1]
+        told = [event for event in self.events if event.get("event") in (*ENDINGS, "resumed")]
+        if told and (last := told[-1])["event"] != "resumed":
             error = f": {last['error']}" if "error" in last else ""
             return f"{last['event']} at step {last.get('step', '?')}{error}"
         if self.summary:

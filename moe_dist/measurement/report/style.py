@@ -28,6 +28,7 @@ def figure(x_title: str, y_title: str, **layout: Any) -> go.Figure:
 
 
 def color(index: int) -> str:
+    """The colour of the run at `index`; they repeat after the last."""
     return COLORS[index % len(COLORS)]
 
 

@@ -35,6 +35,7 @@ class Setting:
 
     @property
     def base(self) -> Path:
+        """The scale's configuration, which every kind builds on."""
         return self.configs / "reproduce" / f"{self.scale.name}.yaml"
 
     def load(self) -> RunConfig:

@@ -69,6 +69,7 @@ class Verdict:
 
     @property
     def reached(self) -> bool:
+        """Whether the mean over seeds is what is claimed."""
         return self.claim.reached(mean(self.values))
 
     def __str__(self) -> str:

@@ -41,6 +41,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
+        """Where everything is kept."""
         return self.setting.folder
 
     @property
@@ -65,6 +66,7 @@ class Plan:
 
     @property
     def grid_cells(self) -> list[Cell]:
+        """The short runs that choose learning rates; none unless a grid is asked for."""
         return grid_cells(self.setting, self.kinds) if self.grid else []
 
 

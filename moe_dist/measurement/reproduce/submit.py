@@ -26,10 +26,13 @@ def show_cost(plan: Plan, gpu: str, nodes: int, console: Console) -> None:
     estimate.render(found, plan.seeds, f"{nodes} node(s) of {per_node} {gpu}", console)
 
 
-def write_arrays(plan: Plan, nodes: int, say: Callable[[str], None]) -> None:
+def write_arrays(plan: Plan, nodes: int, say: Callable[[str], None], gpus: bool = False) -> None:
     """Writes what is still to do as sbatch scripts, the next ones to submit: the grid, then trainings, evaluations.
 
     A training that is started again goes on from its newest checkpoint.
+
+    Args:
+        gpus: the commands it says ask for one GPU a rank.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     grid = [cell for cell in plan.grid_cells if known(cell, plan.folder) is None]
@@ -45,8 +48,12 @@ def write_arrays(plan: Plan, nodes: int, say: Callable[[str], None]) -> None:
     }
     if waiting:
         scripts["evaluate.sbatch"] = array_job("eval", plan.setting.scale.ranks, waiting, plan.folder)
+    wanted = f" --gpus-per-node={max(1, plan.setting.scale.ranks // nodes)}" if gpus else ""
     for name, text in scripts.items():
         (plan.folder / name).write_text(text, encoding="utf-8")
-        say(f"sbatch --nodes={nodes} {plan.folder / name}")
+        say(f"sbatch --nodes={nodes}{wanted} {plan.folder / name}")
     if scripts:
-        say("Submit these where sbatch is, then give this command again: for what comes next, and for the results.")
+        say(
+            "Submit these where sbatch is, with your own --account, --partition and --time; then give this command "
+            "again: for what comes next, and for the results."
+        )

@@ -63,6 +63,7 @@ class Measured:
 
     @property
     def median(self) -> float:
+        """Median seconds of a timed step."""
         return float(np.median(self.seconds))
 
     def predict(self, machine: Machine) -> StepTime:

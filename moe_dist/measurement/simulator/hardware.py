@@ -91,6 +91,7 @@ class Fabric:
 
     @property
     def ranks(self) -> int:
+        """One a device, of all nodes."""
         return self.nodes * self.devices_per_node
 
     @property
@@ -101,6 +102,7 @@ class Fabric:
 
     @property
     def node_bandwidth(self) -> float:
+        """Bytes/s that one device has to the others of its node."""
         return self.device.node_bandwidth * self.device.link_share
 
     @property

@@ -29,6 +29,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes of all kinds together."""
         return float(sum(getattr(self, field.name) for field in fields(self)))
 
 

@@ -57,6 +57,7 @@ class Plan:
 
     @property
     def best(self) -> Option:
+        """The fastest layout that fits."""
         return self.options[0]
 
 

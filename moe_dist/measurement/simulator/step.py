@@ -62,10 +62,12 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
+        """Of the whole step: the sum of its parts."""
         return sum(self.parts.values())
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens of all ranks a second."""
         return self.tokens / self.seconds
 
     @property

@@ -66,11 +66,17 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """The axes' values and the repeat, in characters that a file name may hold."""
         words = [f"{axis.rpartition('.')[2]}-{value}" for axis, value in self.values]
         kept = "_".join(words) or "cell"
         return "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{kept}_{self.repeat}")
 
     def load(self) -> RunConfig:
+        """The run's configuration.
+
+        Raises:
+            ConfigError: these overrides are refused.
+        """
         return load_config(self.config, self.overrides)
 
     def result_file(self, folder: Path) -> Path:

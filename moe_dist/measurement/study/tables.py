@@ -42,6 +42,7 @@ class Row:
     efficiency: float | None = None
 
     def middle(self, name: str) -> float | None:
+        """The median of a figure over the repeats; None where no repeat has it."""
         return median(self.figures[name]) if self.figures.get(name) else None
 
     @property

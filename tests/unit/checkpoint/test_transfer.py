@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_dist.checkpoint import storage
 from moe_dist.checkpoint.manifest import read_index
-from moe_dist.checkpoint.shards import Shard, ShardedTensor, Staging, State
+from moe_dist.checkpoint.shards import AwayShard, Shard, ShardedTensor, Staging, State
+from moe_dist.checkpoint.store import check
 from moe_dist.checkpoint.transfer import read_checkpoint, write_checkpoint
 from moe_dist.errors import CheckpointError
 from tests.unit.checkpoint.samples import manifest, saved, state
@@ -42,6 +44,29 @@ def test_a_part_alone_is_read_and_its_type_converted(tmp_path: Path) -> None:
     target = torch.full((4,), torch.nan, dtype=torch.bfloat16)
     read_checkpoint(checkpoint, {"weight/a": ShardedTensor((3, 4), torch.bfloat16, [Shard(5, target)])})
     assert target.tolist() == [5, 6, 7, 8]
+
+
+def test_what_is_away_is_written_in_several_files_and_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "AWAY_FILE_BYTES", 40)  # two of four pieces, of 16 bytes each
+    values, target = torch.arange(16.0), torch.zeros(16)
+
+    def away(piece: int) -> AwayShard:
+        kept, goal = values[4 * piece :][:4], target[4 * piece :][:4]
+
+        def write(start: int, part: Tensor) -> None:
+            goal[start : start + len(part)] = part
+
+        return AwayShard(4 * piece, 4, torch.float32, kept.clone, write)
+
+    pieces_away: State = {"x": ShardedTensor((16,), torch.float32, [away(piece) for piece in range(4)])}
+    write_checkpoint(tmp_path / "c", manifest(), {**state(), **pieces_away}, rank=0)
+    files = ["rank-00000-001.safetensors", "rank-00000.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "c").glob("*.safetensors")) == files
+    check(tmp_path / "c")
+    read_checkpoint(tmp_path / "c", pieces_away)
+    assert torch.equal(target, values)
 
 
 def test_the_index_says_what_is_where(tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
         (["optimizer.beta2=1.0"], ["optimizer.beta2=1.0", "less than 1"]),
         (["train.steps=0"], ["train.steps=0"]),
         (["train.steps=many"], ["train.steps='many'"]),
+        (["train.steps=true"], ["train.steps=True: a truth value"]),
+        (["recluster.period=false"], ["recluster.period=False: a truth value"]),
         (["optimizer.learning_rate=.nan"], ["optimizer.learning_rate"]),
         (["name=../elsewhere"], ["name='../elsewhere'"]),
         (["moe.kind=sparse"], ["moe.kind='sparse'", "clustered"]),

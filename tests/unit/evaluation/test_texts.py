@@ -47,6 +47,9 @@ def test_data_errors_are_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
         open_text(tmp_path / "nowhere", "test")
     with pytest.raises(DataError, match=r"holds no test split: give the one file, such as .*/test.txt"):
         open_text(tmp_path, "test")
+    (tmp_path / "README.md").write_text("words\n")
+    with pytest.raises(DataError, match=r"--text: .*/README.md is not one of the formats read: .txt"):
+        open_text(tmp_path / "README.md", "test")
     for name in ("test.txt", "wiki.test.raw"):
         (tmp_path / name).write_text(" \n")
     with pytest.raises(DataError, match=r"holds test.txt, wiki.test.raw: give the one file"):

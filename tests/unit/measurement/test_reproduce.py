@@ -198,6 +198,8 @@ def test_a_cluster_gets_job_arrays_in_order(tmp_path: Path, started: list[str]) 
     plan, said = _plan(tmp_path), list[str]()
     write_arrays(plan, 2, said.append)
     assert said[0] == f"sbatch --nodes=2 {tmp_path / 'grid-study-2.sbatch'}"
+    write_arrays(plan, 2, said.append, gpus=True)
+    assert said[2] == f"sbatch --nodes=2 --gpus-per-node=1 {tmp_path / 'grid-study-2.sbatch'}"
     assert "--array=0-11%1" in (tmp_path / "grid-study-2.sbatch").read_text()
     run.reproduce(_plan(tmp_path, kinds=("dense", CLASSIC, STRONG, OURS)), lambda line: None)
     said.clear()

@@ -12,6 +12,7 @@ from moe_dist.model.balance_state import BalanceState
 from moe_dist.model.clustered_layer import ClusteredMoE
 from moe_dist.model.context import LayerContext
 from moe_dist.model.reference import clustered_moe_reference
+from moe_dist.routing.losses import balance_loss, z_loss
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
 from moe_dist.topology.placement import ExpertPlacement
@@ -118,7 +119,8 @@ def test_capacity_drops_what_is_too_much_and_counts_it(top_clusters: int) -> Non
 
 def test_router_losses_reach_the_router_of_both_stages() -> None:
     x_TD = torch.randn(12, 16)
-    for keys in ({"balance": "aux_loss", "aux_loss_weight": 1.0}, {"z_loss_weight": 1.0}):
+    settings_of: list[dict[str, object]] = [{"balance": "aux_loss", "aux_loss_weight": 1.0}, {"z_loss_weight": 1.0}]
+    for entry, keys in enumerate(settings_of):
         moe = MoEConfig(experts=8, clusters=4, top_k=1, expert_hidden=16, rank=2)
         plain, pushed = build(moe), build(moe.model_copy(update=keys))
         gradients = []
@@ -129,3 +131,13 @@ def test_router_losses_reach_the_router_of_both_stages() -> None:
         assert bool((difference_ED.abs().sum(1) > 0).all()), keys
         within_GD = difference_ED.view(4, 2, 16) - difference_ED.view(4, 2, 16).mean(1, keepdim=True)
         assert bool((within_GD.abs().sum((1, 2)) > 0).any()), f"{keys}: stage two, where siblings differ"
+        assert plain.balance.router_loss_2.tolist() == [0, 0]
+        told = pushed.balance.router_loss_2.clone()
+        assert float(told[1 - entry]) == 0
+        logits_TG = pushed.router.cluster_logits(x_TD, pushed.member_GN)
+        cluster_T1 = logits_TG.argmax(1, keepdim=True)
+        stage_one = (balance_loss(logits_TG, cluster_T1), z_loss(logits_TG))[entry].detach() / len(x_TD)
+        assert float(told[entry]) > float(stage_one) > 0, f"{keys}: stage one and stage two"
+        with torch.no_grad():
+            pushed(x_TD)
+        assert torch.equal(pushed.balance.router_loss_2, told)

@@ -18,6 +18,6 @@ def test_a_norm_that_is_not_finite_stops_the_run() -> None:
 
 
 def test_broken_ranks_are_named() -> None:
-    _stop_if_broken(7, StepOutcome(1.0, (), torch.zeros(1, 1), 0.0, False))
+    _stop_if_broken(7, StepOutcome(1.0, (), torch.zeros(1, 1), 0.0, 0.0, 0.0, False))
     with pytest.raises(TrainingError, match=r"^step 7: the loss of rank 1, 3 is NaN or infinite"):
-        _stop_if_broken(7, StepOutcome(1.0, (1, 3), torch.zeros(1, 1), 0.0, False))
+        _stop_if_broken(7, StepOutcome(1.0, (1, 3), torch.zeros(1, 1), 0.0, 0.0, 0.0, False))

@@ -109,6 +109,16 @@ def test_what_is_broken_is_said(tmp_path: Path) -> None:
     assert all(problem in page.page([run]) for problem in run.problems)
 
 
+def test_a_run_that_was_asked_to_stop_has_ended_and_one_that_was_resumed_has_not(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "demo")
+    (folder / "summary.json").unlink()
+    (folder / "events.jsonl").write_text('{"event": "started", "step": 0}\n{"event": "stopped", "step": 20}\n')
+    assert read_runs([folder])[0].status == "stopped at step 20"
+    with (folder / "events.jsonl").open("a") as file:
+        file.write('{"event": "resumed", "step": 20}\n')
+    assert read_runs([folder])[0].status == "not finished: still running, or killed after step 40"
+
+
 def test_words_of_a_run_are_never_code(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     folder = write_run(tmp_path / "<b>demo")
