@@ -3,7 +3,6 @@
 Shapes: R rows, D hidden.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -20,27 +19,29 @@ MOST_ROWS = 512
 """That are computed and sent: what more take is in proportion."""
 PART = 4
 """The time of this part of the rows beside that of all tells what does not shrink with them."""
-ROUNDS = 3
+ROUNDS = 5
 
 
 def measure_hop(layer: ClusteredMoE, tokens: int) -> HopSpeed:
     """Times the layer's exchanges and its clusters, one by one and at once; collective over all ranks.
 
-    Every figure is a median of `ROUNDS` on the slowest rank, and so the same on all. Nothing is counted: neither loads
-    nor bytes. The exchange is that of evenly spread tokens.
+    Every figure is the least of `ROUNDS`, since what disturbs a moment should not decide about a run, on the slowest
+    rank, and so the same on all. Nothing is counted: neither loads nor bytes. The exchange is of evenly spread tokens.
 
     Args:
         tokens: of a rank's micro-batch.
     """
     probe = _Probe(layer, tokens)
     rows = probe.rows
-    timed = [
-        _seconds(lambda: probe.exchange(probe.ranks).finish()),
-        _seconds(lambda: probe.exchange(rows).finish()),
-        _seconds(lambda: probe.compute(rows)),
-        _seconds(lambda: probe.compute(rows // PART)),
-        _seconds(lambda: probe.both(rows)),
-    ]
+    parts = (
+        lambda: probe.exchange(probe.ranks).finish(),
+        lambda: probe.exchange(rows).finish(),
+        lambda: probe.compute(rows),
+        lambda: probe.compute(rows // PART),
+        lambda: probe.both(rows),
+    )
+    rounds = [[_seconds(part) for part in parts] for _ in range(ROUNDS + 1)][1:]  # the first warms up
+    timed = [min(seconds) for seconds in zip(*rounds, strict=True)]
     slowest = torch.tensor(timed, dtype=torch.float64, device=probe.x_RD.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     latency, exchanged, computed, computed_part, both = slowest.tolist()
@@ -95,13 +96,10 @@ class _Probe:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Median of what it takes once all ranks have come; the first time warms up."""
-    found = []
-    for _ in range(ROUNDS + 1):
-        dist.barrier()
-        started = time.perf_counter()
-        work()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+    """What it takes once all ranks have come."""
+    dist.barrier()
+    started = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started
