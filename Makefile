@@ -27,6 +27,7 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) "torch>=2.9"
 	$(PIP) --editable ".[mpi,dev]"
+	$(PIP) --editable ".[kernels]" || echo "no triton for this machine: tests of the GPU kernels are skipped" >&2
 	touch $@
 
 demo: install

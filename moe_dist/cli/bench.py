@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.bench_domains import bench_domains
@@ -16,6 +15,7 @@ from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.bench_step import bench_step
 from moe_dist.cli.words import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
+from moe_dist.console import wide_console
 from moe_dist.errors import LaunchError
 
 
@@ -55,7 +55,7 @@ def bench_quality(
     from moe_dist.metrics import write_json
 
     target = json_file and writable(json_file)
-    console = Console()
+    console = wide_console()
     corpora = {"stdlib": ["corpus.kind=stdlib"], **dict(_text_corpus(word) for word in text or ())}
     todo = quality.cells(configs, corpora, seeds, recipe or quality.RECIPES, overrides or ())
     results = quality.run_cells(todo, folder, jobs, console.print)

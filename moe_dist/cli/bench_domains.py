@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.words import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
+from moe_dist.console import wide_console
 
 
 def bench_domains(
@@ -29,7 +29,7 @@ def bench_domains(
     from moe_dist.measurement import domains
     from moe_dist.metrics import write_json
 
-    console = Console()
+    console = wide_console()
     spec = domains.DomainSpec(
         configs, folder, tuple(recipe or domains.RECIPES), seeds, jobs, characters, english, tuple(overrides or ())
     )

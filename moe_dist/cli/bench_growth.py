@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.words import ExpertWidth, Json, Repeats, ResidualRank, SeveralExperts, Threads, Width, said
+from moe_dist.console import wide_console
 from moe_dist.measurement.layers.spec import GrowthSpec, LayerShape
 
 
@@ -41,7 +41,7 @@ def bench_growth(
     from moe_dist.measurement.layers import growth
     from moe_dist.metrics import write_json
 
-    console = Console()
+    console = wide_console()
     result = growth.run_growth(spec, console.print)
     growth.render(result, console)
     if target is not None:

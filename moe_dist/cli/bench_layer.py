@@ -35,6 +35,7 @@ def bench_layer(
     vectors: Annotated[bool | None, typer.Option(help="Per-expert vectors too.")] = None,
     form: Annotated[str | None, typer.Option(help="How clustered experts are computed, as moe.form.")] = None,
     also_form: Annotated[list[str] | None, typer.Option(help="A further form to show; may be given again.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda. Default: cpu. Not with --ranks.")] = None,
     seed: Seed = None,
     ranks: Annotated[int | None, typer.Option(help="Whole layers, with routers, on so many ranks.")] = None,
     peers: Annotated[str, typer.Option(help="With --ranks, others' layers too: deepspeed,megatron.")] = "",
@@ -63,6 +64,8 @@ def bench_layer(
         return
     if also_form:
         raise LaunchError("--also-form does not go with --ranks: give --form")
+    if device:
+        raise LaunchError("--device does not go with --ranks: world.backend decides there")
     job = Job(launcher, machines(launcher, Size(ranks=ranks, hostfile=hostfile), 1), (), threads or 1, ENTRY, port)
     raise typer.Exit(runners.launch(_job_with(job, options, target)))
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.words import Clusters, ExpertWidth, Json, ResidualRank, Threads, Width, said
+from moe_dist.console import wide_console
 
 
 def bench_memory(
@@ -47,7 +47,7 @@ def bench_memory(
     from moe_dist.metrics import write_json
 
     spec = memory_bench.MemoryBenchSpec(**given)
-    console = Console()
+    console = wide_console()
     result = memory_bench.run_memory_bench(spec, console.print)
     memory_bench.render(result, console)
     if target is not None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.words import Json, said
 from moe_dist.config import load_config
+from moe_dist.console import wide_console
 
 
 def bench_precision(
@@ -32,6 +32,6 @@ def bench_precision(
     shapes = [replace(shape, **changes) for shape in precision_table.PUBLISHED]
     form = stored_form(config)
     rows = [precision_table.count(shape, form, vectors) for shape in shapes]
-    precision_table.render(rows, form, Console())
+    precision_table.render(rows, form, wide_console())
     if target is not None:
         write_json(Path(target), precision_table.to_dict(rows, form))

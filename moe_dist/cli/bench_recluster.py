@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.words import Clusters, Json, Repeats, ResidualRank, Seed, SeveralExperts, Threads, said
+from moe_dist.console import wide_console
 
 
 def bench_recluster(
@@ -37,7 +37,7 @@ def bench_recluster(
     from moe_dist.metrics import write_json
 
     spec = recluster_bench.ReclusterBenchSpec(**given)
-    console = Console()
+    console = wide_console()
     result = recluster_bench.run_recluster_bench(spec, console.print)
     recluster_bench.render(result, console)
     if target is not None:

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.words import Json
+from moe_dist.console import wide_console
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +29,7 @@ def calibrate(
     from moe_dist.metrics import write_json
 
     found = calibration.calibrate(cases)
-    view.render_calibration(found, Console())
+    view.render_calibration(found, wide_console())
     if machine_file is not None:
         write_json(Path(machine_file), found.machine.model_dump(mode="json"))
     if target is not None:

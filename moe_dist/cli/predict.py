@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.words import Config, Json, Overrides
 from moe_dist.config import load_config
+from moe_dist.console import wide_console
 
 Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
 PerNode = Annotated[int, typer.Option(min=1, help="GPUs in each.")]
@@ -49,7 +49,7 @@ def plan(
 
     fabric = _machine(gpu, calibration).fabric(nodes, gpus_per_node, rails, pod_nodes, oversubscription)
     found = planner.plan(loaded, fabric, vocabulary or loaded.tokenizer.vocab_size, skew)
-    view.render_plan(found, Console())
+    view.render_plan(found, wide_console())
     if target is not None:
         write_json(Path(target), view.plan_to_dict(found))
 
@@ -92,7 +92,7 @@ def simulate(
         resident=resident,
         overlap=overlap,
     )
-    view.render_times(times, Console())
+    view.render_times(times, wide_console())
     if target is not None:
         write_json(Path(target), {name: view.time_to_dict(time) for name, time in times.items()})
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markdown import Markdown
 
 from launcher.train import writable
 from moe_dist.cli.words import Json, Overrides
+from moe_dist.console import wide_console
 from moe_dist.errors import ConfigError
 
 
@@ -71,7 +71,7 @@ def reproduce(
     from moe_dist.measurement.reproduce.scales import KINDS, SCALES
 
     target = json_file and writable(json_file)
-    chosen, console = SCALES[scale.value], Console()
+    chosen, console = SCALES[scale.value], wide_console()
     unknown = [name for name in kind or () if name not in KINDS]
     if unknown:
         raise ConfigError(f"--kind {unknown[0]}: there are {', '.join(KINDS)}")

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.train import writable
 from moe_dist.cli.words import Config, Json, Overrides
+from moe_dist.console import wide_console
 from moe_dist.errors import MoeDistError
 
 
@@ -59,7 +59,7 @@ def study(
     from moe_dist.measurement.study import cells, plots, run, slurm, tables
     from moe_dist.metrics import write_json
 
-    console = Console()
+    console = wide_console()
     axes = [cells.parse_axis(word) for word in axis or ()]
     todo = cells.build_cells(Path(config), axes, cells.Mode(mode), repeats, ranks, overrides or ())
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from launcher.hosts import Node
 from launcher.job import Launcher, Size, plan
 from moe_dist.cli.words import Config, Hostfile, Nodes, Overrides, Ranks, RanksPerNode
 from moe_dist.config import RunConfig, WorldShape, load_config, resolve_world
+from moe_dist.console import wide_console
 
 if TYPE_CHECKING:
     from moe_dist.topology.layout import Crossing
@@ -51,7 +51,7 @@ def topology(
     shape = resolve_world(resolved, job.ranks)
     from moe_dist.topology.layout import crossings, nodes_of_ranks
 
-    node_of_rank, console = nodes_of_ranks([node.ranks for node in job.nodes]), Console()
+    node_of_rank, console = nodes_of_ranks([node.ranks for node in job.nodes]), wide_console()
     console.print(f"{job.ranks} ranks = {shape}, on {len(job.nodes)} node(s)\n", highlight=False)
     console.print(_map(resolved, shape, job.nodes, node_of_rank))
     shown = KINDS[resolved.moe.kind]

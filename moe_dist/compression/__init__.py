@@ -15,6 +15,7 @@ from moe_dist.compression.input_roots import InputRoots
 from moe_dist.compression.packed_cluster import PackedCluster, PackedExperts, StoredForm, as_stored, long_axis
 from moe_dist.compression.packed_factor import GroupFormat, PackedFactor
 from moe_dist.compression.shared_base import FORMS, choose_form, clustered_experts
+from moe_dist.compression.stored_experts import stored_experts
 
 __all__ = [
     "FORMS",
@@ -40,5 +41,6 @@ __all__ = [
     "init_residual",
     "long_axis",
     "relative_error",
+    "stored_experts",
     "usage_weighted_mean",
 ]

@@ -10,6 +10,17 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class OuterWeights:
+    """What lies around the hidden step: every product with d in it."""
+
+    base_in_DH: Tensor
+    base_out_FD: Tensor
+    in_u_NDR: Tensor
+    out_v_NRD: Tensor
+    output_bias_ND: Tensor | None
+
+
+@dataclass(frozen=True)
 class ClusterWeights:
     """Tensors of experts lead with the expert, since experts migrate one by one.
 
@@ -42,8 +53,17 @@ class ClusterWeights:
         """f: hidden width of the base and of every expert."""
         return self.in_v_NRH.shape[3]
 
+    def outer(self) -> OuterWeights:
+        """The part of them that no form of the hidden step touches."""
+        return OuterWeights(self.base_in_DH, self.base_out_FD, self.in_u_NDR, self.out_v_NRD, self.output_bias_ND)
+
     def vectors(self) -> tuple[Tensor, Tensor] | None:
         """What multiplies the hidden units, `1 + tanh(hidden_gate)` [n, f], and the bias before them [n, 2f]."""
-        if self.hidden_gate_NF is None or self.hidden_bias_NH is None:
-            return None
-        return 1 + torch.tanh(self.hidden_gate_NF), self.hidden_bias_NH
+        return hidden_vectors(self.hidden_gate_NF, self.hidden_bias_NH)
+
+
+def hidden_vectors(hidden_gate_NF: Tensor | None, hidden_bias_NH: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """`ClusterWeights.vectors` of these two."""
+    if hidden_gate_NF is None or hidden_bias_NH is None:
+        return None
+    return 1 + torch.tanh(hidden_gate_NF), hidden_bias_NH

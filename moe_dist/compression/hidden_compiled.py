@@ -38,11 +38,11 @@ REQUIREMENTS = (
 _NO_SUCH_EXPERT = 2  # hidden.c's status
 
 
-def available(device: torch.device, dtype: torch.dtype, weights: ClusterWeights) -> bool:
+def available(device: torch.device, dtype: torch.dtype, rank: int, width: int) -> bool:
     """Whether the operator exists for this device, dtype and shape; compiles it when first asked."""
-    fits = weights.expert_hidden % _LANES == 0 and weights.rank <= _MAX_RANK
+    fits = width % _LANES == 0 and rank <= _MAX_RANK
     possible = native.enabled() and device.type == "cpu" and dtype in _DEFINES and fits
-    return possible and _library(dtype, weights.rank) is not None
+    return possible and _library(dtype, rank) is not None
 
 
 def hidden_compiled(

@@ -1,6 +1,6 @@
 """The hidden step, form 'mask': every expert's thin product for every token in one GEMM, those not chosen zeroed.
 
-Device-agnostic torch without a synchronisation with the host, so it is the form for a GPU (not yet run on one). It
+Device-agnostic torch without a synchronisation with the host, so it is the form for a GPU that cannot have 'triton'. It
 spends n r columns where k r are needed, and keeps copies of the hidden units for each slot.
 
 Shapes: T tokens, K slots, N experts of the cluster, R rank, F hidden width, H = 2 F (gate | up), C = 2 R, Q = N R.

@@ -15,16 +15,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_dist.compression.cluster_weights import ClusterWeights
-from moe_dist.compression.hidden_compiled import REQUIREMENTS, available, hidden_compiled
+from moe_dist.compression import hidden_compiled, hidden_triton
+from moe_dist.compression.cluster_weights import ClusterWeights, OuterWeights
 from moe_dist.compression.hidden_mask import hidden_mask
 from moe_dist.compression.hidden_sort import hidden_sort
+from moe_dist.compression.hidden_step import HiddenStep
 from moe_dist.compression.reference import clustered_experts_reference
 from moe_dist.errors import ConfigError
 
-HiddenStep = Callable[[Tensor, Tensor, Tensor, Tensor, ClusterWeights], tuple[Tensor, Tensor]]
-HIDDEN_STEPS: dict[str, HiddenStep] = {"mask": hidden_mask, "sort": hidden_sort, "compiled": hidden_compiled}
+HIDDEN_STEPS: dict[str, HiddenStep] = {
+    "mask": hidden_mask,
+    "sort": hidden_sort,
+    "compiled": hidden_compiled.hidden_compiled,
+    "triton": hidden_triton.hidden_triton,
+}
 FORMS = ("auto", *HIDDEN_STEPS, "reference")
+_LIMITED = {"compiled": hidden_compiled, "triton": hidden_triton}
 
 
 def clustered_experts(
@@ -36,38 +42,65 @@ def clustered_experts(
     `gate_TK` may be float32 beside a bfloat16 x. `form`: one of FORMS; only auto chooses what is available.
 
     Raises:
-        ConfigError: the form is 'compiled', and this machine, device, dtype or shape cannot have it.
+        ConfigError: the form is 'compiled' or 'triton', and this machine, device, dtype or shape cannot have it.
     """
     if form == "reference":
         return clustered_experts_reference(x_TD, slot_TK, gate_TK, weights)
+    step = HIDDEN_STEPS[possible_form(form, x_TD, weights.experts, weights.rank, weights.expert_hidden)]
+    return around(x_TD, slot_TK, gate_TK, weights.outer(), lambda pre, z: step(pre, z, slot_TK, gate_TK, weights))
+
+
+def around(
+    x_TD: Tensor,
+    slot_TK: Tensor,
+    gate_TK: Tensor,
+    outer: OuterWeights,
+    hidden_step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """The two lines above, around a hidden step of (pre, z)."""
+    experts, _, columns = outer.in_u_NDR.shape
+    u_DQ = outer.in_u_NDR.transpose(0, 1).flatten(1)
+    z_TNC = (x_TD @ u_DQ).view(x_TD.shape[0], experts, columns)
+    hidden_TF, thin_TNR = hidden_step(x_TD @ outer.base_in_DH, z_TNC)
+    thin_TQ, v_QD = thin_TNR.flatten(1), outer.out_v_NRD.flatten(0, 1)
+    if outer.output_bias_ND is not None:
+        thin_TQ = torch.cat([thin_TQ, _gates_by_expert(slot_TK, gate_TK, experts).to(x_TD.dtype)], dim=1)
+        v_QD = torch.cat([v_QD, outer.output_bias_ND])
+    return torch.addmm(hidden_TF @ outer.base_out_FD, thin_TQ, v_QD)
+
+
+def possible_form(form: str, x_TD: Tensor, experts: int, rank: int, width: int) -> str:
+    """The form that `form` asks for.
+
+    Raises:
+        ConfigError: it is not available for this x and these sizes.
+    """
     if form == "auto":
-        form = choose_form(x_TD.device, x_TD.dtype, weights)
-    elif form == "compiled" and not available(x_TD.device, x_TD.dtype, weights):
+        return _fastest(x_TD.device, x_TD.dtype, experts, rank, width)
+    if form in _LIMITED and not _LIMITED[form].available(x_TD.device, x_TD.dtype, rank, width):
         raise ConfigError(
-            f"moe.form=compiled is not available for {x_TD.dtype} on {x_TD.device.type} with moe.expert_hidden="
-            f"{weights.expert_hidden} and moe.rank={weights.rank}: {REQUIREMENTS}; or use moe.form=auto"
+            f"moe.form={form} is not available for {x_TD.dtype} on {x_TD.device.type} with moe.expert_hidden="
+            f"{width} and moe.rank={rank}: {_LIMITED[form].REQUIREMENTS}; or use moe.form=auto"
         )
-    u_DQ = weights.in_u_NDR.transpose(0, 1).flatten(1)
-    z_TNC = (x_TD @ u_DQ).view(x_TD.shape[0], weights.experts, 2 * weights.rank)
-    hidden_TF, thin_TNR = HIDDEN_STEPS[form](x_TD @ weights.base_in_DH, z_TNC, slot_TK, gate_TK, weights)
-    thin_TQ, v_QD = thin_TNR.flatten(1), weights.out_v_NRD.flatten(0, 1)
-    if weights.output_bias_ND is not None:
-        thin_TQ = torch.cat([thin_TQ, _gates_by_expert(slot_TK, gate_TK, weights.experts).to(x_TD.dtype)], dim=1)
-        v_QD = torch.cat([v_QD, weights.output_bias_ND])
-    return torch.addmm(hidden_TF @ weights.base_out_FD, thin_TQ, v_QD)
+    return form
 
 
 def choose_form(device: torch.device, dtype: torch.dtype, weights: ClusterWeights) -> str:
-    """The fastest form for this device, dtype and shape: 'compiled' where it exists, else 'mask' or 'sort'.
+    """The fastest form for this device, dtype and shape: 'compiled' or 'triton' where it exists, or 'mask' or 'sort'.
 
     Measured on a busy CPU, forward + backward, d 128 and 512, n r from 16 to 128, k 1 to 4: compiled beat the better of
     the others everywhere, by 1.05 to 1.9 times; mask beat sort by up to 1.4 times at n r = 16, either won by up to a
-    fifth from 32 to 64, and sort beat mask by up to 1.6 times at 128. A GPU takes mask always, since it needs no
-    synchronisation with the host; that choice has not been measured.
+    fifth from 32 to 64, and sort beat mask by up to 1.6 times at 128. A GPU takes triton, or else mask, since they need
+    no synchronisation with the host; that choice has not been measured (ADR 17).
     """
-    if available(device, dtype, weights):
-        return "compiled"
-    return "mask" if device.type != "cpu" or weights.experts * weights.rank <= 32 else "sort"
+    return _fastest(device, dtype, weights.experts, weights.rank, weights.expert_hidden)
+
+
+def _fastest(device: torch.device, dtype: torch.dtype, experts: int, rank: int, width: int) -> str:
+    own = "compiled" if device.type == "cpu" else "triton"
+    if _LIMITED[own].available(device, dtype, rank, width):
+        return own
+    return "mask" if device.type != "cpu" or experts * rank <= 32 else "sort"
 
 
 def _gates_by_expert(slot_TK: Tensor, gate_TK: Tensor, experts: int) -> Tensor:

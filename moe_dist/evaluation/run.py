@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from moe_dist.config import WorldConfig
+from moe_dist.console import wide_console
 from moe_dist.engine.startup import join, leave
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation import view
@@ -71,7 +71,7 @@ def evaluate(world: WorldConfig, spec: EvalSpec) -> Figures:
     if any(task.startswith("glue") for task in spec.tasks):
         figures["glue"] = evaluate_glue(subject, spec.glue_spec(), spec.dtype, _say if process.rank == 0 else _silent)
     if process.rank == 0:
-        view.render(figures, Console())
+        view.render(figures, wide_console())
         if spec.json_file is not None:
             write_json(Path(spec.json_file), figures)
     leave()

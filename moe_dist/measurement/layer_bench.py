@@ -51,6 +51,7 @@ class LayerBenchSpec:
     vectors: bool = False
     form: str = "auto"
     forms: tuple[str, ...] = ()
+    device: str = "cpu"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +68,8 @@ class LayerBenchSpec:
             raise ConfigError(f"dtype {unknown[0]!r} is unknown: use {' or '.join(_DTYPES)}")
         if unknown := sorted({self.form, *self.forms} - set(FORMS)):
             raise ConfigError(f"form {unknown[0]!r} is unknown: use one of {', '.join(FORMS)}")
+        if self.device not in (here := ("cpu", *_accelerators())):
+            raise ConfigError(f"device={self.device} is not here: use {' or '.join(here)}")
 
 
 @dataclass(frozen=True)
@@ -195,11 +198,24 @@ def _time_rounds(layer: _Layer, contenders: dict[str, Callable[[], Tensor]], rep
         for name in names[first:] + names[:first]:
             for leaf in layer.leaves():
                 leaf.grad = None
+            _wait_for(layer.x_TD.device)
             start = time.perf_counter()
             contenders[name]().backward(layer.d_y_TD)
+            _wait_for(layer.x_TD.device)
             if index:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def _accelerators() -> list[str]:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return [] if found is None else [found.type]
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was given; a CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def _standard(layer: _Layer, grouped: bool) -> Tensor:
@@ -235,39 +251,41 @@ def _draw_layer(spec: LayerBenchSpec, dtype: torch.dtype, top_k: int) -> _Layer:
     size = spec.experts // spec.clusters
     x_TD, d_y_TD = torch.randn(2, spec.tokens, spec.hidden, generator=generator).to(dtype).unbind()
 
+    def leaf(value: Tensor, to: torch.dtype = dtype) -> Tensor:
+        return value.detach().to(spec.device, to, copy=True).requires_grad_()
+
     def full_expert() -> tuple[Tensor, Tensor]:
         pair = init_base(spec.hidden, spec.expert_hidden, spec.hidden**-0.5, spec.expert_hidden**-0.5, generator)
-        return _leaf(pair[0], dtype), _leaf(pair[1], dtype)
+        return leaf(pair[0]), leaf(pair[1])
 
     loop = [full_expert() for _ in range(spec.experts)]
     w_in, w_out = zip(*loop, strict=True)
     return _Layer(
-        x_TD=_leaf(x_TD, dtype),
-        d_y_TD=d_y_TD,
-        cluster_T=torch.randint(spec.clusters, (spec.tokens,), generator=generator),
-        slot_TK=torch.rand(spec.tokens, size, generator=generator).topk(top_k).indices,
-        gate_TK=_leaf(torch.rand(spec.tokens, top_k, generator=generator).softmax(1), torch.float32),
+        x_TD=leaf(x_TD),
+        d_y_TD=d_y_TD.to(spec.device),
+        cluster_T=torch.randint(spec.clusters, (spec.tokens,), generator=generator).to(spec.device),
+        slot_TK=torch.rand(spec.tokens, size, generator=generator).topk(top_k).indices.to(spec.device),
+        gate_TK=leaf(torch.rand(spec.tokens, top_k, generator=generator).softmax(1), torch.float32),
         dense=full_expert(),
         loop=loop,
-        stacked=(_leaf(torch.stack(w_in), dtype), _leaf(torch.stack(w_out), dtype)),
-        clustered=[_draw_cluster(spec, full_expert(), dtype, generator) for _ in range(spec.clusters)],
+        stacked=(leaf(torch.stack(w_in)), leaf(torch.stack(w_out))),
+        clustered=[_draw_cluster(spec, full_expert(), leaf, generator) for _ in range(spec.clusters)],
     )
 
 
 def _draw_cluster(
-    spec: LayerBenchSpec, base: tuple[Tensor, Tensor], dtype: torch.dtype, generator: torch.Generator
+    spec: LayerBenchSpec,
+    base: tuple[Tensor, Tensor],
+    leaf: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
 ) -> ClusterWeights:
     residuals = [
         vars(init_residual(spec.hidden, spec.expert_hidden, spec.rank, spec.vectors, generator))
         for _ in range(spec.experts // spec.clusters)
     ]
     columns: list[Any] = [[r[name] for r in residuals] for name in residuals[0]]  # in ClusterWeights' order
-    stacked: list[Any] = [None if c[0] is None else _leaf(torch.stack(c), dtype) for c in columns]
+    stacked: list[Any] = [None if c[0] is None else leaf(torch.stack(c)) for c in columns]
     return ClusterWeights(*base, *stacked)
-
-
-def _leaf(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.detach().to(dtype).clone().requires_grad_()
 
 
 @contextmanager

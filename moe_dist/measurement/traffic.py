@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from moe_dist.config import RunConfig, dump_config, resolve_batch, resolve_world
+from moe_dist.console import wide_console
 from moe_dist.data import PreparedData, prepare_data
 from moe_dist.dispatch.observed import ObservedRouting
 from moe_dist.engine.startup import Process, join, leave
@@ -85,7 +85,7 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
         for name in filter(peer.PEERS.__contains__, kinds):
             results[name] = peer.measure_peer(name, config, process, watch, spec.steps, spec.warmup)
     if process.rank == 0:
-        traffic_view.render(results, Console())
+        traffic_view.render(results, wide_console())
         if spec.json_file is not None:
             write_json(Path(spec.json_file), results)
     leave()

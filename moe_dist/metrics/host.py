@@ -1,7 +1,9 @@
 """What a process can say about the machine it runs on, without torch."""
 
+import os
 import platform
 import resource
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +19,16 @@ def installed_versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def process_seconds() -> float | None:
+    """How long ago this process was started, its interpreter and imports included, to 10 ms; None where not Linux."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot; fields from the third on, after the name
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def peak_rss_bytes() -> int:

@@ -94,6 +94,8 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None) -> Table:
         table.add_row("as stored", f"validation loss {_number(stored, '.4f')}")
     table.add_row("ranks", _world(summary))
     table.add_row("speed", f"{_number(at('tokens_per_second'), ',.0f')} tokens/s")
+    if (first := at("first_step_seconds")) is not None:
+        table.add_row("first step", f"done {first:.1f} s after rank 0 was started")
     table.add_row("parameters", f"{_count(at('parameters.total'))} in all")
     table.add_row("in experts", _experts(summary))
     table.add_row(

@@ -7,7 +7,7 @@ B bytes of an expert.
 import torch
 from torch import Tensor, nn
 
-from moe_dist.compression import ClusterWeights, GroupFormat, PackedCluster, StoredForm, clustered_experts
+from moe_dist.compression import ClusterWeights, GroupFormat, PackedCluster, StoredForm, stored_experts
 from moe_dist.config import RunConfig
 
 
@@ -23,7 +23,7 @@ def stored_form(config: RunConfig) -> StoredForm:
 class StoredExperts(nn.Module):
     """The part of one cluster that this rank holds: its base, and one row of bytes for each expert.
 
-    Factors are unpacked for each pass, and not kept. No parameters: nothing here can be trained.
+    Factors are unpacked for each pass, some in a kernel, and not kept. No parameters: nothing here can be trained.
     """
 
     base_in_DH: Tensor
@@ -48,4 +48,4 @@ class StoredExperts(nn.Module):
         return self.packed().weights(self.dtype)
 
     def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:
-        return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.form)
+        return stored_experts(x_AD, slot_AK, gate_AK, self.packed(), self.form)

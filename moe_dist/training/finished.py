@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from moe_dist.checkpoint.find import agreed, is_checkpoint
 from moe_dist.checkpoint.fit import require_same_model
 from moe_dist.checkpoint.manifest import read_manifest
 from moe_dist.checkpoint.store import FINAL
 from moe_dist.config import RunConfig
+from moe_dist.console import wide_console
 from moe_dist.metrics import missing_keys, render_summary, write_json
 from moe_dist.training.resume import run_to_go_on
 
@@ -31,7 +30,7 @@ def show_if_finished(config: RunConfig, rank: int) -> bool:
         if config.summary_copy is not None:
             write_json(Path(config.summary_copy), summary)
         print(f"{run} has done all its {config.train.steps} steps: nothing is left to do", flush=True)
-        render_summary(summary, Console(), run)
+        render_summary(summary, wide_console(), run)
     return True
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-
 from moe_dist.config import RunConfig, dump_config
+from moe_dist.console import wide_console
 from moe_dist.metrics import Progress, RunFolder, render_summary
 
 
@@ -62,7 +61,7 @@ class RunRecorder(Recorder):
             self._folder = RunFolder.create(config.runs_dir, config.name, dump_config(config), **options)
         else:
             self._folder = RunFolder.reopen(run, step, dump_config(config), **options)
-        self._console = Console()
+        self._console = wide_console()
         self._progress = Progress(config.train.steps, self._console)
 
     def __enter__(self) -> Self:

@@ -20,7 +20,7 @@ from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.errors import DataError, TrainingError
 from moe_dist.memory.experts import ExpertMemory
-from moe_dist.metrics import installed_versions
+from moe_dist.metrics import installed_versions, process_seconds
 from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
@@ -119,6 +119,7 @@ class TrainingRun:
         self.coordinator = Coordinator(self.engine, config, recorder)
         self.loads = self._load_record()
         self.account, self.steps_done = RunAccount(), steps_done
+        self.first_step_seconds: float | None = None
         self.checkpoints = RunCheckpoints(config, self.engine, data_record(data), self._parts(), recorder)
 
     @property
@@ -219,6 +220,8 @@ class TrainingRun:
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
         _stop_if_norm_broken(step, norm)
+        if self.first_step_seconds is None:
+            self.first_step_seconds = process_seconds()
         if self.config.moe.kind != "dense":  # by the placement that routed them
             placements = self.model.context.placements
             self.account.loads.append(self.loads.add(outcome.count_LE.numpy(), outcome.dropped, placements))
@@ -305,6 +308,7 @@ class TrainingRun:
                 "steps": steps,
                 "tokens": tokens,
                 "seconds": sum(self.account.step_seconds),
+                "first_step_seconds": self.first_step_seconds,
                 "validation": {
                     "loss": loss,
                     "perplexity": perplexity(loss),

@@ -60,6 +60,7 @@ def test_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     folder, summary = tmp_path / "runs" / "smoke", _summary(tmp_path, "smoke")
     assert missing_keys(summary) == []
     assert summary["tokens"] == 8 * 16 * 32
+    assert summary["first_step_seconds"] > 0
     assert summary["validation"]["perplexity"] == pytest.approx(math.exp(summary["validation"]["loss"]))
     assert summary["all_to_all"]["bytes"] == sum(summary["all_to_all"]["bytes_by_payload"].values())
     assert load_config(folder / "config.yaml") == load_config(SMOKE, _words(tmp_path, "tensorboard=true"))

@@ -4,6 +4,7 @@ Read from the source by `ast`, so that an import inside a function counts as wel
 """
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = [
-    {"errors"},
+    {"errors", "console"},
     {"config", "metrics"},
     {"topology"},
     {"clustering", "compression", "routing"},
@@ -166,3 +167,16 @@ def test_answers_without_torch(module: str) -> None:
     code = f"import sys, {module}; print(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["train", "no-such.yaml"], ["config", "seed.yaml", "moe.rnk=2"]]
+)
+def test_help_and_refusals_import_no_torch(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "seed.yaml").write_text("seed: 1\n")
+    code = "import sys; from moe_dist import cli\ntry: cli.main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, *words]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert done.returncode == (0 if "--help" in words else 2)

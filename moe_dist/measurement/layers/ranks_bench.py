@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from moe_dist.config import RunConfig
+from moe_dist.console import wide_console
 from moe_dist.dispatch.observed import ObservedRouting
 from moe_dist.dispatch.overlap import HopSpeed, choose_chunks
 from moe_dist.engine.startup import Process, join, leave
@@ -98,7 +99,7 @@ def bench_ranks(config: RunConfig, spec: RanksBenchSpec) -> None:
         for dtype in spec.dtypes:
             result.cases.extend(_measure(spec, dtype, top_k, process, mesh, watch) for top_k in spec.top_k)
     if process.rank == 0:
-        console = Console()
+        console = wide_console()
         console.width = max(console.width, _WIDTH)
         render(result, console)
         if spec.json_file is not None:

@@ -38,7 +38,8 @@ def markdown(table: Sequence[Row], claimed: Sequence[str], grid: Rates, facts: S
         "",
         *facts,
         "",
-        "Mean ± standard deviation over seeds.",
+        "Mean ± standard deviation over seeds. Runs come one after another, so tokens/s compare only if the machine",
+        "did nothing else all the while; `moe-dist bench step` takes kinds in turns.",
         "",
         *_figures(table),
     ]

@@ -87,7 +87,7 @@ def saved_elements(config: RunConfig) -> float:
     if moe.kind == "standard":
         return attention + 2 * k * d + k * 4 * f + 4 * moe.shared_expert_hidden + 12 + 9 * k
     hidden = 7 * k + 1.6 if k > 1 else 13.7  # the forms in plain torch keep all that its autograd does
-    if moe.form == "compiled":
+    if moe.form in ("compiled", "triton"):
         hidden = 3.4
     thin = 11 * moe.rank * m * k
     return attention + (2.9 + 4 * (m - 1)) * d + m * hidden * f + ROUTING_STATE + thin

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.config import RunConfig, resolve_world
+from moe_dist.console import wide_console
 from moe_dist.data import PreparedData, prepare_data
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.measurement.silent import SilentRecorder
@@ -88,7 +89,7 @@ def bench_step(config: RunConfig, spec: StepBenchSpec) -> None:
     }
     if process.rank == 0:
         result = StepBenchResult(spec, process.ranks, torch.get_num_threads(), config.model_dump(), figures)
-        render(result, Console())
+        render(result, wide_console())
         if spec.json_file is not None:
             write_json(Path(spec.json_file), result.to_dict())
     leave()

@@ -17,11 +17,13 @@ from moe_dist.compression import (
     clustered_experts,
     long_axis,
 )
+from tests.unit.compression.test_clustered_experts import needs_interpreter
 
 FORMS = [
     "mask",
     "sort",
     "reference",
+    pytest.param("triton", marks=needs_interpreter),
     pytest.param("compiled", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")),
 ]
 STORED = [

@@ -71,8 +71,11 @@ def test_impossible_specs_are_refused() -> None:
             LayerBenchSpec(**{**vars(TOY), name: 0})
     with pytest.raises(ConfigError, match=r"top_k=0 must be in 1\.\.8"):
         LayerBenchSpec(top_k=(2, 0))
-    with pytest.raises(ConfigError, match="form 'foo' is unknown: use one of auto, mask, sort, compiled, reference"):
+    forms = "auto, mask, sort, compiled, triton, reference"
+    with pytest.raises(ConfigError, match=f"form 'foo' is unknown: use one of {forms}"):
         LayerBenchSpec(form="foo")
+    with pytest.raises(ConfigError, match=r"device=tpu is not here: use cpu"):
+        LayerBenchSpec(device="tpu")
     with pytest.raises(ConfigError, match="form 'bar' is unknown"):
         LayerBenchSpec(forms=("mask", "bar"))
 

@@ -183,6 +183,7 @@ def test_claims_by_hand() -> None:
     assert not found["loss"].reached
     assert found["load_variance"].values == pytest.approx((10, 2))
     assert found["load_variance"].reached  # six on average
+    assert str(found["load_variance"]).endswith("6.00 (2.00 to 10.00): reached on average, not in every seed")
     assert verdicts(table, "dense") == []
 
 

@@ -7,6 +7,7 @@ def summary() -> dict[str, Any]:
     curve = [{"step": step, "tokens": step * 8192, "loss": 3.0 + 4.0 / (1 + step / 50)} for step in range(0, 401, 25)]
     return {
         "steps": 400,
+        "first_step_seconds": 7.31,
         "tokens": 3_276_800,
         "validation": {"loss": 3.4012, "perplexity": 30.0, "loss_stored": 3.4013, "curve": curve},
         "tokens_per_second": 14_321.2,

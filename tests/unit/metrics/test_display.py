@@ -81,7 +81,18 @@ def test_the_table_shows_every_figure(width: int) -> None:
     shown, out = console(width=width)
     render_summary(summary(), shown, Path("runs/demo"))
     text = " ".join(out.getvalue().split())
-    for figure in ("3.4012", "30.00", "3,276,800", "14,321 tokens/s", "3.14 M", "1.23 M", "6.29 M", "19.6%", "768 B"):
+    for figure in (
+        "3.4012",
+        "30.00",
+        "3,276,800",
+        "14,321 tokens/s",
+        "7.3 s after rank 0",
+        "3.14 M",
+        "1.23 M",
+        "6.29 M",
+        "19.6%",
+        "768 B",
+    ):
         assert figure in text
     for figure in ("2.1 GiB", "1.20e-05", "0.0123", "858.3 MiB", "4 = data 1 x cluster 4 x shard 1", "runs/demo/"):
         assert figure in text

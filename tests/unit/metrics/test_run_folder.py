@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.metrics import REQUIRED_KEYS, RunFolder, installed_versions, missing_keys, peak_rss_bytes
+from moe_dist.metrics import REQUIRED_KEYS, RunFolder, installed_versions, missing_keys, peak_rss_bytes, process_seconds
 from tests.unit.metrics.example import summary
 
 
@@ -108,6 +108,17 @@ def test_tensorboard_gets_numbers_by_dotted_key(tmp_path: Path) -> None:
 def test_host_figures() -> None:
     assert peak_rss_bytes() > 10_000_000
     assert {"python", "torch", "deepspeed", "megatron-core", "moe-dist"} == set(installed_versions())
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no Linux")
+def test_a_process_is_younger_than_the_one_that_started_it() -> None:
+    code = "from moe_dist.metrics import process_seconds; print(process_seconds())"
+    before = process_seconds()
+    child = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    after = process_seconds()
+    assert before is not None
+    assert after is not None
+    assert 0 < child < after - before + 0.02 < after + 0.02  # twice 10 ms of the clock's grain
 
 
 def test_a_run_that_goes_on_repeats_no_line(tmp_path: Path) -> None:
