@@ -1,4 +1,7 @@
-"""The entry script of every rank of `moe-dist eval`: `launcher/evaluate.py RUN [world.KEY=value ...] [options]`."""
+"""The entry script of every rank of `moe-dist eval`: `launcher/evaluate.py RUN [SECTION.KEY=value ...] [options]`.
+
+Sections are `world` and `memory`: how this job's ranks work.
+"""
 
 import json
 import sys
@@ -12,9 +15,10 @@ if __name__ == "__main__":  # started by path: import from the repository, not f
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launcher.train import fitting_any_ranks, run_rank
-from moe_dist.config import RunConfig
+from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import LaunchError
 
+MEMORY = "memory."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "wnli", "qnli", "qqp", "mnli")
 
 
@@ -77,26 +81,30 @@ def parse_tasks(words: Sequence[str]) -> tuple[str, ...]:
 def evaluate_rank(run: str, overrides: Sequence[str], options: EvalOptions) -> int:
     """Does one rank's part of an evaluation and returns its exit code."""
 
+    memory = [word for word in overrides if word.startswith(MEMORY)]
+    world = [word for word in overrides if word not in memory]
+
     def evaluate(config: RunConfig) -> bool:
         from moe_dist.evaluation.run import EvalSpec  # here, since it loads torch
         from moe_dist.evaluation.run import evaluate as really
 
-        really(config.world, EvalSpec(run=Path(run), **asdict(options)))
+        really(config.world, EvalSpec(run=Path(run), **asdict(options)), load_config(None, memory).memory)
         return False
 
-    return run_rank(None, fitting_any_ranks(overrides), evaluate)
+    return run_rank(None, fitting_any_ranks(world), evaluate)
 
 
-def only_world(overrides: Sequence[str]) -> list[str]:
+def only_of_the_job(overrides: Sequence[str]) -> list[str]:
     """The words, none of which may set what the run itself has settled.
 
     Raises:
         LaunchError: a key of another section.
     """
     for word in overrides:
-        if not word.startswith("world."):
+        if not word.startswith(("world.", MEMORY)):
             raise LaunchError(
-                f"{word!r}: an evaluation takes the model as it was trained: only world.KEY=value can be set"
+                f"{word!r}: an evaluation takes the model as it was trained: only world.KEY=value and "
+                "memory.KEY=value can be set"
             )
     return list(overrides)
 
@@ -105,7 +113,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, list[str], EvalO
     """Run, overrides and options from the words after the script's name."""
     parser = ArgumentParser(prog="launcher/evaluate.py", description="One rank of an evaluation.")
     parser.add_argument("run")
-    parser.add_argument("overrides", nargs="*", metavar="world.KEY=value")
+    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=value")
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
     words = parser.parse_intermixed_args(arguments)

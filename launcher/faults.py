@@ -70,6 +70,8 @@ def register(rank: int, *, leave_with_parent: bool) -> None:
         peers.remove_abandoned()
     if (folder := folder_of_ranks()) is not None:
         _write(folder / f"rank-{rank}.pid", json.dumps({"pid": os.getpid(), "group": os.getpgid(0)}))
+        for how in ("done", "fault"):  # of an earlier start by the same launcher: no news of this one
+            (folder / f"rank-{rank}.{how}").unlink(missing_ok=True)
     threading.Thread(target=_leave_with, args=(watched,), name="leave-with-launcher", daemon=True).start()
 
 

@@ -73,9 +73,13 @@ def with_json(overrides: Sequence[str], file: Path | None) -> list[str]:
 
 
 def writable(file: Path, option: str = "--json") -> str:
-    """The absolute path of a file that can be written, or a LaunchError that names the option."""
+    """The absolute path of a file that can be written, or a LaunchError that names the option.
+
+    It will be replaced as a whole, so that what is there must be a file: no device, and no pipe.
+    """
     target = file.absolute()
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
+    replaceable = target.is_file() or not target.exists()
+    if not (replaceable and target.parent.is_dir() and os.access(target.parent, os.W_OK)):
         raise LaunchError(f"{option} {file}: cannot be written: give a file in a folder that exists")
     return str(target)
 

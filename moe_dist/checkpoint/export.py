@@ -1,9 +1,11 @@
 """A trained model's weights as one safetensors file, under names that do not depend on the layout."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,12 +31,16 @@ def export_weights(
     The file's metadata holds `config`, `placements` and `data` as JSON, the step, and whether clusters are stored.
 
     Args:
+        weights: of a run or a checkpoint.
         dtype: None: float32, as they are kept; where clusters are stored, what the run trained with.
         stored: clusters in the form of the run's `precision` section: factors in few bits, bases in their type.
 
     Raises:
-        CheckpointError: the file cannot be written, or there are no clusters to be stored.
+        CheckpointError: the weights are those of an exported file, there are no clusters to be stored, or the file
+            cannot be written.
     """
+    if weights.path.is_file():
+        raise CheckpointError(f"{weights.path} is an exported file already: give the run or checkpoint that it is from")
     form = _form(weights) if stored else None
     trained = getattr(torch, weights.config.train.precision)
     index = read_index(weights.path)
@@ -94,7 +100,8 @@ def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         save_file(tensors, partial, metadata)
         partial.chmod(readable_by)  # safetensors lets only its user read it
         partial.replace(file)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{file}: cannot be written: {reason}") from error

@@ -63,7 +63,10 @@ class ExportedFile:
             parts = {key: json.loads(metadata[key]) for key in ("step", "config", "placements", "data")}
             return Manifest.model_validate_json(json.dumps({"kind": "weights", "ranks": 1, **parts}))
         except (KeyError, ValueError, RecursionError, ValidationError) as error:
-            raise CheckpointError(f"{self._path} is not a file that moe-dist export wrote: {_line(error)}") from error
+            raise CheckpointError(
+                f"{self._path} is not a file that moe-dist export wrote ({_line(error)}): give one, or the folder of a "
+                "run or a checkpoint"
+            ) from error
 
     @property
     def stored(self) -> bool:
@@ -85,7 +88,10 @@ def open_exported(path: Path) -> Iterator[ExportedFile]:
         with safe_open(path, "pt") as opened:
             yield ExportedFile(path, opened)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_line(error)}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a file of moe-dist export ({_line(error)}): give one, or the folder of a run or "
+            "a checkpoint"
+        ) from error
 
 
 def _line(error: Exception) -> str:

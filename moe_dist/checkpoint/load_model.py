@@ -1,7 +1,6 @@
 """A trained model, on any number of ranks."""
 
 import torch
-from torch import nn
 
 from moe_dist.checkpoint.exported import ExportedFile, open_exported
 from moe_dist.checkpoint.manifest import read_index
@@ -9,18 +8,24 @@ from moe_dist.checkpoint.model_state import weights_of
 from moe_dist.checkpoint.names import named_runs
 from moe_dist.checkpoint.parts import hand_back, room_for
 from moe_dist.checkpoint.placement_record import adopt_placements
-from moe_dist.checkpoint.stored_tensors import read_stored_experts
+from moe_dist.checkpoint.stored_tensors import read_stored_cluster
 from moe_dist.checkpoint.transfer import read_checkpoint
 from moe_dist.checkpoint.weights import TrainedWeights
-from moe_dist.model.clustered_experts import ClusteredExperts
+from moe_dist.memory.stored import StoredMemory
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.model.stored_experts import stored_form
+from moe_dist.model.stored_experts import StoredExperts, stored_sizes
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
+from moe_dist.topology.together import together
 
 
 def load_model(
-    weights: TrainedWeights, mesh: Mesh, links: Links, device: torch.device, dtype: torch.dtype | None = None
+    weights: TrainedWeights,
+    mesh: Mesh,
+    links: Links,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    memory: StoredMemory | None = None,
 ) -> LanguageModel:
     """The trained model, laid out over the ranks of `mesh`, which need not be as many as trained it; collective.
 
@@ -28,16 +33,20 @@ def load_model(
 
     Args:
         dtype: of the weights; None: what the run trained with (`train.precision`).
+        memory: keeps the clusters of a file that holds them in few bits; None: they stay in memory.
 
     Raises:
         CheckpointError: a tensor is missing or damaged.
-        ConfigError: the experts cannot be laid out on that mesh.
+        ConfigError: the experts cannot be laid out on that mesh, or a budget of memory is too small for a cluster.
+        OffloadError: a tier of memory fails.
     """
-    model = LanguageModel(weights.config, weights.manifest.data.vocab_size, mesh, links)
+    model = LanguageModel(weights.config, weights.manifest.data.vocab_size, mesh, links, stored=weights.stored)
     model = model.to_device(device).to(dtype or getattr(torch, weights.config.train.precision))
     adopt_placements(model, weights.manifest)
     if weights.path.is_file():
-        with open_exported(weights.path) as file:
+        with together(), open_exported(weights.path) as file:
+            if weights.stored:
+                _read_stored_clusters(model, file, device, memory)
             _read_exported(model, file)
         return model
     parts = {"balance": model.context.balance}
@@ -50,21 +59,28 @@ def load_model(
 def _read_exported(model: LanguageModel, file: ExportedFile) -> None:
     for name, bias in model.context.balance.state_dict().items():
         file.fill(f"balance.{name}", bias)
-    if file.stored:
-        _read_stored_clusters(model, file)
     for parameter, runs in named_runs(model).items():
         for run in runs:
             size = torch.Size(run.shape).numel()
             file.fill(run.name, parameter.detach().view(-1)[run.start : run.start + size].view(run.shape))
 
 
-def _read_stored_clusters(model: LanguageModel, file: ExportedFile) -> None:
-    form, at = stored_form(model.config), model.context.mesh.at
+def _read_stored_clusters(
+    model: LanguageModel, file: ExportedFile, device: torch.device, memory: StoredMemory | None
+) -> None:
+    config, at = model.config, model.context.mesh.at
+    dtype = next(model.parameters()).dtype
     paths = {module: path for path, module in model.named_modules()}
+    if memory is not None:
+        memory.describe = model.describe_block
     for layer in model.clustered_layers():
-        clusters, parts = layer.placement.clusters_of_block(at.cluster), []
-        for cluster, part in zip(clusters, layer.clusters, strict=True):
-            assert isinstance(part, ClusteredExperts)
+        like = stored_sizes(config, layer.placement.slots_per_shard)
+        for local, cluster in enumerate(layer.placement.clusters_of_block(at.cluster)):
             experts = layer.placement.experts_of(cluster, at.shard)
-            parts.append(read_stored_experts(part, paths[layer], cluster, experts, form, file.tensor))
-        layer.clusters = nn.ModuleList(parts)
+            packed = read_stored_cluster(like, paths[layer], cluster, experts, file.tensor)
+            part = StoredExperts(packed, dtype, config.moe.form)
+            if memory is None:
+                part.to(device)
+            else:
+                part.keep_in(memory, layer.layer, local)
+            layer.clusters.append(part)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from moe_dist.compression import PackedCluster, PackedFactor, StoredForm, long_axis
 from moe_dist.errors import CheckpointError
-from moe_dist.model.clustered_experts import ClusteredExperts
-from moe_dist.model.stored_experts import StoredExperts
 
 _BASES = ("w_in_DH", "w_out_FD")
 Get = Callable[[str], Tensor]
@@ -34,13 +32,13 @@ def stored_tensors(name: str, value: Tensor, form: StoredForm) -> dict[str, Tens
     return {f"{name}.{part}": tensor for part, tensor in PackedFactor.of(value, axis, form.factors).parts().items()}
 
 
-def read_stored_experts(
-    part: ClusteredExperts, path: str, cluster: int, experts: Sequence[int], form: StoredForm, get: Get
-) -> StoredExperts:
-    """The stored form of a cluster's part, with values of an exported file.
+def read_stored_cluster(
+    like: PackedCluster, path: str, cluster: int, experts: Sequence[int], get: Get
+) -> PackedCluster:
+    """A cluster's part with values of an exported file.
 
     Args:
-        part: what the model holds now; its values do not matter.
+        like: its form and sizes, on `meta`.
         path: of the layer.
         experts: of this shard, by slot.
         get: a tensor of the file by its name.
@@ -48,30 +46,24 @@ def read_stored_experts(
     Raises:
         CheckpointError: a tensor is missing, or has another type or shape than this form has.
     """
-    weights = part.parameter_weights()
-    like = PackedCluster.of(weights, form)
     bases = [
-        _checked(f"{path}.cluster.{cluster}.{name}", get, own) for name, own in zip(_BASES, _bases(like), strict=True)
+        _checked(f"{path}.cluster.{cluster}.{name}", get, own).to(own.dtype)
+        for name, own in zip(_BASES, (like.base_in_DH, like.base_out_FD), strict=True)
     ]
     found = {}
     for name, own in like.experts.parts().items():
         leaf = name.replace("_N", "_", 1)  # without the axis over the experts, as `names.py` has it
         rows = [_checked(f"{path}.expert.{e}.{leaf}", get, own[0]) for e in experts]
         found[name] = torch.stack(rows)
-    packed = PackedCluster(bases[0], bases[1], like.experts.with_parts(found))
-    return StoredExperts(packed, weights.base_in_DH.dtype, part.form)
-
-
-def _bases(packed: PackedCluster) -> tuple[Tensor, Tensor]:
-    return packed.base_in_DH, packed.base_out_FD
+    return PackedCluster(bases[0], bases[1], like.experts.with_parts(found))
 
 
 def _checked(name: str, get: Get, own: Tensor) -> Tensor:
-    """A tensor of the file, of the type that it has in the model; packed parts must have it already."""
+    """A tensor of the file; packed parts have the type that they have in the model."""
     value = get(name)
     exact = own.dtype == torch.uint8 or name.endswith(".scales")
     if value.shape != own.shape or (exact and value.dtype != own.dtype):
         raise CheckpointError(
             f"{name} is {value.dtype} {tuple(value.shape)}, where {own.dtype} {tuple(own.shape)} is right"
         )
-    return value.to(own)
+    return value

@@ -11,7 +11,7 @@ from moe_dist.checkpoint.manifest import Index, Manifest, read_index
 from moe_dist.checkpoint.planner import ShardLoadPlanner, ShardSavePlanner
 from moe_dist.checkpoint.shards import ShardedTensor, State
 from moe_dist.checkpoint.storage import ShardReader, ShardWriter
-from moe_dist.errors import CheckpointError
+from moe_dist.errors import CheckpointError, OffloadError
 
 
 def write_checkpoint(
@@ -38,6 +38,7 @@ def read_checkpoint(checkpoint: Path, state: State, group: dist.ProcessGroup | N
 
     Raises:
         CheckpointError: a tensor is missing or of another shape, or a file is damaged (the same on all ranks).
+        OffloadError: a tier that it is read into fails, on any rank.
     """
     index = read_index(checkpoint)
     _require_fits(checkpoint, state, index)
@@ -49,7 +50,8 @@ def read_checkpoint(checkpoint: Path, state: State, group: dist.ProcessGroup | N
                 wanted, storage_reader=ShardReader(checkpoint, index), planner=ShardLoadPlanner(), process_group=group
             )
     except CheckpointException as error:
-        raise CheckpointError(_first_cause(error)) from error
+        tier_failed = any(isinstance(cause, OffloadError) for cause, _ in error.failures.values())
+        raise (OffloadError if tier_failed else CheckpointError)(_first_cause(error)) from error
 
 
 def _require_fits(checkpoint: Path, state: State, index: Index) -> None:

@@ -19,6 +19,8 @@ class TrainedWeights:
     """The folder of a checkpoint, or a file of `moe-dist export`."""
     manifest: Manifest
     config: RunConfig
+    stored: bool = False
+    """Clusters are in few bits: it is a file of `moe-dist export --stored`."""
 
 
 def find_weights(run: Path) -> TrainedWeights:
@@ -32,11 +34,12 @@ def find_weights(run: Path) -> TrainedWeights:
     """
     if run.is_file():
         with open_exported(run) as file:
-            manifest = file.manifest()
-        return TrainedWeights(run, manifest, config_of(manifest))
+            manifest, stored = file.manifest(), file.stored
+        return TrainedWeights(run, manifest, config_of(manifest), stored)
     found: Found | None = checked(run) if is_checkpoint(run) else newest_good(run, weights=True)
     if found is None:
+        what = "holds no weights" if run.exists() else "does not exist"
         raise CheckpointError(
-            f"{run} holds no weights: give the folder of a run that has ended or saved a checkpoint, such as runs/NAME"
+            f"{run} {what}: give the folder of a run that has ended or saved a checkpoint, such as runs/NAME"
         )
     return TrainedWeights(found.path, found.manifest, config_of(found.manifest))

@@ -39,7 +39,8 @@ def register(app: typer.Typer) -> None:
 def evaluation(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo, or a checkpoint.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="world.KEY=value", help="How this job's ranks work.")
+        list[str] | None,
+        typer.Argument(metavar="SECTION.KEY=value", help="world, memory: how this job's ranks work."),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -101,7 +102,7 @@ def evaluation(
         max_eval=max_eval,
         max_steps=max_steps,
     )
-    words, size = evaluate.only_world(overrides or ()), Size(ranks, nodes, ranks_per_node, hostfile)
+    words, size = evaluate.only_of_the_job(overrides or ()), Size(ranks, nodes, ranks_per_node, hostfile)
     if environment.discover(os.environ).kind != "alone" or (size == Size(ranks=ranks) and ranks in (None, 1)):
         raise typer.Exit(evaluate.evaluate_rank(str(run), words, options))
     if launcher is Launcher.SLURM:

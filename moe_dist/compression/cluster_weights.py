@@ -38,6 +38,16 @@ class ClusterWeights:
     hidden_bias_NH: Tensor | None = None  # [n, 2f]
     output_bias_ND: Tensor | None = None  # [n, d]
 
+    @classmethod
+    def without_values(
+        cls, experts: int, hidden: int, expert_hidden: int, rank: int, *, vectors: bool, dtype: torch.dtype
+    ) -> "ClusterWeights":
+        """Of these sizes, on `meta`."""
+        n, d, f, r = experts, hidden, expert_hidden, rank
+        sizes: list[tuple[int, ...]] = [(d, 2 * f), (f, d), (n, d, 2 * r), (n, 2, r, f), (n, f, r), (n, r, d)]
+        sizes += [(n, f), (n, 2 * f), (n, d)] if vectors else []
+        return cls(*(torch.empty(size, dtype=dtype, device="meta") for size in sizes))
+
     @property
     def experts(self) -> int:
         """n: experts of this cluster that are here."""

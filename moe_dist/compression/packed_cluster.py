@@ -69,6 +69,10 @@ class PackedExperts:
         }
         return PackedExperts(factors, {name: parts[name] for name in self.vectors})
 
+    def without_values(self) -> "PackedExperts":
+        """The form alone, on `meta`."""
+        return self.with_parts({name: part.to("meta") for name, part in self.parts().items()})
+
     def to_bytes(self) -> Tensor:
         """uint8 [N, B]: a row an expert, so that experts can travel one by one."""
         rows = [part.contiguous().flatten(1).view(torch.uint8) for part in self.parts().values()]

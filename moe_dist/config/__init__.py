@@ -4,6 +4,7 @@ from moe_dist.config.load import dump_config, load_config
 from moe_dist.config.schema import (
     CheckpointConfig,
     CorpusConfig,
+    MemoryConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
@@ -21,6 +22,7 @@ __all__ = [
     "BatchShape",
     "CheckpointConfig",
     "CorpusConfig",
+    "MemoryConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -1,12 +1,13 @@
 """`moe-dist eval`: all tasks that were asked for on one trained model, as one of the job's ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_dist.config import WorldConfig
+from moe_dist.config import MemoryConfig, WorldConfig
 from moe_dist.console import wide_console
 from moe_dist.engine.startup import join, leave
 from moe_dist.errors import ConfigError
@@ -57,24 +58,34 @@ class EvalSpec:
         )
 
 
-def evaluate(world: WorldConfig, spec: EvalSpec) -> Figures:
+def evaluate(world: WorldConfig, spec: EvalSpec, memory: MemoryConfig | None = None) -> Figures:
     """Does every task, and shows and writes the figures on rank 0; collective.
+
+    Args:
+        memory: as `open_subject` takes it.
 
     Raises:
         MoeDistError: the run, the data or the options cannot be used.
     """
     process = join(world)
-    subject = open_subject(spec.run, process, world, spec.dtype)
-    figures = _facts(subject, spec)
-    if "wikitext" in spec.tasks:
-        figures["wikitext"] = _wikitext(subject, spec)
-    if any(task.startswith("glue") for task in spec.tasks):
-        figures["glue"] = evaluate_glue(subject, spec.glue_spec(), spec.dtype, _say if process.rank == 0 else _silent)
+    with open_subject(spec.run, process, world, spec.dtype, memory) as subject:
+        figures = _figures(subject, spec, _say if process.rank == 0 else _silent)
     if process.rank == 0:
         view.render(figures, wide_console())
         if spec.json_file is not None:
             write_json(Path(spec.json_file), figures)
     leave()
+    return figures
+
+
+def _figures(subject: Subject, spec: EvalSpec, say: Callable[[str], None]) -> Figures:
+    figures = _facts(subject, spec)
+    if "wikitext" in spec.tasks:
+        figures["wikitext"] = _wikitext(subject, spec)
+    if any(task.startswith("glue") for task in spec.tasks):
+        figures["glue"] = evaluate_glue(subject, spec.glue_spec(), spec.dtype, say)
+    if subject.memory is not None:
+        figures["offload"] = subject.memory.tiers.totals(subject.process.device)
     return figures
 
 

@@ -3,23 +3,23 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from moe_dist.checkpoint.load_model import load_model
 from moe_dist.checkpoint.weights import TrainedWeights, find_weights
-from moe_dist.config import RunConfig, WorldConfig, resolve_world
+from moe_dist.config import MemoryConfig, ReclusterConfig, RunConfig, WorldConfig, resolve_world
 from moe_dist.data import Tokenizer, prepare_data
 from moe_dist.data.prepare import TOKENIZER
 from moe_dist.engine.startup import Process
-from moe_dist.errors import DataError
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.memory.stored import StoredMemory
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.stored_experts import StoredExperts
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
-
-TRAINING_ONLY = ("recluster", "memory")
-"""Sections that an evaluation leaves at their defaults."""
+from moe_dist.topology.together import together
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Subject:
 
     Attributes:
         weights: with the configuration that the evaluation uses.
+        memory: keeps the clusters of a model that is loaded, in their stored form (`memory.offload`).
     """
 
     run: Path
@@ -35,6 +36,7 @@ class Subject:
     tokenizer: Tokenizer
     process: Process
     mesh: Mesh
+    memory: StoredMemory | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -43,7 +45,16 @@ class Subject:
 
     def model(self, dtype: torch.dtype) -> LanguageModel:
         """The trained model on this rank; collective."""
-        return load_model(self.weights, self.mesh, Links.discover(self.process.device), self.process.device, dtype)
+        device = self.process.device
+        return load_model(self.weights, self.mesh, Links.discover(device), device, dtype, self.memory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives up what is kept outside of memory."""
+        if self.memory is not None:
+            self.memory.close()
 
 
 def as_kept(model: LanguageModel) -> AbstractContextManager[None]:
@@ -58,25 +69,44 @@ def is_packed(model: LanguageModel) -> bool:
     return any(isinstance(part, StoredExperts) for layer in model.clustered_layers() for part in layer.clusters)
 
 
-def open_subject(run: Path, process: Process, world: WorldConfig, dtype: str) -> Subject:
+def open_subject(
+    run: Path, process: Process, world: WorldConfig, dtype: str, memory: MemoryConfig | None = None
+) -> Subject:
     """Finds a run's weights and tokenizer; collective.
 
     Args:
         world: how this job's ranks are laid out; the run's own layout does not matter.
         dtype: what hidden vectors travel as between ranks.
+        memory: where the clusters of a file of `moe-dist export --stored` are; None, or no `offload`: in memory.
 
     Raises:
         CheckpointError: there are no weights, or they are damaged.
-        ConfigError: the experts cannot be laid out over these ranks.
+        ConfigError: the experts cannot be laid out over these ranks, or cannot be offloaded.
         DataError: the run's tokenizer cannot be had.
+        OffloadError: the memory's directory cannot be used.
     """
     weights = find_weights(run)
-    config = evaluation_config(weights.config, world, dtype)
+    memory = memory or MemoryConfig()
+    if memory.offload and not weights.stored:
+        raise ConfigError(
+            f"memory.offload=true evaluates a file of `moe-dist export --stored`, not {run}: export that, and evaluate "
+            "the file"
+        )
+    config = evaluation_config(weights.config, world, dtype, memory)
     mesh = Mesh.create(resolve_world(config, process.ranks), process.timeout)
-    return Subject(run, replace(weights, config=config), _tokenizer(run, weights), process, mesh)
+    tokenizer = _tokenizer(run, weights)
+    with together():
+        kept = _stored_memory(run, config, mesh, process) if memory.offload else None
+    return Subject(run, replace(weights, config=config), tokenizer, process, mesh, kept)
 
 
-def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str) -> RunConfig:
+def _stored_memory(run: Path, config: RunConfig, mesh: Mesh, process: Process) -> StoredMemory:
+    """Its files are beside the exported file where `memory.directory` says nothing."""
+    beside = config.model_copy(update={"runs_dir": str(run.parent), "name": run.name})
+    return StoredMemory(beside, config.moe.clusters // mesh.shape.cluster, process.rank, process.device)
+
+
+def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory: MemoryConfig) -> RunConfig:
     """The run's configuration without what would make figures depend on how many ranks and sequences come together.
 
     No token is dropped for want of capacity, nothing is balanced, and nothing is regrouped.
@@ -85,9 +115,8 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str) -> RunC
         update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none", "overlap_chunks": 1}
     )
     model = config.model.model_copy(update={"activation_checkpointing": False})
-    fields = RunConfig.model_fields
-    defaults = {name: fields[name].get_default() for name in TRAINING_ONLY if name in fields}
-    return config.model_copy(update={**defaults, "moe": moe, "model": model, "world": world})
+    job = {"recluster": ReclusterConfig(), "world": world, "memory": memory}
+    return config.model_copy(update={**job, "moe": moe, "model": model})
 
 
 def _tokenizer(run: Path, weights: TrainedWeights) -> Tokenizer:

@@ -17,6 +17,10 @@ def render(figures: Mapping[str, Any], console: Console) -> None:
     """Shows the model and each task."""
     model = f"{figures['name']}: {figures['kind']}, step {figures['step']}, seed {figures['seed']}"
     console.print(f"{model}; {figures['ranks']} rank(s), {figures['dtype']}", highlight=False)
+    if "offload" in figures:
+        found = figures["offload"]
+        moved = f"at most {found['peak_device_bytes']:,} bytes of experts on a rank's device at once"
+        console.print(f"offloaded: {moved}, {found['bytes_in']:,} brought in", highlight=False)
     if "wikitext" in figures:
         console.print(_wikitext(figures["wikitext"]))
     if "glue" in figures:

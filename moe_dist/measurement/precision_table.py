@@ -87,11 +87,9 @@ def _full_expert(shape: LayerShape) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _clusters(shape: LayerShape, vectors: bool) -> Iterator[ClusterWeights]:
-    n, d, f, r = shape.experts // shape.clusters, shape.hidden, shape.expert_hidden, shape.rank
-    sizes = [(d, 2 * f), (f, d), (n, d, 2 * r), (n, 2, r, f), (n, f, r), (n, r, d)]
-    sizes += [(n, f), (n, 2 * f), (n, d)] if vectors else []
+    sizes = (shape.experts // shape.clusters, shape.hidden, shape.expert_hidden, shape.rank)
     for _ in range(shape.clusters):
-        yield ClusterWeights(*(torch.empty(size, dtype=BF16, device="meta") for size in sizes))
+        yield ClusterWeights.without_values(*sizes, vectors=vectors, dtype=BF16)
 
 
 def render(rows: Sequence[Row], form: StoredForm, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Which blocks leave first: those said to be idle, then clusters few tokens choose, then the least recently used."""
+"""Which blocks leave first: those said to be idle, then clusters few tokens choose, then by their last use."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,9 @@ class Use:
 class Activity:
     """Moving averages of the rows that stage one brings to each cluster."""
 
-    def __init__(self, layers: int, clusters: int) -> None:
+    def __init__(self, layers: int, clusters: int, cyclic: bool = False) -> None:
+        """Args: cyclic: uses come round in the same order, so that what was used last is needed last."""
+        self.cyclic = cyclic
         self._rows = [[0.0] * clusters for _ in range(layers)]  # plain numbers: they are asked for at every eviction
 
     def note(self, layer: int, local: int, rows: int) -> None:
@@ -40,10 +42,11 @@ class Activity:
 
 def leaving_order(uses: Sequence[tuple[Block, Use]], activity: Activity | None) -> list[Block]:
     """Blocks in the order in which they should leave; those wanted soon come last of all."""
+    newest_first = activity is not None and activity.cyclic
 
     def rank(pair: tuple[Block, Use]) -> tuple[bool, bool, bool, int]:
         block, use = pair
         cold = activity is not None and activity.is_cold(block.layer, block.local)
-        return use.wanted, not use.idle, not cold, use.last
+        return use.wanted, not use.idle, not cold, -use.last if newest_first else use.last
 
     return [block for block, _ in sorted(uses, key=rank)]

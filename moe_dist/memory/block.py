@@ -23,6 +23,7 @@ class Kind(StrEnum):
     GRADIENT = "gradient"
     EXP_AVG = "exp_avg"
     EXP_AVG_SQ = "exp_avg_sq"
+    STORED = "stored form"
 
 
 class Block(NamedTuple):

@@ -1,13 +1,10 @@
-"""All clusters of a model on this rank, kept within a budget: tiers, the order of use, and what is fetched ahead.
+"""All clusters of a model under training on this rank: the order of use, and what is fetched ahead.
 
-On an accelerator there are three tiers: weights and gradients come to the device for use, training state goes no higher
-than the host, and what neither has room for is on the disk. On a CPU the device is a budgeted part of memory, over the
-disk.
+Weights and gradients come to the device for use; on an accelerator training state goes no higher than the host.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +12,9 @@ from torch import Tensor, nn
 from moe_dist.config import RunConfig
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.memory.activity import Activity
-from moe_dist.memory.arena import Account, Arena
 from moe_dist.memory.block import Block, Kind
 from moe_dist.memory.cluster import OffloadedCluster
-from moe_dist.memory.disk_tier import DiskTier
-from moe_dist.memory.folder import OwnedFolder
-from moe_dist.memory.residency import Residency
-from moe_dist.memory.streams import Transfers
+from moe_dist.memory.tiers import Tiers
 
 Place = tuple[int, int]
 """A layer, and a cluster's place among those of this rank."""
@@ -44,22 +37,12 @@ class ExpertMemory:
         """
         self._options, self._device = config.memory, device
         self._dtype: torch.dtype = getattr(torch, config.train.precision)
-        self._per_layer, self._layers = clusters_per_layer, config.model.layers
+        self._per_layer = clusters_per_layer
         self.recomputes, self.recomputing = config.model.activation_checkpointing, False
-        self.activity = Activity(config.model.layers, clusters_per_layer)
         self.describe: Callable[[Block], str] = lambda b: f"layer {b.layer}, cluster place {b.local}"
-        self._directory = directory_of(config)
-        folder = OwnedFolder(self._directory / f"rank-{rank:05}")
-        disk = DiskTier(folder, lambda block: self.describe(block))
-        self.budget = budget_of(config)
-        account = Account(self.budget, "memory of experts on the device")
-        if device.type == "cpu":
-            self.device = self.state = Residency(disk, Arena(account, device), Transfers(device), self.activity)
-        else:
-            host = Account(config.memory.host_budget, "memory of experts on the host (memory.host_budget)")
-            cpu = torch.device("cpu")
-            self.state = Residency(disk, Arena(host, cpu, pinned=True), Transfers(cpu), self.activity)
-            self.device = Residency(self.state, Arena(account, device), Transfers(device), self.activity)
+        self.activity = Activity(config.model.layers, clusters_per_layer)
+        self.tiers = Tiers(config, rank, device, self.activity, lambda block: self.describe(block))
+        self.device, self.state = self.tiers.device, self.tiers.below
         self.clusters: dict[Place, OffloadedCluster] = {}
         self._of_parameter: dict[nn.Parameter, tuple[OffloadedCluster, str]] = {}
         self.refusal: MoeDistError | None = None
@@ -82,11 +65,8 @@ class ExpertMemory:
     def _adopt(self, layer: int, local: int, parameters: Mapping[str, nn.Parameter]) -> OffloadedCluster:
         cluster = OffloadedCluster(layer, local, parameters, self.device, self, self._dtype, self._device)
         least = self.least_budget(cluster)
-        if self.budget < least:
-            raise ConfigError(
-                f"memory.device_budget={self._options.device_budget:g} is {self.budget:,} bytes, but a cluster in use "
-                f"needs {least:,} (layer {layer}): set it to {least} or more"
-            )
+        if self.tiers.budget < least:
+            raise ConfigError(self.tiers.too_small(least, layer))
         self.clusters[layer, local] = cluster
         self._of_parameter.update({parameter: (cluster, name) for name, parameter in parameters.items()})
         cluster.adopt(self.state)
@@ -158,40 +138,6 @@ class ExpertMemory:
         with self.state.held(block, changed=changed) as flat:
             yield flat
 
-    def figures(self) -> dict[str, int]:
-        """What has moved since the start, bytes."""
-        account = self.device.arena.account
-        return {
-            "budget_bytes": self.budget,
-            "peak_device_bytes": account.peak,
-            "bytes_in": self.device.bytes_in,
-            "bytes_out": self.device.bytes_out,
-        }
-
     def close(self) -> None:
         """Gives up all tiers and their files."""
-        self.device.close()
-        if self._options.directory is None:
-            with suppress(OSError):  # other ranks' folders are still there
-                self._directory.rmdir()
-                self._directory.parent.rmdir()
-
-
-def directory_of(config: RunConfig) -> Path:
-    """Where a run keeps what it offloads, a folder a rank below it."""
-    chosen = config.memory.directory
-    return Path(chosen) if chosen is not None else Path(config.runs_dir) / ".offload" / config.name
-
-
-BYTES_PER_PARAMETER = 16
-"""Of a dense model under AdamW: weight, gradient, two moments, and in bfloat16 (2 + 2 + 8) a float32 master."""
-LARGEST_FRACTION = 16
-
-
-def budget_of(config: RunConfig) -> int:
-    """`memory.device_budget` in bytes."""
-    given = config.memory.device_budget
-    if given > LARGEST_FRACTION:
-        return int(given)
-    dense = config.model.layers * 3 * config.model.hidden_size * config.moe.dense_width
-    return int(given * dense * BYTES_PER_PARAMETER)
+        self.tiers.close()

@@ -37,9 +37,9 @@ class ClusteredMoE(nn.Module):
         self.layer, self.moe, self.context, self.balance = layer, moe, context, context.balance
         self.loss_scale = loss_scale
         self.router = Router(layer, moe.experts, model, context.seed)
+        held = context.placements[layer].clusters_of_block(context.mesh.at.cluster)
         self.clusters = nn.ModuleList(
-            ClusteredExperts(layer, cluster, model, moe, context)
-            for cluster in context.placements[layer].clusters_of_block(context.mesh.at.cluster)
+            ClusteredExperts(layer, cluster, model, moe, context) for cluster in (() if context.stored else held)
         )
         self.one = Channel(context.mesh.group(GroupKind.STAGE_ONE), context.ledger, layer, Stage.ONE)
         self.two = Channel(context.mesh.group(GroupKind.CLUSTER), context.ledger, layer, Stage.TWO)

@@ -27,3 +27,5 @@ class LayerContext:
     """What the forward pass sees of experts under training (precision.residuals=qat); None: their parameters."""
     memory: ExpertMemory | None = None
     """Keeps the clusters' parameters; None where they are in memory all the time."""
+    stored: bool = False
+    """Layers are made without clusters, and are given them in their stored form."""

@@ -46,11 +46,14 @@ class LanguageModel(nn.Module):
         micro_batches: int = 1,
         ledger: TrafficLedger | None = None,
         memory: ExpertMemory | None = None,
+        *,
+        stored: bool = False,
     ) -> None:
         """
         Args:
             ledger: goes on with an account of traffic that exists; None: a new one.
             memory: keeps the experts from the moment they are made; None: they stay in memory.
+            stored: clusters will come in their stored form (`checkpoint/load_model.py`): none are made.
         """
         super().__init__()
         self.config = config
@@ -65,10 +68,10 @@ class LanguageModel(nn.Module):
         seen_as = stored_form(config) if config.precision.residuals == "qat" else None
         ledger = ledger or TrafficLedger(links)
         self.context = LayerContext(
-            mesh, placements, balance, ledger, config.seed, statistics, seen_as=seen_as, memory=memory
+            mesh, placements, balance, ledger, config.seed, statistics, seen_as=seen_as, memory=memory, stored=stored
         )
         if memory is not None:
-            memory.describe = self._describe_block
+            memory.describe = self.describe_block
         self._micro_batches = micro_batches
         initialize_megatron(config.world.timeout_seconds, mesh.shape.cluster * mesh.shape.shard)
         try:
@@ -99,7 +102,8 @@ class LanguageModel(nn.Module):
             return StandardMoE(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
         return ClusteredMoE(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
 
-    def _describe_block(self, block: Block) -> str:
+    def describe_block(self, block: Block) -> str:
+        """Names the cluster that a block of this rank's is of."""
         clusters = self.context.placements[block.layer].clusters_of_block(self.context.mesh.at.cluster)
         return f"layer {block.layer}, cluster {clusters[block.local]}"
 

@@ -24,6 +24,7 @@ from moe_dist.metrics import installed_versions, process_seconds
 from moe_dist.model.language_model import LanguageModel, count_parameters
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
+from moe_dist.topology.together import together
 from moe_dist.training.account import RunAccount
 from moe_dist.training.checkpoints import RunCheckpoints
 from moe_dist.training.evaluate import validation_loss
@@ -39,7 +40,6 @@ from moe_dist.training.totals import (
     all_to_all_totals,
     memory_now,
     model_bytes,
-    offload_totals,
     peak_memory,
     traffic_matrices,
 )
@@ -135,17 +135,23 @@ class TrainingRun:
     def _build(self, config: RunConfig) -> tuple[LanguageModel, Engine]:
         links, accumulation = self.ledger.links, self.batch.accumulation
         self.memory = None
-        if config.memory.offload:
-            per_layer = config.moe.clusters // self.shape.cluster
-            self.memory = ExpertMemory(config, per_layer, self.process.rank, self.process.device)
         try:
-            model = LanguageModel(
-                config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger, self.memory
-            )
+            with together():  # a rank's directory or disk may fail where those of the others do not
+                self.memory = self._expert_memory(config)
+            with together():
+                model = LanguageModel(
+                    config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger, self.memory
+                )
             return model, Engine(model, config, self.batch, self.process)
         except BaseException:
             self.__exit__()
             raise
+
+    def _expert_memory(self, config: RunConfig) -> ExpertMemory | None:
+        if not config.memory.offload:
+            return None
+        per_layer = config.moe.clusters // self.shape.cluster
+        return ExpertMemory(config, per_layer, self.process.rank, self.process.device)
 
     def __enter__(self) -> Self:
         return self
@@ -326,7 +332,7 @@ class TrainingRun:
                     "peak_device_bytes": peaks.device,
                     "model_bytes": whole,
                     "offloadable_bytes": away,
-                    "offload": None if self.memory is None else offload_totals(self.memory, self.process),
+                    "offload": None if self.memory is None else self.memory.tiers.totals(self.process.device),
                 },
                 "world": vars(self.shape),
                 "seed": config.seed,

@@ -10,7 +10,6 @@ from moe_dist.dispatch.traffic import Direction, Payload, Stage, TrafficLedger
 from moe_dist.engine.engine import Engine
 from moe_dist.engine.startup import Process
 from moe_dist.engine.training_state import MASTER
-from moe_dist.memory.experts import ExpertMemory
 from moe_dist.metrics import peak_rss_bytes, rss_bytes
 from moe_dist.topology.links import LinkKind
 
@@ -96,17 +95,6 @@ def model_bytes(engine: Engine) -> tuple[int, int]:
         clusters = state.offloaded.memory.clusters.values()
         away = sum(size.bytes for cluster in clusters for size in cluster.sizes().values())
     return held + away, away
-
-
-def offload_totals(memory: ExpertMemory, process: Process) -> dict[str, int]:
-    """What all ranks moved between tiers, and the largest that any held on its device, bytes; collective."""
-    figures = memory.figures()
-    peak = torch.tensor([figures["budget_bytes"], figures["peak_device_bytes"]], device=process.device)
-    moved = torch.tensor([figures["bytes_in"], figures["bytes_out"]], device=process.device)
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
-    dist.all_reduce(moved)
-    names = ("budget_bytes", "peak_device_bytes", "bytes_in", "bytes_out")
-    return dict(zip(names, [*peak.tolist(), *moved.tolist()], strict=True))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.config import WorldConfig, load_config
+from moe_dist.checkpoint.export import export_weights
+from moe_dist.checkpoint.weights import find_weights
+from moe_dist.config import MemoryConfig, WorldConfig, load_config
 from moe_dist.engine.startup import join
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, MoeDistError, OffloadError
 from moe_dist.evaluation.run import EvalSpec, evaluate
 from moe_dist.evaluation.subject import Subject, open_subject
 from moe_dist.evaluation.texts import EncodedText, encode_text, open_text
+from moe_dist.memory.folder import OwnedFolder
+from moe_dist.model.stored_experts import stored_sizes
 from moe_dist.training.run import train
 from tests.distributed.ranks import run_ranks
 
@@ -31,8 +35,8 @@ def _train(folder: Path, *more: str) -> None:
     train(load_config(SMOKE, [*words, "train.steps=3", *more]))
 
 
-def _evaluate(run: Path, more: dict[str, Any]) -> Any:
-    return evaluate(WORLD, EvalSpec(**{"run": run, **SPEC, **more}))
+def _evaluate(run: Path, more: dict[str, Any], memory: MemoryConfig | None = None) -> Any:
+    return evaluate(WORLD, EvalSpec(**{"run": run, **SPEC, **more}), memory)
 
 
 def _by_hand(run: Path, file: Path, stride: int) -> float:
@@ -64,6 +68,38 @@ def test_any_number_of_ranks_gives_the_perplexity_of_the_reference(tmp_path: Pat
         assert all(rank["wikitext"]["nats"] == figures["nats"] for rank in found)
         assert figures["nats"] == pytest.approx(expected, rel=1e-6)
         assert (figures["words"], figures["line_ends"]) == (len(TEXT.split()), TEXT.count("\n"))
+
+
+def _said(run: Path, more: dict[str, Any], memory: MemoryConfig) -> tuple[type, str]:
+    with pytest.raises((MoeDistError, ConnectionError)) as caught:
+        _evaluate(run, more, memory)
+    return caught.type, str(caught.value)
+
+
+def test_a_stored_export_is_evaluated_within_a_budget(tmp_path: Path) -> None:
+    """Where one rank cannot have its directory, the other ends with it."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = {"text": str(tmp_path / "text.txt")}
+    run_ranks(_train, 1, tmp_path, "precision.residuals=post")
+    run = tmp_path / "runs" / "smoke"
+    file = run / "smoke.safetensors"
+    export_weights(find_weights(run), file, stored=True)
+    cluster = stored_sizes(find_weights(file).config, 4).nbytes + 48
+    memory = MemoryConfig(offload=True, device_budget=cluster)
+    in_memory = run_ranks(_evaluate, 2, file, options)
+    for found, expected in zip(run_ranks(_evaluate, 2, file, options, memory), in_memory, strict=True):
+        assert "offload" not in expected
+        assert found["wikitext"] == expected["wikitext"]
+        assert found["offload"]["peak_device_bytes"] <= cluster
+        assert found["offload"]["bytes_in"] > 0
+    assert not (run / ".offload").exists()
+    taken = OwnedFolder(run / ".offload" / "smoke.safetensors" / "rank-00001")
+    (follows, why), (own, said) = run_ranks(_said, 2, file, options, memory)
+    taken.close()
+    assert (follows, own) == (ConnectionError, OffloadError)
+    assert "rank-00001 is used by another run" in said
+    assert why == f"rank 1 failed: {said}"
+    assert "not " + str(run) in run_ranks(_said, 1, run, options, memory)[0][1]
 
 
 def _write_task(folder: Path) -> None:

@@ -19,6 +19,7 @@ from moe_dist.memory.block import Kind
 from moe_dist.memory.experts import ExpertMemory
 from moe_dist.model.clustered_experts import ClusteredExperts
 from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.stored_experts import stored_sizes
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
 from moe_dist.training.recluster import Coordinator, Move
@@ -68,10 +69,10 @@ def _story(axes: tuple[int, int, int], words: list[str], steps: int, directory: 
         if step in REGROUPED:
             coordinator.exchange(REGROUPED[step], mine)
             coordinator.relocate(BLOCKS[axes[1]])
-    story = Story(losses, norms, _weights(model), 0 if memory is None else memory.figures()["bytes_in"])
+    story = Story(losses, norms, _weights(model), 0 if memory is None else memory.tiers.figures()["bytes_in"])
     engine.close()
     if memory is not None:
-        assert memory.figures()["peak_device_bytes"] <= memory.budget
+        assert memory.tiers.figures()["peak_device_bytes"] <= memory.tiers.budget
         memory.close()
     return story
 
@@ -123,6 +124,38 @@ def test_ranks_that_share_or_repeat_experts_are_the_same(axes: tuple[int, int, i
     """Clusters and experts move between ranks after a step; replicas add up their gradients."""
     for stories in run_ranks(_both, 2, axes, [[TIGHT, "world.zero_stage=1"]], 9, tmp_path, timeout=300):
         _assert_same(stories)
+
+
+def _bytes_by_kind(residuals: list[str], directory: Path) -> list[tuple[dict[str, int], int, int, int]]:
+    """Of a model under training: bytes in blocks by kind, in files, in the stored form; and elements of clusters."""
+    found = []
+    for how in residuals:
+        words = [f"precision.residuals={how}", "train.precision=bfloat16", f"memory.directory={directory}"]
+        config = load_config(None, [*SMALL, TIGHT, "memory.offload=true", *words])
+        process = join(config.world)
+        mesh = Mesh.create(WorldShape(1, 1, 1), timedelta(seconds=60))
+        memory = ExpertMemory(config, config.moe.clusters, process.rank, process.device)
+        LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), 8, memory=memory)
+        for cluster in memory.clusters.values():
+            memory.device.send_down(cluster.block(Kind.WEIGHT))
+        sizes = [cluster.sizes() for cluster in memory.clusters.values()]
+        by_kind = {kind.value: sum(size[kind].bytes for size in sizes) for kind in sizes[0]}
+        files = sum(file.stat().st_size for file in directory.glob("*/layer-*.bin"))
+        stored = stored_sizes(config, config.moe.experts_per_cluster).nbytes * len(sizes)
+        found.append((by_kind, files, stored, sum(cluster.layout.elements for cluster in memory.clusters.values())))
+        memory.close()
+    return found
+
+
+def test_tiers_of_training_hold_weights_and_masters_and_nothing_in_few_bits(tmp_path: Path) -> None:
+    """Every cluster is updated at every step (ADR 14), so that each parameter takes 2 + 4 + 4 + 8 bytes."""
+    plain, *rounded = run_ranks(_bytes_by_kind, 1, ["none", "post", "qat"], tmp_path)[0]
+    by_kind, files, stored, elements = plain
+    wide = dict.fromkeys(("gradient", "master", "exp_avg", "exp_avg_sq"), 4 * elements)
+    assert by_kind == {"weight": 2 * elements, **wide}
+    assert 0 <= files - 18 * elements < 5 * 8 * 4096, "five blocks of each of eight clusters, whole pages"
+    assert stored < by_kind["weight"]
+    assert rounded == [plain, plain]
 
 
 def _refused(directory: Path) -> str:

@@ -138,5 +138,24 @@ def test_exported_weights_are_the_checkpoint_s(tmp_path: Path) -> None:
     with safe_open(file, "pt") as opened:
         assert torch.equal(opened.get_tensor("a"), torch.arange(12.0).view(3, 4))
         assert json.loads(opened.metadata()["config"])["name"] == "run"
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        export_weights(find_weights(tmp_path), tmp_path / "nowhere" / "out.safetensors")
+    for nowhere in (tmp_path / "nowhere", file):
+        with pytest.raises(CheckpointError, match=r"out.safetensors: cannot be written: N"):
+            export_weights(find_weights(tmp_path), nowhere / "out.safetensors")
+
+
+def test_what_is_no_run_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    (checkpoint,) = saved(tmp_path, 1)
+    export_weights(find_weights(tmp_path), tmp_path / "out.safetensors")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        tmp_path / "empty": "empty holds no weights: give the folder of a run",
+        tmp_path / "nowhere": "nowhere does not exist: give the folder of a run",
+        tmp_path / "out.safetensors" / "run": "out.safetensors/run does not exist: give the folder of a run",
+        checkpoint / "index.json": r"index.json cannot be read as a file of moe-dist export \(.*\): give one, or the",
+        checkpoint / SHARD: r"is not a file that moe-dist export wrote \(no step in its metadata\): give one, or the",
+        tmp_path / "out.safetensors": "out.safetensors is an exported file already: give the run or checkpoint",
+    }
+    for path, said in cases.items():
+        with pytest.raises(CheckpointError, match=said):
+            export_weights(find_weights(path), tmp_path / "again.safetensors")
+    assert not (tmp_path / "again.safetensors").exists()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.evaluate import EvalOptions, only_world, parse, parse_tasks
+from launcher.evaluate import EvalOptions, only_of_the_job, parse, parse_tasks
 from moe_dist.errors import LaunchError
 
 
@@ -22,6 +22,7 @@ def test_tasks_are_named_one_by_one_or_all() -> None:
 
 
 def test_only_how_ranks_work_can_be_set() -> None:
-    assert only_world(["world.threads=2"]) == ["world.threads=2"]
+    words = ["world.threads=2", "memory.offload=true"]
+    assert only_of_the_job(words) == words
     with pytest.raises(LaunchError, match=r"'moe.rank=3': an evaluation takes the model as it was trained"):
-        only_world(["world.threads=2", "moe.rank=3"])
+        only_of_the_job(["world.threads=2", "moe.rank=3"])

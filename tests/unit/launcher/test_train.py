@@ -10,6 +10,7 @@ import pytest
 from launcher import environment, faults
 from launcher import train as entry
 from moe_dist.config import RunConfig
+from moe_dist.errors import LaunchError
 
 SCRIPT = Path(entry.__file__)
 
@@ -31,6 +32,18 @@ def test_a_json_file_that_cannot_be_written_is_one_line(
     err = capsys.readouterr().err
     assert err.startswith(f"moe-dist: error: --json {file}: cannot be written")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["a folder", "a pipe", "below a file", "nowhere/file"])
+def test_what_cannot_be_replaced_by_a_file_is_refused(tmp_path: Path, what: str) -> None:
+    (tmp_path / "a folder").mkdir()
+    os.mkfifo(tmp_path / "a pipe")
+    (tmp_path / "file").write_text("kept")
+    target = tmp_path / ("file/out" if what == "below a file" else what)
+    with pytest.raises(LaunchError, match=r"^--output .*: cannot be written: give a file in a folder that exists$"):
+        entry.writable(target, "--output")
+    assert entry.writable(tmp_path / "file") == str(tmp_path / "file")
+    assert entry.writable(tmp_path / "new") == str(tmp_path / "new")
 
 
 def test_settings_may_follow_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

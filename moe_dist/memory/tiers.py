@@ -1,0 +1,113 @@
+"""The tiers of one rank, one over the other, and how large they may be.
+
+On an accelerator there are three: its own memory, the host's (pinned), and the disk. On a CPU the device is a budgeted
+part of memory, over the disk.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.config import RunConfig
+from moe_dist.memory.activity import Activity
+from moe_dist.memory.arena import Account, Arena
+from moe_dist.memory.block import Block
+from moe_dist.memory.disk_tier import DiskTier
+from moe_dist.memory.folder import OwnedFolder
+from moe_dist.memory.residency import Residency
+from moe_dist.memory.streams import Transfers
+
+
+class Tiers:
+    """What `memory.*` describes, for one rank.
+
+    Attributes:
+        budget: bytes of the device.
+        device: where blocks are computed with.
+        below: the host's memory on an accelerator; on a CPU the device itself.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        rank: int,
+        device: torch.device,
+        activity: Activity,
+        describe: Callable[[Block], str],
+    ) -> None:
+        """
+        Args:
+            activity: decides which blocks leave the device.
+            describe: names a block's cluster in errors.
+
+        Raises:
+            OffloadError: the directory is used by another run, or cannot be made.
+        """
+        self._options = config.memory
+        self._directory = directory_of(config)
+        disk = DiskTier(OwnedFolder(self._directory / f"rank-{rank:05}"), describe)
+        self.budget = budget_of(config)
+        account = Account(self.budget, "memory of experts on the device")
+        if device.type == "cpu":
+            self.device = self.below = Residency(disk, Arena(account, device), Transfers(device), activity)
+        else:
+            host = Account(config.memory.host_budget, "memory of experts on the host (memory.host_budget)")
+            cpu = torch.device("cpu")
+            self.below = Residency(disk, Arena(host, cpu, pinned=True), Transfers(cpu), activity)
+            self.device = Residency(self.below, Arena(account, device), Transfers(device), activity)
+
+    def too_small(self, least: int, layer: int) -> str:
+        """The refusal of a budget in which a cluster of that layer has no room."""
+        return (
+            f"memory.device_budget={self._options.device_budget:g} is {self.budget:,} bytes, but a cluster in use "
+            f"needs {least:,} (layer {layer}): set it to {least} or more"
+        )
+
+    def figures(self) -> dict[str, int]:
+        """What has moved since the start, bytes."""
+        return {
+            "budget_bytes": self.budget,
+            "peak_device_bytes": self.device.arena.account.peak,
+            "bytes_in": self.device.bytes_in,
+            "bytes_out": self.device.bytes_out,
+        }
+
+    def totals(self, device: torch.device) -> dict[str, int]:
+        """What all ranks moved, and the largest that any held on its device; collective."""
+        figures = self.figures()
+        largest = torch.tensor([figures["budget_bytes"], figures["peak_device_bytes"]], device=device)
+        moved = torch.tensor([figures["bytes_in"], figures["bytes_out"]], device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        dist.all_reduce(moved)
+        return dict(zip(figures, [*largest.tolist(), *moved.tolist()], strict=True))
+
+    def close(self) -> None:
+        """Gives up all tiers and their files."""
+        self.device.close()
+        if self._options.directory is None:
+            with suppress(OSError):  # other ranks' folders are still there
+                self._directory.rmdir()
+                self._directory.parent.rmdir()
+
+
+def directory_of(config: RunConfig) -> Path:
+    """Where a run keeps what it offloads, a folder a rank below it."""
+    chosen = config.memory.directory
+    return Path(chosen) if chosen is not None else Path(config.runs_dir) / ".offload" / config.name
+
+
+BYTES_PER_PARAMETER = 16
+"""Of a dense model under AdamW: weight, gradient, two moments, and in bfloat16 (2 + 2 + 8) a float32 master."""
+LARGEST_FRACTION = 16
+
+
+def budget_of(config: RunConfig) -> int:
+    """`memory.device_budget` in bytes."""
+    given = config.memory.device_budget
+    if given > LARGEST_FRACTION:
+        return int(given)
+    dense = config.model.layers * 3 * config.model.hidden_size * config.moe.dense_width
+    return int(given * dense * BYTES_PER_PARAMETER)
