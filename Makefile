@@ -14,9 +14,9 @@ RANKS ?= 4
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo test test-fast test-cluster validate-simulator soak checks format clean
+.PHONY: help install demo test test-fast test-cluster validate-simulator bench-nodes soak checks format clean
 help:
-	@echo "make install | demo | test | test-fast | test-cluster | validate-simulator | soak | checks | format | clean"
+	@echo "make install | demo | test | test-fast | test-cluster | validate-simulator | bench-nodes | soak | checks | format | clean"
 
 install: $(INSTALLED)
 
@@ -50,6 +50,11 @@ VALIDATION ?= runs/validation-$(shell date +%Y%m%d-%H%M%S)
 validate-simulator: install
 	tests/cluster/install.sh
 	python -m tests.cluster.validate_simulator $(VALIDATION)
+
+# Layers of ours and of the peers over two nodes here, minutes: as root, on a machine that does nothing else.
+bench-nodes: install
+	tests/cluster/install.sh
+	python -m tests.cluster.bench_nodes $(BENCH_NODES)
 
 soak: install  # kills training 200 times: an hour or so
 	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)

@@ -13,8 +13,9 @@ from moe_dist.metrics import flatten
 MUST_FIT = ("seed", "model", "moe", "tokenizer", "train.global_batch_size")
 """Sections and keys that decide what the tensors are, what the model computes, and which tokens come next."""
 FREE = (
-    "model.activation_checkpointing", "model.init_std", "moe.form", "moe.wire_dtype", "moe.balance_rate",
-    "moe.aux_loss_weight", "moe.z_loss_weight", "moe.capacity_factor", "moe.shared_init", "tokenizer.train_bytes",
+    "model.activation_checkpointing", "model.init_std", "moe.form", "moe.wire_dtype", "moe.overlap_chunks",
+    "moe.balance_rate", "moe.aux_loss_weight", "moe.z_loss_weight", "moe.capacity_factor", "moe.shared_init",
+    "tokenizer.train_bytes",
 )  # fmt: skip
 """Keys below `MUST_FIT` that may differ all the same: how it is computed, and how training is steered."""
 UNSAID = ("name", "runs_dir", "summary_copy", "tensorboard", "memory", "checkpoint", "watchdog", "corpus")

@@ -17,7 +17,7 @@ from moe_dist.errors import LaunchError
 from moe_dist.measurement.layers.spec import LayerShape, RanksBenchSpec
 
 ENTRY = Path(entry.__file__)
-ON_RANKS = ("ranks", "peers", "wire_dtype", "launcher", "hostfile", "port", "json_file")
+ON_RANKS = ("ranks", "peers", "wire_dtype", "overlap", "launcher", "hostfile", "port", "json_file")
 SHAPE = ("tokens", "hidden", "expert_hidden", "experts", "clusters", "rank", "vectors", "form", "wire_dtype", "seed")
 
 
@@ -40,6 +40,10 @@ def bench_layer(
     ranks: Annotated[int | None, typer.Option(help="Whole layers, with routers, on so many ranks.")] = None,
     peers: Annotated[str, typer.Option(help="With --ranks, others' layers too: deepspeed,megatron.")] = "",
     wire_dtype: Annotated[str | None, typer.Option(help="With --ranks, as moe.wire_dtype. Default: --dtype.")] = None,
+    overlap: Annotated[
+        list[str] | None,
+        typer.Option(help="With --ranks, m=1 also as moe.overlap_chunks: auto, or a number; may be given again."),
+    ] = None,
     launcher: Annotated[Launcher, typer.Option(help="Who starts the ranks.")] = Launcher.LOCAL,
     hostfile: Hostfile = None,
     port: Port = DEFAULT_PORT,
@@ -51,7 +55,7 @@ def bench_layer(
     crosses between the ranks counted, beside the MoE layers of DeepSpeed and Megatron-core if --peers names them.
     """
     options = {name: value for name, value in locals().items() if value is not None}
-    for plural, name in (("top_k", "top_k"), ("dtypes", "dtype"), ("forms", "also_form")):
+    for plural, name in (("top_k", "top_k"), ("dtypes", "dtype"), ("forms", "also_form"), ("overlap", "overlap")):
         if given := options.pop(name, None):
             options[plural] = tuple(given)
     target = str(writable(json_file)) if json_file else None
@@ -67,7 +71,7 @@ def bench_layer(
 
 
 def _in_this_process(options: dict[str, Any], target: str | None) -> None:
-    for name in ("peers", "wire_dtype"):
+    for name in ("peers", "wire_dtype", "overlap"):
         if options.get(name):
             raise LaunchError(f"--{name.replace('_', '-')} needs --ranks")
     from moe_dist.measurement import layer_bench
@@ -83,7 +87,7 @@ def _in_this_process(options: dict[str, Any], target: str | None) -> None:
 def _job_with(job: Job, options: dict[str, Any], target: str | None) -> Job:
     """The job with its specification among its words, refused here if it cannot work."""
     shape = LayerShape(**{name: options[name] for name in SHAPE if name in options})
-    own = {name: options[name] for name in ("top_k", "dtypes", "repeats") if name in options}
+    own = {name: options[name] for name in ("top_k", "dtypes", "repeats", "overlap") if name in options}
     peers = tuple(word for word in options["peers"].split(",") if word)
     spec = RanksBenchSpec(shape, peers=peers, json_file=target, **own)
     spec.check(job.ranks)

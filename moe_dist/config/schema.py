@@ -106,6 +106,11 @@ class MoEConfig(Section):
     wire_dtype: WireDtype = Field(
         "bfloat16", description="what hidden vectors travel as between ranks; int8: with a scale for each"
     )
+    overlap_chunks: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        "auto",
+        description="chunks of a rank's tokens, of which one travels between clusters while another is computed "
+        "(clustered); auto: what pays by the speeds measured at the start",
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -129,11 +134,23 @@ class MoEConfig(Section):
             )
         if self.top_clusters > self.clusters:
             raise ConfigError(f"moe.top_clusters={self.top_clusters} is larger than moe.clusters={self.clusters}")
+        if self.overlap_chunks not in ("auto", 1) and (key := self.needs_whole_batches):
+            raise ConfigError(
+                f"moe.overlap_chunks={self.overlap_chunks} does not work with {key}, which is for all of a cluster's "
+                "tokens together: use auto or 1"
+            )
         if self.shared_expert_hidden:
             raise ConfigError(
                 f"moe.shared_expert_hidden={self.shared_expert_hidden} works with moe.kind=standard only; "
                 "moe.kind=clustered shares a base instead: set it to 0"
             )
+
+    @property
+    def needs_whole_batches(self) -> str | None:
+        """The key by which an expert's tokens of a micro-batch must be seen together, if there is one."""
+        if self.capacity_factor is not None:
+            return f"moe.capacity_factor={self.capacity_factor}"
+        return "moe.balance=aux_loss" if self.balance == "aux_loss" and self.aux_loss_weight else None
 
     @property
     def experts_per_cluster(self) -> int:
@@ -422,6 +439,11 @@ class RunConfig(Section):
             key = "moe.warmup_standard" if self.moe.warmup_standard else "recluster.transition=refactor"
             raise ConfigError(
                 f"memory.offload=true does not work with {key} yet: experts would have to be whole in memory"
+            )
+        if self.moe.overlap_chunks not in ("auto", 1):
+            raise ConfigError(
+                f"moe.overlap_chunks={self.moe.overlap_chunks} does not work with memory.offload=true, which would "
+                "bring a cluster in for each chunk: use auto or 1"
             )
         return self
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.dispatch.channel import Channel
-from moe_dist.dispatch.permute import count, group_order, inverse
+from moe_dist.dispatch.permute import count, group_order, inverse, permuted
 from moe_dist.dispatch.wire import travel
 
 ExpertFunction = Callable[[Tensor, list[int]], Tensor]
@@ -47,7 +47,7 @@ class FlatDispatch:
         y_AD = self._compute(x_AD, received_PN, compute)
         y_SD = self._travel(y_AD, receive, send)
         if keep_C is None:
-            y_CD = y_SD[inverse(copy_S)]
+            y_CD = permuted(y_SD, inverse(copy_S), copy_S)
         else:
             y_CD = y_SD.new_zeros(expert_C.numel(), y_SD.shape[1]).index_copy(0, copy_S, y_SD)
         return torch.einsum("tkd,tk->td", y_CD.unflatten(0, expert_TK.shape), gate_TK.to(y_CD.dtype))
@@ -59,7 +59,8 @@ class FlatDispatch:
         if ranks == 1 or experts == 1:
             return compute(x_AD, per_expert)
         order_A = group_order(count_PN, len(x_AD))
-        return compute(x_AD[order_A], per_expert)[inverse(order_A)]
+        back_A = inverse(order_A)
+        return permuted(compute(permuted(x_AD, order_A, back_A), per_expert), back_A, order_A)
 
     def _travel(self, x_RD: Tensor, send: list[int], receive: list[int]) -> Tensor:
         return travel(self.channel, x_RD, send, receive, self.wire_dtype)

@@ -1,7 +1,27 @@
 """Small index operations that the dispatch strategies share."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def permuted(x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+    """`x_RD[order_R]` of a permutation and its inverse: gradients are gathered too, not added up by index."""
+    rows: Tensor = _Permuted.apply(x_RD, order_R, inverse_R)  # type: ignore[no-untyped-call]
+    return rows
+
+
+class _Permuted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        return x_RD.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RD.index_select(0, inverse_R), None, None
 
 
 def count(index_R: Tensor, bins: int) -> Tensor:

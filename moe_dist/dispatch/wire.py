@@ -8,28 +8,58 @@ Shapes: R rows, D hidden, B = D + 4 bytes of a row.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_dist.dispatch.channel import Channel
-from moe_dist.dispatch.traffic import Direction, Payload
+from moe_dist.dispatch.channel import Channel, Flight, Form
+from moe_dist.dispatch.traffic import Payload
 
 _STEPS = 127
 _SCALE = torch.float32
 
 
+def depart(
+    channel: Channel, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], wire_dtype: torch.dtype
+) -> Flight:
+    """Sends hidden vectors as `wire_dtype`; where nobody else is in the group they stay as they are."""
+    return channel.depart(x_RD, send, receive, Payload.HIDDEN, form_of(wire_dtype))
+
+
 def travel(
     channel: Channel, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], wire_dtype: torch.dtype
 ) -> Tensor:
-    """Exchanges hidden vectors as `wire_dtype`; where nobody else is in the group they stay as they are."""
-    if channel.alone:
-        return x_RD
-    if wire_dtype is torch.int8:
-        rows: Tensor = _EightBits.apply(x_RD, channel, send, receive)  # type: ignore[no-untyped-call]
-        return rows
-    return channel.exchange_rows(x_RD.to(wire_dtype), send, receive, Payload.HIDDEN).to(x_RD.dtype)
+    """Departs, and waits for the arrival."""
+    return depart(channel, x_RD, send, receive, wire_dtype).arrive()
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Numbers of a type that may be shorter."""
+
+    dtype: torch.dtype
+
+    def pack(self, x_RD: Tensor) -> Tensor:
+        return x_RD.to(self.dtype)
+
+    def unpack(self, packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
+        return packed_RB.to(dtype)
+
+
+class EightBits:
+    """Eight bits a number, and a scale."""
+
+    def pack(self, x_RD: Tensor) -> Tensor:
+        return pack(x_RD)
+
+    def unpack(self, packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
+        return unpack(packed_RB, dtype)
+
+
+def form_of(wire_dtype: torch.dtype) -> Form:
+    """What hidden vectors travel as."""
+    return EightBits() if wire_dtype is torch.int8 else Rounded(wire_dtype)
 
 
 def pack(x_RD: Tensor) -> Tensor:
@@ -46,15 +76,3 @@ def unpack(packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
     steps_RD, scale_R4 = packed_RB.split([packed_RB.shape[1] - _SCALE.itemsize, _SCALE.itemsize], dim=1)
     x_RD: Tensor = steps_RD * scale_R4.clone(memory_format=torch.contiguous_format).view(_SCALE)
     return x_RD.to(dtype)
-
-
-class _EightBits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, channel: Channel, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        ctx.channel, ctx.send, ctx.receive = channel, send, receive
-        return unpack(channel.issue(pack(x_RD), send, receive, Payload.HIDDEN, Direction.FORWARD), x_RD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        packed_RB = ctx.channel.issue(pack(grad_RD), ctx.receive, ctx.send, Payload.HIDDEN, Direction.BACKWARD)
-        return unpack(packed_RB, grad_RD.dtype), None, None, None

@@ -100,6 +100,10 @@ class Engine:
         """Masters and moments of the parameters, as they are between two steps."""
         return TrainingState(self._engine.optimizer, self._offloaded)
 
+    def wrap_reduction(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """For measurements: `wrap` is given what reduces the gradients of a micro-batch, and returns its substitute."""
+        self._engine.allreduce_gradients = wrap(self._engine.allreduce_gradients)
+
     def close(self) -> None:
         """Gives up the optimizer and DeepSpeed's hooks; the engine cannot be used afterwards."""
         self._engine.destroy()

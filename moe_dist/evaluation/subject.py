@@ -111,7 +111,9 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory:
 
     No token is dropped for want of capacity, nothing is balanced, and nothing is regrouped.
     """
-    moe = config.moe.model_copy(update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none"})
+    moe = config.moe.model_copy(
+        update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none", "overlap_chunks": 1}
+    )
     model = config.model.model_copy(update={"activation_checkpointing": False})
     job = {"recluster": ReclusterConfig(), "world": world, "memory": memory}
     return config.model_copy(update={**job, "moe": moe, "model": model})

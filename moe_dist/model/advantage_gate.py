@@ -6,7 +6,7 @@ apart, faster than balancing can follow. So the mean over the tokens of the same
 is taken from it: what is left is an advantage, as in policy gradients (REINFORCE with a group's mean as its baseline).
 A sequence is never divided over ranks or micro-batches, so the layout does not show.
 
-Shapes: T tokens, G clusters, B sequences; token t belongs to sequence t % B, as where hidden states are [S, B, D].
+Shapes: T tokens, D hidden, G clusters, B sequences; token t belongs to sequence t % B, as hidden states are [S, B, D].
 """
 
 from typing import Any
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 
-def advantage_gate(logits_TG: Tensor, cluster_T1: Tensor, sequences: int) -> Tensor:
-    """gate_T1 = 1, with the gradient of log softmax(logits)[cluster] times the advantage.
+def advantage_gate(y_TD: Tensor, logits_TG: Tensor, cluster_T1: Tensor, sequences: int) -> Tensor:
+    """`y_TD`, times a gate that is 1 with the gradient of log softmax(logits)[cluster] times the advantage.
 
     Args:
+        y_TD: what a token's cluster made of it.
         sequences: B.
     """
-    gate_T1: Tensor = _AdvantageGate.apply(logits_TG, cluster_T1, sequences)  # type: ignore[no-untyped-call]
-    return gate_T1
+    gated_TD: Tensor = _AdvantageGate.apply(y_TD, logits_TG, cluster_T1, sequences)  # type: ignore[no-untyped-call]
+    return gated_TD
 
 
 def advantage(grad_T: Tensor, cluster_T: Tensor, clusters: int, sequences: int) -> Tensor:
@@ -36,14 +37,15 @@ def advantage(grad_T: Tensor, cluster_T: Tensor, clusters: int, sequences: int) 
 
 class _AdvantageGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TG: Tensor, cluster_T1: Tensor, sequences: int) -> Tensor:
-        ctx.save_for_backward(logits_TG.softmax(dim=-1), cluster_T1)
+    def forward(ctx: Any, y_TD: Tensor, logits_TG: Tensor, cluster_T1: Tensor, sequences: int) -> Tensor:
+        ctx.save_for_backward(y_TD, logits_TG.softmax(dim=-1), cluster_T1)
         ctx.sequences = sequences
-        return torch.ones_like(logits_TG[:, :1])
+        return y_TD.view_as(y_TD)
 
     @staticmethod
-    def backward(ctx: Any, grad_T1: Tensor) -> tuple[Tensor, None, None]:
-        probability_TG, cluster_T1 = ctx.saved_tensors
-        advantage_T = advantage(grad_T1[:, 0], cluster_T1[:, 0], probability_TG.shape[1], ctx.sequences)
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_TD, probability_TG, cluster_T1 = ctx.saved_tensors
+        gain_T = torch.linalg.vecdot(grad_TD, y_TD).to(probability_TG.dtype)  # the gate's gradient
+        advantage_T = advantage(gain_T, cluster_T1[:, 0], probability_TG.shape[1], ctx.sequences)
         chosen_TG = torch.zeros_like(probability_TG).scatter_(1, cluster_T1, 1.0)
-        return advantage_T[:, None] * (chosen_TG - probability_TG), None, None
+        return grad_TD, advantage_T[:, None] * (chosen_TG - probability_TG), None, None

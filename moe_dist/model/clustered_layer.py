@@ -43,16 +43,22 @@ class ClusteredMoE(nn.Module):
         )
         self.one = Channel(context.mesh.group(GroupKind.STAGE_ONE), context.ledger, layer, Stage.ONE)
         self.two = Channel(context.mesh.group(GroupKind.CLUSTER), context.ledger, layer, Stage.TWO)
+        self._chunks = 1 if moe.overlap_chunks == "auto" else moe.overlap_chunks
         self.register_buffer("member_GN", torch.empty(0), persistent=False)
         self.follow_placement()
 
     def follow_placement(self) -> None:
-        """Routes by `context.placements[layer]` from now on; the weights must be where it says."""
+        """Routes by `context.placements[layer]`, from now on; the weights must be where it says."""
         self.placement = self.context.placements[self.layer]
         self.member_GN = torch.tensor(self.placement.members, device=self.router.weight_ED.device)
         wire_dtype = getattr(torch, self.moe.wire_dtype)
-        self.stage_one = StageOne(self.one, self.placement, wire_dtype)
+        self.stage_one = StageOne(self.one, self.placement, wire_dtype, self._chunks)
         self.stage_two = StageTwo(self.two, self.placement, wire_dtype)
+
+    def divide(self, chunks: int) -> None:
+        """Rows travel to their clusters in so many chunks from now on (`dispatch/overlap.py`); on all ranks alike."""
+        self._chunks = chunks
+        self.follow_placement()
 
     def forward(self, hidden: Tensor) -> Tensor:
         x_TD = hidden.flatten(0, -2)
@@ -61,15 +67,19 @@ class ClusteredMoE(nn.Module):
         cluster_TM = choose_clusters(logits_TG, self.balance.cluster_bias_LG[self.layer], self.moe.top_clusters)
         if self.context.statistics is not None and self.balance.counting:
             self.context.statistics.choose_clusters(self.layer, cluster_TM, self.placement.clusters)
+        compute, sequences = self.local_clusters(len(x_TD)), hidden.shape[1:-1].numel()
+        y_TD = self._run_stage_one(x_TD, logits_TG, cluster_TM, sequences, compute)
+        if self.moe.gate_scale != 1:
+            y_TD = y_TD * self.moe.gate_scale
+        y_TD = attach_router_losses(y_TD, logits_TG, cluster_TM, self.moe, loss_scale, self.balance)
+        return y_TD.view_as(hidden)
+
+    def local_clusters(self, tokens: int) -> ClusterFunction:
+        """What this rank's clusters make of rows, where each rank routes `tokens`; collective."""
         block = self.context.mesh.at.cluster
         embedding_LND = self.router.local_embeddings(self.placement, self.member_GN, self.one, block)
         member_LN = self.member_GN[list(self.placement.clusters_of_block(block))]
-        compute = partial(self._run_cluster, member_LN, embedding_LND, len(x_TD))
-        y_TD = (
-            self._run_stage_one(x_TD, logits_TG, cluster_TM, hidden.shape[1:-1].numel(), compute) * self.moe.gate_scale
-        )
-        y_TD = attach_router_losses(y_TD, logits_TG, cluster_TM, self.moe, loss_scale, self.balance)
-        return y_TD.view_as(hidden)
+        return partial(self._run_cluster, member_LN, embedding_LND, tokens)
 
     def _run_stage_one(
         self, x_TD: Tensor, logits_TG: Tensor, cluster_TM: Tensor, sequences: int, compute: ClusterFunction
@@ -79,12 +89,13 @@ class ClusteredMoE(nn.Module):
             kept_TM = torch.ones_like(cluster_TM, dtype=torch.bool) if keep_TM is None else keep_TM
             chosen_TG = torch.zeros_like(logits_TG, dtype=torch.bool).scatter_(1, cluster_TM, kept_TM)
             return self.stage_one.run_several(x_TD, logits_TG, chosen_TG, compute)
-        gate_T1 = advantage_gate(logits_TG, cluster_TM, sequences).to(x_TD.dtype)
         if keep_TM is None:
-            return self.stage_one.run_single(x_TD, cluster_TM[:, 0], compute) * gate_T1
-        kept_R = keep_TM[:, 0].nonzero()[:, 0]
-        y_RD = self.stage_one.run_single(x_TD[kept_R], cluster_TM[kept_R, 0], compute)
-        return torch.zeros_like(x_TD).index_copy(0, kept_R, y_RD) * gate_T1
+            y_TD = self.stage_one.run_single(x_TD, cluster_TM[:, 0], compute)
+        else:
+            kept_R = keep_TM[:, 0].nonzero()[:, 0]
+            y_RD = self.stage_one.run_single(x_TD.index_select(0, kept_R), cluster_TM[kept_R, 0], compute)
+            y_TD = torch.zeros_like(x_TD).index_copy(0, kept_R, y_RD)
+        return advantage_gate(y_TD, logits_TG, cluster_TM, sequences)
 
     def _clusters_within_capacity(self, cluster_TM: Tensor) -> Tensor | None:
         if self.moe.capacity_factor is None:

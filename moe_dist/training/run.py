@@ -31,6 +31,7 @@ from moe_dist.training.evaluate import validation_loss
 from moe_dist.training.finished import show_if_finished
 from moe_dist.training.interrupt import StopSignals
 from moe_dist.training.loads import LoadRecord, last_fifth
+from moe_dist.training.overlap import OverlapChoice
 from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder, perplexity
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
@@ -113,6 +114,8 @@ class TrainingRun:
         )
         sequence_count(data.validation, config.model.sequence_length)  # too little is said now, not at the first use
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
+        tokens = self.batch.micro * config.model.sequence_length
+        self.overlap = OverlapChoice(config, shape, self.ledger.links, process.device, tokens, recorder)
         self.coordinator = Coordinator(self.engine, config, recorder)
         self.loads = self._load_record()
         self.account, self.steps_done = RunAccount(), steps_done
@@ -165,7 +168,12 @@ class TrainingRun:
 
     def _parts(self) -> dict[str, Part]:
         """What checkpoints hold besides the model and its optimizer."""
-        parts: dict[str, Part] = {"account": self.account, "traffic": self.ledger, "coordinator": self.coordinator}
+        parts: dict[str, Part] = {
+            "account": self.account,
+            "traffic": self.ledger,
+            "coordinator": self.coordinator,
+            "overlap": self.overlap,
+        }
         if self.model.context.statistics is not None:
             parts["statistics"] = self.model.context.statistics
         return parts
@@ -183,6 +191,7 @@ class TrainingRun:
         train = self.config.train
         self.recorder.note(self._description())
         self.coordinator.begin(self.steps_done)
+        self.overlap.apply(self.model, self.steps_done)
         with self.checkpoints:
             for step in range(self.steps_done + 1, train.steps + 1):
                 alive(f"step {step}")
@@ -249,6 +258,7 @@ class TrainingRun:
         self.coordinator, self.loads = Coordinator(self.engine, self.config, self.recorder), self._load_record()
         self.checkpoints.follow(self.engine, self._parts())
         self.coordinator.begin(step)
+        self.overlap.apply(self.model, step)
         self.recorder.event("clustered", step, **figures)
 
     def _figures(self, step: int, outcome: StepOutcome, rate: float, norm: float) -> dict[str, Any]:

@@ -103,9 +103,9 @@ CLUSTERED = [
     ["moe.top_clusters=1", "world.zero_stage=2"],
     ["moe.top_clusters=2", "world.zero_stage=1", "moe.shared_init=true", "moe.gate_scale=3"],
     ["moe.top_clusters=3", "moe.top_k=1", "moe.expert_vectors=false", "world.zero_stage=1"],
-    ["moe.top_clusters=1", "world.zero_stage=1", "model.activation_checkpointing=true"],
+    ["moe.top_clusters=1", "world.zero_stage=1", "model.activation_checkpointing=true", "moe.overlap_chunks=2"],
     ["moe.top_clusters=1", "moe.top_k=1", "world.zero_stage=1", "moe.z_loss_weight=0.01"],
-    ["moe.top_clusters=2", "moe.top_k=1", "world.zero_stage=2", "moe.z_loss_weight=0.01"],
+    ["moe.top_clusters=2", "moe.top_k=1", "world.zero_stage=2", "moe.z_loss_weight=0.01", "moe.overlap_chunks=3"],
 ]
 OTHERS = [
     ["moe.kind=standard", "world.zero_stage=0"],

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from moe_dist.config import RunConfig, WorldConfig
+from moe_dist.dispatch.overlap import HopSpeed, choose_chunks
 from moe_dist.engine.startup import join
 from moe_dist.errors import ConfigError
 from moe_dist.measurement.layers.rounds import inputs
-from moe_dist.measurement.layers.spec import PEERS, LayerShape, RanksBenchSpec
+from moe_dist.measurement.layers.spec import PEERS, LayerShape, RanksBenchSpec, overlapped
 from moe_dist.measurement.rank_benches import run_bench
 from moe_dist.model.megatron_moe import MegatronMoE, stand_ins
 from tests.distributed.ranks import run_ranks
 
 SMALL = LayerShape(tokens=96, hidden=32, expert_hidden=48, experts=8, clusters=4, rank=2)
-SPEC = RanksBenchSpec(SMALL, top_k=(2,), peers=PEERS, repeats=1)
+SPEC = RanksBenchSpec(SMALL, top_k=(2,), peers=PEERS, overlap=("auto", "2"), repeats=1)
 COUNTS = 2 * 2 * 8 / (2 * 96)  # bytes a token: each of 2 ranks tells the other of 2 clusters' rows by an int64
 
 
@@ -36,10 +37,17 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_every_contender_is_measured(figures: dict[str, Any]) -> None:
     (case,) = figures["cases"]
-    assert set(case["seconds"]) == {"dense", "clustered m=1", "clustered m=2", "standard", *PEERS}
+    ours = {"clustered m=1", "clustered m=2", *map(overlapped, ("auto", "2"))}
+    assert set(case["seconds"]) == {"dense", *ours, "standard", *PEERS}
+    assert set(case["peer_over_clustered"]) == ours
     assert all(spread["median"] > 0 for spread in case["seconds"].values())
     assert case["over_dense"]["dense"]["median"] == 1
     assert case["fastest_peer"] in PEERS
+    assert case["hops"][overlapped("2")] == {"chunks": 2, "speed": None}
+    assert (
+        choose_chunks(HopSpeed(**case["hops"][overlapped("auto")]["speed"]))
+        == case["hops"][overlapped("auto")]["chunks"]
+    )
     assert figures["ranks"] == 2
 
 
@@ -49,6 +57,8 @@ def test_bytes_are_the_floor_and_the_counts(figures: dict[str, Any]) -> None:
     assert one["floor"] > 0
     assert one["counted"] == pytest.approx(one["floor"] + COUNTS, abs=1e-9)
     assert sent["clustered m=2"]["counted"] > sent["clustered m=2"]["floor"] > one["floor"]  # routing travels along
+    for name in map(overlapped, ("auto", "2")):
+        assert sent[name] == one
     assert sent["dense"] == {"counted": 0, "floor": 0}
     k_copies = 4 * 2 * 0.5 * 32 * 4  # there and back in both passes, k = 2, half of them to the other rank, float32
     for peer in PEERS:
@@ -101,6 +111,7 @@ def test_megatron_computes_what_it_should() -> None:
     [
         ({"peers": ("tutel",)}, "peer 'tutel' is unknown: use deepspeed or megatron"),
         ({"dtypes": ("int8",)}, "dtype 'int8' is unknown"),
+        ({"overlap": ("1",)}, "overlap=1 must be auto, or a number of chunks from 2 to 64"),
         ({"repeats": 0}, "repeats=0 must be 1 or more"),
         ({"shape": replace(SMALL, tokens=0)}, "tokens=0 must be 1 or more"),
         ({"shape": replace(SMALL, experts=6, clusters=2)}, "experts=6 cannot be divided over 4 ranks"),

@@ -49,14 +49,14 @@ def _spied() -> Iterator[Counter[tuple[int, str]]]:
     sent: Counter[tuple[int, str]] = Counter()
     real = dist.all_to_all_single
 
-    def spy(output: Tensor, given: Tensor, receive: Any = None, send: Any = None, group: Any = None) -> Any:
-        ranks = dist.get_process_group_ranks(group)
+    def spy(output: Tensor, given: Tensor, receive: Any = None, send: Any = None, **options: Any) -> Any:
+        ranks = dist.get_process_group_ranks(options["group"])
         chunks = given.split(send) if send is not None else given.chunk(len(ranks))
         for peer, chunk in zip(ranks, chunks, strict=True):
             if peer != dist.get_rank() and chunk.numel():
                 sent[peer, "bytes"] += chunk.numel() * chunk.element_size()
                 sent[peer, "messages"] += 1
-        return real(output, given, receive, send, group=group)
+        return real(output, given, receive, send, **options)
 
     with mock.patch.object(dist, "all_to_all_single", spy):
         yield sent

@@ -57,7 +57,8 @@ class Contender:
 
 def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: Process, mesh: Mesh) -> Contender:
     """The contender of that name; collective for the peers, which form process groups."""
-    kind = "clustered" if name in CLUSTERED else DENSE if name == DENSE else STANDARD
+    clustered = name.startswith("clustered")
+    kind = "clustered" if clustered else DENSE if name == DENSE else STANDARD
     config = shape.config(kind, dtype, top_k, CLUSTERED.get(name, 1))
     vector = vector_bytes(shape.hidden, config.moe.wire_dtype)
     if name == "deepspeed":

@@ -21,13 +21,16 @@ from torch import Tensor
 from moe_dist.config import RunConfig
 from moe_dist.console import wide_console
 from moe_dist.dispatch.observed import ObservedRouting
+from moe_dist.dispatch.overlap import HopSpeed, choose_chunks
 from moe_dist.engine.startup import Process, join, leave
 from moe_dist.measurement.collectives import CollectiveWatch, watching
 from moe_dist.measurement.layers.contenders import DENSE, STANDARD, Contender, build, mesh_for
 from moe_dist.measurement.layers.rounds import inputs, time_rounds
-from moe_dist.measurement.layers.spec import CLUSTERED, RanksBenchSpec
+from moe_dist.measurement.layers.spec import CLUSTERED, RanksBenchSpec, overlapped
 from moe_dist.measurement.spread import Spread
 from moe_dist.metrics import installed_versions, write_json
+from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.model.hop_speed import measure_hop
 from moe_dist.topology.mesh import Mesh
 
 _WIDTH = 120  # columns of the table, also where the output goes to a file
@@ -44,6 +47,14 @@ class Bytes:
 
 
 @dataclass(frozen=True)
+class Hop:
+    """Into how many chunks a layer's tokens are divided on their way; where that was chosen, by which speeds."""
+
+    chunks: int
+    speed: HopSpeed | None = None
+
+
+@dataclass(frozen=True)
 class RanksBenchCase:
     """One dtype and k: seconds, ratios within rounds, and bytes of each contender."""
 
@@ -55,6 +66,8 @@ class RanksBenchCase:
     """The fastest of the peers (standard, where there is none) over each clustered layer."""
     fastest_peer: str
     bytes_per_token: dict[str, Bytes]
+    hops: dict[str, Hop]
+    """Of the layers that were asked to overlap."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +110,10 @@ def bench_ranks(config: RunConfig, spec: RanksBenchSpec) -> None:
 def _measure(
     spec: RanksBenchSpec, dtype: str, top_k: int, process: Process, mesh: Mesh, watch: CollectiveWatch
 ) -> RanksBenchCase:
-    shape, names = spec.shape, (DENSE, *CLUSTERED, STANDARD, *spec.peers)
+    shape, ours = spec.shape, (*CLUSTERED, *map(overlapped, spec.overlap))
+    names = (DENSE, *ours, STANDARD, *spec.peers)
     contenders = {name: build(name, shape, dtype, top_k, process, mesh) for name in names}
+    hops = {overlapped(asked): _divide(contenders[overlapped(asked)], asked, shape.tokens) for asked in spec.overlap}
     x_TD, d_y_TD = inputs(shape.tokens, shape.hidden, dtype, process, shape.seed)
     rounds = time_rounds(contenders, x_TD, d_y_TD, spec.repeats)
     seconds = {name: Spread.of(values) for name, values in rounds.items()}
@@ -108,10 +123,26 @@ def _measure(
         top_k=top_k,
         seconds=seconds,
         over_dense={name: Spread.of_ratios(values, rounds[DENSE]) for name, values in rounds.items()},
-        peer_over_clustered={name: Spread.of_ratios(rounds[peer], rounds[name]) for name in CLUSTERED},
+        peer_over_clustered={name: Spread.of_ratios(rounds[peer], rounds[name]) for name in ours},
         fastest_peer=peer,
         bytes_per_token=count_bytes(contenders, x_TD, d_y_TD, process, watch),
+        hops=hops,
     )
+
+
+def _divide(contender: Contender, asked: str, tokens: int) -> Hop:
+    """Has the layer work in the chunks of that value of `moe.overlap_chunks`; collective."""
+    layer = contender.module
+    assert isinstance(layer, ClusteredMoE)
+    if layer.one.alone:
+        hop = Hop(1)
+    elif asked == "auto":
+        speed = measure_hop(layer, tokens)
+        hop = Hop(choose_chunks(speed), speed)
+    else:
+        hop = Hop(int(asked))
+    layer.divide(hop.chunks)
+    return hop
 
 
 def count_bytes(
@@ -149,7 +180,7 @@ def _rows_needed_elsewhere(observed: ObservedRouting) -> int:
 
 
 def render(result: RanksBenchResult, console: Console) -> None:
-    """One table: a row for each contender, a block for each dtype and k."""
+    """One table: a row for each contender, a block for each dtype and k; behind `overlap` the number of chunks."""
     shape = result.spec.shape
     title = (
         f"forward + backward on {result.ranks} ranks of {result.threads} thread(s), T={shape.tokens} a rank "
@@ -165,7 +196,7 @@ def render(result: RanksBenchResult, console: Console) -> None:
             table.add_row(
                 case.dtype,
                 str(case.top_k),
-                name,
+                name if name not in case.hops else f"{name} ({case.hops[name].chunks})",
                 seconds.text(1e3, 0),
                 case.over_dense[name].text(),
                 f"{faster.text()} ({case.fastest_peer})" if faster else "",

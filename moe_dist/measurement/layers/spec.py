@@ -10,6 +10,12 @@ DTYPES = ("float32", "bfloat16")
 PEERS = ("deepspeed", "megatron")
 CLUSTERED = {"clustered m=1": 1, "clustered m=2": 2}
 """Name of each of our layers in the tables, and the clusters a token goes to."""
+MOST_CHUNKS = 64
+
+
+def overlapped(chunks: str) -> str:
+    """Name of the layer of one cluster a token that travels in so many chunks."""
+    return f"clustered m=1, overlap {chunks}"
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,17 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class RanksBenchSpec:
-    """What `moe-dist bench layer --ranks` measures."""
+    """What `moe-dist bench layer --ranks` measures.
+
+    Attributes:
+        overlap: values of `moe.overlap_chunks` that the layer of one cluster a token is measured with besides 1.
+    """
 
     shape: LayerShape = LayerShape()
     top_k: tuple[int, ...] = (2, 4)
     dtypes: tuple[str, ...] = ("float32",)
     peers: tuple[str, ...] = ()
+    overlap: tuple[str, ...] = ()
     repeats: int = 7
     json_file: str | None = None
 
@@ -85,6 +96,9 @@ class RanksBenchSpec:
             raise ConfigError(f"dtype {unknown[0]!r} is unknown: use {' or '.join(DTYPES)}")
         if unknown := sorted(set(self.peers) - set(PEERS)):
             raise ConfigError(f"peer {unknown[0]!r} is unknown: use {' or '.join(PEERS)}")
+        for chunks in self.overlap:
+            if chunks != "auto" and not (chunks.isdigit() and 1 < int(chunks) <= MOST_CHUNKS):
+                raise ConfigError(f"overlap={chunks} must be auto, or a number of chunks from 2 to {MOST_CHUNKS}")
         for name, value in (("experts", shape.experts), ("clusters", shape.clusters)):
             if value % ranks:
                 raise ConfigError(f"{name}={value} cannot be divided over {ranks} ranks")

@@ -7,6 +7,7 @@ are somewhat slower, so that shares mean more than times.
 
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -100,6 +101,8 @@ class _Run:
     def __init__(self, config: RunConfig, process: Process, data: PreparedData, clock: PartClock, folder: Path) -> None:
         self.clock, self.signals, self.done = clock, StopSignals(), 0  # not entered: signals end a measurement
         self.run = TrainingRun(config, process, resolve_world(config, process.ranks), data, SilentRecorder(folder))
+        self.run.overlap.apply(self.run.model, 0)
+        self.run.engine.wrap_reduction(partial(clock.wrap, StepPart.REDUCTION))
         for layer in self.run.model.gpt.decoder.layers:  # type: ignore[union-attr]
             clock_attention(clock, layer.self_attention)
 

@@ -31,7 +31,7 @@ class StepPart(StrEnum):
     ALL_TO_ALL = "all_to_all"
     EXPERTS = "experts"
     COUNTERS = "counters"  # loads, traffic, statistics for re-clustering
-    REDUCTION = "reduction"  # of gradients, norms and counts, and the gathering of updated weights
+    REDUCTION = "reduction"  # of gradients (their copies to buckets too), norms, counts; gathering of updated weights
     OPTIMIZER = "optimizer"
     WAITING = "waiting"  # for the last rank to come to a collective
     METRICS = "metrics"  # figures of a step and their way to the files

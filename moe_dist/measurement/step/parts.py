@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moe_dist.dispatch.channel import Channel
+from moe_dist.dispatch.channel import Channel, Pending
 from moe_dist.dispatch.flat import FlatDispatch
 from moe_dist.dispatch.stage_one import StageOne
 from moe_dist.dispatch.stage_two import StageTwo
@@ -35,7 +35,7 @@ PARTS: dict[StepPart, list[tuple[Any, str]]] = {
         (BalanceState, "update"),
     ],
     StepPart.PERMUTE: [(StageOne, "run_single"), (StageOne, "run_several"), (StageTwo, "run"), (FlatDispatch, "run")],
-    StepPart.ALL_TO_ALL: [(Channel, "issue"), (Channel, "exchange_counts")],
+    StepPart.ALL_TO_ALL: [(Channel, "begin"), (Pending, "finish"), (Channel, "exchange_counts")],
     StepPart.EXPERTS: [(ClusteredExperts, "forward"), (StandardExperts, "forward"), (SwiGLU, "forward")],
     StepPart.COUNTERS: [
         (BalanceState, "count"),

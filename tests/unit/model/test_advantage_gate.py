@@ -9,12 +9,15 @@ from moe_dist.model.advantage_gate import advantage, advantage_gate
 
 
 def _gradient(logits_TG: Tensor, cluster_T1: Tensor, sequences: int, gain_T: Tensor) -> Tensor:
-    """Of sum_t gain_t * gate_t."""
+    """Of sum_t gain_t * gate_t, where a token's output is its gain over two halves."""
     logits_TG = logits_TG.clone().requires_grad_()
-    gate_T1 = advantage_gate(logits_TG, cluster_T1, sequences)
-    assert torch.equal(gate_T1, torch.ones_like(gate_T1))
-    (gain_T * gate_T1[:, 0]).sum().backward()
+    y_TD = (gain_T[:, None] / torch.tensor([1.0, 2.0])).requires_grad_()
+    gated_TD = advantage_gate(y_TD, logits_TG, cluster_T1, sequences)
+    assert torch.equal(gated_TD, y_TD)
+    (gated_TD * torch.tensor([0.5, 1.0])).sum().backward()
     assert logits_TG.grad is not None
+    assert y_TD.grad is not None
+    assert torch.equal(y_TD.grad, torch.tensor([0.5, 1.0]).expand_as(y_TD))
     return logits_TG.grad
 
 
