@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from launcher import bench as entry
 from launcher import runners
 from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines
 from launcher.train import writable
 from moe_dist.cli.words import Clusters, ExpertWidth, Hostfile, Json, Port, Repeats, ResidualRank, Seed, Width
+from moe_dist.console import wide_console
 from moe_dist.errors import LaunchError
 from moe_dist.measurement.layers.spec import LayerShape, RanksBenchSpec
 
@@ -79,7 +79,7 @@ def _in_this_process(options: dict[str, Any], target: str | None) -> None:
 
     given = {name: value for name, value in options.items() if name not in ON_RANKS}
     result = layer_bench.run_layer_bench(layer_bench.LayerBenchSpec(**given))
-    layer_bench.render(result, Console())
+    layer_bench.render(result, wide_console())
     if target is not None:
         write_json(Path(target), result.to_dict())
 

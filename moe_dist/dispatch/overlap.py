@@ -66,6 +66,7 @@ class Division:
 
     @property
     def chunks(self) -> int:
+        """C: into how many chunks the hop is divided."""
         return len(self.send)
 
     def reorder(self, x_R: Tensor) -> Tensor:

@@ -137,5 +137,6 @@ class TrafficLedger:
         self.carried = state["carried"]
 
     def clear(self) -> None:
+        """Forgets all that was counted."""
         self.sent.clear()
         self.carried.zero_()

@@ -41,9 +41,11 @@ class Rounded:
     dtype: torch.dtype
 
     def pack(self, x_RD: Tensor) -> Tensor:
+        """Rows in the type of the wire."""
         return x_RD.to(self.dtype)
 
     def unpack(self, packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows in the type that they are computed in."""
         return packed_RB.to(dtype)
 
 
@@ -51,9 +53,11 @@ class EightBits:
     """Eight bits a number, and a scale."""
 
     def pack(self, x_RD: Tensor) -> Tensor:
+        """Codes and the scale of each row, as bytes."""
         return pack(x_RD)
 
     def unpack(self, packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers that codes and scales stand for."""
         return unpack(packed_RB, dtype)
 
 

@@ -36,6 +36,7 @@ class Account:
         self.peak = max(self.peak, self.in_use)
 
     def leave(self, size: int) -> None:
+        """Takes bytes off the account, which must have been let in."""
         assert 0 <= size <= self.in_use, f"{size} bytes leave, {self.in_use} are in"
         self.in_use -= size
 
@@ -65,6 +66,7 @@ class Arena:
         return torch.empty(size, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
 
     def give_back(self, buffer: Tensor) -> None:
+        """Keeps a buffer for the next one of its size."""
         self._free[len(buffer)].append(buffer)
 
     def _give_up(self, size: int) -> None:

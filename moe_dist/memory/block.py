@@ -42,6 +42,7 @@ class Size(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Of all its numbers."""
         return self.elements * self.dtype.itemsize
 
 
@@ -86,6 +87,7 @@ class Layout:
 
     @classmethod
     def of(cls, shapes: Mapping[str, torch.Size]) -> "Layout":
+        """Lays tensors of these shapes out one behind the other, each aligned."""
         spans, start = {}, 0
         for name, shape in shapes.items():
             spans[name] = Span(start, torch.Size(shape))

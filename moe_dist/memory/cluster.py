@@ -86,6 +86,7 @@ class OffloadedCluster:
         return {Kind.WEIGHT: Size(self.layout.elements, self.dtype), **wide}
 
     def block(self, kind: Kind) -> Block:
+        """The block of this cluster that holds what `kind` says."""
         return Block(self.layer, self.local, kind)
 
     @torch.no_grad()
@@ -143,6 +144,7 @@ class OffloadedCluster:
             self._let_weights_go(changed)
 
     def begin_backward(self) -> None:
+        """Brings the weights in, and room for their gradient."""
         self._schedule.backward_begins(self)
         self._bring_weights_in()
         flat = self._residency.acquire(self.block(Kind.GRADIENT), blank=not self.has_gradient)
@@ -151,6 +153,7 @@ class OffloadedCluster:
         self._gradient = {self.parameters[name]: view for name, view in views.items()}
 
     def finish_backward(self) -> None:
+        """Hands the gradient on; the last of the passes that were expected may follow."""
         assert self._flat_gradient is not None
         self._schedule.gradient_is_complete(self, self._flat_gradient)
         self._gradient, self._flat_gradient = {}, None

@@ -42,6 +42,7 @@ class DiskTier:
         self._opening = Lock()
 
     def register(self, block: Block, size: Size) -> None:
+        """Gives a block its place in the file of its layer, whole pages long; once given it stays."""
         file = self._files.setdefault(block.layer, _File(f"layer-{block.layer:03}.bin"))
         if block not in file.places:
             file.places[block] = file.bytes, size
@@ -100,9 +101,11 @@ class DiskTier:
         self._digests[block] = xxhash.xxh3_64_intdigest(data)
 
     def discard(self, block: Block) -> None:
+        """Forgets what was written of a block; its place stays."""
         self._digests.pop(block, None)
 
     def close(self) -> None:
+        """Closes the files."""
         for file in self._files.values():
             if file.descriptor is not None:
                 os.close(file.descriptor)

@@ -97,17 +97,20 @@ class ExpertMemory:
         return iter(self._of_parameter)
 
     def forward_begins(self, cluster: OffloadedCluster, rows: int) -> None:
+        """Notes the traffic of a cluster, and has the next ones fetched."""
         if torch.is_grad_enabled() and not self.recomputing:
             self.activity.note(cluster.layer, cluster.local, rows)
         self.device.prefetch([other.block(Kind.WEIGHT) for other in self.neighbours(cluster, 1)])
 
     def backward_begins(self, cluster: OffloadedCluster) -> None:
+        """Has the clusters fetched that the backward pass comes to next."""
         for other in self.neighbours(cluster, -1):
             if other.expects_backward:
                 self.device.prefetch([other.block(Kind.WEIGHT)])
                 self.device.prefetch([other.block(Kind.GRADIENT)], blank=not other.has_gradient)
 
     def gradient_is_complete(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
+        """Tells the optimizer, if no more micro-batch adds to the gradient."""
         if self.last_pass and self.on_gradient is not None:
             self.on_gradient(cluster, gradient)
 

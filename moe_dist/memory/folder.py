@@ -45,6 +45,7 @@ class OwnedFolder:
             raise OffloadError(f"{self.path / name} cannot be made: {error.strerror}") from error
 
     def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
         (self.path / name).unlink(missing_ok=True)
 
     def close(self) -> None:

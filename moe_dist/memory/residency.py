@@ -53,6 +53,7 @@ class Residency:
         self.bytes_in = self.bytes_out = 0
 
     def register(self, block: Block, size: Size) -> None:
+        """Makes a block known, here and in the tier below."""
         self._sizes[block] = size
         self._below.register(block, size)
 

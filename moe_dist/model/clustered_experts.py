@@ -82,6 +82,7 @@ class ClusteredExperts(nn.Module):
         return nullcontext() if self._offloaded is None else self._offloaded.weights()
 
     def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:
+        """The gated sum [A, D] over the chosen experts of this shard; slots that are elsewhere are -1."""
         if self._offloaded is None:
             return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.form)
         if not len(x_AD):

@@ -61,6 +61,7 @@ class ClusteredMoE(nn.Module):
         self.follow_placement()
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """As `hidden`: what the layer adds to the residual stream. Collective over the layer's ranks."""
         x_TD = hidden.flatten(0, -2)
         loss_scale = self.loss_scale / max(1, len(x_TD))
         logits_TG = self.router.cluster_logits(x_TD, self.member_GN)

@@ -86,6 +86,7 @@ class StoredExperts(nn.Module):
             return replace(weights, base_in_DH=weights.base_in_DH.clone(), base_out_FD=weights.base_out_FD.clone())
 
     def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:
+        """As `ClusteredExperts.forward`, from the stored form; without gradients where clusters are kept in tiers."""
         if self._kept is not None:
             if torch.is_grad_enabled() and x_AD.requires_grad:
                 raise RuntimeError("a backward pass would read weights of a cluster that is no longer on the device")

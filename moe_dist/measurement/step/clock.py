@@ -61,6 +61,7 @@ class PartClock:
         self.on_switch(False)
 
     def clear(self) -> None:
+        """Starts a new account."""
         self.seconds.clear()
 
     def enter(self, part: StepPart) -> StepPart:
