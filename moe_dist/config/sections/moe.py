@@ -1,0 +1,102 @@
+"""The experts: their kind, number, sizes, balance and routing."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from moe_dist.config.sections.base import NonNegative, Positive, Section, require_divisible
+from moe_dist.errors import ConfigError
+
+WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
+
+
+class MoEConfig(Section):
+    """The feed-forward part of every layer: clustered experts, standard experts, or one dense network."""
+
+    kind: Literal["clustered", "standard", "dense"] = "clustered"
+    experts: Positive = Field(32, description="E: experts in a layer")
+    clusters: Positive = Field(4, description="G: clusters of E/G experts (clustered)")
+    top_clusters: Positive = Field(1, description="m: clusters a token goes to (clustered)")
+    top_k: Positive = Field(2, description="k: experts chosen in each cluster (clustered) or among all (standard)")
+    expert_hidden: Positive = Field(256, description="f: hidden width of an expert, and of a cluster's base")
+    dense_hidden: Positive | None = Field(None, description="hidden width of `dense`; null: top_k * expert_hidden")
+    rank: Positive = Field(4, description="r: rank of an expert's residual (clustered)")
+    expert_vectors: bool = Field(True, description="per-expert gate and biases on the hidden units, bias on the output")
+    shared_init: bool = Field(
+        False, description="all bases (clustered) or all experts (standard, or in a warm-up) start from one draw"
+    )
+    warmup_standard: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the steps first trained with standard experts, which are then clustered (clustered)"
+    )
+    shared_expert_hidden: NonNegative = Field(0, description="width of an expert every token uses (standard); 0: none")
+    balance: Literal["bias", "aux_loss", "none"] = Field("bias", description="what keeps the experts' loads equal")
+    balance_rate: Annotated[float, Field(ge=0)] = Field(0.02, description="step of a selection bias (balance: bias)")
+    aux_loss_weight: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of the loss (balance: aux_loss)")
+    z_loss_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the router z-loss, in each stage")
+    capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="copies that a cluster takes of each rank's micro-batch, and an expert of all ranks', over an even "
+        "share; null: all",
+    )
+    gate_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on a layer's gates, else of sum 1")
+    form: Literal["auto", "mask", "sort", "compiled", "triton", "reference"] = Field(
+        "auto", description="how clustered experts are computed"
+    )
+    wire_dtype: WireDtype = Field(
+        "bfloat16", description="what hidden vectors travel as between ranks; int8: with a scale for each"
+    )
+    overlap_chunks: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        "auto",
+        description="chunks of a rank's tokens, of which one travels between clusters while another is computed "
+        "(clustered); auto: what pays by the speeds measured at the start",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.kind == "clustered":
+            self._clustered_possible()
+        elif self.warmup_standard:
+            raise ConfigError(
+                f"moe.warmup_standard={self.warmup_standard} works with moe.kind=clustered only, not {self.kind}: set "
+                "it to 0"
+            )
+        if self.kind == "standard" and self.top_k > self.experts:
+            raise ConfigError(f"moe.top_k={self.top_k} is larger than moe.experts={self.experts}")
+        return self
+
+    def _clustered_possible(self) -> None:
+        require_divisible("moe.experts", self.experts, "moe.clusters", self.clusters)
+        if self.top_k > self.experts_per_cluster:
+            raise ConfigError(
+                f"moe.top_k={self.top_k} is larger than a cluster: moe.experts={self.experts} / "
+                f"moe.clusters={self.clusters} = {self.experts_per_cluster} experts"
+            )
+        if self.top_clusters > self.clusters:
+            raise ConfigError(f"moe.top_clusters={self.top_clusters} is larger than moe.clusters={self.clusters}")
+        if self.overlap_chunks not in ("auto", 1) and (key := self.needs_whole_batches):
+            raise ConfigError(
+                f"moe.overlap_chunks={self.overlap_chunks} does not work with {key}, which is for all of a cluster's "
+                "tokens together: use auto or 1"
+            )
+        if self.shared_expert_hidden:
+            raise ConfigError(
+                f"moe.shared_expert_hidden={self.shared_expert_hidden} works with moe.kind=standard only; "
+                "moe.kind=clustered shares a base instead: set it to 0"
+            )
+
+    @property
+    def needs_whole_batches(self) -> str | None:
+        """The key by which an expert's tokens of a micro-batch must be seen together, if there is one."""
+        if self.capacity_factor is not None:
+            return f"moe.capacity_factor={self.capacity_factor}"
+        return "moe.balance=aux_loss" if self.balance == "aux_loss" and self.aux_loss_weight else None
+
+    @property
+    def experts_per_cluster(self) -> int:
+        """n = E/G."""
+        return self.experts // self.clusters
+
+    @property
+    def dense_width(self) -> int:
+        """Hidden width of the dense network with the same active width as `standard`."""
+        return self.dense_hidden or self.top_k * self.expert_hidden
