@@ -21,7 +21,7 @@ def shared_folder() -> Path | None:
     started = _start_of(parent)
     if started is None:
         return None
-    folder = Path(tempfile.gettempdir()) / f"{PREFIX}-{os.getuid()}-{parent}-{started}"
+    folder = Path(tempfile.gettempdir()) / f"{_prefix()}{parent}-{started}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         state = folder.lstat()
@@ -32,8 +32,8 @@ def shared_folder() -> Path | None:
 
 def remove_abandoned() -> None:
     """Removes what ranks of launchers that have ended left behind."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}-{os.getuid()}-*"):
-        parent, _, started = folder.name.removeprefix(f"{PREFIX}-{os.getuid()}-").partition("-")
+    for folder in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
+        parent, _, started = folder.name.removeprefix(_prefix()).partition("-")
         if parent.isdecimal() and _start_of(int(parent)) != started:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -47,6 +47,18 @@ def killed_rank(folder: Path) -> tuple[int, int] | None:
         if not spoke and _has_ended(pid):
             return rank, pid
     return None
+
+
+def _prefix() -> str:
+    """Of the folders' names: of this user, where process numbers mean the same.
+
+    Containers, and jobs with process numbers of their own, may share a folder for temporary files.
+    """
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = 0
+    return f"{PREFIX}-{os.getuid()}-{space}-"
 
 
 def _start_of(pid: int) -> str | None:

@@ -57,11 +57,22 @@ def test_the_folder_is_the_launchers_own_and_private(unsupervised: Path) -> None
 
 
 def test_what_ended_launchers_left_is_removed(unsupervised: Path) -> None:
-    left = unsupervised.with_name(f"{peers.PREFIX}-{os.getuid()}-{_pid_of_an_ended_process()}-123")
+    start, _, _ = unsupervised.name.rpartition(f"-{os.getppid()}-")
+    left = unsupervised.with_name(f"{start}-{_pid_of_an_ended_process()}-123")
     left.mkdir()
     peers.remove_abandoned()
     assert not left.exists()
     assert unsupervised.exists()
+
+
+def test_what_is_of_other_process_numbers_stays(unsupervised: Path) -> None:
+    """A launcher in another container, which shares the folder for temporary files, may live though we see none."""
+    space = os.stat("/proc/self/ns/pid").st_ino
+    assert f"-{space}-" in unsupervised.name
+    theirs = unsupervised.with_name(unsupervised.name.replace(f"-{space}-", f"-{space + 1}-"))
+    theirs.mkdir()
+    peers.remove_abandoned()
+    assert theirs.exists()
 
 
 def test_who_lost_a_peer_names_the_killed_one(unsupervised: Path, capsys: pytest.CaptureFixture[str]) -> None:
