@@ -22,6 +22,7 @@ def bench_growth(
     threads: Threads = None,
     repeats: Repeats = None,
     standard_up_to: Annotated[int | None, typer.Option(help="No standard layer beyond so many.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw time and weights, as PNG.")] = None,
     json_file: Json = None,
 ) -> None:
     """Time and memory of clustered and standard layers as E grows, k fixed and G = sqrt(2E); one process."""
@@ -35,7 +36,7 @@ def bench_growth(
         repeats=repeats,
         standard_up_to=standard_up_to,
     )
-    target = json_file and writable(json_file)
+    target, picture = json_file and writable(json_file), plot and writable(plot)
     spec = GrowthSpec(**given)
     spec.check()
     from moe_dist.measurement.layers import growth
@@ -44,5 +45,9 @@ def bench_growth(
     console = wide_console()
     result = growth.run_growth(spec, console.print)
     growth.render(result, console)
+    if picture is not None:
+        from moe_dist.measurement.layers.growth_plot import plot_growth
+
+        plot_growth(result, Path(picture))
     if target is not None:
         write_json(Path(target), result.to_dict())

@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from moe_dist.errors import ConfigError
 from moe_dist.measurement.layers.growth import render, run_growth
+from moe_dist.measurement.layers.growth_plot import plot_growth
 from moe_dist.measurement.layers.saved import saved_bytes
 from moe_dist.measurement.layers.spec import GrowthSpec, LayerShape, clusters_for
 
@@ -20,7 +22,7 @@ TOY = GrowthSpec(
 )
 
 
-def test_every_size_is_measured_and_shown() -> None:
+def test_every_size_is_measured_and_shown(tmp_path: Path) -> None:
     result = run_growth(TOY)
     assert [(case.experts, case.clusters) for case in result.cases] == [(4, 2), (8, 4)]
     small, large = (case.layers for case in result.cases)
@@ -34,6 +36,8 @@ def test_every_size_is_measured_and_shown() -> None:
     assert isinstance(console.file, io.StringIO)
     assert "clustered m=1: time over dense grows by" in console.file.getvalue()
     json.dumps(result.to_dict())
+    plot_growth(result, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_saved_bytes_count_each_storage_once_and_no_weights() -> None:
