@@ -257,6 +257,19 @@ class Bed:
         self.nodes[name].run("tc", "qdisc", "replace", "dev", "eth0", "root", "noqueue")
         self._on_switch("tc", "qdisc", "replace", "dev", f"to-{name}", "root", "noqueue")
 
+    def set_rate(self, rate: str) -> None:
+        """Lets every worker's cable carry so much, in tc's words; `unshaped`: what processors can move."""
+        for name in self.workers:
+            if rate == "unshaped":
+                self.unshape(name)
+            else:
+                self.shape(name, rate)
+
+    def write_hostfile(self, target: Path, per_node: int) -> Path:
+        """A host file of all workers with as many slots each."""
+        target.write_text("".join(f"{name} slots={per_node}\n" for name in self.workers))
+        return target
+
     def _lay_cable(self, node: Node) -> None:
         """Joins the node's eth0 to the switch's device `to-NAME`."""
         here, pid = f"to-{node.name}", str(node.pid)

@@ -25,8 +25,7 @@ WORDS = {
 
 def bench(bed: Bed, folder: Path, words: Sequence[str], timeout: float, per_node: int = 1, what: str = "layer") -> str:
     """What a user would type on the head node of a bed whose nodes are reached by ssh; returns what it printed."""
-    hosts = folder / "hosts"
-    hosts.write_text("".join(f"{name} slots={per_node}\n" for name in bed.workers))
+    hosts = bed.write_hostfile(folder / "hosts", per_node)
     command = ("moe-dist", "bench", what, f"--ranks={per_node * len(bed.workers)}", f"--hostfile={hosts}", *words)
     return bed.head.run(*command, timeout=timeout, env=ENVIRONMENT)
 
@@ -45,11 +44,7 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="bed-") as place, Bed(Path(place) / "bed", options.nodes) as bed:
         start_ssh(bed)
-        for name in bed.workers:
-            if options.rate == "unshaped":
-                bed.unshape(name)
-            else:
-                bed.shape(name, options.rate)
+        bed.set_rate(options.rate)
         words = options.words or WORDS[options.bench]
         print(bench(bed, Path(place), words, options.timeout, what=options.bench), flush=True)
     return 0

@@ -96,13 +96,8 @@ def measure(launch: Launch, folder: Path, steps: int, timeout: float) -> list[di
 
 def run(bed: Bed, launch: Launch, folder: Path, steps: int, timeout: float) -> str:
     """What users would type on the head node; returns what it printed."""
-    for name in bed.workers:
-        if launch.rate == "unshaped":
-            bed.unshape(name)
-        else:
-            bed.shape(name, launch.rate)
-    hosts = folder / f"{launch.name}.hosts"
-    hosts.write_text("".join(f"{name} slots={launch.per_node}\n" for name in bed.workers))
+    bed.set_rate(launch.rate)
+    hosts = bed.write_hostfile(folder / f"{launch.name}.hosts", launch.per_node)
     place = (f"name={launch.name}", f"runs_dir={folder}/runs", f"corpus.cache_dir={folder}/cache")
     options = (f"--hostfile={hosts}", f"--steps={steps}", "--warmup=3", "--kind=clustered", "--kind=standard")
     layout = f"world.cluster={launch.nodes * launch.per_node}"
