@@ -20,6 +20,7 @@ from types import FrameType
 
 from launcher import faults
 from launcher.environment import INIT_METHOD
+from launcher.wait_status import wait_status, was_terminated
 from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
 
 POLL_SECONDS = 0.1
@@ -196,11 +197,13 @@ class _Job:
     def _look(self, seconds: float) -> None:
         for rank in sorted(self._awaited):
             self._find(rank)
-        for descriptor, _ in self._poller.poll(seconds * 1000):
-            ended = self._living.pop(descriptor)
-            self._ended(ended.rank, ended.pid)
-            self._poller.unregister(descriptor)
-            os.close(descriptor)
+        ended = [self._living.pop(descriptor) for descriptor, _ in self._poller.poll(seconds * 1000)]
+        statuses = {rank: wait_status(rank.descriptor, rank.pid) for rank in ended}
+        # Several may end between two looks: those that were sent SIGTERM followed the one that made the launcher do so.
+        for one in sorted(ended, key=lambda each: was_terminated(statuses[each])):
+            self._ended(one.rank, one.pid, statuses[one])
+            self._poller.unregister(one.descriptor)
+            os.close(one.descriptor)
 
     def _find(self, number: int) -> None:
         try:
@@ -212,19 +215,19 @@ class _Job:
         try:
             rank = _Rank(number, entry["pid"], os.pidfd_open(entry["pid"]))
         except ProcessLookupError:
-            self._ended(number, entry["pid"])
+            self._ended(number, entry["pid"], status=None)
             return
         self._living[rank.descriptor] = rank
         self._poller.register(rank.descriptor, select.POLLIN)
         if self._passed_on is not None:
             _send(rank, self._passed_on)
 
-    def _ended(self, rank: int, pid: int) -> None:
+    def _ended(self, rank: int, pid: int, status: int | None) -> None:
         if (ending := faults.read_done(self._folder, rank)) is not None:
             self._undone.discard(rank)
             self._stopped |= ending == faults.STOPPED
             return
-        self._faults.append(faults.read_fault(self._folder, rank) or _killed(rank, pid, first=not self._faults))
+        self._faults.append(faults.read_fault(self._folder, rank) or _killed(rank, pid, status, first=not self._faults))
         self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
 
     def _anything_left(self) -> bool:
@@ -246,27 +249,19 @@ def _lives(group: int) -> bool:
     return True
 
 
-def _killed(rank: int, pid: int, *, first: bool) -> faults.Fault:
-    """The fault of a rank that ended without a word; how, is known while its launcher has not yet waited for it.
+def _killed(rank: int, pid: int, status: int | None, *, first: bool) -> faults.Fault:
+    """The fault of a rank that ended without a word.
 
     Args:
+        status: how it ended, as `os.wait` would tell; None where that is past finding out.
         first: no rank had failed before; else SIGTERM is how the launcher ends the others.
     """
-    status = _wait_status(pid)
     if status is None:
         return faults.Fault(rank, time.time(), f"process {pid} was killed", EXIT_FAILURE)
     if os.WIFSIGNALED(status):
         signum = os.WTERMSIG(status)
         line = f"process {pid} was killed by signal {signum} ({signal.Signals(signum).name})"
-        return faults.Fault(rank, time.time(), line, 128 + signum, consequence=signum == signal.SIGTERM and not first)
+        consequence = was_terminated(status) and not first
+        return faults.Fault(rank, time.time(), line, 128 + signum, consequence)
     code = os.WEXITSTATUS(status)
     return faults.Fault(rank, time.time(), f"process {pid} ended with exit code {code}", code)
-
-
-def _wait_status(pid: int) -> int | None:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return int(fields[-1]) if fields[0] in "ZX" else None

@@ -35,7 +35,7 @@ def _behave(rank: str, signals: StopSignals) -> bool:
     os.write(sys.stdout.fileno(), here.encode())  # in one piece: print would write the line's end by itself
     how = os.environ.get(f"RANK_{rank}", "succeed")
     if how in ("raise", "refuse", "lose_peer", "die", "terminate", "exit"):
-        time.sleep(0.3)  # the others have said that they are there
+        time.sleep(0.5)  # the others have said that they are there, and whoever watches has found them
     match how:
         case "raise":
             raise ValueError("boom\nof two lines")

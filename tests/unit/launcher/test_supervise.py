@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from launcher import supervise
+from launcher.wait_status import wait_status
 from moe_dist.errors import LaunchError
 
 JOB = Path(__file__).with_name("run_fake_job.py")
@@ -95,6 +96,32 @@ def test_one_rank_fails(config: Path, who: str, behaviour: list[str], code: int,
     assert child.returncode in (code, 1)  # how a rank was killed may be past finding out
     assert err.count("Traceback (most recent call last)") <= 1 or who == "torchrun"
     assert_none_left(out, len(behaviour))
+
+
+def test_those_the_launcher_terminated_are_not_the_cause_even_if_all_are_seen_at_once(config: Path) -> None:
+    with job("stop", config, "sleep", "sleep", "sleep") as child:
+        started = wait_for_ranks(child, 3)
+        pids = dict(re.findall(r"rank (\d) of 3 pid (\d+)", started))
+        time.sleep(0.5)  # until they have been found
+        child.send_signal(signal.SIGSTOP)
+        os.kill(int(pids["2"]), signal.SIGKILL)
+        assert_none_left(started, 3)
+        child.send_signal(signal.SIGCONT)
+        _, err = child.communicate(timeout=LIMIT)
+    if not tells_after_waiting():
+        pytest.skip("this kernel does not tell how a process ended once its parent has waited for it")
+    assert err == f"moe-dist: rank 2 failed: process {pids['2']} was killed by signal 9 (SIGKILL)\n"
+    assert child.returncode == 137
+
+
+def tells_after_waiting() -> bool:
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as child:
+        descriptor = os.pidfd_open(child.pid)
+        child.wait(LIMIT)
+    status = wait_status(descriptor, child.pid)
+    os.close(descriptor)
+    assert status in (None, 3 << 8)
+    return status is not None
 
 
 def test_what_we_wait_for_is_less_than_thirty_seconds() -> None:
