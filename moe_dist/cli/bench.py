@@ -41,9 +41,16 @@ def _group() -> None:
 def bench_quality(
     overrides: Overrides = None,
     text: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=TRAIN,VALIDATION", help="Also on these files; may be given again.")
+        list[str] | None, typer.Option(metavar="NAME=TRAIN,VALIDATION", help="On these files; may be given again.")
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="A recipe to run; may be given again. Default: all.")] = None,
+    stdlib: Annotated[
+        bool, typer.Option("--stdlib/--no-stdlib", help="On the source code of Python's standard library.")
+    ] = True,
+    equal_time: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="Every recipe trains as long as this one, not on as many tokens."),
+    ] = None,
     seeds: Seeds = 3,
     jobs: Jobs = 2,
     configs: RecipeFolder = Path("configs/experiment"),
@@ -52,12 +59,18 @@ def bench_quality(
 ) -> None:
     """Train clustered experts and their baselines on the same text and compare losses; finished runs are kept."""
     from moe_dist.measurement import quality
+    from moe_dist.measurement.equal_time import steps_for_equal_time
     from moe_dist.metrics import write_json
 
     target = json_file and writable(json_file)
     console = wide_console()
-    corpora = {"stdlib": ["corpus.kind=stdlib"], **dict(_text_corpus(word) for word in text or ())}
+    corpora = {"stdlib": ["corpus.kind=stdlib"]} if stdlib else {}
+    corpora |= dict(_text_corpus(word) for word in text or ())
+    if not corpora:
+        raise LaunchError("--no-stdlib: leaves no text to train on; give --text NAME=TRAIN,VALIDATION")
     todo = quality.cells(configs, corpora, seeds, recipe or quality.RECIPES, overrides or ())
+    if equal_time is not None:
+        todo = steps_for_equal_time(todo, equal_time, folder / "speed", jobs, console.print)
     results = quality.run_cells(todo, folder, jobs, console.print)
     quality.render(results, console)
     if target is not None:

@@ -24,7 +24,7 @@ from moe_dist.measurement.subruns import PACKAGE, Summary
 from moe_dist.metrics.summary import look_up
 
 RECIPES = ("dense", "standard-aux", "standard-bias", "cheap", "good")
-YARDSTICK = "standard-aux"
+YARDSTICKS = ("standard-aux", "standard-bias")
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,9 @@ class Row:
     expert_share: float | None
     """Expert parameters over those of standard experts."""
     load_variance: float | None
+    steps: int
+    seconds: float
+    """Of training alone, mean over seeds."""
 
     @property
     def spread(self) -> float:
@@ -131,13 +134,15 @@ def rows(results: dict[Cell, Summary]) -> list[Row]:
         share = parameters["expert"] / parameters["expert_standard"] if parameters["expert_standard"] else None
         losses = {cell.seed: summary["validation"]["loss"] for cell, summary in members}
         stored = {cell.seed: loss for cell, summary in members if (loss := look_up(summary, "validation.loss_stored"))}
-        found.append(Row(recipe, corpus, losses, stored, share, None if None in variances else mean(variances)))
+        variance = None if None in variances else mean(variances)
+        seconds = mean(summary["seconds"] for _, summary in members)
+        found.append(Row(recipe, corpus, losses, stored, share, variance, members[0][1]["steps"], seconds))
     return found
 
 
-def differences(table: Sequence[Row], row: Row) -> list[float]:
-    """Loss less the yardstick's, seed by seed, on the same corpus."""
-    base = next((other for other in table if (other.corpus, other.recipe) == (row.corpus, YARDSTICK)), None)
+def differences(table: Sequence[Row], row: Row, yardstick: str) -> list[float]:
+    """Loss less the yardstick's, seed by seed, on the same corpus; empty where that was not run."""
+    base = next((other for other in table if (other.corpus, other.recipe) == (row.corpus, yardstick)), None)
     if base is None:
         return []
     return [loss - base.losses[seed] for seed, loss in row.losses.items() if seed in base.losses]
@@ -147,30 +152,38 @@ def render(results: dict[Cell, Summary], console: Console) -> None:
     """Prints the table."""
     table = rows(results)
     view = Table(title="validation loss, nats a token (mean ± standard deviation over seeds)", title_justify="left")
-    less_yardstick = f"less {YARDSTICK}"
-    names = ("corpus", "recipe", "loss", "as stored", less_yardstick, "expert parameters", "load variance", "seeds")
-    for name in names:
+    stored = any(row.stored for row in table)
+    less_yardsticks = (f"less {yardstick}" for yardstick in YARDSTICKS)
+    names = ("corpus", "recipe", "loss", *(("as stored",) if stored else ()), *less_yardsticks)
+    for name in (*names, "expert parameters", "load variance", "steps", "seconds", "seeds"):
         view.add_column(name, justify="left" if name in ("corpus", "recipe") else "right")
     for row in table:
-        less = differences(table, row)
         view.add_row(
             row.corpus,
             row.recipe,
             f"{mean(row.losses.values()):.4f} ± {row.spread:.4f}",
-            f"{mean(row.stored.values()):.4f}" if row.stored else "-",
-            f"{mean(less):+.4f} ({min(less):+.4f} to {max(less):+.4f})" if less else "-",
+            *((f"{mean(row.stored.values()):.4f}" if row.stored else "-",) if stored else ()),
+            *(_with_range(differences(table, row, yardstick)) for yardstick in YARDSTICKS),
             "-" if row.expert_share is None else f"{row.expert_share:.1%}",
-            "-" if row.load_variance is None else f"{row.load_variance:.2e}",
+            "-" if row.load_variance is None else f"{row.load_variance:.1e}",
+            f"{row.steps:,}",
+            f"{row.seconds:,.0f}",
             str(len(row.losses)),
         )
     console.print(view)
+
+
+def _with_range(values: Sequence[float]) -> str:
+    return f"{mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})" if values else "-"
 
 
 def to_dict(results: dict[Cell, Summary]) -> dict[str, Any]:
     """The figures for `--json`: the table, and every cell's summary."""
     table = rows(results)
     return {
-        "rows": [{**vars(row), "difference": differences(table, row)} for row in table],
+        "rows": [
+            {**vars(row), "difference": {base: differences(table, row, base) for base in YARDSTICKS}} for row in table
+        ],
         "cells": [{"recipe": c.recipe, "corpus": c.corpus, "seed": c.seed, **s} for c, s in results.items()],
     }
 

@@ -21,6 +21,8 @@ def _summary(loss: float, expert: int = 20) -> dict[str, Any]:
         "validation": {"loss": loss},
         "parameters": {"expert": expert, "expert_standard": 100 if expert else 0},
         "load": {"variance": 0.5 if expert else None},
+        "steps": 200,
+        "seconds": 1500.0,
     }
 
 
@@ -81,8 +83,8 @@ def test_rows_compare_seed_by_seed_with_the_yardstick() -> None:
         return quality.Cell(recipe, "stdlib", seed, CONFIGS / "quality.yaml", ())
 
     results = {
-        cell(quality.YARDSTICK, 0): _summary(4.0, 100),
-        cell(quality.YARDSTICK, 1): _summary(5.0, 100),
+        cell("standard-aux", 0): _summary(4.0, 100),
+        cell("standard-aux", 1): _summary(5.0, 100),
         cell("good", 0): _summary(3.5),
         cell("good", 1): _summary(5.25),
         cell("dense", 0): _summary(6.0, 0),
@@ -91,13 +93,16 @@ def test_rows_compare_seed_by_seed_with_the_yardstick() -> None:
     table = quality.rows(results)
     good = next(row for row in table if row.recipe == "good")
     dense = next(row for row in table if row.recipe == "dense")
-    assert quality.differences(table, good) == [-0.5, 0.25]
+    assert quality.differences(table, good, "standard-aux") == [-0.5, 0.25]
+    assert quality.differences(table, good, "standard-bias") == []
     assert (good.expert_share, good.load_variance) == (0.2, 0.5)
     assert good.spread == pytest.approx(1.2374, abs=1e-4)
     assert (dense.expert_share, dense.load_variance, dense.spread) == (None, None, 0.0)
-    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
     quality.render(results, console)
     assert good.stored == {1: 5.2625}
     assert dense.stored == {}
-    assert "4.3750 ± 1.2374 │    5.2625 │" in console.export_text()
-    assert json.loads(json.dumps(quality.to_dict(results)))["rows"]
+    shown = console.export_text()
+    assert "4.3750 ± 1.2374 │    5.2625 │ -0.125 (-0.500 to +0.250) │" in shown
+    assert "200 │   1,500 │" in shown
+    assert json.loads(json.dumps(quality.to_dict(results)))["rows"][-1]["difference"]["standard-aux"]
