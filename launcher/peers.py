@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
+
+from launcher.processes import has_ended, start_of
 
 PREFIX = "moe-dist-ranks"
 
@@ -18,7 +19,7 @@ PREFIX = "moe-dist-ranks"
 def shared_folder() -> Path | None:
     """The folder of this launcher's ranks, private to the user; None where it cannot be had."""
     parent = os.getppid()
-    started = _start_of(parent)
+    started = start_of(parent)
     if started is None:
         return None
     folder = Path(tempfile.gettempdir()) / f"{_prefix()}{parent}-{started}"
@@ -34,7 +35,7 @@ def remove_abandoned() -> None:
     """Removes what ranks of launchers that have ended left behind."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
         parent, _, started = folder.name.removeprefix(_prefix()).partition("-")
-        if parent.isdecimal() and _start_of(int(parent)) != started:
+        if parent.isdecimal() and start_of(int(parent)) != started:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -44,7 +45,7 @@ def killed_rank(folder: Path) -> tuple[int, int] | None:
         rank = int(file.stem.removeprefix("rank-"))
         spoke = any((folder / f"rank-{rank}.{how}").exists() for how in ("done", "fault"))
         pid = int(json.loads(file.read_text(encoding="utf-8"))["pid"])
-        if not spoke and _has_ended(pid):
+        if not spoke and has_ended(pid):
             return rank, pid
     return None
 
@@ -59,18 +60,3 @@ def _prefix() -> str:
     except OSError:
         space = 0
     return f"{PREFIX}-{os.getuid()}-{space}-"
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: with its number, a name that is never used again."""
-    with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    return None
-
-
-def _has_ended(pid: int) -> bool:
-    """Gone, or a zombie that its launcher has not yet asked about."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] in ("Z", "X")
-    except OSError:
-        return True

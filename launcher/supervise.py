@@ -20,7 +20,7 @@ from types import FrameType
 
 from launcher import faults
 from launcher.environment import INIT_METHOD
-from launcher.wait_status import wait_status, was_terminated
+from launcher.processes import wait_status, was_terminated
 from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
 
 POLL_SECONDS = 0.1

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launcher import supervise
-from launcher.wait_status import wait_status
+from launcher.processes import wait_status
 from moe_dist.errors import LaunchError
 
 JOB = Path(__file__).with_name("run_fake_job.py")

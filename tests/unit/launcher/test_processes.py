@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from launcher import wait_status as module
-from launcher.wait_status import wait_status, was_terminated
+from launcher import processes as module
+from launcher.processes import wait_status, was_terminated
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 LEAVE = [sys.executable, "-c", "raise SystemExit(3)"]

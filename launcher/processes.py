@@ -1,4 +1,4 @@
-"""How a process that somebody else started has ended: by which exit code or signal."""
+"""What Linux tells of processes that somebody else started: when they started, whether and how they have ended."""
 
 import fcntl
 import os
@@ -12,6 +12,7 @@ _GET_INFO = 0xC040FF0B  # PIDFD_GET_INFO, _IOWR(0xFF, 11, 64 bytes)
 _INFO_EXIT = 1 << 3
 _INFO_BYTES = 64
 _MASK, _STATUS = struct.Struct("=Q"), struct.Struct("=i")
+_ENDED = ("Z", "X")  # states of a zombie
 
 
 def wait_status(descriptor: int, pid: int) -> int | None:
@@ -38,10 +39,27 @@ def was_terminated(status: int | None) -> bool:
     return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
 
 
+def start_of(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot: with its number, a name that is never used again."""
+    fields = _stat(pid)
+    return fields[19] if fields else None
+
+
+def has_ended(pid: int) -> bool:
+    """Gone, or a zombie that its parent has not yet waited for."""
+    fields = _stat(pid)
+    return fields is None or fields[0] in _ENDED
+
+
 def _status_of_zombie(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[-1]) if fields and fields[0] in _ENDED else None
+
+
+def _stat(pid: int) -> list[str] | None:
+    """/proc/<pid>/stat from the state on, which follows the name in parentheses; None where no such process is."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()
-    return int(fields[-1]) if fields[0] in "ZX" else None
+    return text.rpartition(")")[2].split() or None
