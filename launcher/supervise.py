@@ -144,11 +144,15 @@ class _Job:
         if signum == signal.SIGUSR1:
             self._pass_on(signum)
             return
-        gently = self._signal is None and signum in GENTLE_SECONDS and bool(self._living)
+        gently = self._signal is None and signum in GENTLE_SECONDS and self._any_rank_listens()
         self._signal = self._signal or signum
         self._deadline = time.monotonic() + (GENTLE_SECONDS[signal.Signals(signum)] if gently else 0.0)
         if gently:
             self._pass_on(signum)
+
+    def _any_rank_listens(self) -> bool:
+        """Also one that has registered since the last look: the signal is passed on as soon as it is found."""
+        return bool(self._living) or any((self._folder / f"rank-{rank}.pid").exists() for rank in self._awaited)
 
     def _pass_on(self, signum: int) -> None:
         self._passed_on = signum

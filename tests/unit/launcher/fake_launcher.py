@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def main() -> int:
@@ -18,7 +19,8 @@ def main() -> int:
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         ranks.append(subprocess.Popen([sys.executable, *script], env={**os.environ, **variables}))
     if how == "vanish":
-        time.sleep(1.0)
+        while len(list(Path(os.environ["MOE_DIST_JOB_FOLDER"]).glob("*.said"))) < int(count):
+            time.sleep(0.05)
         os._exit(0)
     while any(rank.poll() is None for rank in ranks):
         time.sleep(0.05)

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +74,6 @@ def test_a_rank_that_fails_ends_all_machines(config: Path, behaviour: list[str],
 def test_ranks_that_are_asked_to_stop_do_on_all_machines(config: Path, signum: int) -> None:
     with job(config, "stop", "stop") as child:
         started = wait_for_ranks(child, 2)
-        time.sleep(1.5)  # until they have been found
         child.send_signal(signum)
         _, err = child.communicate(timeout=LIMIT)
     assert (child.returncode, err.splitlines()[-1]) == (75, f"moe-dist: {STOPPED}")
@@ -85,7 +83,6 @@ def test_ranks_that_are_asked_to_stop_do_on_all_machines(config: Path, signum: i
 def test_ctrl_c_lets_ranks_close_their_files(config: Path) -> None:
     with job(config, "close", "close") as child:
         started = wait_for_ranks(child, 2)
-        time.sleep(1.5)
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=LIMIT)
     assert (child.returncode, err.splitlines()[-1]) == (130, "moe-dist: interrupted")
@@ -98,7 +95,6 @@ def test_no_rank_outlives_the_machine_that_started_it(config: Path) -> None:
         started = wait_for_ranks(child, 2)
         child.send_signal(signal.SIGKILL)
         child.wait(LIMIT)
-        time.sleep(1)
         assert_none_left(started, 2)
 
 

@@ -45,7 +45,7 @@ def job(who: str, config: Path, *behaviour: str) -> Iterator[subprocess.Popen[st
 
 
 def wait_for_ranks(child: subprocess.Popen[str], count: int) -> str:
-    """What the ranks say of themselves, one line each; rank 0 also says who started them."""
+    """What the ranks say of themselves once they are watched, one line each; rank 0 also says who started them."""
     assert child.stdout is not None
     lines: list[str] = []
     while "".join(lines).count(" pid ") < count:  # unbuffered ranks may share a line
@@ -57,7 +57,7 @@ def wait_for_ranks(child: subprocess.Popen[str], count: int) -> str:
 def assert_none_left(text: str, count: int) -> None:
     pids = [int(pid) for pid in re.findall(r"pid (\d+)", text)]
     assert len(pids) == count
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while left := [pid for pid in pids if runs(pid)]:
         assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.05)
@@ -102,7 +102,6 @@ def test_those_the_launcher_terminated_are_not_the_cause_even_if_all_are_seen_at
     with job("stop", config, "sleep", "sleep", "sleep") as child:
         started = wait_for_ranks(child, 3)
         pids = dict(re.findall(r"rank (\d) of 3 pid (\d+)", started))
-        time.sleep(0.5)  # until they have been found
         child.send_signal(signal.SIGSTOP)
         os.kill(int(pids["2"]), signal.SIGKILL)
         assert_none_left(started, 3)
@@ -150,7 +149,6 @@ def test_all_succeed(config: Path, who: str) -> None:
 def test_ctrl_c_lets_ranks_close_their_files(config: Path, who: str) -> None:
     with job(who, config, "close", "close") as child:
         started = wait_for_ranks(child, 2)
-        time.sleep(0.2)
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=LIMIT)
     assert child.returncode == 130
@@ -164,7 +162,6 @@ def test_ctrl_c_lets_ranks_close_their_files(config: Path, who: str) -> None:
 def test_ranks_that_are_asked_to_stop_end_the_job_as_stopped(config: Path, signum: int) -> None:
     with job("local", config, "stop", "stop") as child:
         started = wait_for_ranks(child, 2)
-        time.sleep(0.3)  # until they have been found
         child.send_signal(signum)
         _, err = child.communicate(timeout=LIMIT)
     assert child.returncode == 75
