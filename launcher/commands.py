@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from launcher.environment import free_port
 from launcher.job import ENTRY, Job, Launcher, visible_gpus
+from moe_dist.errors import LaunchError
 
 TRAIN_SBATCH = ENTRY.parents[1] / "slurm" / "train.sbatch"
 
@@ -71,7 +72,16 @@ def mpirun(job: Job, exported: Iterable[str]) -> list[str]:
 
 
 def sbatch(job: Job) -> list[str]:
-    """Submits the shipped template; options win over what it says itself."""
+    """Submits the shipped template; options win over what it says itself.
+
+    Raises:
+        LaunchError: the job is no training, which is all that the template does.
+    """
+    if job.entry != ENTRY:
+        raise LaunchError(
+            "--launcher slurm submits nothing but training: give this command inside an allocation, such as salloc's, "
+            f"where srun starts its {job.ranks} ranks"
+        )
     size = [f"--nodes={len(job.nodes)}", f"--ntasks-per-node={job.nodes[0].ranks}"]
     return ["sbatch", *size, *job.options, str(TRAIN_SBATCH), *job.words]
 

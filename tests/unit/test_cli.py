@@ -121,6 +121,38 @@ def test_refusals_are_one_line_and_exit_2(moe_dist: Any, config: str, words: lis
     assert part in err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor"],
+        ["doctor", "CONFIG", "--nodes", "2", "--ranks", "2"],
+        ["measure", "traffic", "CONFIG", "--ranks", "2"],
+        ["bench", "layer", "--ranks", "2"],
+        ["bench", "step", "CONFIG", "--ranks", "2"],
+    ],
+)
+def test_slurm_is_given_no_training_in_place_of_what_was_asked(
+    moe_dist: Any, config: str, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        started.append(command)
+        return SimpleNamespace(returncode=0)
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(runners.subprocess, "run", run)
+    monkeypatch.setattr(runners, "_installed", list)  # SLURM itself may be missing here
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    given = [*[config if word == "CONFIG" else word for word in words], "--launcher", "slurm"]
+    code, out, err = moe_dist(*given)
+    assert (code, out, started) == (2, "", [])
+    assert err.startswith("moe-dist: error: --launcher slurm submits nothing but training: give this command inside")
+    assert err.count("\n") == 1
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert moe_dist(*given)[0] == 0
+    assert started[0][0] == "srun"
+    assert not any(word.endswith("train.py") for word in started[0])
+
+
 def test_config_prints_yaml_that_loads_again(moe_dist: Any, config: str, tmp_path: Path) -> None:
     code, out, _ = moe_dist("config", config, "train.steps=50", "--ranks", "4")
     (tmp_path / "resolved.yaml").write_text(out)
