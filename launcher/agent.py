@@ -11,18 +11,16 @@ import select
 import signal
 import sys
 import threading
-import time
 from dataclasses import asdict, dataclass
 from types import FrameType
 
 from launcher import faults
 from launcher.environment import prepare_process
-from launcher.supervise import Outcome, run_job
+from launcher.supervise import HEARD, Outcome, run_job
 from moe_dist.errors import EXIT_REFUSED, LaunchError
 
 SIGN_OF_LIFE_SECONDS = 5.0
 SILENCE_SECONDS = 60.0  # after which the machine that started us counts as lost
-REPEAT_SECONDS = 0.5
 OUTCOME = "moe-dist-outcome "  # before the JSON of how it ended
 
 
@@ -48,8 +46,9 @@ class Part:
 
 def main() -> int:
     """Reads the job and sees it to its end."""
-    for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in HEARD:
         signal.signal(signum, _nothing_runs)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # kept until the job can hear them
     orders = sys.stdin.fileno()
     part = Part(**json.loads(_read_line(orders)))
     environment = {**os.environ, **part.variables}
@@ -70,13 +69,11 @@ def _obey(orders: int) -> None:
     while line := _read_line(orders):
         if line.strip():
             os.kill(os.getpid(), int(line))
-    while True:  # until this process has ended: the job may not yet have begun to listen
-        os.kill(os.getpid(), signal.SIGHUP)
-        time.sleep(REPEAT_SECONDS)
+    os.kill(os.getpid(), signal.SIGHUP)
 
 
 def _nothing_runs(signum: int, frame: FrameType | None) -> None:
-    """Before the job listens, and after it has ended, no signal may keep us from saying how it ended."""
+    """Once the job has ended no signal may keep us from saying how."""
 
 
 def _read_line(orders: int) -> bytes:

@@ -29,6 +29,7 @@ GENTLE_SECONDS = {  # for the ranks to act upon a signal that is passed on to th
     signal.SIGINT: 15.0,  # to close their files
     signal.SIGTERM: 25.0,  # to save a checkpoint; many systems kill what still runs after 30 s
 }
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TERMINATE_SECONDS = 4.0  # between SIGTERM and SIGKILL
 SHOW_CURSOR = "\x1b[?25h"
 STOPPED = "stopped as asked, with a checkpoint: the same command and checkpoint.resume=auto goes on from it"
@@ -94,8 +95,8 @@ def _signals_passed_to(job: "_Job") -> Iterator[None]:
     def handle(signum: int, frame: FrameType | None) -> None:
         job.receive(signum)
 
-    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {signum: signal.signal(signum, handle) for signum in heard}
+    before = {signum: signal.signal(signum, handle) for signum in HEARD}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # whoever called may have held back what came earlier
     try:
         yield
     finally:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from launcher import agent, fleet
+from launcher.commands import node_command
 from launcher.faults import Fault
 from launcher.hosts import Node
 from launcher.job import Job, Launcher
@@ -127,6 +129,29 @@ def test_an_agent_says_what_it_cannot_start(tmp_path: Path) -> None:
     assert outcome is not None
     assert done.returncode == outcome.exit_code == 2
     assert "No such file or directory" in outcome.line
+
+
+@pytest.mark.parametrize(
+    ("signum", "how", "code"), [(signal.SIGINT, None, 130), (signal.SIGTERM, None, 143), (signal.SIGUSR1, "stop", 75)]
+)
+def test_an_agent_obeys_what_it_is_told_before_its_job_has_begun(
+    config: Path, signum: int, how: str | None, code: int
+) -> None:
+    asleep = ["sleep", "600"]  # it has no rank that could be asked to stop
+    command = (
+        asleep if how is None else node_command(Job.here(Launcher.LOCAL, 1, (str(config),), HERE / "fake_rank.py"), 0)
+    )
+    part = agent.Part(command, str(config.parent), {"RANK_0": how or ""}, 0, 1, 1)
+    with subprocess.Popen(
+        [sys.executable, "-m", "launcher.agent"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        child.stdin.write(f"{json.dumps(asdict(part))}\n{int(signum)}\n")
+        child.stdin.flush()  # both in one piece; its end would be an order too
+        try:
+            assert child.wait(agent.SILENCE_SECONDS / 2) == code
+        finally:
+            child.kill()
 
 
 def test_what_an_agent_says_last_is_read_back() -> None:
