@@ -14,14 +14,16 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher import peers
-from moe_dist.errors import EXIT_FAILURE, MoeDistError
+from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError
 
 JOB_FOLDER = "MOE_DIST_JOB_FOLDER"
 SUPERVISOR = "MOE_DIST_SUPERVISOR_PID"
+REFUSALS = "MOE_DIST_REFUSALS"
 EXIT_INTERRUPTED = 130
 LONGEST_LINE = 500
 STOPPED = "stopped"
@@ -124,11 +126,20 @@ def report(rank: int, world_size: int, error: BaseException) -> int:
     fault = Fault(rank, time.time(), line, exit_code, consequence)
     if (folder := _told_folder(rank)) is not None:
         _write(folder / f"rank-{rank}.fault", json.dumps(asdict(fault)))
+    if exit_code == EXIT_REFUSED:
+        _tell_batch_script(line)
     if not expected and not consequence:
         traceback.print_exception(error)
     if supervised_folder() is None:
         print(f"moe-dist: {_complaint(fault, world_size, folder)}", file=sys.stderr, flush=True)
     return exit_code
+
+
+def _tell_batch_script(line: str) -> None:
+    """Writes into the file of slurm/train.sbatch that this job need not be tried again."""
+    if file := os.environ.get(REFUSALS):
+        with suppress(OSError), open(file, "a", encoding="utf-8") as refusals:
+            refusals.write(f"{line}\n")
 
 
 def _complaint(fault: Fault, world_size: int, folder: Path | None) -> str:

@@ -49,7 +49,9 @@ def launch(job: Job) -> int:
         LaunchError: a program that it takes is not installed here.
     """
     if job.launcher in (Launcher.MPI, Launcher.SLURM) and not _supervised(job):
-        return subprocess.run(_installed(_foreign_command(job)), stdin=subprocess.DEVNULL, check=False).returncode
+        command = _installed(_foreign_command(job))
+        variables = {**_for_template(command), **os.environ}
+        return subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, check=False).returncode
     if job.is_here:
         outcome = run_job(
             _installed(_command(job)),
@@ -67,7 +69,9 @@ def launch(job: Job) -> int:
 def dry_run(job: Job) -> str:
     """The command, or one for each machine, as one would type it."""
     if job.launcher in (Launcher.MPI, Launcher.SLURM) or job.is_here:
-        return shlex.join(_command(job) if job.is_here else _foreign_command(job))
+        command = _command(job) if job.is_here else _foreign_command(job)
+        given = [f"{name}={shlex.quote(value)}" for name, value in _for_template(command).items()]
+        return " ".join([*given, shlex.join(command)])
     told = [
         f"{name}={'...' if SECRET.search(name) else value}" for name, value in sorted(travelling(os.environ).items())
     ]
@@ -97,6 +101,11 @@ def _foreign_command(job: Job) -> list[str]:
     if not commands.TRAIN_SBATCH.is_file():
         raise LaunchError(f"{commands.TRAIN_SBATCH} is missing: launch from a checkout of the repository")
     return commands.sbatch(job)
+
+
+def _for_template(command: list[str]) -> dict[str, str]:
+    """What a template that is submitted is to find in its environment: this Python, whatever folder we are in."""
+    return {"VENV": sys.prefix} if command[0] == "sbatch" and "VENV" not in os.environ else {}
 
 
 def _installed(command: list[str]) -> list[str]:

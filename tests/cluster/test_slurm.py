@@ -144,6 +144,15 @@ def test_a_refused_configuration_is_not_tried_again(slurm: Bed, cache: Path, tmp
     assert job.log.count("moe.top_k=99 is larger than a cluster") == 1
 
 
+def test_data_that_ranks_refuse_are_not_tried_again_in_any_folder(slurm: Bed, cache: Path, tmp_path: Path) -> None:
+    given = words(tmp_path, cache, "corpus.kind=text", "corpus.paths=[/nowhere]")
+    job = Job(slurm, tmp_path, f"--chdir={tmp_path}", "slurm/train.sbatch", str(ROOT / given[0]), *given[1:])
+    job.await_state("FAILED", "COMPLETED")
+    assert (job.field("JobState"), job.field("ExitCode"), job.field("Restarts")) == ("FAILED", "2:0", "0"), job.log
+    assert "'/nowhere' matches no file" in job.log
+    assert not list(tmp_path.glob(".refused*"))
+
+
 def test_a_study_runs_each_variant(slurm: Bed, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "variants").write_text("# none\n\n1 1 train.global_batch_size=4\n2 1 train.global_batch_size=8\n")
     options = ("--array=1-2", f"--output={tmp_path}/log-%a", "--exclusive=user")

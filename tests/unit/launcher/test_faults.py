@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from launcher import faults
 from launcher.faults import Fault, root_cause
-from moe_dist.errors import ConfigError, TrainingError
+from moe_dist.errors import ConfigError, DataError, TrainingError
 
 
 def test_the_first_fault_that_is_no_consequence_is_the_cause() -> None:
@@ -89,3 +89,14 @@ def test_without_supervisor_a_lost_peer_is_one_line_that_blames_another(
     assert faults.report(0, 1, lost) == 1  # alone there is no peer
     assert "Traceback" not in shown
     assert "moe-dist: error: RuntimeError: gloo" in capsys.readouterr().err
+
+
+def test_a_batch_script_learns_of_refusals_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = tmp_path / "refusals"
+    monkeypatch.setitem(os.environ, faults.REFUSALS, str(refusals))
+    assert faults.report(1, 4, TrainingError("step 3: loss is nan")) == 1
+    assert not refusals.exists()
+    assert [faults.report(rank, 4, DataError("no text")) for rank in range(2)] == [2, 2]
+    assert refusals.read_text() == "no text\n" * 2
+    monkeypatch.setitem(os.environ, faults.REFUSALS, str(tmp_path / "missing" / "refusals"))
+    assert faults.report(1, 4, DataError("no text")) == 2

@@ -171,6 +171,7 @@ def test_mpirun_command(config: str, hostfile: Path) -> None:
 def test_slurm_submits_the_template_or_steps_into_an_allocation(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(os.environ, "VENV", "")
     job = plan(Launcher.SLURM, Size(nodes=2), config, ["seed=1"], options=["--partition=gpu"])
     template = str(commands.TRAIN_SBATCH)
     assert runners.dry_run(job) == shlex.join(
@@ -179,6 +180,26 @@ def test_slurm_submits_the_template_or_steps_into_an_allocation(config: str, mon
     assert commands.TRAIN_SBATCH.is_file()
     monkeypatch.setitem(os.environ, "SLURM_JOB_ID", "7")
     assert runners.dry_run(job).startswith("srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --kill-on-bad-exit=1")
+
+
+@pytest.mark.parametrize("given", [None, "", "env of mine"])
+def test_a_submitted_job_finds_this_python_unless_another_is_given(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "VENV"):
+        monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setitem(os.environ, "VENV", given)
+    monkeypatch.setattr(sys, "prefix", "/its own/venv")
+    monkeypatch.setitem(os.environ, "PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$VENV" "$PWD" >submitted\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    job = plan(Launcher.SLURM, Size(nodes=2), config, [])
+    assert runners.launch(job) == 0
+    python = "/its own/venv" if given is None else given
+    assert (tmp_path / "submitted").read_text() == f"{python}\n{tmp_path}\n"
+    assert runners.dry_run(job).startswith("VENV='/its own/venv' sbatch " if given is None else "sbatch ")
 
 
 def test_dry_run_shows_every_machine_and_no_secret(
