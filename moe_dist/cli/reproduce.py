@@ -59,7 +59,9 @@ def reproduce(
     configs: Annotated[Path, typer.Option(help="The folder configs of a checkout.")] = Path("configs"),
     folder: Annotated[Path | None, typer.Option(help="Where all is kept; default: results/reproduce-SCALE.")] = None,
     gpu: Annotated[str, typer.Option(help="For the predicted cost (paper): as moe-dist plan.")] = "h100",
-    nodes: Annotated[int, typer.Option(min=1, help="Machines, for the predicted cost and sbatch (paper).")] = 2,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines, for the predicted cost and sbatch (paper). Default: 2.")
+    ] = None,
     only_cost: Annotated[bool, typer.Option("--cost", help="Only predict what it costs on GPUs.")] = False,
     json_file: Json = None,
 ) -> None:
@@ -89,6 +91,7 @@ def reproduce(
         limit=limit,
     )
     home.mkdir(parents=True, exist_ok=True)
+    nodes = nodes or min(2, chosen.ranks)
     if only_cost or scale is ScaleName.PAPER:
         submit.show_cost(plan, gpu, nodes, console)
     if only_cost:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from moe_dist.errors import ConfigError
 from moe_dist.measurement.reproduce import estimate, evaluate
 from moe_dist.measurement.reproduce.cells import main_cells
 from moe_dist.measurement.reproduce.run import Plan, best_rates, known_grid
@@ -20,7 +21,7 @@ def show_cost(plan: Plan, gpu: str, nodes: int, console: Console) -> None:
     Raises:
         ConfigError: the GPU is unknown, or the ranks cannot be divided over the nodes.
     """
-    per_node = max(1, plan.setting.scale.ranks // nodes)
+    per_node = _ranks_per_node(plan, nodes)
     fabric = Fabric(device_named(gpu), nodes, per_node, per_node, min(nodes, MOST_NODES_IN_A_POD), 1.0)
     found = estimate.costs(main_cells(plan.setting, plan.kinds, 1, {}), fabric)
     estimate.render(found, plan.seeds, f"{nodes} node(s) of {per_node} {gpu}", console)
@@ -33,7 +34,11 @@ def write_arrays(plan: Plan, nodes: int, say: Callable[[str], None], gpus: bool 
 
     Args:
         gpus: the commands it says ask for one GPU a rank.
+
+    Raises:
+        ConfigError: the ranks cannot be divided over the nodes.
     """
+    per_node = _ranks_per_node(plan, nodes)
     plan.folder.mkdir(parents=True, exist_ok=True)
     grid = [cell for cell in plan.grid_cells if known(cell, plan.folder) is None]
     cells = [] if grid else main_cells(plan.setting, plan.kinds, plan.seeds, best_rates(known_grid(plan)))
@@ -48,12 +53,21 @@ def write_arrays(plan: Plan, nodes: int, say: Callable[[str], None], gpus: bool 
     }
     if waiting:
         scripts["evaluate.sbatch"] = array_job("eval", plan.setting.scale.ranks, waiting, plan.folder)
-    wanted = f" --gpus-per-node={max(1, plan.setting.scale.ranks // nodes)}" if gpus else ""
+    size = f"--nodes={nodes} --ntasks-per-node={per_node}{f' --gpus-per-node={per_node}' if gpus else ''}"
     for name, text in scripts.items():
         (plan.folder / name).write_text(text, encoding="utf-8")
-        say(f"sbatch --nodes={nodes}{wanted} {plan.folder / name}")
+        say(f"sbatch {size} {plan.folder / name}")
     if scripts:
         say(
             "Submit these where sbatch is, with your own --account, --partition and --time; then give this command "
             "again: for what comes next, and for the results."
         )
+
+
+def _ranks_per_node(plan: Plan, nodes: int) -> int:
+    per_node, left = divmod(plan.setting.scale.ranks, nodes)
+    if left:
+        raise ConfigError(
+            f"--nodes {nodes} does not divide the {plan.setting.scale.ranks} ranks of --scale {plan.setting.scale.name}"
+        )
+    return per_node

@@ -51,5 +51,5 @@ esac
 meeting=$(mktemp -d {shlex.quote(str(home))}/meeting-XXXXXX)
 trap 'rm -rf "$meeting"' EXIT
 export MOE_DIST_INIT_METHOD="file://$meeting/ranks"
-srun {shlex.quote(python)} -m moe_dist {command} "${{words[@]}}"
+srun --kill-on-bad-exit=1 {shlex.quote(python)} -m moe_dist {command} "${{words[@]}}"
 """

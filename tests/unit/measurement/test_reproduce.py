@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, DataError, MoeDistError
@@ -18,7 +19,7 @@ from moe_dist.measurement.reproduce.figures import Result, active_work, rows
 from moe_dist.measurement.reproduce.plots import plot_all
 from moe_dist.measurement.reproduce.progress import Progress
 from moe_dist.measurement.reproduce.scales import CLASSIC, KINDS, OURS, SCALES, STRONG, Kind, Scale
-from moe_dist.measurement.reproduce.submit import write_arrays
+from moe_dist.measurement.reproduce.submit import show_cost, write_arrays
 from moe_dist.metrics.summary import look_up
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -198,9 +199,9 @@ def test_progress_tells_by_what_has_been_measured() -> None:
 def test_a_cluster_gets_job_arrays_in_order(tmp_path: Path, started: list[str]) -> None:
     plan, said = _plan(tmp_path), list[str]()
     write_arrays(plan, 2, said.append)
-    assert said[0] == f"sbatch --nodes=2 {tmp_path / 'grid-study-2.sbatch'}"
+    assert said[0] == f"sbatch --nodes=2 --ntasks-per-node=1 {tmp_path / 'grid-study-2.sbatch'}"
     write_arrays(plan, 2, said.append, gpus=True)
-    assert said[2] == f"sbatch --nodes=2 --gpus-per-node=1 {tmp_path / 'grid-study-2.sbatch'}"
+    assert said[2] == f"sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=1 {tmp_path / 'grid-study-2.sbatch'}"
     assert "--array=0-11%1" in (tmp_path / "grid-study-2.sbatch").read_text()
     run.reproduce(_plan(tmp_path, kinds=("dense", CLASSIC, STRONG, OURS)), lambda line: None)
     said.clear()
@@ -209,3 +210,14 @@ def test_a_cluster_gets_job_arrays_in_order(tmp_path: Path, started: list[str]) 
     script = (tmp_path / "evaluate.sbatch").read_text()
     assert "--array=0-1%1" in script  # dense, both seeds
     assert '-m moe_dist eval "${words[@]}"' in script
+
+
+@pytest.mark.parametrize("nodes", [3, 32])
+def test_nodes_that_do_not_divide_the_ranks_are_refused(tmp_path: Path, nodes: int) -> None:
+    plan, said = _plan(tmp_path / "new", "paper"), list[str]()
+    wanted = f"--nodes {nodes} does not divide the 16 ranks of --scale paper"
+    with pytest.raises(ConfigError, match=wanted):
+        write_arrays(plan, nodes, said.append)
+    with pytest.raises(ConfigError, match=wanted):
+        show_cost(plan, "h100", nodes, Console(quiet=True))
+    assert (said, (tmp_path / "new").exists()) == ([], False)
