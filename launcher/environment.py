@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import socket
 import sys
 import warnings
@@ -141,6 +142,14 @@ def number(environment: Mapping[str, str], name: str, default: int | None = None
 def _require_below(name: str, value: int, limit_name: str, limit: int) -> None:
     if value >= limit:
         raise LaunchError(f"{name}={value} must be less than {limit_name} ({limit}): ranks count from 0")
+
+
+def split_words(name: str, text: str) -> list[str]:
+    """The words of an option or a variable as a shell would read them, or a LaunchError that names it."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise LaunchError(f"{name} {text!r}: {error}: quote it as in a shell") from error
 
 
 def free_port() -> int:

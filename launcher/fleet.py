@@ -20,6 +20,7 @@ from types import FrameType
 
 from launcher import commands, faults
 from launcher.agent import SIGN_OF_LIFE_SECONDS, Part, read_outcome
+from launcher.environment import split_words
 from launcher.job import Job
 from launcher.supervise import GRACE_SECONDS, POLL_SECONDS, TERMINATE_SECONDS, Outcome
 from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
@@ -35,7 +36,7 @@ STOP_SECONDS = 2 * TERMINATE_SECONDS + 4.0  # for an agent to end its ranks
 
 def ssh_command(host: str) -> list[str]:
     """Starts the agent on a host, by this Python at the same path there; MOE_DIST_SSH may name another ssh."""
-    ssh = shlex.split(os.environ.get(SSH, "")) or ["ssh", *SSH_OPTIONS]
+    ssh = split_words(SSH, os.environ.get(SSH, "")) or ["ssh", *SSH_OPTIONS]
     return [*ssh, host, f"exec {shlex.join([sys.executable, '-m', 'launcher.agent'])}"]
 
 
@@ -46,7 +47,7 @@ def run(job: Job, variables: Mapping[str, str]) -> Outcome:
         variables: what to set in the environment of every machine.
 
     Raises:
-        LaunchError: there is no ssh.
+        LaunchError: there is no ssh, or MOE_DIST_SSH cannot be read.
     """
     parts: list[_RemotePart] = []
     try:

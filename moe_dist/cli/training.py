@@ -1,11 +1,11 @@
 """Commands that train, start ranks, and check a configuration."""
 
-import shlex
 from typing import Annotated
 
 import typer
 
 from launcher import runners
+from launcher.environment import split_words
 from launcher.job import DEFAULT_PORT, Launcher, Size, plan
 from launcher.train import run_rank, with_json
 from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
@@ -40,7 +40,7 @@ def launch(
     """Start ranks here or on several machines; when one fails all stop, and the last line says which and why."""
     size = Size(ranks, nodes, ranks_per_node, hostfile)
     words = with_json(overrides or (), json_file)
-    job = plan(launcher, size, config, words, port, shlex.split(launcher_args))
+    job = plan(launcher, size, config, words, port, split_words("--launcher-args", launcher_args))
     if dry_run:
         typer.echo(runners.dry_run(job))
         return

@@ -17,7 +17,7 @@ Ranks = Annotated[int | None, typer.Option(help="How many; default: what the key
 Nodes = Annotated[int | None, typer.Option(help="Machines; default: this one, or all of the host file.")]
 RanksPerNode = Annotated[int | None, typer.Option(help="Ranks on each machine; default: its slots.")]
 Hostfile = Annotated[Path | None, typer.Option(help="Machines, a line `HOST slots=N` for each.")]
-Port = Annotated[int, typer.Option(help="Where ranks of several machines meet, on the first.")]
+Port = Annotated[int, typer.Option(min=1, max=65535, help="Where ranks of several machines meet, on the first.")]
 
 # The layer that a bench measures, and how; None: as the bench's own specification has it (`said`).
 Width = Annotated[int | None, typer.Option(help="d: width of the model.")]

@@ -109,9 +109,13 @@ def test_a_machine_that_cannot_be_reached_is_named(config: Path, monkeypatch: py
     assert outcome.line.startswith("error: ssh to unreachable ended without its ranks: the machine cannot be reached")
 
 
-def test_without_ssh_it_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "MOE_DIST_SSH", "/nowhere/ssh")
-    with pytest.raises(LaunchError, match=r"ssh cannot be run \(No such file or directory\)"):
+@pytest.mark.parametrize(
+    ("ssh", "message"),
+    [("/nowhere/ssh", r"ssh cannot be run \(No such file or directory\)"), ("'ssh", "MOE_DIST_SSH .*No closing quota")],
+)
+def test_without_ssh_it_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch, ssh: str, message: str) -> None:
+    monkeypatch.setitem(os.environ, "MOE_DIST_SSH", ssh)
+    with pytest.raises(LaunchError, match=message):
         fleet.run(Job(Launcher.LOCAL, (Node("a", 1), Node("b", 1)), (str(config),)), {})
 
 
