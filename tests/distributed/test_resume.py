@@ -288,7 +288,7 @@ def _train_until_it_hangs(words: list[str]) -> None:
 
 
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(folder: Path) -> None:
-    words = _words(folder, "hangs", "world.zero_stage=2", "watchdog.seconds=8", "checkpoint.resume=auto")
+    words = _words(folder, "hangs", "world.zero_stage=2", "watchdog.seconds=20", "checkpoint.resume=auto")
     with pytest.raises(AssertionError, match="ended with exit code 7"):
         run_ranks(_train_until_it_hangs, 2, words, timeout=120)
     run = folder / "runs" / "hangs"

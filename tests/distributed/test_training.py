@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.errors import DataError, TrainingError
 from moe_dist.metrics import missing_keys
 from moe_dist.model.language_model import LanguageModel
+from moe_dist.training.interrupt import StopSignals
 from moe_dist.training.run import train
 from tests.distributed.ranks import run_ranks
 
@@ -173,15 +174,21 @@ def test_trains_on_the_accelerator(tmp_path: Path) -> None:
 def _train_until_asked(words: list[str]) -> bool:
     """Rank 1 alone gets the signal, in the middle of step 3."""
     forward, calls = LanguageModel.forward, 0
+    hear, heard = StopSignals._hear, threading.Event()
+
+    def hear_and_tell(self: StopSignals, signum: int) -> None:
+        hear(self, signum)
+        heard.set()
 
     def asked(self: LanguageModel, sequence_BS: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == 3 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(0.2)  # for the thread that listens
+            assert heard.wait(60)  # for the thread that listens
         return forward(self, sequence_BS)
 
+    StopSignals._hear = hear_and_tell  # type: ignore[method-assign]
     LanguageModel.forward = asked  # type: ignore[method-assign]
     return train(load_config(SMOKE, words))
 

@@ -142,7 +142,7 @@ def test_slurm_is_given_no_training_in_place_of_what_was_asked(
         return SimpleNamespace(returncode=0)
 
     started: list[list[str]] = []
-    monkeypatch.setattr(runners.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(runners, "_installed", list)  # SLURM itself may be missing here
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     given = [*[config if word == "CONFIG" else word for word in words], "--launcher", "slurm"]

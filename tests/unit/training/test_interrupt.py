@@ -43,10 +43,14 @@ def test_sigterm_ends_a_rank_that_reaches_no_boundary_even_in_c_code() -> None:
 
 def test_once_the_boundary_is_reached_saving_may_take_its_time() -> None:
     done = run(
-        "with StopSignals(term_seconds=0.3) as stop:\n"
+        "import threading\n"
+        "with StopSignals(term_seconds=15) as stop:\n"
+        "    before = set(threading.enumerate())\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    while not stop.wanted: time.sleep(0.01)\n"
-        "    stop.reached(); time.sleep(0.6); print('saved')\n"
+        "    stop.reached()\n"
+        "    for waits in set(threading.enumerate()) - before: waits.join()  # or else it ends the process\n"
+        "print('saved')\n"
     )
     assert (done.returncode, done.stdout) == (0, "saved\n")
 
