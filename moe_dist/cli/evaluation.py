@@ -9,7 +9,7 @@ import typer
 
 from launcher import environment, evaluate, runners
 from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines
-from launcher.train import writable
+from launcher.train import require_run, writable
 from moe_dist.cli.words import Hostfile, Json, Nodes, Port, Ranks, RanksPerNode, StartedBy
 from moe_dist.config import load_config
 from moe_dist.errors import LaunchError
@@ -102,6 +102,7 @@ def evaluation(
         max_eval=max_eval,
         max_steps=max_steps,
     )
+    require_run(run)
     words, size = evaluate.only_of_the_job(overrides or ()), Size(ranks, nodes, ranks_per_node, hostfile)
     if environment.discover(os.environ).kind != "alone" or (size == Size(ranks=ranks) and ranks in (None, 1)):
         raise typer.Exit(evaluate.evaluate_rank(str(run), words, options))
