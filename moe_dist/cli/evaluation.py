@@ -102,12 +102,13 @@ def evaluation(
         max_eval=max_eval,
         max_steps=max_steps,
     )
-    require_run(run)
     words, size = evaluate.only_of_the_job(overrides or ()), Size(ranks, nodes, ranks_per_node, hostfile)
     if environment.discover(os.environ).kind != "alone" or (size == Size(ranks=ranks) and ranks in (None, 1)):
+        require_run(run)
         raise typer.Exit(evaluate.evaluate_rank(str(run), words, options))
     if launcher is Launcher.SLURM:
         raise LaunchError("--launcher slurm: submit `sbatch slurm/eval.sbatch RUN ...`, or call srun on this command")
+    require_run(run)
     threads = load_config(None, words).world.threads
     started = (str(run.absolute()), *words, *options.words())
     job = Job(launcher, machines(launcher, size, ranks_wanted=1), started, threads, ENTRY, port)
