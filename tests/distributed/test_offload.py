@@ -201,7 +201,8 @@ def _train(words: list[str]) -> None:
     train(load_config(SMOKE, words))
 
 
-BUDGET = 3_000_000
+BUDGET = 200_000
+"""Bytes: less than a third of what the experts of these runs take, blocks of 20,480."""
 
 
 def _final(run: Path) -> dict[str, Tensor]:
@@ -234,7 +235,7 @@ def test_runs_with_and_without_tiers_go_on_from_each_others_checkpoints(tmp_path
         assert not [key for key, value in final["plain"].items() if not torch.equal(final[name][key], value)], name
     offload = summaries["away"]["memory"]["offload"]
     assert offload["budget_bytes"] == BUDGET
-    assert offload["peak_device_bytes"] > 0.8 * BUDGET, "the budget was never needed"
+    assert BUDGET - offload["peak_device_bytes"] < 20_480, "the budget was never needed"
     assert summaries["plain"]["memory"]["offload"] is None
     assert not (runs / ".offload").exists()
 
