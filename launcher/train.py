@@ -84,6 +84,18 @@ def writable(file: Path, option: str = "--json") -> str:
     return str(target)
 
 
+def require_run(run: Path) -> None:
+    """Refuses a run that is not there, before anything is imported that takes seconds.
+
+    Raises:
+        LaunchError: there is neither a folder nor a file.
+    """
+    if not run.exists():
+        raise LaunchError(
+            f"{run} does not exist: give the folder of a run that has ended or saved a checkpoint, such as runs/NAME"
+        )
+
+
 def _accepted_config(
     place: environment.RankEnvironment, config_path: str | None, overrides: Sequence[str]
 ) -> RunConfig:

@@ -9,7 +9,7 @@ import typer
 
 from launcher import environment, evaluate, runners
 from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines
-from launcher.train import writable
+from launcher.train import require_run, writable
 from moe_dist.cli.words import Hostfile, Json, Nodes, Port, Ranks, RanksPerNode, StartedBy
 from moe_dist.config import load_config
 from moe_dist.errors import LaunchError
@@ -104,9 +104,11 @@ def evaluation(
     )
     words, size = evaluate.only_of_the_job(overrides or ()), Size(ranks, nodes, ranks_per_node, hostfile)
     if environment.discover(os.environ).kind != "alone" or (size == Size(ranks=ranks) and ranks in (None, 1)):
+        require_run(run)
         raise typer.Exit(evaluate.evaluate_rank(str(run), words, options))
     if launcher is Launcher.SLURM:
         raise LaunchError("--launcher slurm: submit `sbatch slurm/eval.sbatch RUN ...`, or call srun on this command")
+    require_run(run)
     threads = load_config(None, words).world.threads
     started = (str(run.absolute()), *words, *options.words())
     job = Job(launcher, machines(launcher, size, ranks_wanted=1), started, threads, ENTRY, port)

@@ -67,7 +67,7 @@ def reproduce(
 
     What has finished is kept and not run again; a part that fails is reported, and the others go on.
     """
-    from moe_dist.measurement.reproduce import cells, evaluate, run, submit
+    from moe_dist.measurement.reproduce import cells, evaluate
     from moe_dist.measurement.reproduce.scales import KINDS, SCALES
 
     target = json_file and writable(json_file)
@@ -79,6 +79,8 @@ def reproduce(
     words = (*cells.text_words(text or chosen.text), *(overrides or ()))
     setting = cells.Setting(chosen, configs, home, words)
     subset = setting.load().corpus.subset
+    from moe_dist.measurement.reproduce import run, submit  # here, since they load torch
+
     plan = run.Plan(
         setting=setting,
         kinds=[KINDS[name] for name in kind or KINDS],

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.train import writable
+from launcher.train import require_run, writable
 
 
 class Dtype(StrEnum):
@@ -43,6 +43,7 @@ def export(
 ) -> None:
     """Write a run's trained weights to one safetensors file, its configuration and placement in the file's metadata."""
     target = Path(writable(output, "--output"))
+    require_run(run)
     import torch
 
     from moe_dist.checkpoint.export import export_weights

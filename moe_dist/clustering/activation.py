@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FADED = 1e-30
+"""Mass of an expert below which what it was given long ago is forgotten: sums that decay end in noise, not in zero."""
+
 
 @dataclass
 class ActivationStatistics:
@@ -84,8 +87,8 @@ class ActivationStatistics:
 
     @property
     def seen(self) -> Tensor:
-        """bool [E]: experts that were given anything. NaN is not nothing."""
-        return self.mass_E != 0
+        """bool [E]: experts that were given anything that has not faded away. NaN is not nothing."""
+        return ~(self.mass_E < FADED)
 
     def mean_mass(self) -> Tensor:
         """Bias-corrected moving average of the router's weight a step, sum / ((1 - b^t) / (1 - b)), float32 [E]."""

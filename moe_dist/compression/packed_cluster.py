@@ -1,7 +1,7 @@
 """A cluster's weights as they are stored: the base in 16 bits, factors in few, vectors as they are.
 
-This is what an exported file, a tier of memory and the wire hold of a cluster that is not being updated. `as_stored`
-makes training see the same numbers, bit by bit.
+This is what an exported file and a tier of memory hold of a cluster that is not being updated. `as_stored` makes
+training see the same numbers, bit by bit.
 
 Shapes: N experts of the cluster, D model width, F hidden width, H = 2 F (gate | up), B bytes of an expert.
 """

@@ -138,6 +138,11 @@ class RunConfig(Section):
                 f"recluster.period={recluster.period} has nothing to regroup: moe.experts={moe.experts} in "
                 f"moe.clusters={moe.clusters}"
             )
+        if int(recluster.max_moved * moe.experts) < 2:
+            raise ConfigError(
+                f"recluster.max_moved={recluster.max_moved:g} of moe.experts={moe.experts} lets no two exchange their "
+                f"places: at least {2 / moe.experts:g}"
+            )
         for key, value in (("period", recluster.period), ("start", recluster.start)):
             if value >= self.train.steps:
                 raise ConfigError(f"recluster.{key}={value} is longer than the run: train.steps={self.train.steps}")

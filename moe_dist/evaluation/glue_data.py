@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +80,15 @@ def _open(task: GlueTask, split: str, folder: Path | None) -> tuple[str, Iterabl
 
 
 def _json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
+    number = 0
+    with file.open("rb") as lines:
         try:
             for number, line in enumerate(lines, 1):
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
                 if not isinstance(row, dict):
                     raise DataError(f"{file}: line {number} is no JSON object")
                 yield row
-        except ValueError as error:  # no JSON, or no UTF-8
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
             raise DataError(f"{file}: line {number} cannot be read: {error}") from error
 
 
@@ -110,9 +110,9 @@ def _example(task: GlueTask, where: str, row: Mapping[str, Any]) -> Example:
 
 
 def _label(task: GlueTask, where: str, label: Any) -> float:
-    known = isinstance(label, (int, float)) and not isinstance(label, bool) and isfinite(label)
+    known = isinstance(label, (int, float)) and not isinstance(label, bool)
     if task.labels is None:
-        if not known or not 0 <= label <= STS_B_HIGHEST:
+        if not known or not 0 <= label <= STS_B_HIGHEST:  # nor is NaN
             raise DataError(f"{where}: label={label!r}, but those of {task.name} are numbers from 0 to 5")
     elif not known or label not in range(task.labels):
         hint = " (those of test splits are not public)" if label == -1 else ""

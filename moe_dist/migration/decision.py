@@ -51,8 +51,15 @@ def decide_layer(
             new_E[expert] = cluster
     weights_EE = pair_weights(similarity_EE, placement.clusters, load_E, weight)
     kept, labels_E = _worthwhile(exchanges(old_E.tolist(), new_E), old_E, weights_EE, placement.clusters, recluster)
-    qualities = [cluster_quality(similarity_EE, labels, load_E, weight).objective for labels in (old_E, labels_E)]
-    return LayerDecision(tuple(kept), qualities[0], qualities[1])
+    before, after = (objective_of(similarity_EE, labels.tolist(), load_E, recluster) for labels in (old_E, labels_E))
+    return LayerDecision(tuple(kept), before, after)
+
+
+def objective_of(
+    similarity_EE: npt.ArrayLike, labels_E: Sequence[int], load_E: npt.ArrayLike, recluster: ReclusterConfig
+) -> float:
+    """What a clustering is worth: how alike members are, less the price of unequal loads (`ClusterQuality`)."""
+    return cluster_quality(similarity_EE, labels_E, load_E, recluster.load_weight).objective
 
 
 def _worthwhile(
@@ -60,7 +67,7 @@ def _worthwhile(
 ) -> tuple[list[Cycle], npt.NDArray[np.int64]]:
     """The exchanges that gain enough, made one after the other as long as there is room, and the labels after them."""
     experts = len(labels_E)
-    room = max(2, int(limits.max_moved * experts))
+    room = int(limits.max_moved * experts)
 
     def value(labels: npt.NDArray[np.int64]) -> float:
         return pair_sum(affinities(weights_EE, labels, clusters), labels)

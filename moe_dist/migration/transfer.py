@@ -2,8 +2,8 @@
 
 Phase one: everything is sent point to point, one message for each pair of ranks, and verified by checksum on arrival;
 all ranks learn whether all of it is whole. Until then nothing has changed, and a rank that dies leaves the others with
-what they had. Phase two: `write` puts what arrived into place. What is held beside a rank's own share is what moves to
-it and, while it is sent, what leaves it.
+what they had. Phase two: `settle` puts what arrived into place. What is held beside a rank's own share is what moves to
+it or within it and, while it is sent, what leaves it: so whoever has much to move plans it in several parts.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,6 +18,8 @@ from moe_dist.errors import MoeDistError
 from moe_dist.migration.plan import Cell, Piece, Plan
 
 CHECKSUM_BYTES = 8
+CHECKSUM_CHUNK = 2**20
+"""Words that are summed up at a time, since each takes eight times its bytes meanwhile."""
 
 
 class Cells(Protocol):
@@ -44,13 +46,18 @@ class Arrivals:
     waiting: list[tuple[Piece, Tensor]]
     cells: Cells
 
-    def write(self, wanted: Callable[[Piece], bool] = lambda _: True) -> "Arrivals":
-        """Puts the wanted pieces into place; returns what they replaced, which `write` of the result brings back."""
-        chosen = [(piece, values) for piece, values in self.waiting if wanted(piece)]
-        replaced = [(piece, self.cells.read(piece.target, piece.target_start, piece.length)) for piece, _ in chosen]
-        for piece, values in chosen:
-            self.cells.write(piece.target, piece.target_start, values)
+    def try_out(self, wanted: Callable[[Piece], bool]) -> "Arrivals":
+        """Puts the wanted pieces into place; returns what they replaced, which `settle` of the result brings back."""
+        chosen = [piece for piece, _ in self.waiting if wanted(piece)]
+        replaced = [(piece, self.cells.read(piece.target, piece.target_start, piece.length)) for piece in chosen]
+        self.settle(wanted)
         return Arrivals(replaced, self.cells)
+
+    def settle(self, wanted: Callable[[Piece], bool] = lambda _: True) -> None:
+        """Phase two: puts the wanted pieces into place for good."""
+        for piece, values in self.waiting:
+            if wanted(piece):
+                self.cells.write(piece.target, piece.target_start, values)
 
 
 @torch.no_grad()
@@ -63,12 +70,16 @@ def carry(plan: Plan, rank: int, cells: Cells, device: torch.device) -> Arrivals
     if not plan.pieces:
         return Arrivals([], cells)
     waiting = [(piece, _source(cells, piece)) for piece in plan.stays(rank)]
-    outgoing = {peer: _packed(cells, pieces).to(device) for peer, pieces in plan.sends(rank).items()}
+    outgoing = {
+        peer: _packed(cells, pieces, plan.bytes_between(rank, peer), device)
+        for peer, pieces in plan.sends(rank).items()
+    }
     incoming = {
         peer: torch.empty(plan.bytes_between(peer, rank) + CHECKSUM_BYTES, dtype=torch.uint8, device=device)
         for peer in plan.receives(rank)
     }
     _exchange(outgoing, incoming)
+    outgoing.clear()
     _require_whole(incoming, rank, device)
     for peer, pieces in plan.receives(rank).items():
         waiting += _unpacked(incoming[peer], pieces, cells)
@@ -89,7 +100,7 @@ def _require_whole(incoming: dict[int, Tensor], rank: int, device: torch.device)
     if int(worst) >= 0:
         receiver, sender = divmod(int(worst), dist.get_world_size())
         raise MigrationError(
-            f"experts that rank {sender} sent to rank {receiver} arrived damaged (checksum); nothing was changed: go "
+            f"experts that rank {sender} sent to rank {receiver} arrived damaged (checksum); none of it was used: go "
             "on from the last checkpoint, and look at the network between the two"
         )
 
@@ -99,9 +110,14 @@ def _is_whole(message: Tensor) -> bool:
     return torch.equal(checksum(body).view(1).view(torch.uint8), sent)
 
 
-def _packed(cells: Cells, pieces: Iterable[Piece]) -> Tensor:
-    body = torch.cat([_source(cells, piece).view(torch.uint8) for piece in pieces])
-    return torch.cat([body, checksum(body).view(1).view(torch.uint8)])
+def _packed(cells: Cells, pieces: Iterable[Piece], size: int, device: torch.device) -> Tensor:
+    message, first = torch.empty(size + CHECKSUM_BYTES, dtype=torch.uint8, device=device), 0
+    for piece in pieces:
+        values = _source(cells, piece).view(torch.uint8)
+        message[first : first + len(values)] = values
+        first += len(values)
+    message[size:] = checksum(message[:size]).view(1).view(torch.uint8)
+    return message
 
 
 def _unpacked(message: Tensor, pieces: Iterable[Piece], cells: Cells) -> list[tuple[Piece, Tensor]]:
@@ -120,6 +136,9 @@ def _source(cells: Cells, piece: Piece) -> Tensor:
 
 def checksum(body: Tensor) -> Tensor:
     """A 64-bit sum of words, each times an odd number of its place, modulo 2^64: sees changes and exchanges."""
-    padded = torch.nn.functional.pad(body, (0, -len(body) % 4)).view(torch.int32).long()
-    place = torch.arange(len(padded), device=body.device)
-    return (padded * (2 * place + 1)).sum() + len(body)
+    total = torch.tensor(len(body), device=body.device)
+    for number, chunk in enumerate(body.split(4 * CHECKSUM_CHUNK)):
+        padded = torch.nn.functional.pad(chunk, (0, -len(chunk) % 4)) if len(chunk) % 4 else chunk
+        place = torch.arange(len(padded) // 4, device=body.device) + number * CHECKSUM_CHUNK
+        total += (padded.view(torch.int32) * (2 * place + 1)).sum()
+    return total

@@ -2,14 +2,14 @@
 
 A round, after the update of a step: all ranks add up their statistics, rank 0 decides, all agree on its verdict; first
 clusters change ranks as they are, then experts change clusters. What moves arrives and is verified before anything is
-switched; exchanges of experts are tried on tokens of the step's own batch, and those that would cost too much dropped.
+switched; exchanges of experts are tried on tokens of the next step's batch, and those that would cost too much dropped.
 
 Shapes: L layers, E experts, G clusters, B sequences, S tokens of one.
 """
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from moe_dist.config import RunConfig
 from moe_dist.engine.engine import Engine, StepOutcome
 from moe_dist.engine.expert_tensors import ExpertTensors
-from moe_dist.migration.decision import LayerDecision, decide_blocks, decide_layer
-from moe_dist.migration.exchange import Cycle, apply_exchanges
+from moe_dist.migration.decision import LayerDecision, decide_blocks, decide_layer, objective_of
+from moe_dist.migration.exchange import Cycle, apply_exchanges, exchanges
 from moe_dist.migration.guard import accept
 from moe_dist.migration.plan import Kind, Plan, plan_layer
 from moe_dist.migration.schedule import is_due, last_round
@@ -94,14 +94,19 @@ class Coordinator:
             self._context.statistics.collecting = step <= self._last_round
             self._context.statistics.begin_step()
 
-    def after_step(self, step: int, outcome: StepOutcome, sequences_BS: Tensor) -> None:
-        """Takes note of a step, and holds a round if one is due."""
+    def after_step(self, step: int, outcome: StepOutcome, sequences_BS: Tensor, upcoming: Callable[[], Tensor]) -> None:
+        """Takes note of a step, and holds a round if one is due.
+
+        Args:
+            sequences_BS: this rank's share of the step's batch.
+            upcoming: gives its share of the next one, which the model has not been trained on.
+        """
         if self._context.statistics is None:
             return
         self._note(outcome)
         if is_due(step, self._config.recluster) and step <= self._last_round:
             self.close()
-            self._hold_round(step, sequences_BS)
+            self._hold_round(step, sequences_BS, upcoming()[: self._config.recluster.guard_sequences])
 
     def close(self) -> None:
         """Writes the event of the last round, whatever steps have followed it."""
@@ -113,55 +118,65 @@ class Coordinator:
         self._open = None
 
     def relocate(self, blocks: Sequence[tuple[int, ...]]) -> int:
-        """Moves whole clusters to other ranks, by layer; returns the bytes that crossed. Collective."""
-        old = list(self._context.placements)
-        new = [p if b == p.block_of_cluster else p.with_blocks(b) for p, b in zip(old, blocks, strict=True)]
-        plan, tensors = self._plan(new)
-        carry(plan, self._process.rank, tensors, self._process.device).write()
-        self._switch(new)
-        return plan.bytes
+        """Moves whole clusters to other ranks, by layer; returns the bytes that crossed. Collective.
 
-    def exchange(self, moves: Sequence[Move], sequences_BS: Tensor) -> tuple[list[Move], int, float]:
-        """Moves experts between clusters, unless that would raise the loss too much.
+        One closed cycle of clusters at a time, in which each rank gives and takes one at most: with its bases and
+        training state a cluster is large, and what moves is held beside a rank's share until all of it is there.
+        """
+        tensors, crossed = self.tensors, 0
+        for layer, wanted in enumerate(blocks):
+            for cycle in exchanges(self._context.placements[layer].block_of_cluster, wanted):
+                old = list(self._context.placements)
+                new = [*old[:layer], _turned(old[layer], cycle), *old[layer + 1 :]]
+                plan = self._plan(new, tensors)
+                carry(plan, self._process.rank, tensors, self._process.device).settle()
+                self._switch(new)
+                crossed += plan.bytes
+        return crossed
+
+    def exchange(self, moves: Sequence[Move], held_BS: Tensor) -> tuple[list[Move], int, float]:
+        """Moves experts between clusters, unless that would raise the loss on `held_BS` too much.
 
         Returns:
             The moves made, the bytes that crossed, and the relative increase of the loss that the guard saw.
         """
         old = list(self._context.placements)
-        plan, tensors = self._plan(_after(old, moves))
+        tensors = self.tensors
+        plan = self._plan(_after(old, moves), tensors)
         arrived = carry(plan, self._process.rank, tensors, self._process.device)
-        base = self._loss_of(sequences_BS) if moves else 0.0
+        base = self._loss_of(held_BS) if moves else 0.0
         seen: dict[tuple[Move, ...], float] = {}
 
         def harm(some: Sequence[Move]) -> float:
             movers = _movers(some)
-            replaced = arrived.write(lambda p: p.target.kind is Kind.WEIGHT and (p.source.layer, p.expert) in movers)
+            replaced = arrived.try_out(lambda p: p.target.kind is Kind.WEIGHT and (p.source.layer, p.expert) in movers)
             self._switch(_after(old, some))
-            seen[tuple(some)] = self._loss_of(sequences_BS) / base - 1
-            replaced.write()
+            seen[tuple(some)] = self._loss_of(held_BS) / base - 1
+            replaced.settle()
             self._switch(old)
             return seen[tuple(some)]
 
         made = accept(list(moves), harm, self._config.recluster.max_loss_increase)
         movers = _movers(made)
-        arrived.write(lambda p: (p.source.layer, p.expert) in movers)
+        arrived.settle(lambda p: (p.source.layer, p.expert) in movers)
         self._switch(_after(old, made))
         return made, plan.bytes, seen.get(tuple(made), 0.0)
 
-    def refactor(self, moves: Sequence[Move], sequences_BS: Tensor) -> tuple[list[Move], Refactored, float]:
-        """Like `exchange`, but clusters whose members change get new bases and residuals, made from this batch."""
-        old, recluster = list(self._context.placements), self._config.recluster
-        held = sequences_BS[: recluster.guard_sequences]
+    def refactor(
+        self, moves: Sequence[Move], sequences_BS: Tensor, held_BS: Tensor
+    ) -> tuple[list[Move], Refactored, float]:
+        """Like `exchange`, but clusters whose members change get new bases and residuals, made from `sequences_BS`."""
+        old = list(self._context.placements)
         return make_moves(
             moves,
             Refactoring(self._engine, sequences_BS),
             after=lambda some: _after(old, some),
             switch=self._switch,
-            loss=lambda: self._loss_of(held),
-            limit=recluster.max_loss_increase,
+            loss=lambda: self._loss_of(held_BS),
+            limit=self._config.recluster.max_loss_increase,
         )
 
-    def _hold_round(self, step: int, sequences_BS: Tensor) -> None:
+    def _hold_round(self, step: int, sequences_BS: Tensor, held_BS: Tensor) -> None:
         started = time.perf_counter()
         evidence = gather_evidence(self._layers, self._config, self._context)
         if evidence.broken:
@@ -174,12 +189,11 @@ class Coordinator:
         verdict = agree(proposal, self._context.placements, step, self._process.device)
         relocated = self.relocate(verdict.blocks)
         moves = [(layer, cycle) for layer, cycles in enumerate(verdict.cycles) for cycle in cycles]
-        held = sequences_BS[: self._config.recluster.guard_sequences]
         errors: dict[str, Any] = {}
         if self._config.recluster.transition == "adopt":
-            made, exchanged, increase = self.exchange(moves, held)
+            made, exchanged, increase = self.exchange(moves, held_BS)
         else:
-            made, done, increase = self.refactor(moves, sequences_BS)
+            made, done, increase = self.refactor(moves, sequences_BS, held_BS)
             exchanged, errors = done.bytes, {"output_errors": done.errors}
         fields = {
             "moved_experts": len(_movers(made)),
@@ -189,7 +203,7 @@ class Coordinator:
             "guard_loss_increase": increase,
             **errors,
             "loss_before": float(np.mean(self._losses)),
-            **(_promises(decisions, evidence) if decisions else {}),
+            **(self._gains(decisions, evidence) if decisions else {}),
             **_membership(self._context.placements),
             "seconds": time.perf_counter() - started,
         }
@@ -218,6 +232,16 @@ class Coordinator:
         together = zip(evidence.together_LGG, placements, strict=True)
         return [decide_blocks(together_GG, placement, self._config.seed) for together_GG, placement in together]
 
+    def _gains(self, decisions: Sequence[LayerDecision], evidence: Evidence) -> dict[str, Any]:
+        """Objectives, with the moves that were made, and the similarity's parts, means over layers."""
+        found = zip(evidence.similarity_LEE, self._context.placements, self._load_LE, strict=True)
+        after = [objective_of(alike, now.cluster_of(), load, self._config.recluster) for alike, now, load in found]
+        return {
+            "objective_before": float(np.mean([decision.objective_before for decision in decisions])),
+            "objective_after": float(np.mean(after)),
+            "similarity": evidence.parts,
+        }
+
     def _note(self, outcome: StepOutcome) -> None:
         self._losses.append(outcome.loss)
         self._load_LE = self._config.recluster.decay * self._load_LE + outcome.count_LE.numpy()
@@ -226,14 +250,14 @@ class Coordinator:
             if len(self._open.losses_after) == AROUND:
                 self.close()
 
-    def _plan(self, new: Sequence[ExpertPlacement]) -> tuple[Plan, ExpertTensors]:
-        tensors, shape = self.tensors, self._context.mesh.shape
+    def _plan(self, new: Sequence[ExpertPlacement], tensors: ExpertTensors) -> Plan:
+        shape = self._context.mesh.shape
         pieces = [
             piece
             for layer, (before, after) in enumerate(zip(self._context.placements, new, strict=True))
             for piece in plan_layer(layer, before, after, shape, tensors.holdings)
         ]
-        return Plan(tuple(pieces), tensors.holdings.itemsize), tensors
+        return Plan(tuple(pieces), tensors.holdings.itemsize)
 
     def _switch(self, placements: Sequence[ExpertPlacement]) -> None:
         self._context.placements[:] = placements
@@ -256,17 +280,16 @@ def _after(placements: Sequence[ExpertPlacement], moves: Sequence[Move]) -> list
     ]
 
 
+def _turned(placement: ExpertPlacement, cycle: Cycle) -> ExpertPlacement:
+    """After each cluster of a cycle has taken the block of the one after it."""
+    blocks = list(placement.block_of_cluster)
+    for cluster, following in zip(cycle, (*cycle[1:], cycle[0]), strict=True):
+        blocks[cluster] = placement.block_of_cluster[following]
+    return placement.with_blocks(blocks)
+
+
 def _movers(moves: Sequence[Move]) -> set[tuple[int, int]]:
     return {(layer, expert) for layer, cycle in moves for expert in cycle}
-
-
-def _promises(decisions: Sequence[LayerDecision], evidence: Evidence) -> dict[str, Any]:
-    """Objectives and the similarity's parts, means over layers."""
-    return {
-        "objective_before": float(np.mean([decision.objective_before for decision in decisions])),
-        "objective_after": float(np.mean([decision.objective_after for decision in decisions])),
-        "similarity": evidence.parts,
-    }
 
 
 def _membership(placements: Sequence[ExpertPlacement]) -> dict[str, Any]:

@@ -231,7 +231,7 @@ class TrainingRun:
         if self.config.moe.kind != "dense":  # by the placement that routed them
             placements = self.model.context.placements
             self.account.loads.append(self.loads.add(outcome.count_LE.numpy(), outcome.dropped, placements))
-        self.coordinator.after_step(step, outcome, sequences_BS)
+        self.coordinator.after_step(step, outcome, sequences_BS, lambda: self.loader.batch(step))
         self.account.step_seconds.append(time.perf_counter() - started)
         if step % self.config.train.log_every == 0 or step in (1, self.config.train.steps):
             self.recorder.step(step, self._figures(step, outcome, rate, norm))

@@ -264,3 +264,28 @@ def _disagreeing(what: str) -> str:
 def test_ranks_that_disagree_say_so_before_anything_moves(what: str) -> None:
     for message in run_ranks(_disagreeing, 2, what):
         assert ("rank 1 disagrees" in message) is (what != "nothing")
+
+
+def _largest_exchange(axes: tuple[int, int, int]) -> tuple[int, int]:
+    """Bytes that a rank sends and receives at once while all clusters change their ranks, and that a cluster has."""
+    training = Training(axes, ["world.zero_stage=0"])
+    training.step()
+    real, largest = transfer._exchange, [0]
+
+    def measure(outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
+        largest.append(sum(len(message) for message in [*outgoing.values(), *incoming.values()]))
+        real(outgoing, incoming)
+
+    blocks = [tuple(reversed(p.block_of_cluster)) for p in training.model.context.placements]
+    with mock.patch.object(transfer, "_exchange", measure):
+        training.coordinator.relocate(blocks)
+    assert [p.block_of_cluster for p in training.model.context.placements] == blocks
+    weight_and_moments = 3 * 4
+    cluster = training.model.clustered_layers()[0].clusters[0]
+    return max(largest), weight_and_moments * sum(parameter.numel() for parameter in cluster.parameters())
+
+
+@pytest.mark.parametrize("axes", [(1, 2, 1), (1, 4, 1)], ids=str)
+def test_relocations_hold_one_cluster_that_comes_and_one_that_goes(axes: tuple[int, int, int]) -> None:
+    for largest, cluster in run_ranks(_largest_exchange, axes[1], axes):
+        assert cluster < largest <= 2 * (cluster + transfer.CHECKSUM_BYTES)

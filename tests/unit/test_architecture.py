@@ -170,7 +170,19 @@ def test_answers_without_torch(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["train", "no-such.yaml"], ["config", "seed.yaml", "moe.rnk=2"]]
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "no-such.yaml"],
+        ["config", "seed.yaml", "moe.rnk=2"],
+        ["reproduce", "--kind", "nope"],
+        ["reproduce", "--configs", str(ROOT / "configs"), "moe.rnk=2"],
+        ["eval", "nope"],
+        ["export", "nope", "-o", "weights.safetensors"],
+        ["bench", "quality", "--recipe", "nope"],
+    ],
+    ids=" ".join,
 )
 def test_help_and_refusals_import_no_torch(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "seed.yaml").write_text("seed: 1\n")

@@ -38,7 +38,7 @@ class ReclusterConfig(Section):
     max_loss_increase: Annotated[float, Field(ge=0)] = Field(
         0.002, description="moves that would raise the loss by a larger share are dropped"
     )
-    guard_sequences: Positive = Field(1, description="sequences of a rank's batch on which moves are tried")
+    guard_sequences: Positive = Field(1, description="sequences of a rank's next batch on which moves are tried")
     relocate: bool = Field(
         True, description="clusters that tokens choose together go to one rank (where it holds several)"
     )

@@ -70,6 +70,16 @@ def test_absent_choices_and_idle_experts_count_nothing() -> None:
     assert torch.equal(statistics.centroids(), torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 2.0]]))
 
 
+def test_what_was_given_long_ago_is_forgotten_before_it_is_noise() -> None:
+    statistics = ActivationStatistics.empty(1, 2, DECAY)
+    statistics.begin_step()
+    statistics.update(torch.tensor([[3.0, -4.0]]), torch.tensor([[0]]), torch.tensor([[1.0]]))
+    while statistics.seen.item():
+        assert torch.allclose(statistics.centroids(), torch.tensor([[3.0, -4.0]]), rtol=1e-3)
+        statistics.begin_step()
+    assert torch.equal(statistics.centroids(), torch.zeros(1, 2))
+
+
 def test_nan_shows_and_stays_until_a_reset() -> None:
     x_RD, expert_RK, weight_RK = draw_batch(0)
     x_RD[3, 1] = float("nan")

@@ -65,6 +65,8 @@ def _without(column: str) -> dict[str, Any]:
         ([{**GOOD[0], "label": -1}], r"label=-1, but those of rte are 0, 1 \(those of test splits are not public\)"),
         ([{**GOOD[0], "label": 2}], r"label=2, but those of rte are 0, 1"),
         ([{**GOOD[0], "label": 0.5}], r"label=0.5"),
+        ([{**GOOD[0], "label": float("nan")}], r"label=nan"),
+        ([{**GOOD[0], "label": 10**400}], r"label=1000"),
         ([{**GOOD[0], "label": None}], r"label=None"),
         ([{**GOOD[0], "label": True}], r"label=True"),
         ([{**GOOD[0], "sentence1": None}], r"sentence1 is None, not text"),
@@ -88,7 +90,23 @@ def test_wrong_files_are_one_clear_line(folder: Path) -> None:
         load_task(TASKS["rte"], folder)
 
 
-@pytest.mark.parametrize("label", [5.5, -0.1, "3", float("nan")])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"sentence1": "caf\xe9"}', r"line 2 cannot be read: 'utf-8' codec"),
+        (b"[" * 200_000, r"line 2 cannot be read: .*recursion"),
+        (b'{"sentence1": ', r"line 2 cannot be read: "),
+    ],
+)
+def test_lines_that_are_no_json_are_named(folder: Path, line: bytes, said: str) -> None:
+    write(folder, "rte", "validation", [GOOD[0]])
+    file = folder / "rte" / "validation.jsonl"
+    file.write_bytes(file.read_bytes() + line + b"\n")
+    with pytest.raises(DataError, match=said):
+        load_task(TASKS["rte"], folder)
+
+
+@pytest.mark.parametrize("label", [5.5, -0.1, "3", float("nan"), float("inf"), 10**400])
 def test_similarities_are_from_0_to_5(tmp_path: Path, label: Any) -> None:
     write(tmp_path, "stsb", "train", [{**GOOD[0], "label": 3.8}, {**GOOD[0], "label": label}])
     with pytest.raises(DataError, match=r"row 2: label=.*, but those of stsb are numbers from 0 to 5"):

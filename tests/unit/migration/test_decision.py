@@ -49,7 +49,7 @@ def test_gains_below_the_threshold_move_nobody() -> None:
     assert decide_layer(scaled, placement, np.ones(32), hesitant, 0).cycles == ()
 
 
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("share", [0.07, 0.1, 0.25, 0.5])
 def test_no_more_than_a_share_of_the_experts_moves(share: float) -> None:
     similarity_EE, _ = _planted(32, 4, 1, noise=0.3)
     placement = ExpertPlacement.contiguous(32, 4, WorldShape(1, 4, 1))
