@@ -11,10 +11,10 @@ from moe_dist.errors import OffloadError
 class Account:
     """Counts bytes in and out; to exceed the budget is an error at that moment, not a drift."""
 
-    def __init__(self, budget: int | None, what: str) -> None:
-        """Args: budget: bytes; None: as much as there is. what: names the memory in errors."""
+    def __init__(self, budget: int | None, what: str, key: str = "memory.device_budget") -> None:
+        """Args: budget: bytes; None: as much as there is. what: names the memory in errors. key: sets the budget."""
         self.budget, self.in_use, self.peak = budget, 0, 0
-        self._what = what
+        self._what, self._key = what, key
 
     @property
     def room(self) -> float:
@@ -30,7 +30,7 @@ class Account:
         if size > self.room:
             raise OffloadError(
                 f"{self._what}: {size:,} bytes more than the {self.in_use:,} in use would exceed the budget of "
-                f"{self.budget:,}: raise memory.device_budget"
+                f"{self.budget:,}: raise {self._key}"
             )
         self.in_use += size
         self.peak = max(self.peak, self.in_use)

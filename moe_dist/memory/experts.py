@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config import RunConfig
-from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.errors import MoeDistError
 from moe_dist.memory.activity import Activity
 from moe_dist.memory.block import Block, Kind
 from moe_dist.memory.cluster import OffloadedCluster
@@ -53,7 +53,7 @@ class ExpertMemory:
         """Takes a new cluster's parameters into its keeping; layers and places in order.
 
         Raises:
-            ConfigError: the budget is less than the least that would do.
+            ConfigError: a budget is less than the least that would do.
             OffloadError: the disk is full.
         """
         try:
@@ -64,9 +64,7 @@ class ExpertMemory:
 
     def _adopt(self, layer: int, local: int, parameters: Mapping[str, nn.Parameter]) -> OffloadedCluster:
         cluster = OffloadedCluster(layer, local, parameters, self.device, self, self._dtype, self._device)
-        least = self.least_budget(cluster)
-        if self.tiers.budget < least:
-            raise ConfigError(self.tiers.too_small(least, layer))
+        self.tiers.require_room(layer, self.least_budget(cluster), self.least_host_budget(cluster))
         self.clusters[layer, local] = cluster
         self._of_parameter.update({parameter: (cluster, name) for name, parameter in parameters.items()})
         cluster.adopt(self.state)
@@ -78,6 +76,12 @@ class ExpertMemory:
         at_once = self._per_layer if self.recomputes else 1
         backward = at_once * sizes[Kind.WEIGHT] + sizes[Kind.GRADIENT]
         return max(backward, sum(sizes.values())) if self.state is self.device else backward
+
+    @staticmethod
+    def least_host_budget(cluster: OffloadedCluster) -> int:
+        """Bytes of the host below a device: an update's, and a block that passes to or from the device meanwhile."""
+        sizes = [size.bytes for size in cluster.sizes().values()]
+        return sum(sizes) + max(sizes)
 
     @property
     def separate_masters(self) -> bool:

@@ -1,17 +1,22 @@
-"""A folder that one process owns while it runs: what other runs keep there is refused, what dead ones left is taken."""
+"""A folder that one process owns while it runs: what other runs keep there is refused, what dead ones left removed."""
 
 import fcntl
 import os
+import re
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from moe_dist.errors import OffloadError
 
 LOCK = "lock"
+FILES = "layer-*.bin"
+"""What is kept here, and removed when it is found."""
+FOLDER = "rank-{:05}"
 
 
 class OwnedFolder:
-    """Creates and locks a folder; the lock ends with the process, however that ends."""
+    """Creates, locks and empties a folder; the lock ends with the process, however that ends."""
 
     def __init__(self, path: Path) -> None:
         """
@@ -35,6 +40,7 @@ class OwnedFolder:
             ) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._remove_leftovers()
 
     def open(self, name: str) -> int:
         """A descriptor of an empty file of that name, to be read and written."""
@@ -57,3 +63,25 @@ class OwnedFolder:
         self._lock = -1
         if not any(self.path.iterdir()):
             self.path.rmdir()
+
+    def _remove_leftovers(self) -> None:
+        try:
+            for path in self.path.glob(FILES):
+                path.unlink()
+        except OSError as error:
+            os.close(self._lock)
+            raise OffloadError(f"memory.directory: {error.filename} cannot be removed: {error.strerror}") from error
+
+
+def folder_of(directory: Path, rank: int) -> Path:
+    """Where a rank keeps its files below the directory of a run."""
+    return directory / FOLDER.format(rank)
+
+
+def remove_other_ranks(directory: Path, ranks: int) -> None:
+    """Removes what a dead run of more ranks than `ranks` left in those that this one lacks; owned folders stay."""
+    for path in directory.glob("rank-*"):
+        number = re.fullmatch(r"rank-(\d{5,})", path.name)
+        if number is not None and int(number[1]) >= ranks:
+            with suppress(OffloadError, OSError):  # another rank removes it too
+                OwnedFolder(path).close()

@@ -5,6 +5,10 @@ when room is needed, in the order of `activity.py`, and is written below only if
 brings in what is said to come next, and makes the room for it. A residency is itself a tier to one above it, so that
 device -> host -> disk are two of them over a `DiskTier`.
 
+A fetch ahead is void once its block has been used, sent down, dropped or called unwanted since it was asked for: one
+that is late must not bring up what the tier below is just being given anew. One that is under way is waited for. So,
+from `send_down` to the next `acquire` or `prefetch`, nothing here touches the block, and the tier below may write it.
+
 Locking: one condition guards the table of residents. While a block is read or written it is *busy* and the lock is not
 held. Only whoever demands a block waits for room; who brings one in ahead gives up where there is none, so that the two
 cannot wait for each other.
@@ -47,7 +51,7 @@ class Residency:
         self._residents: dict[Block, _Resident] = {}
         self._condition = Condition()
         self._clock = 0
-        self._uses: Counter[Block] = Counter()
+        self._turns: Counter[Block] = Counter()  # fetches asked for in an earlier turn of a block are void
         self._worker: ThreadPoolExecutor | None = None
         self._ahead: list[Future[None]] = []
         self.bytes_in = self.bytes_out = 0
@@ -67,13 +71,10 @@ class Residency:
             OffloadError: there is no room among blocks in use, or the tier below fails.
         """
         with self._condition:
-            while (found := self._residents.get(block)) is not None and found.busy:
-                self._condition.wait()
-            missing = found is None
+            found = self._settled(block)
             resident = self._begin(block) if found is None else found
             resident.pins += 1
-            self._uses[block] += 1
-        if missing:
+        if found is None:
             self._bring_in(block, resident, blank, demanded=True)
         with self._condition:
             self._clock += 1
@@ -112,21 +113,20 @@ class Residency:
                 if resident is not None:
                     resident.use.wanted = True
                     continue
-                uses = self._uses[block]
-            self._ahead.append(self._worker.submit(self._fetch_ahead, block, blank, uses))
+                turn = self._turns[block]
+            self._ahead.append(self._worker.submit(self._fetch_ahead, block, blank, turn))
 
     def unwant(self, block: Block) -> None:
         """A block that was fetched ahead will not be used after all."""
         with self._condition:
+            self._turns[block] += 1
             if (resident := self._residents.get(block)) is not None:
                 resident.use.wanted = False
 
     def drop(self, block: Block) -> None:
         """Forgets a block that nobody uses, here and below: it reads as zeros."""
         with self._condition:
-            while (resident := self._residents.get(block)) is not None and resident.busy:
-                self._condition.wait()
-            if resident is not None:
+            if (resident := self._settled(block)) is not None:
                 self._require_unused(block, resident)
                 self._remove(block, resident)
         self._below.discard(block)
@@ -134,11 +134,9 @@ class Residency:
     discard = drop
 
     def send_down(self, block: Block) -> None:
-        """Lets a block that nobody uses leave now."""
+        """Lets a block that nobody uses leave now; it stays away until it is asked for again."""
         with self._condition:
-            while (resident := self._residents.get(block)) is not None and resident.busy:
-                self._condition.wait()
-            if resident is not None:
+            if (resident := self._settled(block)) is not None:
                 self._require_unused(block, resident)
                 self._evict(block, resident)
 
@@ -167,6 +165,13 @@ class Residency:
             self._worker.shutdown(cancel_futures=True)
         self._residents.clear()
         self._below.close()
+
+    def _settled(self, block: Block) -> _Resident | None:
+        """What is here of a block once no copy of it is under way; what was asked for of it is void."""
+        self._turns[block] += 1
+        while (resident := self._residents.get(block)) is not None and resident.busy:
+            self._condition.wait()
+        return resident
 
     def _begin(self, block: Block) -> _Resident:
         resident = self._residents[block] = _Resident()
@@ -252,10 +257,10 @@ class Residency:
             resident.buffer = resident.values = None
         self._condition.notify_all()
 
-    def _fetch_ahead(self, block: Block, blank: bool, uses: int) -> None:
+    def _fetch_ahead(self, block: Block, blank: bool, turn: int) -> None:
         with self._condition:
-            if self._uses[block] != uses:
-                return  # too late: it has been used since, and what is below is no longer what was asked for
+            if self._turns[block] != turn:
+                return  # too late: what is below is no longer what was asked for, or is being written
             if block in self._residents:
                 self._residents[block].use.wanted = True
                 return

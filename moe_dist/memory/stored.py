@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import RunConfig
-from moe_dist.errors import ConfigError
 from moe_dist.memory.activity import Activity
 from moe_dist.memory.block import Block, Kind, Size
 from moe_dist.memory.tiers import Tiers
@@ -39,11 +38,10 @@ class StoredMemory:
         """Takes a cluster's bytes (uint8, one-dimensional); nothing of them comes to an accelerator before its use.
 
         Raises:
-            ConfigError: the budget is less than one cluster.
+            ConfigError: a budget is less than one cluster.
             OffloadError: the disk is full.
         """
-        if len(values) > self.tiers.budget:
-            raise ConfigError(self.tiers.too_small(len(values), layer))
+        self.tiers.require_room(layer, len(values), len(values))
         block = Block(layer, local, Kind.STORED)
         self._known.add(block)
         self.tiers.device.register(block, Size(len(values), torch.uint8))

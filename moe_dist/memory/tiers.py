@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.config import RunConfig
+from moe_dist.errors import ConfigError
 from moe_dist.memory.activity import Activity
 from moe_dist.memory.arena import Account, Arena
 from moe_dist.memory.block import Block
 from moe_dist.memory.disk_tier import DiskTier
-from moe_dist.memory.folder import OwnedFolder
+from moe_dist.memory.folder import OwnedFolder, folder_of, remove_other_ranks
 from moe_dist.memory.residency import Residency
 from moe_dist.memory.streams import Transfers
 
@@ -48,23 +49,39 @@ class Tiers:
         """
         self._options = config.memory
         self._directory = directory_of(config)
-        disk = DiskTier(OwnedFolder(self._directory / f"rank-{rank:05}"), describe)
+        disk = DiskTier(OwnedFolder(folder_of(self._directory, rank)), describe)
+        if dist.is_initialized():
+            remove_other_ranks(self._directory, dist.get_world_size())
         self.budget = budget_of(config)
         account = Account(self.budget, "memory of experts on the device")
         if device.type == "cpu":
             self.device = self.below = Residency(disk, Arena(account, device), Transfers(device), activity)
         else:
-            host = Account(config.memory.host_budget, "memory of experts on the host (memory.host_budget)")
+            host = Account(config.memory.host_budget, "memory of experts on the host", "memory.host_budget")
             cpu = torch.device("cpu")
             self.below = Residency(disk, Arena(host, cpu, pinned=True), Transfers(cpu), activity)
             self.device = Residency(self.below, Arena(account, device), Transfers(device), activity)
 
-    def too_small(self, least: int, layer: int) -> str:
-        """The refusal of a budget in which a cluster of that layer has no room."""
-        return (
-            f"memory.device_budget={self._options.device_budget:g} is {self.budget:,} bytes, but a cluster in use "
-            f"needs {least:,} (layer {layer}): set it to {least} or more"
-        )
+    def require_room(self, layer: int, device: int, host: int) -> None:
+        """Refuses budgets in which a cluster of that layer has no room.
+
+        Args:
+            device, host: bytes that its most demanding moment needs there; the host's only where it is a tier.
+
+        Raises:
+            ConfigError: one of the two is less.
+        """
+        if self.budget < device:
+            raise ConfigError(
+                f"memory.device_budget={self._options.device_budget:g} is {self.budget:,} bytes, but a cluster in use "
+                f"needs {device:,} (layer {layer}): set it to {device} or more"
+            )
+        given = None if self.below is self.device else self.below.arena.account.budget
+        if given is not None and given < host:
+            raise ConfigError(
+                f"memory.host_budget={given} is less than the {host:,} bytes of host memory that a cluster needs "
+                f"(layer {layer}): set it to {host} or more"
+            )
 
     def figures(self) -> dict[str, int]:
         """What has moved since the start, bytes."""

@@ -15,8 +15,10 @@ def last_round(steps: int, recluster: ReclusterConfig) -> int:
 
 def _rounds_until(step: int, first: int, recluster: ReclusterConfig) -> set[int]:
     assert recluster.period is not None
-    rounds, due, interval = set(), float(first), float(recluster.period)
-    while round(due) <= min(step, recluster.stop or step):
+    last = min(step, recluster.stop or step)
+    # what lies beyond the end needs no exact figure, and may be more than a float can hold
+    rounds, due, interval = set(), float(min(first, last + 1)), float(min(recluster.period, last + 1))
+    while due <= last + 1 and round(due) <= last:
         rounds.add(round(due))
         due += interval
         interval *= recluster.growth

@@ -34,7 +34,9 @@ STEPS = 20
 REGROUPED: dict[int, list[Move]] = {6: [(0, (0, 5)), (0, (1, 6, 11)), (1, (2, 13))], 13: [(1, (0, 5)), (0, (0, 9))]}
 RECLUSTER = ["recluster.period=2", "recluster.start=1", "recluster.max_loss_increase=1e9"]
 BLOCKS = {2: [(1, 0, 0, 1), (0, 0, 1, 1)], 1: [(0, 0, 0, 0), (0, 0, 0, 0)]}
-TIGHT = "memory.device_budget=80000"  # a cluster of these takes 11,264 bytes in each of its blocks
+TIGHT = "memory.device_budget=80000"
+BLOCK = 12_032
+"""Bytes of each block of a cluster of these; of weights in bfloat16 half as much."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ def _story(axes: tuple[int, int, int], words: list[str], steps: int, directory: 
     story = Story(losses, norms, _weights(model), 0 if memory is None else memory.tiers.figures()["bytes_in"])
     engine.close()
     if memory is not None:
-        assert memory.tiers.figures()["peak_device_bytes"] <= memory.tiers.budget
+        assert memory.tiers.budget - memory.tiers.figures()["peak_device_bytes"] < BLOCK, "the budget was never needed"
         memory.close()
     return story
 
@@ -199,7 +201,8 @@ def _train(words: list[str]) -> None:
     train(load_config(SMOKE, words))
 
 
-BUDGET = 3_000_000
+BUDGET = 200_000
+"""Bytes: less than a third of what the experts of these runs take, blocks of 20,480."""
 
 
 def _final(run: Path) -> dict[str, Tensor]:
@@ -231,9 +234,28 @@ def test_runs_with_and_without_tiers_go_on_from_each_others_checkpoints(tmp_path
         assert final[name].keys() == final["plain"].keys()
         assert not [key for key, value in final["plain"].items() if not torch.equal(final[name][key], value)], name
     offload = summaries["away"]["memory"]["offload"]
-    assert 0 < offload["peak_device_bytes"] <= offload["budget_bytes"] == BUDGET
+    assert offload["budget_bytes"] == BUDGET
+    assert BUDGET - offload["peak_device_bytes"] < 20_480, "the budget was never needed"
     assert summaries["plain"]["memory"]["offload"] is None
     assert not (runs / ".offload").exists()
+
+
+def _open(directory: Path) -> list[str]:
+    config = load_config(None, [*SMALL, "memory.offload=true", f"memory.directory={directory}"])
+    memory = ExpertMemory(config, 4, 0, join(config.world).device)
+    found = sorted(path.name for path in directory.rglob("*"))
+    memory.close()
+    return found
+
+
+def test_what_a_killed_run_of_more_ranks_has_left_is_removed(tmp_path: Path) -> None:
+    for rank in range(3):
+        folder = tmp_path / f"rank-{rank:05}"
+        folder.mkdir()
+        (folder / "layer-007.bin").write_bytes(b"left")
+        (folder / "lock").write_text("its owner is dead")
+    assert run_ranks(_open, 1, tmp_path)[0] == ["lock", "rank-00000"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_does_not_take_another_runs_directory(tmp_path: Path) -> None:

@@ -9,32 +9,18 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from moe_dist.memory import experts
-from moe_dist.memory.arena import Account, Arena
-from moe_dist.memory.block import Kind
+from moe_dist.memory.block import Block, Kind
+from moe_dist.memory.cluster import OffloadedCluster
 from moe_dist.memory.experts import ExpertMemory
-from moe_dist.memory.residency import Residency
-from moe_dist.memory.streams import Transfers
-from moe_dist.memory.tiers import Tiers
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_offload import Story, _assert_same, _story
+from tests.unit.memory.stacked import LateTiers, StackedTiers
 
 pytestmark = pytest.mark.timeout(400)
-CPU = torch.device("cpu")
-HOST = 120_000
-DEVICE = "memory.device_budget=25000"
-"""A block of weights or of a gradient takes 11,264 bytes: two fit, of 28 on each of two ranks."""
-
-
-class StackedTiers(Tiers):
-    """A device over a host over the disk, both in the CPU's memory."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.below.arena.account.budget = HOST
-        self.device = Residency(self.below, Arena(Account(self.budget, "device"), CPU), Transfers(CPU), args[3])
+BUDGETS = ["memory.device_budget=25000", "memory.host_budget=120000"]
+"""A block of weights or of a gradient takes 12,032 bytes: two fit on the device, of 28 on each of two ranks."""
 
 
 def _watched(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +55,37 @@ def test_a_device_over_a_host_trains_the_same_and_what_migrates_never_comes_to_t
 ) -> None:
     """In bfloat16 on one rank: between ranks DeepSpeed adds up gradients in fewer bits than is done here."""
     ranks, batch, masters = (2, 1, set()) if precision == "float32" else (1, 8, {Kind.MASTER})
-    words = [DEVICE, f"train.precision={precision}", f"train.micro_batch_size={batch}"]
+    words = [*BUDGETS, f"train.precision={precision}", f"train.micro_batch_size={batch}"]
     for stories, moved in run_ranks(_stacked, ranks, (1, ranks, 1), words, tmp_path, timeout=300):
         _assert_same([stories])
         assert set(moved) == {Kind.WEIGHT, Kind.EXP_AVG, Kind.EXP_AVG_SQ} | masters
+
+
+LEAST = ["memory.device_budget=60160", "memory.host_budget=60160"]
+"""Of the device: the weights of a layer's clusters and a gradient; of the host: the blocks of one, and one more."""
+
+
+def _late(words: list[str], directory: Path) -> tuple[list[Story], set[Block], set[Block]]:
+    """Stories in memory and in tiers; blocks that were fetched while they were written; weights that were skipped."""
+    in_memory, late, skipped, skip = _story((1, 1, 1), words, 3, None), set(), set(), OffloadedCluster.skip
+
+    class Tiers(LateTiers):
+        def close(self) -> None:
+            late.update(self.late)
+            super().close()
+
+    def noted_skip(cluster: OffloadedCluster) -> None:
+        skipped.add(cluster.block(Kind.WEIGHT))
+        skip(cluster)
+
+    with mock.patch.object(experts, "Tiers", Tiers), mock.patch.object(OffloadedCluster, "skip", noted_skip):
+        return [in_memory, _story((1, 1, 1), words, 3, directory)], late, skipped
+
+
+def test_a_fetch_as_late_as_the_update_of_its_block_changes_nothing(tmp_path: Path) -> None:
+    """What a recomputed layer asks for of the next one nobody uses before the update; nor what had no rows."""
+    words = [*LEAST, "model.activation_checkpointing=true", "train.micro_batch_size=1"]
+    stories, late, skipped = run_ranks(_late, 1, words, tmp_path)[0]
+    _assert_same([stories])
+    assert late
+    assert late & skipped

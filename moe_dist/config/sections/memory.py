@@ -4,19 +4,22 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moe_dist.config.sections.base import NonNegative, Positive, Section
+from moe_dist.config.sections.base import NonNegative, Section
+
+LARGEST = 10**18
+"""Bytes that a budget may name: more than any machine has, and few enough to be counted in 64 bits."""
 
 
 class MemoryConfig(Section):
     """Experts whose weights, gradients and training state are more than a device holds (moe.kind=clustered)."""
 
     offload: bool = Field(False, description="clusters of experts live below the device and come to it for use")
-    device_budget: Annotated[float, Field(gt=0)] = Field(
+    device_budget: Annotated[float, Field(gt=0, le=LARGEST)] = Field(
         1.0,
         description="of a device's memory for experts: bytes; or, up to 16, in parts of what weights, gradients and "
         "training state of the dense baseline's feed-forward layers take",
     )
-    host_budget: Positive | None = Field(
+    host_budget: Annotated[int, Field(ge=1, le=LARGEST)] | None = Field(
         None, description="bytes of host memory between an accelerator and the disk; null: no limit. Unused on a CPU"
     )
     directory: str | None = Field(

@@ -100,6 +100,8 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
         (["recluster.period=20", "recluster.start=50", "recluster.stop=40"], ["recluster.stop=40"]),
         (["recluster.alpha=1.5"], ["recluster.alpha=1.5"]),
         (["recluster.max_moved=0"], ["recluster.max_moved=0"]),
+        (["memory.device_budget=1e300"], ["memory.device_budget='1e300'", "less than or equal to 1000000000000000000"]),
+        (["memory.host_budget=2000000000000000000"], ["memory.host_budget=2000000000000000000", "less than or equal"]),
         (["recluster.period=20", "recluster.max_moved=0.06"], ["recluster.max_moved=0.06", "moe.experts=32", "0.0625"]),
         (["recluster.period=20", "moe.clusters=32", "moe.top_k=1"], ["recluster.period=20", "moe.clusters=32"]),
         (["recluster.period=20", "moe.kind=standard"], ["recluster.period=20", "standard"]),

@@ -47,6 +47,13 @@ def test_intervals_grow_until_the_structure_freezes() -> None:
     assert _rounds(100) == []
 
 
+def test_intervals_beyond_all_measure_end_the_rounds() -> None:
+    assert _rounds(30, period=2, start=1, growth=1e308) == [1, 3]
+    assert _rounds(30, period=10**400, start=1) == [1]
+    assert _rounds(30, period=2, start=10**400) == []
+    assert last_round(30, ReclusterConfig.model_validate({"period": 2, "growth": 1e308})) == 22
+
+
 @given(st.integers(1, 50), st.integers(1, 50), st.floats(1, 3), st.integers(1, 200))
 def test_the_last_round_is_the_last_that_is_due(period: int, start: int, growth: float, steps: int) -> None:
     keys = {"period": period, "start": start, "growth": growth}
