@@ -1,8 +1,7 @@
-"""Re-clustering while a model trains: gathers what is known of the experts, decides, moves, and keeps account.
+"""Re-clustering while a model trains: gathers what is known of the experts, decides, has it done, and keeps account.
 
 A round, after the update of a step: all ranks add up their statistics, rank 0 decides, all agree on its verdict; first
-clusters change ranks as they are, then experts change clusters. What moves arrives and is verified before anything is
-switched; exchanges of experts are tried on tokens of the next step's batch, and those that would cost too much dropped.
+clusters change ranks as they are, then experts change clusters (`moves.py`), tried on tokens of the next step's batch.
 
 Shapes: L layers, E experts, G clusters, B sequences, S tokens of one.
 """
@@ -15,29 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import RunConfig
 from moe_dist.engine.engine import Engine, StepOutcome
-from moe_dist.engine.expert_tensors import ExpertTensors
 from moe_dist.migration.decision import LayerDecision, decide_blocks, decide_layer, objective_of
-from moe_dist.migration.exchange import Cycle, apply_exchanges, exchanges
-from moe_dist.migration.guard import accept
-from moe_dist.migration.plan import Kind, Plan, plan_layer
 from moe_dist.migration.schedule import is_due, last_round
-from moe_dist.migration.transfer import carry
 from moe_dist.migration.verdict import Verdict, agree
 from moe_dist.topology.placement import ExpertPlacement
 from moe_dist.training.evidence import Evidence, gather_evidence
+from moe_dist.training.moves import Mover, movers_of
 from moe_dist.training.recorder import Recorder
-from moe_dist.training.refactor import Refactored, Refactoring, make_moves
 
 AROUND = 5
 """Steps before and after a round whose mean training losses are compared."""
-
-Move = tuple[int, Cycle]
-"""A layer, and experts of it that exchange their places."""
 
 
 @dataclass
@@ -53,7 +43,8 @@ class Coordinator:
     """Regroups the experts of a model under training when `recluster` says so."""
 
     def __init__(self, engine: Engine, config: RunConfig, recorder: Recorder) -> None:
-        self._engine, self._model, self._config, self._recorder = engine, engine.model, config, recorder
+        self.mover = Mover(engine, config.recluster.max_loss_increase)
+        self._config, self._recorder = config, recorder
         self._process, self._context = engine.process, engine.model.context
         self._layers = engine.model.clustered_layers()
         self._last_round = last_round(config.train.steps - 1, config.recluster)
@@ -82,11 +73,6 @@ class Coordinator:
         """Says where experts are after `step`, before the steps that follow."""
         if self._layers:
             self._recorder.event("placement", step, **_membership(self._context.placements))
-
-    @property
-    def tensors(self) -> ExpertTensors:
-        """The experts' weights and training state as they are now; collective."""
-        return ExpertTensors(self._layers, self._engine.training_state(), self._context.mesh)
 
     def before_step(self, step: int) -> None:
         """Lets statistics fade, and stops gathering them after the last round."""
@@ -117,65 +103,6 @@ class Coordinator:
             )
         self._open = None
 
-    def relocate(self, blocks: Sequence[tuple[int, ...]]) -> int:
-        """Moves whole clusters to other ranks, by layer; returns the bytes that crossed. Collective.
-
-        One closed cycle of clusters at a time, in which each rank gives and takes one at most: with its bases and
-        training state a cluster is large, and what moves is held beside a rank's share until all of it is there.
-        """
-        tensors, crossed = self.tensors, 0
-        for layer, wanted in enumerate(blocks):
-            for cycle in exchanges(self._context.placements[layer].block_of_cluster, wanted):
-                old = list(self._context.placements)
-                new = [*old[:layer], _turned(old[layer], cycle), *old[layer + 1 :]]
-                plan = self._plan(new, tensors)
-                carry(plan, self._process.rank, tensors, self._process.device).settle()
-                self._switch(new)
-                crossed += plan.bytes
-        return crossed
-
-    def exchange(self, moves: Sequence[Move], held_BS: Tensor) -> tuple[list[Move], int, float]:
-        """Moves experts between clusters, unless that would raise the loss on `held_BS` too much.
-
-        Returns:
-            The moves made, the bytes that crossed, and the relative increase of the loss that the guard saw.
-        """
-        old = list(self._context.placements)
-        tensors = self.tensors
-        plan = self._plan(_after(old, moves), tensors)
-        arrived = carry(plan, self._process.rank, tensors, self._process.device)
-        base = self._loss_of(held_BS) if moves else 0.0
-        seen: dict[tuple[Move, ...], float] = {}
-
-        def harm(some: Sequence[Move]) -> float:
-            movers = _movers(some)
-            replaced = arrived.try_out(lambda p: p.target.kind is Kind.WEIGHT and (p.source.layer, p.expert) in movers)
-            self._switch(_after(old, some))
-            seen[tuple(some)] = self._loss_of(held_BS) / base - 1
-            replaced.settle()
-            self._switch(old)
-            return seen[tuple(some)]
-
-        made = accept(list(moves), harm, self._config.recluster.max_loss_increase)
-        movers = _movers(made)
-        arrived.settle(lambda p: (p.source.layer, p.expert) in movers)
-        self._switch(_after(old, made))
-        return made, plan.bytes, seen.get(tuple(made), 0.0)
-
-    def refactor(
-        self, moves: Sequence[Move], sequences_BS: Tensor, held_BS: Tensor
-    ) -> tuple[list[Move], Refactored, float]:
-        """Like `exchange`, but clusters whose members change get new bases and residuals, made from `sequences_BS`."""
-        old = list(self._context.placements)
-        return make_moves(
-            moves,
-            Refactoring(self._engine, sequences_BS),
-            after=lambda some: _after(old, some),
-            switch=self._switch,
-            loss=lambda: self._loss_of(held_BS),
-            limit=self._config.recluster.max_loss_increase,
-        )
-
     def _hold_round(self, step: int, sequences_BS: Tensor, held_BS: Tensor) -> None:
         started = time.perf_counter()
         evidence = gather_evidence(self._layers, self._config, self._context)
@@ -187,17 +114,17 @@ class Coordinator:
         decisions = self._decide(evidence) if self._process.rank == 0 else []
         proposal = Verdict.of(decisions, self._decide_blocks(evidence)) if decisions else None
         verdict = agree(proposal, self._context.placements, step, self._process.device)
-        relocated = self.relocate(verdict.blocks)
+        relocated = self.mover.relocate(verdict.blocks)
         moves = [(layer, cycle) for layer, cycles in enumerate(verdict.cycles) for cycle in cycles]
         errors: dict[str, Any] = {}
         if self._config.recluster.transition == "adopt":
-            made, exchanged, increase = self.exchange(moves, held_BS)
+            made, exchanged, increase = self.mover.exchange(moves, held_BS)
         else:
-            made, done, increase = self.refactor(moves, sequences_BS, held_BS)
+            made, done, increase = self.mover.refactor(moves, sequences_BS, held_BS)
             exchanged, errors = done.bytes, {"output_errors": done.errors}
         fields = {
-            "moved_experts": len(_movers(made)),
-            "dropped_experts": len(_movers(moves)) - len(_movers(made)),
+            "moved_experts": len(movers_of(made)),
+            "dropped_experts": len(movers_of(moves)) - len(movers_of(made)),
             "bytes": relocated + exchanged,
             "relocation_bytes": relocated,
             "guard_loss_increase": increase,
@@ -249,47 +176,6 @@ class Coordinator:
             self._open.losses_after.append(outcome.loss)
             if len(self._open.losses_after) == AROUND:
                 self.close()
-
-    def _plan(self, new: Sequence[ExpertPlacement], tensors: ExpertTensors) -> Plan:
-        shape = self._context.mesh.shape
-        pieces = [
-            piece
-            for layer, (before, after) in enumerate(zip(self._context.placements, new, strict=True))
-            for piece in plan_layer(layer, before, after, shape, tensors.holdings)
-        ]
-        return Plan(tuple(pieces), tensors.holdings.itemsize)
-
-    def _switch(self, placements: Sequence[ExpertPlacement]) -> None:
-        self._context.placements[:] = placements
-        for layer in self._layers:
-            layer.follow_placement()
-
-    def _loss_of(self, sequences_BS: Tensor) -> float:
-        """Mean loss over all ranks' sequences, nats a token; collective."""
-        with self._model.evaluating():
-            loss = self._model(sequences_BS.to(self._process.device)).double()
-        dist.all_reduce(loss)
-        return float(loss) / self._process.ranks
-
-
-def _after(placements: Sequence[ExpertPlacement], moves: Sequence[Move]) -> list[ExpertPlacement]:
-    cycles = {layer: [cycle for other, cycle in moves if other == layer] for layer, _ in moves}
-    return [
-        apply_exchanges(placement, cycles[layer]) if layer in cycles else placement
-        for layer, placement in enumerate(placements)
-    ]
-
-
-def _turned(placement: ExpertPlacement, cycle: Cycle) -> ExpertPlacement:
-    """After each cluster of a cycle has taken the block of the one after it."""
-    blocks = list(placement.block_of_cluster)
-    for cluster, following in zip(cycle, (*cycle[1:], cycle[0]), strict=True):
-        blocks[cluster] = placement.block_of_cluster[following]
-    return placement.with_blocks(blocks)
-
-
-def _movers(moves: Sequence[Move]) -> set[tuple[int, int]]:
-    return {(layer, expert) for layer, cycle in moves for expert in cycle}
 
 
 def _membership(placements: Sequence[ExpertPlacement]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from moe_dist.migration.verdict import Verdict, agree
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
-from moe_dist.training.recluster import Coordinator, Move
+from moe_dist.training.moves import Move
+from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY, _weights_by_global_name
@@ -77,7 +78,7 @@ def _relocated(axes: tuple[int, int, int], variants: list[list[str]], relocate: 
         training.step()
         training.step()
         blocks = BLOCKS[axes[1]] if relocate else [p.block_of_cluster for p in training.model.context.placements]
-        crossed = training.coordinator.relocate(blocks)
+        crossed = training.coordinator.mover.relocate(blocks)
         for _ in range(3):
             training.step()
         stories.append(Story(training.losses, training.norms, training.weights(), crossed, [], 0.0))
@@ -113,7 +114,7 @@ def _exchanged(axes: tuple[int, int, int], variants: list[list[str]]) -> list[St
         training = Training(axes, words)
         training.step()
         training.step()
-        moved, crossed, increase = training.coordinator.exchange(MOVES, training.sequences(1))
+        moved, crossed, increase = training.coordinator.mover.exchange(MOVES, training.sequences(1))
         for _ in range(3):
             training.step()
         stories.append(Story(training.losses, training.norms, training.weights(), crossed, moved, increase))
@@ -150,7 +151,7 @@ State = dict[tuple[int, int, str, str], Tensor]
 def _state_by_expert(training: Training) -> State:
     """All that is known of each expert on this rank, under its number: NaN where another replica owns it."""
     found = {}
-    tensors = training.coordinator.tensors
+    tensors = training.coordinator.mover.tensors
     placements, at = training.model.context.placements, training.model.context.mesh.at
     for cell in tensors.holdings.residual_runs:
         owned, first = tensors.owned(cell)
@@ -170,7 +171,7 @@ def _states_around_an_exchange(axes: tuple[int, int, int], variants: list[list[s
         training.step()
         training.step()
         before = _state_by_expert(training)
-        training.coordinator.exchange(MOVES, training.sequences(1))
+        training.coordinator.mover.exchange(MOVES, training.sequences(1))
         states.append((before, _state_by_expert(training)))
     return states
 
@@ -208,7 +209,7 @@ def _with_a_damaged_message() -> str:
 
     with mock.patch.object(transfer, "_exchange", damage):
         try:
-            training.coordinator.exchange(MOVES, training.sequences(1))
+            training.coordinator.mover.exchange(MOVES, training.sequences(1))
         except MoeDistError as error:
             message = str(error)
     assert training.model.context.placements == placements
@@ -230,8 +231,8 @@ def _with_a_strict_guard() -> tuple[list[Move], list[float], list[float]]:
         before = training.weights()
         if strict:
             losses = iter([1.0, *[2.0] * 50])  # before, then with whatever is tried
-            with mock.patch.object(training.coordinator, "_loss_of", lambda _, losses=losses: next(losses)):
-                moved, _, _ = training.coordinator.exchange(MOVES, training.sequences(1))
+            with mock.patch.object(training.coordinator.mover, "_loss_of", lambda _, losses=losses: next(losses)):
+                moved, _, _ = training.coordinator.mover.exchange(MOVES, training.sequences(1))
             assert all(torch.equal(value, before[name]) for name, value in training.weights().items())
         training.step()
         training.step()
@@ -278,7 +279,7 @@ def _largest_exchange(axes: tuple[int, int, int]) -> tuple[int, int]:
 
     blocks = [tuple(reversed(p.block_of_cluster)) for p in training.model.context.placements]
     with mock.patch.object(transfer, "_exchange", measure):
-        training.coordinator.relocate(blocks)
+        training.coordinator.mover.relocate(blocks)
     assert [p.block_of_cluster for p in training.model.context.placements] == blocks
     weight_and_moments = 3 * 4
     cluster = training.model.clustered_layers()[0].clusters[0]

@@ -22,7 +22,8 @@ from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.stored_experts import stored_sizes
 from moe_dist.topology.links import Links
 from moe_dist.topology.mesh import Mesh
-from moe_dist.training.recluster import Coordinator, Move
+from moe_dist.training.moves import Move
+from moe_dist.training.recluster import Coordinator
 from moe_dist.training.recorder import Recorder
 from moe_dist.training.run import train
 from tests.distributed.ranks import run_ranks
@@ -69,8 +70,8 @@ def _story(axes: tuple[int, int, int], words: list[str], steps: int, directory: 
         losses.append(outcome.loss)
         norms.append(engine.update(outcome, 1e-3))
         if step in REGROUPED:
-            coordinator.exchange(REGROUPED[step], mine)
-            coordinator.relocate(BLOCKS[axes[1]])
+            coordinator.mover.exchange(REGROUPED[step], mine)
+            coordinator.mover.relocate(BLOCKS[axes[1]])
     story = Story(losses, norms, _weights(model), 0 if memory is None else memory.tiers.figures()["bytes_in"])
     engine.close()
     if memory is not None:
