@@ -124,7 +124,7 @@ def _with_a_strict_guard(words: list[str]) -> bool:
     training.step()
     before, placements = _everything(training), list(training.model.context.placements)
     losses = [1.0, *[2.0] * 50]  # before, then with whatever is tried
-    with mock.patch.object(training.coordinator, "_loss_of", side_effect=losses) as tried:
+    with mock.patch.object(training.coordinator.mover, "_loss_of", side_effect=losses) as tried:
         moved, done, _ = training.coordinator.mover.refactor(MOVES, training.sequences(1), training.sequences(2))
     assert moved == []
     assert done.errors == {}
