@@ -105,6 +105,7 @@ class Mover:
         pieces = [
             piece
             for layer, (before, after) in enumerate(zip(self._context.placements, new, strict=True))
+            if after is not before
             for piece in plan_layer(layer, before, after, shape, tensors.holdings)
         ]
         return Plan(tuple(pieces), tensors.holdings.itemsize)
