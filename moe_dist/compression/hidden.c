@@ -19,11 +19,20 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && !defined(SCALAR)
 #include <immintrin.h>
 #endif
 
+/* The processor's own vectors: wider ones are cut up by the compiler, which takes it minutes and spills all registers. */
+#if defined(SCALAR)
+#define LANES 1
+#elif defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #define WIDTH 4     /* vectors computed together: hides the latency of the fused multiply-add */
 #define TILE 128    /* columns */
 #define CHUNK 128   /* tokens */
@@ -40,7 +49,7 @@ typedef uint16_t wide;
 typedef uint16_t wide_vec __attribute__((vector_size(2 * LANES)));
 typedef uint16_t memory_wide_vec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-#ifdef __AVX512F__ /* as the line below means, but GCC 12 makes eight moves through the stack of that */
+#if LANES == 16 /* as the line below means, but GCC 12 makes eight moves through the stack of that */
 INLINE uvec widen(wide_vec x) { return (uvec)_mm512_cvtepu16_epi32((__m256i)x); }
 INLINE wide_vec narrow(uvec x) { return (wide_vec)_mm512_cvtepi32_epi16((__m512i)x); }
 #else
@@ -65,24 +74,45 @@ INLINE vec zero(void) { return (vec){0}; }
 
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
 
-/* out[i] += the sum of x[i]'s lanes, for sixteen vectors at a time in four rounds of adding halves. */
+/* out[i] += the sum of x[i]'s lanes, for LANES vectors at a time. A fold of two vectors adds the two halves of each
+ * of their parts: a vector comes out that has the sums of both, in parts of half the size. */
 #define HALVES(a, b, low, high) (__builtin_shufflevector(a, b, UNPACK low) + __builtin_shufflevector(a, b, UNPACK high))
 #define UNPACK(...) __VA_ARGS__
+#if LANES == 16
+#define FOLD_8(a, b)                                                                                        \
+    HALVES(a, b, (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),                                  \
+           (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#define FOLD_4(a, b)                                                                                        \
+    HALVES(a, b, (0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),                                \
+           (4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+#define FOLD_2(a, b)                                                                                        \
+    HALVES(a, b, (0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29),                                \
+           (2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31))
+#define FOLD_1(a, b)                                                                                        \
+    HALVES(a, b, (0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),                               \
+           (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31))
+#elif LANES == 8
+#define FOLD_4(a, b) HALVES(a, b, (0, 1, 2, 3, 8, 9, 10, 11), (4, 5, 6, 7, 12, 13, 14, 15))
+#define FOLD_2(a, b) HALVES(a, b, (0, 1, 4, 5, 8, 9, 12, 13), (2, 3, 6, 7, 10, 11, 14, 15))
+#define FOLD_1(a, b) HALVES(a, b, (0, 2, 4, 6, 8, 10, 12, 14), (1, 3, 5, 7, 9, 11, 13, 15))
+#elif LANES == 4
+#define FOLD_2(a, b) HALVES(a, b, (0, 1, 4, 5), (2, 3, 6, 7))
+#define FOLD_1(a, b) HALVES(a, b, (0, 2, 4, 6), (1, 3, 5, 7))
+#endif
 INLINE void add_sums(float *out, const vec *x, int count) {
     for (int base = 0; base < count; base += LANES) {
         vec y[LANES];
         for (int i = 0; i < LANES; i++) y[i] = base + i < count ? x[base + i] : zero();
-        for (int i = 0; i < 8; i++)
-            y[i] = HALVES(y[2 * i], y[2 * i + 1], (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-                          (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
-        for (int i = 0; i < 4; i++)
-            y[i] = HALVES(y[2 * i], y[2 * i + 1], (0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
-                          (4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
-        for (int i = 0; i < 2; i++)
-            y[i] = HALVES(y[2 * i], y[2 * i + 1], (0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29),
-                          (2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31));
-        y[0] = HALVES(y[0], y[1], (0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
-                      (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+#if LANES > 8
+        for (int i = 0; i < 8; i++) y[i] = FOLD_8(y[2 * i], y[2 * i + 1]);
+#endif
+#if LANES > 4
+        for (int i = 0; i < 4; i++) y[i] = FOLD_4(y[2 * i], y[2 * i + 1]);
+#endif
+#if LANES > 1
+        for (int i = 0; i < 2; i++) y[i] = FOLD_2(y[2 * i], y[2 * i + 1]);
+        y[0] = FOLD_1(y[0], y[1]);
+#endif
         if (count - base >= LANES) add_to(out + base, y[0]);
         else
             for (int i = base; i < count; i++) out[i] += y[0][i - base];

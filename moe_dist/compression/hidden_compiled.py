@@ -29,7 +29,7 @@ from moe_dist.compression.cluster_weights import ClusterWeights
 
 _SOURCE = Path(__file__).with_name("hidden.c")
 _TILE = 128  # hidden.c's TILE: what a thread takes is a multiple of it
-_LANES = 16  # hidden.c's LANES
+_LANES = 16  # the largest of hidden.c's LANES
 _MAX_RANK = 32  # the factors of more do not fit in L1 with their gradients
 _DEFINES: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("BFLOAT16",)}
 REQUIREMENTS = (

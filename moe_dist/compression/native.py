@@ -3,7 +3,8 @@
 A library is kept in a private folder of the user's cache, named by the hash of all it depends on: source, flags,
 compiler and the processor's features (a home may be shared by unlike nodes). Ranks that start together are safe: one
 compiles under a file lock, and a finished library appears by an atomic rename. Nothing here raises for want of a
-compiler; a warning says once why the torch form is used instead. `MOE_DIST_NATIVE=0` turns all of it off.
+compiler; a warning says once why the torch form is used instead. `MOE_DIST_NATIVE=0` turns all of it off, and
+`MOE_DIST_ISA=avx2|sse4|scalar` compiles for an older x86 processor than this one, for tests.
 """
 
 import contextlib
@@ -21,10 +22,17 @@ import tempfile
 from pathlib import Path
 
 _FLAGS = (
-    *("-O3", "-march=native", "-shared", "-fPIC", "-std=gnu11"),
+    *("-O3", "-w", "-shared", "-fPIC", "-std=gnu11"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
 _X86_FLAGS = ("-mprefer-vector-width=512",)
+_ISA_FLAGS = {
+    "native": ("-march=native",),
+    "avx2": ("-march=x86-64-v3",),
+    "sse4": ("-march=x86-64-v2",),
+    "scalar": ("-march=x86-64", "-DSCALAR", "-fno-tree-vectorize"),
+}
+"""By the value of MOE_DIST_ISA; all but native exist on x86 only."""
 _TIMEOUT_SECONDS = 120
 _logger = logging.getLogger(__name__)
 
@@ -34,6 +42,18 @@ def enabled() -> bool:
     return os.environ.get("MOE_DIST_NATIVE", "1") != "0"
 
 
+def _isa_flags() -> tuple[str, ...]:
+    """Return the compiler's words for the vectors to use.
+
+    Raises:
+        OSError: MOE_DIST_ISA has another value than those of `_ISA_FLAGS`.
+    """
+    isa = os.environ.get("MOE_DIST_ISA", "native")
+    if isa not in _ISA_FLAGS:
+        raise OSError(f"MOE_DIST_ISA={isa} is not one of {', '.join(_ISA_FLAGS)}")
+    return _ISA_FLAGS[isa] + (_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
+
+
 @functools.cache
 def library(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | None:
     """The library of one C file compiled with `-D` for each of `defines`, or None if this machine cannot have it."""
@@ -41,14 +61,13 @@ def library(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compiled(source, defines)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         detail = getattr(error, "stderr", None) or error
-        _logger.warning("%s is not compiled, torch is used instead: %s", source.name, str(detail).strip()[:500])
+        text = detail.decode(errors="replace") if isinstance(detail, bytes) else str(detail)
+        _logger.warning("%s is not compiled, torch is used instead: %s", source.name, text.strip()[:500])
         return None
 
 
 def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
-    compiler = _compiler()
-    flags = _FLAGS + (_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
-    command = [compiler, *flags, *(f"-D{name}" for name in defines)]
+    command = [_compiler(), *_FLAGS, *_isa_flags(), *(f"-D{name}" for name in defines)]
     folder = _cache_folder()
     target = folder / f"{source.stem}-{_key(source, command)}.so"
     if target.exists():

@@ -2,14 +2,18 @@
 
 import ctypes
 import logging
+import platform
 import shutil
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from moe_dist.compression import native
+from moe_dist.compression import hidden_compiled, native
+from moe_dist.compression.hidden_trial import trial
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -99,3 +103,39 @@ def test_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.enabled()
     monkeypatch.setenv("MOE_DIST_NATIVE", "0")
     assert not native.enabled()
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets of x86")
+@pytest.mark.parametrize("isa", ["avx2", "sse4", "scalar"])
+def test_kernels_of_older_processors_agree_with_the_masked_one(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_DIST_ISA", isa)
+    hidden_compiled._library.cache_clear()
+    try:
+        for dtype, rank in ((torch.float32, 4), (torch.bfloat16, 3)):
+            assert hidden_compiled.available(torch.device("cpu"), dtype, rank, 48)
+            assert trial(hidden_compiled.hidden_compiled, torch.device("cpu"), dtype, rank) is None
+    finally:
+        hidden_compiled._library.cache_clear()
+
+
+def test_an_unknown_instruction_set_is_named(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MOE_DIST_ISA", "avx3")
+    with caplog.at_level(logging.WARNING):
+        assert native.library(source, ()) is None
+    assert "MOE_DIST_ISA=avx3 is not one of native, avx2, sse4, scalar" in caplog.text
+
+
+def test_a_compiler_that_takes_too_long_is_told_in_words(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def late(*_: object) -> Path:
+        raise subprocess.TimeoutExpired(["cc"], 120, stderr=b"many warnings")
+
+    monkeypatch.setattr(native, "_compiled", late)
+    with caplog.at_level(logging.WARNING):
+        assert native.library(source, ()) is None
+    assert "many warnings" in caplog.text
+    assert "b'" not in caplog.text
