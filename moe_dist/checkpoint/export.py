@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.manifest import WEIGHT, Index, read_index
-from moe_dist.checkpoint.shards import ShardedTensor, State
-from moe_dist.checkpoint.stored_tensors import is_of_cluster, stored_tensors
-from moe_dist.checkpoint.transfer import read_checkpoint
-from moe_dist.checkpoint.weights import TrainedWeights
+from moe_dist.checkpoint.sharded_tensor import ShardedTensor, State
+from moe_dist.checkpoint.quantized_tensors import is_of_cluster, stored_tensors
+from moe_dist.checkpoint.save_and_load import read_checkpoint
+from moe_dist.checkpoint.trained_weights import TrainedWeights
 from moe_dist.compression import StoredForm
 from moe_dist.errors import CheckpointError
-from moe_dist.model.stored_experts import stored_form
+from moe_dist.moe.quantized_experts import stored_form
 
 PREFIX = f"{WEIGHT}/"
 BALANCE = "part/balance/"

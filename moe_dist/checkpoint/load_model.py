@@ -5,18 +5,18 @@ import torch
 from moe_dist.checkpoint.exported import ExportedFile, open_exported
 from moe_dist.checkpoint.manifest import read_index
 from moe_dist.checkpoint.model_state import weights_of
-from moe_dist.checkpoint.names import named_runs
-from moe_dist.checkpoint.parts import hand_back, room_for
+from moe_dist.checkpoint.parameter_names import named_runs
+from moe_dist.checkpoint.stateful import hand_back, room_for
 from moe_dist.checkpoint.placement_record import adopt_placements
-from moe_dist.checkpoint.stored_tensors import read_stored_cluster
-from moe_dist.checkpoint.transfer import read_checkpoint
-from moe_dist.checkpoint.weights import TrainedWeights
-from moe_dist.memory.stored import StoredMemory
+from moe_dist.checkpoint.quantized_tensors import read_stored_cluster
+from moe_dist.checkpoint.save_and_load import read_checkpoint
+from moe_dist.checkpoint.trained_weights import TrainedWeights
+from moe_dist.memory.quantized_clusters import StoredMemory
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.model.stored_experts import StoredExperts, stored_sizes
-from moe_dist.topology.links import Links
-from moe_dist.topology.mesh import Mesh
-from moe_dist.topology.together import together
+from moe_dist.moe.quantized_experts import StoredExperts, stored_sizes
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.collective_errors import together
 
 
 def load_model(

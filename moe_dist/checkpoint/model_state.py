@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.checkpoint.manifest import WEIGHT
-from moe_dist.checkpoint.names import NamedRun, named_runs
-from moe_dist.checkpoint.shards import AwayShard, Shard, ShardedTensor, State
-from moe_dist.engine.training_state import MASTER, STATE_NAMES, TrainingState
+from moe_dist.checkpoint.parameter_names import NamedRun, named_runs
+from moe_dist.checkpoint.sharded_tensor import AwayShard, Shard, ShardedTensor, State
+from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, TrainingState
 from moe_dist.memory.block import Kind
-from moe_dist.memory.experts import ExpertMemory
+from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.model.language_model import LanguageModel
 
 

@@ -3,12 +3,12 @@
 from moe_dist.checkpoint.find import Found
 from moe_dist.checkpoint.manifest import DataRecord, Manifest, read_index
 from moe_dist.checkpoint.model_state import training_tensors_of, weights_of
-from moe_dist.checkpoint.parts import Parts, hand_back, room_for, tensors_of, values_of
+from moe_dist.checkpoint.stateful import Parts, hand_back, room_for, tensors_of, values_of
 from moe_dist.checkpoint.placement_record import adopt_placements, placement_to_record
-from moe_dist.checkpoint.shards import State
-from moe_dist.checkpoint.transfer import read_checkpoint
-from moe_dist.engine.engine import Engine
-from moe_dist.engine.training_state import MASTER
+from moe_dist.checkpoint.sharded_tensor import State
+from moe_dist.checkpoint.save_and_load import read_checkpoint
+from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.engine.optimizer_state import MASTER
 from moe_dist.errors import CheckpointError
 from moe_dist.metrics import installed_versions
 

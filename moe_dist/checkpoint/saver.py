@@ -14,11 +14,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moe_dist.checkpoint.manifest import Manifest
-from moe_dist.checkpoint.shards import Staging, State, is_away
+from moe_dist.checkpoint.sharded_tensor import Staging, State, is_away
 from moe_dist.checkpoint.store import prune, remove_partial
-from moe_dist.checkpoint.transfer import write_checkpoint
+from moe_dist.checkpoint.save_and_load import write_checkpoint
 from moe_dist.config import CheckpointConfig
-from moe_dist.engine.startup import Process
+from moe_dist.distributed.init import Process
 from moe_dist.errors import CheckpointError
 
 

@@ -42,7 +42,7 @@ from moe_dist.checkpoint.manifest import (
     TensorRecord,
     write_manifest,
 )
-from moe_dist.checkpoint.shards import AwayShard, State
+from moe_dist.checkpoint.sharded_tensor import AwayShard, State
 from moe_dist.errors import CheckpointError
 
 PARTIAL = ".partial"

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.environment import hush_libraries
+from moe_dist.launch.environment import hush_libraries
 from moe_dist import __version__
 from moe_dist.cli import (
     bench,

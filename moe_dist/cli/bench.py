@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.train import writable
+from moe_dist.launch.rank import writable
 from moe_dist.cli.bench_domains import bench_domains
 from moe_dist.cli.bench_growth import bench_growth
 from moe_dist.cli.bench_layer import bench_layer
@@ -58,8 +58,8 @@ def bench_quality(
     json_file: Json = None,
 ) -> None:
     """Train clustered experts and their baselines on the same text and compare losses; finished runs are kept."""
-    from moe_dist.measurement import quality
-    from moe_dist.measurement.equal_time import steps_for_equal_time
+    from moe_dist.studies import quality
+    from moe_dist.studies.equal_time import steps_for_equal_time
     from moe_dist.metrics import write_json
 
     target = json_file and writable(json_file)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.train import writable
+from moe_dist.launch.rank import writable
 from moe_dist.cli.words import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
 from moe_dist.console import wide_console
 
@@ -26,7 +26,7 @@ def bench_domains(
 ) -> None:
     """Train on English, code, Cyrillic and tables at once: loss, and whether a cluster's experts serve one domain."""
     target = json_file and writable(json_file)
-    from moe_dist.measurement import domains
+    from moe_dist.studies import domains
     from moe_dist.metrics import write_json
 
     console = wide_console()

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from launcher.train import writable
+from moe_dist.launch.rank import writable
 from moe_dist.cli.words import ExpertWidth, Json, Repeats, ResidualRank, SeveralExperts, Threads, Width, said
 from moe_dist.console import wide_console
-from moe_dist.measurement.layers.spec import GrowthSpec, LayerShape
+from moe_dist.benchmarks.layer.spec import GrowthSpec, LayerShape
 
 
 def bench_growth(
@@ -39,14 +39,14 @@ def bench_growth(
     target, picture = json_file and writable(json_file), plot and writable(plot)
     spec = GrowthSpec(**given)
     spec.check()
-    from moe_dist.measurement.layers import growth
+    from moe_dist.benchmarks.growth import bench as growth
     from moe_dist.metrics import write_json
 
     console = wide_console()
     result = growth.run_growth(spec, console.print)
     growth.render(result, console)
     if picture is not None:
-        from moe_dist.measurement.layers.growth_plot import plot_growth
+        from moe_dist.benchmarks.growth.plot import plot_growth
 
         plot_growth(result, Path(picture))
     if target is not None:

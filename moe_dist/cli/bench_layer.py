@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher import bench as entry
-from launcher import runners
-from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines
-from launcher.train import writable
+from moe_dist.launch import rank_bench as entry
+from moe_dist.launch import runners
+from moe_dist.launch.job import DEFAULT_PORT, Job, Launcher, Size, machines
+from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Clusters, ExpertWidth, Hostfile, Json, Port, Repeats, ResidualRank, Seed, Width
 from moe_dist.console import wide_console
 from moe_dist.errors import LaunchError
-from moe_dist.measurement.layers.spec import LayerShape, RanksBenchSpec
+from moe_dist.benchmarks.layer.spec import LayerShape, RanksBenchSpec
 
 ENTRY = Path(entry.__file__)
 ON_RANKS = ("ranks", "peers", "wire_dtype", "overlap", "launcher", "hostfile", "port", "json_file")
@@ -74,7 +74,7 @@ def _in_this_process(options: dict[str, Any], target: str | None) -> None:
     for name in ("peers", "wire_dtype", "overlap"):
         if options.get(name):
             raise LaunchError(f"--{name.replace('_', '-')} needs --ranks")
-    from moe_dist.measurement import layer_bench
+    from moe_dist.benchmarks.layer import local as layer_bench
     from moe_dist.metrics import write_json
 
     given = {name: value for name, value in options.items() if name not in ON_RANKS}

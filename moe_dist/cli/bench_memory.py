@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.train import writable
+from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Clusters, ExpertWidth, Json, ResidualRank, Threads, Width, said
 from moe_dist.console import wide_console
 
@@ -43,7 +43,7 @@ def bench_memory(
         cases=tuple(case) if case else None,
     )
     target = json_file and writable(json_file)
-    from moe_dist.measurement import memory_bench
+    from moe_dist.benchmarks import memory as memory_bench
     from moe_dist.metrics import write_json
 
     spec = memory_bench.MemoryBenchSpec(**given)

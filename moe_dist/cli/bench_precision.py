@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.train import writable
+from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Json, said
 from moe_dist.config import load_config
 from moe_dist.console import wide_console
@@ -24,9 +24,9 @@ def bench_precision(
     """Bytes of an expert at published shapes: standard, clustered, clustered with factors in few bits; runs nothing."""
     target = json_file and writable(json_file)
     config = load_config(None, ["precision.residuals=post", "precision.bases=bfloat16", *(overrides or ())])
-    from moe_dist.measurement import precision_table
+    from moe_dist.benchmarks import precision as precision_table
     from moe_dist.metrics import write_json
-    from moe_dist.model.stored_experts import stored_form
+    from moe_dist.moe.quantized_experts import stored_form
 
     changes = said(clusters=clusters, rank=rank)
     shapes = [replace(shape, **changes) for shape in precision_table.PUBLISHED]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.train import writable
+from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Clusters, Json, Repeats, ResidualRank, Seed, SeveralExperts, Threads, said
 from moe_dist.console import wide_console
 
@@ -33,7 +33,7 @@ def bench_recluster(
         seed=seed,
     )
     target = json_file and writable(json_file)
-    from moe_dist.measurement import recluster_bench
+    from moe_dist.benchmarks import recluster as recluster_bench
     from moe_dist.metrics import write_json
 
     spec = recluster_bench.ReclusterBenchSpec(**given)

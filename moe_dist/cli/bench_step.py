@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from launcher import bench as entry
-from launcher import runners
-from launcher.job import DEFAULT_PORT, Launcher, Size, plan
-from launcher.train import writable
+from moe_dist.launch import rank_bench as entry
+from moe_dist.launch import runners
+from moe_dist.launch.job import DEFAULT_PORT, Launcher, Size, plan
+from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Config, Hostfile, Json, Overrides, Port, Ranks, StartedBy
 from moe_dist.config import load_config
-from moe_dist.measurement.step.spec import StepBenchSpec
+from moe_dist.benchmarks.step.spec import StepBenchSpec
 
 ENTRY = Path(entry.__file__)
 

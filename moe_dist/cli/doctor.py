@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from launcher import doctor as entry
-from launcher import environment, runners
-from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines, plan
+from moe_dist.launch import rank_doctor as entry
+from moe_dist.launch import environment
+from moe_dist.launch import runners
+from moe_dist.launch.job import DEFAULT_PORT, Job, Launcher, Size, machines, plan
 from moe_dist.cli.words import Hostfile, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
 
 ENTRY = Path(entry.__file__)

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from launcher import environment, evaluate, runners
-from launcher.job import DEFAULT_PORT, Job, Launcher, Size, machines
-from launcher.train import require_run, writable
+from moe_dist.launch import environment
+from moe_dist.launch import rank_evaluate as evaluate
+from moe_dist.launch import runners
+from moe_dist.launch.job import DEFAULT_PORT, Job, Launcher, Size, machines
+from moe_dist.launch.rank import require_run, writable
 from moe_dist.cli.words import Hostfile, Json, Nodes, Port, Ranks, RanksPerNode, StartedBy
 from moe_dist.config import load_config
 from moe_dist.errors import LaunchError

@@ -1,4 +1,4 @@
-"""`moe-dist measure`: what really crosses between ranks, under any launcher."""
+"""`moe-dist measure`: what really crosses between ranks, under any moe_dist.launch."""
 
 import os
 from dataclasses import replace
@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from launcher import environment, measure, runners
-from launcher.job import DEFAULT_PORT, Launcher, Size, plan
-from launcher.train import writable
+from moe_dist.launch import environment
+from moe_dist.launch import rank_measure as measure
+from moe_dist.launch import runners
+from moe_dist.launch.job import DEFAULT_PORT, Launcher, Size, plan
+from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
 
 ENTRY = Path(measure.__file__)

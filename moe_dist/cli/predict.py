@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.train import writable
+from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Config, Json, Overrides
 from moe_dist.config import load_config
 from moe_dist.console import wide_console
@@ -44,7 +44,8 @@ def plan(
     """Predict memory, traffic and step time of every possible layout, and recommend one."""
     target = writable(json_file) if json_file else None
     loaded = load_config(config, overrides or ())
-    from moe_dist.measurement.simulator import planner, view
+    from moe_dist.simulator import planner
+    from moe_dist.simulator import tables as view
     from moe_dist.metrics import write_json
 
     fabric = _machine(gpu, calibration).fabric(nodes, gpus_per_node, rails, pod_nodes, oversubscription)
@@ -78,7 +79,8 @@ def simulate(
     """Compare flat, node-limited and two-stage routing on a large machine, with re-clustering and offload."""
     target = writable(json_file) if json_file else None
     loaded = load_config(config, overrides or ())
-    from moe_dist.measurement.simulator import compare, view
+    from moe_dist.simulator import compare
+    from moe_dist.simulator import tables as view
     from moe_dist.metrics import write_json
 
     times = compare.compare(
@@ -98,8 +100,8 @@ def simulate(
 
 
 def _machine(gpu: str, calibration: Path | None):  # type: ignore[no-untyped-def]
-    from moe_dist.measurement.simulator.hardware import device_named
-    from moe_dist.measurement.simulator.machine import Machine, read_section
+    from moe_dist.simulator.hardware import device_named
+    from moe_dist.simulator.machine import Machine, read_section
 
     if calibration is not None:
         return read_section(calibration, Machine, "--calibration")

@@ -16,7 +16,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Write one self-contained HTML page about one run or several, side by side; broken runs as far as they go."""
-    from moe_dist.measurement.report import read_runs, write_report
+    from moe_dist.report import read_runs, write_report
 
     write_report(read_runs(runs), output)
     typer.echo(f"{output}: {len(runs)} run(s)")

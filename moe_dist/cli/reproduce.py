@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markdown import Markdown
 
-from launcher.train import writable
+from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Json, Overrides
 from moe_dist.console import wide_console
 from moe_dist.errors import ConfigError
@@ -69,8 +69,9 @@ def reproduce(
 
     What has finished is kept and not run again; a part that fails is reported, and the others go on.
     """
-    from moe_dist.measurement.reproduce import cells, evaluate
-    from moe_dist.measurement.reproduce.scales import KINDS, SCALES
+    from moe_dist.studies.reproduction import cells
+    from moe_dist.studies.reproduction import evaluations as evaluate
+    from moe_dist.studies.reproduction.scales import KINDS, SCALES
 
     target = json_file and writable(json_file)
     chosen, console = SCALES[scale.value], wide_console()
@@ -81,7 +82,8 @@ def reproduce(
     words = (*cells.text_words(text or chosen.text), *(overrides or ()))
     setting = cells.Setting(chosen, configs, home, words)
     subset = setting.load().corpus.subset
-    from moe_dist.measurement.reproduce import run, submit  # here, since they load torch
+    from moe_dist.studies.reproduction import run  # here, since they load torch
+    from moe_dist.studies.reproduction import submit  # here, since they load torch
 
     plan = run.Plan(
         setting=setting,

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 import typer
 from rich.table import Table
 
-from launcher.hosts import Node
-from launcher.job import Launcher, Size, plan
+from moe_dist.launch.hostfile import Node
+from moe_dist.launch.job import Launcher, Size, plan
 from moe_dist.cli.words import Config, Hostfile, Nodes, Overrides, Ranks, RanksPerNode
 from moe_dist.config import RunConfig, WorldShape, load_config, resolve_world
 from moe_dist.console import wide_console
 
 if TYPE_CHECKING:
-    from moe_dist.topology.layout import Crossing
+    from moe_dist.distributed.node_layout import Crossing
 
 WHAT = {
     "stage_one": "stage one: tokens to their clusters",
@@ -49,7 +49,7 @@ def topology(
     job = plan(launcher, Size(ranks, nodes, ranks_per_node, hostfile), config, overrides or ())
     resolved = load_config(config, overrides or ())
     shape = resolve_world(resolved, job.ranks)
-    from moe_dist.topology.layout import crossings, nodes_of_ranks
+    from moe_dist.distributed.node_layout import crossings, nodes_of_ranks
 
     node_of_rank, console = nodes_of_ranks([node.ranks for node in job.nodes]), wide_console()
     console.print(f"{job.ranks} ranks = {shape}, on {len(job.nodes)} node(s)\n", highlight=False)
@@ -66,7 +66,7 @@ def _name(entry: "Crossing") -> str:
 
 
 def _map(config: RunConfig, shape: WorldShape, nodes: Sequence[Node], node_of_rank: Sequence[int]) -> Table:
-    from moe_dist.topology.mesh import coordinates_of
+    from moe_dist.distributed.mesh import coordinates_of
 
     table = Table("node", "rank", "data", "cluster", "shard", "holds", box=None, pad_edge=False)
     before = None
@@ -87,7 +87,7 @@ def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
     if moe.kind == "standard":
         each, place = moe.experts // (shape.cluster * shape.shard), block * shape.shard + shard
         return f"experts {_run(range(place * each, (place + 1) * each))}"
-    from moe_dist.topology.placement import ExpertPlacement
+    from moe_dist.distributed.placement import ExpertPlacement
 
     placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, shape)
     clusters = placement.clusters_of_block(block)

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from launcher import runners
-from launcher.environment import split_words
-from launcher.job import DEFAULT_PORT, Launcher, Size, plan
-from launcher.train import run_rank, with_json
+from moe_dist.launch import runners
+from moe_dist.launch.environment import split_words
+from moe_dist.launch.job import DEFAULT_PORT, Launcher, Size, plan
+from moe_dist.launch.rank import run_rank, with_json
 from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
 from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
 

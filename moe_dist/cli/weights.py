@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.train import require_run, writable
+from moe_dist.launch.rank import require_run, writable
 
 
 class Dtype(StrEnum):
@@ -47,7 +47,7 @@ def export(
     import torch
 
     from moe_dist.checkpoint.export import export_weights
-    from moe_dist.checkpoint.weights import find_weights
+    from moe_dist.checkpoint.trained_weights import find_weights
 
     weights = find_weights(run)
     if stored is None:

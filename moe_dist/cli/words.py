@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.job import Launcher
+from moe_dist.launch.job import Launcher
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/experiment/demo.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over CONFIG.")]

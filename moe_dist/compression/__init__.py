@@ -3,7 +3,7 @@
 from moe_dist.compression.alignment import UnitOrder, align_hidden_units
 from moe_dist.compression.cluster_weights import ClusterWeights
 from moe_dist.compression.expert_matrices import ExpertMatrices, relative_error
-from moe_dist.compression.factorise import (
+from moe_dist.compression.factorization import (
     FactorisedCluster,
     FactorisedExpert,
     factorise_cluster,
@@ -11,11 +11,11 @@ from moe_dist.compression.factorise import (
     usage_weighted_mean,
 )
 from moe_dist.compression.initialisation import ExpertResidual, init_base, init_residual
-from moe_dist.compression.input_roots import InputRoots
-from moe_dist.compression.packed_cluster import PackedCluster, PackedExperts, StoredForm, as_stored, long_axis
-from moe_dist.compression.packed_factor import GroupFormat, PackedFactor
-from moe_dist.compression.shared_base import FORMS, choose_form, clustered_experts
-from moe_dist.compression.stored_experts import stored_experts
+from moe_dist.compression.whitening import InputRoots
+from moe_dist.compression.quantized_cluster import PackedCluster, PackedExperts, StoredForm, as_stored, long_axis
+from moe_dist.compression.quantization import GroupFormat, PackedFactor
+from moe_dist.kernels.shared_base_experts import FORMS, choose_form, clustered_experts
+from moe_dist.kernels.packed_experts import stored_experts
 
 __all__ = [
     "FORMS",

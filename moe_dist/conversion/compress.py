@@ -21,11 +21,11 @@ from moe_dist.compression import (
     factorise_expert,
 )
 from moe_dist.config import MoEConfig
-from moe_dist.conversion.delivery import ResidualState, crossing, deliver, owners
-from moe_dist.conversion.held import VECTORS, HeldExpert, HeldLayer
-from moe_dist.engine.training_state import MASTER
-from moe_dist.topology.mesh import Mesh
-from moe_dist.topology.placement import ExpertPlacement
+from moe_dist.conversion.residual_exchange import ResidualState, crossing, deliver, owners
+from moe_dist.conversion.full_experts import VECTORS, HeldExpert, HeldLayer
+from moe_dist.engine.optimizer_state import MASTER
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.placement import ExpertPlacement
 
 EXACT_UP_TO = 512
 """Widths up to which residuals are decomposed exactly; wider ones by the seeded search."""

@@ -15,15 +15,15 @@ from torch import Tensor
 from moe_dist.clustering import FusedSimilarity, cluster_quality
 from moe_dist.config import RunConfig
 from moe_dist.conversion.compress import CompressedLayer, compress_layer
-from moe_dist.conversion.grouping import members_of, similarity_of, usage_of
-from moe_dist.conversion.held_standard import hold_standard
-from moe_dist.conversion.placing import write_layer
-from moe_dist.conversion.tokens import LayerTokens, standard_layers
-from moe_dist.engine.training_state import TrainingState
-from moe_dist.engine.whole_state import OwnedState, write_whole
+from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage_of
+from moe_dist.conversion.full_experts_of_standard import hold_standard
+from moe_dist.conversion.write_parameters import write_layer
+from moe_dist.conversion.calibration_tokens import LayerTokens, standard_layers
+from moe_dist.engine.optimizer_state import TrainingState
+from moe_dist.engine.gathered_optimizer_state import OwnedState, write_whole
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.model.parameter_class import ParameterClass, class_of
-from moe_dist.topology.placement import ExpertPlacement
+from moe_dist.moe.parameter_class import ParameterClass, class_of
+from moe_dist.distributed.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)

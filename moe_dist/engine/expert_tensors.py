@@ -6,15 +6,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.engine.training_state import TrainingState
+from moe_dist.engine.optimizer_state import TrainingState
 from moe_dist.memory.block import Kind as BlockKind
-from moe_dist.memory.cluster import OffloadedCluster
-from moe_dist.memory.experts import ExpertMemory
-from moe_dist.migration.plan import Cell, Holdings, Kind, Run
-from moe_dist.model.clustered_experts import ClusteredExperts
-from moe_dist.model.clustered_layer import ClusteredMoE
-from moe_dist.model.parameter_class import ParameterClass, class_of
-from moe_dist.topology.mesh import Coordinates, Mesh, coordinates_of, rank_at
+from moe_dist.memory.offloaded_cluster import OffloadedCluster
+from moe_dist.memory.expert_memory import ExpertMemory
+from moe_dist.recluster.migration_plan import Cell, Holdings, Kind, Run
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.parameter_class import ParameterClass, class_of
+from moe_dist.distributed.mesh import Coordinates, Mesh, coordinates_of, rank_at
 
 NOTHING: Run = (0, 0)
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from moe_dist.config import OptimizerConfig
-from moe_dist.engine.parameter_groups import UpdateRule, update_rule
+from moe_dist.engine.optimizer_groups import UpdateRule, update_rule
 from moe_dist.memory.block import Kind
-from moe_dist.memory.cluster import OffloadedCluster
-from moe_dist.memory.experts import ExpertMemory, Place
+from moe_dist.memory.offloaded_cluster import OffloadedCluster
+from moe_dist.memory.expert_memory import ExpertMemory, Place
 from moe_dist.model.language_model import copies_of
-from moe_dist.model.parameter_class import REDUCED_OVER, class_of
-from moe_dist.topology.mesh import Mesh
+from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
+from moe_dist.distributed.mesh import Mesh
 
 
 class OffloadedAdamW:

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import BatchShape, RunConfig
-from moe_dist.engine.engine import Engine
-from moe_dist.engine.startup import Process
+from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.distributed.init import Process
 from moe_dist.errors import TrainingError
 from moe_dist.evaluation.sentence_model import Encoded, SentenceModel, pack
-from moe_dist.evaluation.subject import as_kept
+from moe_dist.evaluation.trained_model import as_kept
 
 WARMUP_SHARE = 0.1
 

@@ -6,8 +6,8 @@ from math import exp, inf, log
 import torch
 import torch.distributed as dist
 
-from moe_dist.engine.startup import Process
-from moe_dist.evaluation.subject import as_kept
+from moe_dist.distributed.init import Process
+from moe_dist.evaluation.trained_model import as_kept
 from moe_dist.evaluation.texts import EncodedText
 from moe_dist.evaluation.windows import window_batches
 from moe_dist.model.language_model import LanguageModel

@@ -14,7 +14,7 @@ from moe_dist.data import Tokenizer
 from moe_dist.evaluation.glue_data import Example
 from moe_dist.evaluation.glue_tasks import STS_B_HIGHEST as SCALE
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.model.megatron_gpt import hidden_states
+from moe_dist.model.megatron_backbone import hidden_states
 
 BESIDES = 2
 """Columns of a batch behind the tokens: the last token's place, and the label's bits."""

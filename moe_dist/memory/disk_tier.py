@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_dist.errors import OffloadError
 from moe_dist.memory.block import Block, Size
-from moe_dist.memory.folder import OwnedFolder
+from moe_dist.memory.owned_folder import OwnedFolder
 
 PAGE = 4096
 

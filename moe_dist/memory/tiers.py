@@ -13,13 +13,13 @@ import torch.distributed as dist
 
 from moe_dist.config import RunConfig
 from moe_dist.errors import ConfigError
-from moe_dist.memory.activity import Activity
+from moe_dist.memory.eviction import Activity
 from moe_dist.memory.arena import Account, Arena
 from moe_dist.memory.block import Block
 from moe_dist.memory.disk_tier import DiskTier
-from moe_dist.memory.folder import OwnedFolder, folder_of, remove_other_ranks
-from moe_dist.memory.residency import Residency
-from moe_dist.memory.streams import Transfers
+from moe_dist.memory.owned_folder import OwnedFolder, folder_of, remove_other_ranks
+from moe_dist.memory.block_cache import Residency
+from moe_dist.memory.copy_streams import Transfers
 
 
 class Tiers:

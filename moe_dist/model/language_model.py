@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 from moe_dist.compression import PackedCluster, StoredForm
 from moe_dist.config import RunConfig
-from moe_dist.dispatch.traffic import TrafficLedger
+from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.errors import MoeDistError
 from moe_dist.memory.block import Block
-from moe_dist.memory.experts import ExpertMemory
-from moe_dist.model.balance_state import BalanceState
-from moe_dist.model.clustered_experts import ClusteredExperts
-from moe_dist.model.clustered_layer import ClusteredMoE
-from moe_dist.model.context import LayerContext
-from moe_dist.model.dense_layer import SwiGLU
-from moe_dist.model.megatron_gpt import build_gpt, initialize_megatron
-from moe_dist.model.parameter_class import REDUCED_OVER, ParameterClass, class_of
-from moe_dist.model.routing_statistics import RoutingStatistics
-from moe_dist.model.standard_layer import StandardMoE
-from moe_dist.model.stored_experts import StoredExperts, stored_form
-from moe_dist.topology.links import Links
-from moe_dist.topology.mesh import Mesh
-from moe_dist.topology.placement import ExpertPlacement
+from moe_dist.memory.expert_memory import ExpertMemory
+from moe_dist.moe.load_balancing import BalanceState
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.dense_feed_forward import SwiGLU
+from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
+from moe_dist.moe.parameter_class import REDUCED_OVER, ParameterClass, class_of
+from moe_dist.moe.routing_statistics import RoutingStatistics
+from moe_dist.moe.standard_moe import StandardMoE
+from moe_dist.moe.quantized_experts import StoredExperts, stored_form
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.placement import ExpertPlacement
 
 PROJECTIONS = 3  # gate, up and out of a SwiGLU
 

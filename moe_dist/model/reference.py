@@ -12,10 +12,10 @@ that chose it gain on average is taken from that gradient.
 import torch
 from torch import Tensor
 
-from moe_dist.compression.reference import expert
-from moe_dist.model.clustered_experts import ClusteredExperts
-from moe_dist.model.clustered_layer import ClusteredMoE
-from moe_dist.model.stored_experts import StoredExperts
+from moe_dist.kernels.reference import expert
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.quantized_experts import StoredExperts
 
 
 def clustered_moe_reference(layer: ClusteredMoE, x_TD: Tensor) -> Tensor:

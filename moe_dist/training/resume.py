@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.checkpoint.find import Found, agreed, checked, is_checkpoint, newest_good
-from moe_dist.checkpoint.fit import require_fit
+from moe_dist.checkpoint.compatibility import require_fit
 from moe_dist.checkpoint.manifest import DataRecord
 from moe_dist.checkpoint.store import checkpoints_of, set_aside
 from moe_dist.config import RunConfig

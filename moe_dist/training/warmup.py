@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_dist.config import RunConfig
 from moe_dist.conversion.from_standard import ClusteredStart, read_clustered, write_clustered
-from moe_dist.conversion.tokens import mean_loss, sample_tokens
-from moe_dist.engine.engine import Engine
+from moe_dist.conversion.calibration_tokens import mean_loss, sample_tokens
+from moe_dist.engine.deepspeed_engine import Engine
 from moe_dist.model.language_model import LanguageModel
 
 Build = Callable[[RunConfig], tuple[LanguageModel, Engine]]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launcher import runners
-from launcher.job import Launcher, Size, plan
+from moe_dist.launch import runners
+from moe_dist.launch.job import Launcher, Size, plan
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launcher import train as entry
+from moe_dist.launch import rank as entry
 from moe_dist.config import RunConfig
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.measurement.layers.spec import overlapped
+from moe_dist.benchmarks.layer.spec import overlapped
 from tests.cluster.bed import Bed
 from tests.cluster.bench_nodes import bench
 

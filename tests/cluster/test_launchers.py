@@ -119,7 +119,7 @@ def wait_for_ranks(launch: "subprocess.Popen[str]") -> None:
 def ranks_on(node: Node) -> list[str]:
     """Commands that belong to a job and still run on a node."""
     shown = node.run("sh", "-c", r"for f in /proc/[0-9]*/cmdline; do tr '\0' ' ' <$f; echo; done 2>/dev/null")
-    return [line for line in shown.splitlines() if "meeting_entry" in line or "launcher." in line]
+    return [line for line in shown.splitlines() if "meeting_entry" in line or "moe_dist.launch." in line]
 
 
 def assert_nothing_left(bed: Bed) -> None:

@@ -4,4 +4,4 @@ import warnings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import moe_dist.training.run  # noqa: F401
+    import moe_dist.training.trainer  # noqa: F401

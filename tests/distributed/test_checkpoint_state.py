@@ -13,15 +13,15 @@ from moe_dist.checkpoint.load_model import load_model
 from moe_dist.checkpoint.manifest import DataRecord
 from moe_dist.checkpoint.model_state import training_tensors_of, weights_of
 from moe_dist.checkpoint.run_state import RunState
-from moe_dist.checkpoint.shards import State
-from moe_dist.checkpoint.transfer import write_checkpoint
-from moe_dist.checkpoint.weights import find_weights
+from moe_dist.checkpoint.sharded_tensor import State
+from moe_dist.checkpoint.save_and_load import write_checkpoint
+from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import WorldShape, load_config, resolve_batch
-from moe_dist.engine.engine import Engine
-from moe_dist.engine.startup import join
+from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.distributed.init import join
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.topology.links import Links
-from moe_dist.topology.mesh import Mesh
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY
 

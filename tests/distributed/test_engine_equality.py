@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import RunConfig, WorldShape, load_config, resolve_batch
-from moe_dist.engine.engine import Engine
-from moe_dist.engine.startup import join
-from moe_dist.model.clustered_experts import ClusteredExperts
-from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.distributed.init import join
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.model.standard_layer import StandardMoE
-from moe_dist.topology.links import Links
-from moe_dist.topology.mesh import Mesh
+from moe_dist.moe.standard_moe import StandardMoE
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
 from tests.distributed.ranks import run_ranks
 
 STEPS, SEQUENCES, VOCABULARY = 5, 8, 97

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from moe_dist.checkpoint.export import export_weights
-from moe_dist.checkpoint.weights import find_weights
+from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import MemoryConfig, WorldConfig, load_config
-from moe_dist.engine.startup import join
+from moe_dist.distributed.init import join
 from moe_dist.errors import ConfigError, MoeDistError, OffloadError
-from moe_dist.evaluation.run import EvalSpec, evaluate
-from moe_dist.evaluation.subject import Subject, open_subject
+from moe_dist.evaluation.evaluate import EvalSpec, evaluate
+from moe_dist.evaluation.trained_model import Subject, open_subject
 from moe_dist.evaluation.texts import EncodedText, encode_text, open_text
-from moe_dist.memory.folder import OwnedFolder
-from moe_dist.model.stored_experts import stored_sizes
-from moe_dist.training.run import train
+from moe_dist.memory.owned_folder import OwnedFolder
+from moe_dist.moe.quantized_experts import stored_sizes
+from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 
 SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"

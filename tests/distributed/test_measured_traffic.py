@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launcher import measure
+from moe_dist.launch import rank_measure as measure
 from moe_dist.config import WorldShape, load_config
-from moe_dist.measurement.collectives import CollectiveWatch, Part, watching
-from moe_dist.measurement.report import page, read_runs
-from moe_dist.measurement.traffic import TrafficSpec, measure_traffic, of_kind
+from moe_dist.benchmarks.collective_timer import CollectiveWatch, Part, watching
+from moe_dist.report import page
+from moe_dist.report import read_runs
+from moe_dist.benchmarks.traffic.measure import TrafficSpec, measure_traffic, of_kind
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_traffic import HIDDEN, TOKENS, TWO_CLUSTERS, layer_of
 

@@ -10,16 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import WorldShape, load_config, resolve_batch
-from moe_dist.engine.engine import Engine
-from moe_dist.engine.startup import join
+from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.distributed.init import join
 from moe_dist.errors import MoeDistError
-from moe_dist.migration import transfer
-from moe_dist.migration.verdict import Verdict, agree
+from moe_dist.recluster import transfer
+from moe_dist.recluster.recluster_plan import Verdict, agree
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.topology.links import Links
-from moe_dist.topology.mesh import Mesh
-from moe_dist.training.moves import Move
-from moe_dist.training.recluster import Coordinator
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.recluster.migration_executor import Move
+from moe_dist.recluster.coordinator import Coordinator
 from moe_dist.training.recorder import Recorder
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY, _weights_by_global_name

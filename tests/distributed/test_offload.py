@@ -12,20 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moe_dist.config import WorldShape, load_config, resolve_batch
-from moe_dist.engine.engine import Engine
-from moe_dist.engine.startup import join
+from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.distributed.init import join
 from moe_dist.errors import ConfigError, MoeDistError, OffloadError
 from moe_dist.memory.block import Kind
-from moe_dist.memory.experts import ExpertMemory
-from moe_dist.model.clustered_experts import ClusteredExperts
+from moe_dist.memory.expert_memory import ExpertMemory
+from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.model.stored_experts import stored_sizes
-from moe_dist.topology.links import Links
-from moe_dist.topology.mesh import Mesh
-from moe_dist.training.moves import Move
-from moe_dist.training.recluster import Coordinator
+from moe_dist.moe.quantized_experts import stored_sizes
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.recluster.migration_executor import Move
+from moe_dist.recluster.coordinator import Coordinator
 from moe_dist.training.recorder import Recorder
-from moe_dist.training.run import train
+from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY
 from tests.distributed.test_training import SMOKE

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from launcher.environment import INIT_METHOD
-from launcher.train import run_rank
+from moe_dist.launch.environment import INIT_METHOD
+from moe_dist.launch.rank import run_rank
 from moe_dist.checkpoint.store import check, checkpoints_of
-from moe_dist.engine.engine import Engine
-from moe_dist.memory.folder import OwnedFolder
-from moe_dist.training.checkpoints import RunCheckpoints
+from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.memory.owned_folder import OwnedFolder
+from moe_dist.training.checkpointing import RunCheckpoints
 from tests.distributed.ranks import run_ranks, start_ranks
 from tests.distributed.test_offload import _final
 from tests.distributed.test_training import SMOKE

@@ -10,10 +10,10 @@ from unittest import mock
 
 import pytest
 
-from moe_dist.memory import experts
+from moe_dist.memory import expert_memory as experts
 from moe_dist.memory.block import Block, Kind
-from moe_dist.memory.cluster import OffloadedCluster
-from moe_dist.memory.experts import ExpertMemory
+from moe_dist.memory.offloaded_cluster import OffloadedCluster
+from moe_dist.memory.expert_memory import ExpertMemory
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_offload import Story, _assert_same, _story
 from tests.unit.memory.stacked import LateTiers, StackedTiers

@@ -12,16 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.config import MoEConfig, WorldShape, load_config
-from moe_dist.dispatch.channel import Channel, Pending
-from moe_dist.dispatch.overlap import HopSpeed, choose_chunks
-from moe_dist.engine.startup import join
+from moe_dist.dispatch.all_to_all import Channel, Pending
+from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
+from moe_dist.distributed.init import join
 from moe_dist.errors import ConfigError
-from moe_dist.model.clustered_experts import ClusteredExperts
-from moe_dist.model.clustered_layer import ClusteredMoE
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.topology.links import Links
-from moe_dist.topology.mesh import Mesh
-from moe_dist.training.overlap import OverlapChoice
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.training.overlap_choice import OverlapChoice
 from moe_dist.training.recorder import Recorder
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_traffic import HIDDEN, layer_of

@@ -16,18 +16,18 @@ from moe_dist.checkpoint.export import export_weights
 from moe_dist.checkpoint.load_model import load_model
 from moe_dist.checkpoint.manifest import DataRecord
 from moe_dist.checkpoint.run_state import RunState
-from moe_dist.checkpoint.transfer import write_checkpoint
-from moe_dist.checkpoint.weights import find_weights
+from moe_dist.checkpoint.save_and_load import write_checkpoint
+from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import MemoryConfig, WorldShape, load_config, resolve_batch
-from moe_dist.engine.engine import Engine
-from moe_dist.engine.startup import join
-from moe_dist.memory.stored import StoredMemory
-from moe_dist.model.clustered_experts import ClusteredExperts
+from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.distributed.init import join
+from moe_dist.memory.quantized_clusters import StoredMemory
+from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.model.stored_experts import StoredExperts, stored_sizes
-from moe_dist.topology.links import Links
-from moe_dist.topology.mesh import Mesh
-from moe_dist.training.run import train
+from moe_dist.moe.quantized_experts import StoredExperts, stored_sizes
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY
 from tests.distributed.test_migration import BLOCKS, MOVES, Training

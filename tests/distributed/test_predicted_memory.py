@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from moe_dist.config import WorldShape, load_config, resolve_batch
-from moe_dist.engine.engine import Engine
-from moe_dist.engine.startup import join
-from moe_dist.measurement.simulator.memory import memory_of_rank
+from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.distributed.init import join
+from moe_dist.simulator.memory import memory_of_rank
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.topology.links import Links
-from moe_dist.topology.mesh import Mesh
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
 from tests.distributed.ranks import run_ranks
 
 VOCABULARY = 256

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from moe_dist.config import RunConfig, WorldConfig
-from moe_dist.dispatch.overlap import HopSpeed, choose_chunks
-from moe_dist.engine.startup import join
+from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
+from moe_dist.distributed.init import join
 from moe_dist.errors import ConfigError
-from moe_dist.measurement.layers.rounds import inputs
-from moe_dist.measurement.layers.spec import PEERS, LayerShape, RanksBenchSpec, overlapped
-from moe_dist.measurement.rank_benches import run_bench
-from moe_dist.model.megatron_moe import MegatronMoE, stand_ins
+from moe_dist.benchmarks.rounds import inputs
+from moe_dist.benchmarks.layer.spec import PEERS, LayerShape, RanksBenchSpec, overlapped
+from moe_dist.benchmarks.on_ranks import run_bench
+from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
 from tests.distributed.ranks import run_ranks
 
 SMALL = LayerShape(tokens=96, hidden=32, expert_hidden=48, experts=8, clusters=4, rank=2)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.compression.reference import expert_weights
-from moe_dist.engine.training_state import STATE_NAMES
-from moe_dist.model.clustered_experts import ClusteredExperts
+from moe_dist.kernels.reference import expert_weights
+from moe_dist.engine.optimizer_state import STATE_NAMES
+from moe_dist.moe.clustered_experts import ClusteredExperts
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_migration import MOVES, Training
 

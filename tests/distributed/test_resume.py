@@ -21,9 +21,9 @@ from moe_dist.checkpoint.saver import CheckpointSaver
 from moe_dist.checkpoint.store import check, checkpoints_of
 from moe_dist.config import load_config
 from moe_dist.data import SequenceLoader
-from moe_dist.engine.engine import Engine, StepOutcome
+from moe_dist.engine.deepspeed_engine import Engine, StepOutcome
 from moe_dist.errors import MoeDistError, TrainingError
-from moe_dist.training.run import train
+from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training import SMOKE
 from tests.soak.kill_points import KillPoint

@@ -13,20 +13,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig, MoEConfig, WorldShape
-from moe_dist.dispatch.channel import Channel
-from moe_dist.dispatch.observed import ObservedRouting
-from moe_dist.dispatch.traffic import Direction, Payload, Stage, TrafficLedger
-from moe_dist.dispatch.volume import hops, ranks_of
-from moe_dist.dispatch.wire import pack, travel, unpack
-from moe_dist.model.balance_state import BalanceState
-from moe_dist.model.clustered_layer import ClusteredMoE
-from moe_dist.model.context import LayerContext
-from moe_dist.model.standard_layer import StandardMoE
-from moe_dist.routing.flat import choose_flat
-from moe_dist.routing.two_stage import choose_clusters, router_logits
-from moe_dist.topology.links import LinkKind, Links
-from moe_dist.topology.mesh import GroupKind, Mesh
-from moe_dist.topology.placement import ExpertPlacement
+from moe_dist.dispatch.all_to_all import Channel
+from moe_dist.dispatch.routing_trace import ObservedRouting
+from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage, TrafficLedger
+from moe_dist.dispatch.traffic_model import hops, ranks_of
+from moe_dist.dispatch.wire_format import pack, travel, unpack
+from moe_dist.moe.load_balancing import BalanceState
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.standard_moe import StandardMoE
+from moe_dist.moe.topk_routing import choose_flat
+from moe_dist.moe.two_stage_routing import choose_clusters, router_logits
+from moe_dist.distributed.links import LinkKind, Links
+from moe_dist.distributed.mesh import GroupKind, Mesh
+from moe_dist.distributed.placement import ExpertPlacement
 from tests.distributed.ranks import run_ranks
 
 HIDDEN, TOKENS = 32, 96

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import load_config
-from moe_dist.engine.engine import Engine, StepOutcome
+from moe_dist.engine.deepspeed_engine import Engine, StepOutcome
 from moe_dist.errors import DataError, TrainingError
 from moe_dist.metrics import missing_keys
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.training.interrupt import StopSignals
-from moe_dist.training.run import train
+from moe_dist.training.preemption import StopSignals
+from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 
 SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"

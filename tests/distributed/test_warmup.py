@@ -13,13 +13,13 @@ from torch.distributed import distributed_c10d
 
 from moe_dist.checkpoint.store import checkpoints_of
 from moe_dist.config import load_config
-from moe_dist.conversion.tokens import standard_layers
-from moe_dist.engine.whole_state import OwnedState, WholeState
+from moe_dist.conversion.calibration_tokens import standard_layers
+from moe_dist.engine.gathered_optimizer_state import OwnedState, WholeState
 from moe_dist.errors import TrainingError
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.model.parameter_class import ParameterClass, class_of
-from moe_dist.training import run as training_run
-from moe_dist.training.run import train
+from moe_dist.moe.parameter_class import ParameterClass, class_of
+from moe_dist.training import trainer as training_run
+from moe_dist.training.trainer import train
 from moe_dist.training.warmup import Trained, cluster_experts
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training import SMOKE

@@ -8,9 +8,9 @@ from typing import Any
 from safetensors.torch import load_file
 
 from moe_dist.checkpoint.export import export_weights
-from moe_dist.checkpoint.weights import find_weights
+from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import load_config
-from moe_dist.training.run import train
+from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 from tests.golden.cases import CASES, COMMON, OLD_WORDS
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moe_dist.config import load_config
-from moe_dist.training.run import train
+from moe_dist.training.trainer import train
 from tests.distributed.ranks import start_ranks
 from tests.soak.kill_points import PARTS, KillPoint, LineCounter
 

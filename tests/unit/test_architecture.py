@@ -36,11 +36,11 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 # The command and the entry script meet at the top: cli calls the launcher, and a rank that has been accepted trains.
 LAUNCHER_MAY_IMPORT = {"moe_dist.config", "moe_dist.errors"}
 HANDS_OVER = {
-    ("launcher/train.py", "moe_dist.training.run"),
-    ("launcher/measure.py", "moe_dist.measurement.traffic"),
-    ("launcher/doctor.py", "moe_dist.measurement.doctor"),
-    ("launcher/evaluate.py", "moe_dist.evaluation.run"),
-    ("launcher/bench.py", "moe_dist.measurement.rank_benches"),
+    ("launcher/train.py", "moe_dist.training.trainer"),
+    ("launcher/measure.py", "moe_dist.benchmarks.traffic.measure"),
+    ("launcher/doctor.py", "moe_dist.doctor.checks"),
+    ("launcher/evaluate.py", "moe_dist.evaluation.evaluate"),
+    ("launcher/bench.py", "moe_dist.benchmarks.on_ranks"),
 }
 
 
@@ -159,7 +159,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["moe_dist.cli", "moe_dist.config", "moe_dist.metrics", "launcher.train", "launcher.runners"]
+    "module", ["moe_dist.cli", "moe_dist.config", "moe_dist.metrics", "moe_dist.launch.rank", "moe_dist.launch.runners"]
 )
 def test_answers_without_torch(module: str) -> None:
     """Transitively: help and refusals must not wait for seconds of imports."""

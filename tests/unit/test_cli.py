@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from launcher import runners
-from launcher.job import Job, Launcher
+from moe_dist.launch import runners
+from moe_dist.launch.job import Job, Launcher
 from moe_dist import __version__, cli
 from moe_dist.cli import training
 from moe_dist.config import RunConfig, load_config
@@ -271,14 +271,14 @@ def test_bench_layer_takes_what_is_given_and_writes_json(
         specs.append(spec)
         return SimpleNamespace(to_dict=lambda: {"ratio": float("nan")})
 
-    bench = ModuleType("moe_dist.measurement.layer_bench")
+    bench = ModuleType("moe_dist.benchmarks.layer.local")
     vars(bench).update(
         LayerBenchSpec=lambda **given: given,
         run_layer_bench=run,
         render=lambda result, console: console.print("a table"),
     )
     monkeypatch.setitem(sys.modules, bench.__name__, bench)
-    monkeypatch.setattr("moe_dist.measurement.layer_bench", bench, raising=False)
+    monkeypatch.setattr("moe_dist.benchmarks.layer.local", bench, raising=False)
     target = tmp_path / "bench.json"
     words = ["--tokens", "64", "--top-k", "2", "--top-k", "4", "--dtype", "float32", "--no-vectors", "--form", "mask"]
     code, out, _ = moe_dist("bench", "layer", *words, "--json", str(target))

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from moe_dist.checkpoint.fit import require_fit
+from moe_dist.checkpoint.compatibility import require_fit
 from moe_dist.checkpoint.manifest import PlacementRecord
 from moe_dist.checkpoint.placement_record import placement_from_record, placement_to_record
 from moe_dist.config import WorldShape, load_config
 from moe_dist.errors import CheckpointError
-from moe_dist.topology.placement import ExpertPlacement
+from moe_dist.distributed.placement import ExpertPlacement
 from tests.unit.checkpoint.samples import DATA, manifest
 
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.checkpoint.manifest import read_index, read_manifest
-from moe_dist.checkpoint.parts import Part, hand_back, room_for, tensors_of, values_of
+from moe_dist.checkpoint.stateful import Part, hand_back, room_for, tensors_of, values_of
 from moe_dist.checkpoint.random_state import RandomState
-from moe_dist.checkpoint.shards import Shard, ShardedTensor, State
-from moe_dist.checkpoint.transfer import read_checkpoint, write_checkpoint
+from moe_dist.checkpoint.sharded_tensor import Shard, ShardedTensor, State
+from moe_dist.checkpoint.save_and_load import read_checkpoint, write_checkpoint
 from tests.unit.checkpoint.samples import manifest, state
 
 

@@ -13,7 +13,7 @@ from moe_dist.checkpoint import storage
 from moe_dist.checkpoint.find import checked, newest_good
 from moe_dist.checkpoint.manifest import Manifest
 from moe_dist.checkpoint.store import check, checkpoints_of, prune, remove_partial, set_aside, step_of
-from moe_dist.checkpoint.transfer import write_checkpoint
+from moe_dist.checkpoint.save_and_load import write_checkpoint
 from moe_dist.config import CheckpointConfig
 from moe_dist.errors import CheckpointError
 from tests.unit.checkpoint.samples import manifest, saved, state

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moe_dist.checkpoint import storage
 from moe_dist.checkpoint.manifest import read_index
-from moe_dist.checkpoint.shards import AwayShard, Shard, ShardedTensor, Staging, State
+from moe_dist.checkpoint.sharded_tensor import AwayShard, Shard, ShardedTensor, Staging, State
 from moe_dist.checkpoint.store import check
-from moe_dist.checkpoint.transfer import read_checkpoint, write_checkpoint
+from moe_dist.checkpoint.save_and_load import read_checkpoint, write_checkpoint
 from moe_dist.errors import CheckpointError
 from tests.unit.checkpoint.samples import manifest, saved, state
 

@@ -15,8 +15,8 @@ from moe_dist.checkpoint.find import newest_good
 from moe_dist.checkpoint.manifest import Manifest, read_manifest, write_manifest
 from moe_dist.checkpoint.storage import recorded
 from moe_dist.checkpoint.store import check
-from moe_dist.checkpoint.transfer import read_checkpoint
-from moe_dist.checkpoint.weights import find_weights
+from moe_dist.checkpoint.save_and_load import read_checkpoint
+from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.errors import CheckpointError
 from tests.unit.checkpoint.samples import saved, state
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_dist.clustering import match_clusters
 from moe_dist.config import WorldShape
-from moe_dist.topology.placement import ExpertPlacement
+from moe_dist.distributed.placement import ExpertPlacement
 
 Clusters = tuple[tuple[int, ...], ...]
 

@@ -16,10 +16,10 @@ from moe_dist.compression import (
     relative_error,
     usage_weighted_mean,
 )
-from moe_dist.compression.input_roots import apply_root
+from moe_dist.compression.whitening import apply_root
 from moe_dist.compression.low_rank import leading_right_vectors
-from moe_dist.compression.reference import expert as run_expert
-from moe_dist.compression.reference import expert_weights
+from moe_dist.kernels.reference import expert as run_expert
+from moe_dist.kernels.reference import expert_weights
 
 HIDDEN, WIDTH = 12, 20
 seeds = st.integers(0, 2**31)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.compression.packing import pack, unpack
+from moe_dist.compression.bit_packing import pack, unpack
 
 
 @given(bits=st.sampled_from([1, 2, 4, 8]), rows=st.integers(0, 3), length=st.integers(1, 40), seed=st.integers(0, 999))

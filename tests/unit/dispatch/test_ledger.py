@@ -1,7 +1,7 @@
 """The account of traffic goes on after a resume, whoever the peers are then."""
 
-from moe_dist.dispatch.traffic import TOTALS, Direction, Payload, Stage, TrafficLedger
-from moe_dist.topology.links import LinkKind, Links
+from moe_dist.dispatch.traffic_ledger import TOTALS, Direction, Payload, Stage, TrafficLedger
+from moe_dist.distributed.links import LinkKind, Links
 
 
 def test_totals_outlive_the_peers_they_came_from() -> None:

@@ -2,8 +2,8 @@
 
 import torch
 
-from moe_dist.dispatch.observed import ObservedRouting
-from moe_dist.dispatch.traffic import Stage
+from moe_dist.dispatch.routing_trace import ObservedRouting
+from moe_dist.dispatch.traffic_ledger import Stage
 
 CHOICE = torch.tensor([[0, 1], [1, 6], [6, 7], [-1, 3]])
 HOME = CHOICE // 2  # four ranks of two experts each

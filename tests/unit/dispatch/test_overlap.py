@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.dispatch.overlap import CANDIDATES, Division, HopSpeed, choose_chunks, predicted_seconds, shares
+from moe_dist.dispatch.chunked_overlap import CANDIDATES, Division, HopSpeed, choose_chunks, predicted_seconds, shares
 
 COUNTS = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=4)
 SECONDS = st.floats(0, 10)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.dispatch.volume import vector_bytes
-from moe_dist.dispatch.wire import pack, unpack
+from moe_dist.dispatch.traffic_model import vector_bytes
+from moe_dist.dispatch.wire_format import pack, unpack
 
 VALUES = st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False)
 

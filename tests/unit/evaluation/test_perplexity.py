@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import RunConfig, WorldConfig
-from moe_dist.engine.startup import Process, join, leave
+from moe_dist.distributed.init import Process, join, leave
 from moe_dist.evaluation.perplexity import Perplexity, perplexity
 from moe_dist.evaluation.texts import EncodedText
 from moe_dist.model.language_model import LanguageModel

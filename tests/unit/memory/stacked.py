@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe_dist.memory.arena import Account, Arena
 from moe_dist.memory.block import Block
-from moe_dist.memory.residency import Residency
-from moe_dist.memory.streams import Transfers
+from moe_dist.memory.block_cache import Residency
+from moe_dist.memory.copy_streams import Transfers
 from moe_dist.memory.tiers import Tiers
 from tests.unit.memory.late_worker import LateWorker
 

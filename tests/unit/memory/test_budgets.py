@@ -8,9 +8,9 @@ from torch import nn
 
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError
-from moe_dist.memory import experts
-from moe_dist.memory.experts import ExpertMemory
-from moe_dist.memory.stored import StoredMemory
+from moe_dist.memory import expert_memory as experts
+from moe_dist.memory.expert_memory import ExpertMemory
+from moe_dist.memory.quantized_clusters import StoredMemory
 from moe_dist.memory.tiers import Tiers
 from tests.unit.memory.stacked import CPU, StackedTiers
 
@@ -42,7 +42,7 @@ def test_a_cpu_has_no_host_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_host_budget_below_a_stored_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_dist.memory.stored.Tiers", StackedTiers)
+    monkeypatch.setattr("moe_dist.memory.quantized_clusters.Tiers", StackedTiers)
     words = ["memory.offload=true", f"memory.directory={tmp_path}", "memory.device_budget=100", "memory.host_budget=99"]
     memory = StoredMemory(load_config(None, words), 1, 0, CPU)
     memory.adopt(0, 0, torch.zeros(99, dtype=torch.uint8))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.errors import OffloadError
-from moe_dist.memory.folder import OwnedFolder, folder_of, remove_other_ranks
+from moe_dist.memory.owned_folder import OwnedFolder, folder_of, remove_other_ranks
 
 
 def test_a_folder_has_one_owner(tmp_path: Path) -> None:

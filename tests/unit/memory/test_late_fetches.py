@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moe_dist.memory.arena import Account, Arena
 from moe_dist.memory.block import Block
-from moe_dist.memory.residency import Residency
-from moe_dist.memory.streams import Transfers
+from moe_dist.memory.block_cache import Residency
+from moe_dist.memory.copy_streams import Transfers
 from tests.unit.memory.late_worker import LateWorker
 from tests.unit.memory.test_tiers import BLOCKS, CPU, SIZE, residency, values_of
 

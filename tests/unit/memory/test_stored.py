@@ -9,8 +9,8 @@ from torch import Tensor
 from moe_dist.compression import ClusterWeights, GroupFormat, PackedCluster, StoredForm
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ConfigError, OffloadError
-from moe_dist.memory.stored import StoredBlock, StoredMemory
-from moe_dist.model.stored_experts import StoredExperts
+from moe_dist.memory.quantized_clusters import StoredBlock, StoredMemory
+from moe_dist.moe.quantized_experts import StoredExperts
 
 CPU = torch.device("cpu")
 LAYERS, CLUSTERS, BYTES = 2, 3, 1000

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.errors import OffloadError
-from moe_dist.memory.activity import Activity, Use, leaving_order
+from moe_dist.memory.eviction import Activity, Use, leaving_order
 from moe_dist.memory.arena import Account, Arena
 from moe_dist.memory.block import ALIGN, Block, Kind, Layout, Size
 from moe_dist.memory.disk_tier import DiskTier
-from moe_dist.memory.folder import OwnedFolder
-from moe_dist.memory.residency import Residency
-from moe_dist.memory.streams import Transfers
+from moe_dist.memory.owned_folder import OwnedFolder
+from moe_dist.memory.block_cache import Residency
+from moe_dist.memory.copy_streams import Transfers
 
 CPU = torch.device("cpu")
 SIZE = Size(1000, torch.float32)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from moe_dist.engine.engine import StepOutcome
+from moe_dist.engine.deepspeed_engine import StepOutcome
 from moe_dist.errors import TrainingError
-from moe_dist.training.run import _stop_if_broken, _stop_if_norm_broken
+from moe_dist.training.trainer import _stop_if_broken, _stop_if_norm_broken
 
 
 def test_a_norm_that_is_not_finite_stops_the_run() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.training.interrupt import StopSignals
+from moe_dist.training.preemption import StopSignals
 
 ROOT = Path(__file__).parents[3]
-HEAD = "import os, signal, sys, time; from moe_dist.training.interrupt import StopSignals\n"
+HEAD = "import os, signal, sys, time; from moe_dist.training.preemption import StopSignals\n"
 
 
 def run(code: str) -> "subprocess.CompletedProcess[str]":

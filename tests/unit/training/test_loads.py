@@ -5,8 +5,8 @@ import pytest
 
 from moe_dist.config import WorldShape
 from moe_dist.metrics import load_statistics
-from moe_dist.topology.placement import ExpertPlacement
-from moe_dist.training.loads import LoadRecord, experts_of_ranks, last_fifth
+from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.training.load_metrics import LoadRecord, experts_of_ranks, last_fifth
 
 SHAPE = WorldShape(1, 2, 2)
 PLACED = ExpertPlacement(((7, 6, 5, 4), (3, 2, 1, 0)), (1, 0), 2, 2)

@@ -9,8 +9,8 @@ import pytest
 from moe_dist.config import load_config
 from moe_dist.errors import CheckpointError
 from moe_dist.training import resume
-from moe_dist.training.account import RunAccount
-from moe_dist.training.finished import show_if_finished
+from moe_dist.training.run_history import RunAccount
+from moe_dist.training.finished_run import show_if_finished
 from tests.unit.checkpoint.samples import saved
 from tests.unit.metrics.example import summary
 

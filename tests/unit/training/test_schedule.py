@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_dist.config import TrainConfig
-from moe_dist.training.schedule import learning_rate
+from moe_dist.training.learning_rate import learning_rate
 
 
 @given(st.sampled_from(["cosine", "wsd"]), st.integers(2, 300), st.data())

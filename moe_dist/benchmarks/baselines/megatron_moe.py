@@ -1,0 +1,93 @@
+"""Megatron-core's own MoE layer, which measurements hold beside ours; nothing is trained with it.
+
+On a GPU it runs as it is. On the CPU, where Megatron-core does not mean it to run, `stand_ins` replaces what asks for
+CUDA, and nothing that computes or communicates: the current device, a router GEMM of Transformer Engine, and the copy
+of split sizes to the host by a side stream. Grouped GEMMs are off there, so experts run one after the other.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from moe_dist.config import RunConfig
+from moe_dist.model.megatron_backbone import initialize_megatron
+
+
+class MegatronMoE(nn.Module):
+    """`MoELayer` over all ranks with our standard layer's sizes, dropless, without auxiliary loss; [T, D] -> [T, D]."""
+
+    def __init__(self, config: RunConfig, ranks: int) -> None:
+        """Collective, since Megatron-core forms its process groups here."""
+        super().__init__()
+        initialize_megatron(config.world.timeout_seconds, ranks)
+        torch.manual_seed(config.seed)
+        spec = get_moe_module_spec(use_te=False, num_experts=config.moe.experts, moe_grouped_gemm=_has_cuda())
+        with stand_ins():
+            self.layer: Any = MoELayer(_transformer_config(config, ranks), spec.submodules, layer_number=1)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Forward and backward pass must run inside `stand_ins`."""
+        y_TD: Tensor = self.layer(x_TD[:, None])[0][:, 0]
+        return y_TD
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """What Megatron-core's MoE layer needs where there is no CUDA; nothing changes where there is."""
+    with ExitStack() as undo:
+        if not _has_cuda():
+            _set(undo, torch.cuda, "current_device", lambda: "cpu")
+            _set(undo, moe_utils, "te_general_gemm", None)
+            _set(undo, MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", object())
+            _set(undo, MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _splits_to_lists)
+        yield
+
+
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    existed, before = hasattr(owner, name), getattr(owner, name, None)
+    setattr(owner, name, value)
+    undo.callback(lambda: setattr(owner, name, before) if existed else delattr(owner, name))
+
+
+def _splits_to_lists(dispatcher: Any, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
+    """In place of a copy from the GPU: gloo wants split sizes as lists."""
+    for name in ("input_splits", "output_splits"):
+        if isinstance(splits := getattr(dispatcher, name), Tensor):
+            setattr(dispatcher, name, splits.tolist())
+    return tokens_per_expert
+
+
+def _transformer_config(config: RunConfig, ranks: int) -> TransformerConfig:
+    moe = config.moe
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=config.model.hidden_size,
+        num_attention_heads=config.model.heads,
+        ffn_hidden_size=moe.expert_hidden,
+        moe_ffn_hidden_size=moe.expert_hidden,
+        num_moe_experts=moe.experts,
+        moe_router_topk=moe.top_k,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=_has_cuda(),
+        expert_model_parallel_size=ranks,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        use_cpu_initialization=not _has_cuda(),
+        params_dtype=torch.float32,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+    )

@@ -1,0 +1,89 @@
+"""The layers that benches hold side by side, each with the same interface: ours, the peers', and the dense floor."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.config import RunConfig, resolve_world
+from moe_dist.dispatch.traffic_ledger import TrafficLedger
+from moe_dist.dispatch.traffic_model import vector_bytes
+from moe_dist.benchmarks.baselines.deepspeed_moe import DeepSpeedMoE
+from moe_dist.distributed.init import Process
+from moe_dist.benchmarks.layer.spec import CLUSTERED, LayerShape
+from moe_dist.moe.load_balancing import BalanceState
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.dense_feed_forward import SwiGLU
+from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
+from moe_dist.moe.standard_moe import StandardMoE
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.placement import ExpertPlacement
+
+DENSE, STANDARD = "dense", "standard"
+CAPACITY_FACTOR = 1.25
+"""Of DeepSpeed's layer, whose padding to the fullest expert without one costs it more still."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One layer: takes and returns [T, D].
+
+    Attributes:
+        ledger: where our own layers enter what they send; None for others.
+        vector_bytes: what one hidden vector takes on the wire.
+        setting: entered around forward and backward passes.
+    """
+
+    module: nn.Module
+    vector_bytes: int
+    ledger: TrafficLedger | None = None
+    setting: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def run(self, x_TD: Tensor, d_y_TD: Tensor) -> Tensor:
+        """Forward and backward; gradients of the input and of all weights are afresh."""
+        with self.setting():
+            y_TD: Tensor = self.module(x_TD)
+            y_TD.backward(d_y_TD)
+        return y_TD
+
+    def forget(self) -> None:
+        """Drops the gradients."""
+        self.module.zero_grad(set_to_none=True)
+
+
+def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: Process, mesh: Mesh) -> Contender:
+    """The contender of that name; collective for the peers, which form process groups."""
+    clustered = name.startswith("clustered")
+    kind = "clustered" if clustered else DENSE if name == DENSE else STANDARD
+    config = shape.config(kind, dtype, top_k, CLUSTERED.get(name, 1))
+    vector = vector_bytes(shape.hidden, config.moe.wire_dtype)
+    if name == "deepspeed":
+        contender = Contender(DeepSpeedMoE(config, process.ranks, CAPACITY_FACTOR), vector)
+    elif name == "megatron":
+        contender = Contender(MegatronMoE(config, process.ranks), vector, setting=stand_ins)
+    elif name == DENSE:
+        contender = Contender(SwiGLU(0, config.moe.dense_width, config.model, config.seed), vector)
+    else:
+        ledger = TrafficLedger(Links.alone() if process.ranks == 1 else Links.discover(process.device))
+        contender = Contender(_ours(config, process, mesh, ledger), vector, ledger)
+    contender.module.to(process.device, getattr(torch, dtype))
+    return contender
+
+
+def _ours(config: RunConfig, process: Process, mesh: Mesh, ledger: TrafficLedger) -> nn.Module:
+    moe = config.moe
+    clustered = moe.kind == "clustered"
+    placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] if clustered else []
+    context = LayerContext(mesh, placements, BalanceState.create(1, moe, process.device), ledger, config.seed)
+    return (ClusteredMoE if clustered else StandardMoE)(0, config.model, moe, context, 1.0)
+
+
+def mesh_for(shape: LayerShape, process: Process) -> Mesh:
+    """All experts once over all ranks; collective."""
+    if process.ranks == 1:
+        return Mesh.alone()
+    return Mesh.create(resolve_world(shape.config("clustered", "float32", 1), process.ranks), process.timeout)

@@ -1,0 +1,207 @@
+"""`moe-dist bench layer --ranks`: clustered, standard and the peers' MoE layers on ranks, beside the dense floor.
+
+All contenders are whole layers with routers of their own, given the same tokens, one after the other in every round.
+Times are forward + backward of the slowest rank, without the reduction of gradients. Bytes are those of all-to-alls,
+counted in one more pass for all of them alike by wrapping the collectives; the floor of our own layers is what their
+routing cannot do without: one vector of each token to each other rank that holds something it needs, and one back, in
+both passes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moe_dist.config import RunConfig
+from moe_dist.console import wide_console
+from moe_dist.dispatch.routing_trace import ObservedRouting
+from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
+from moe_dist.distributed.init import Process, join, leave
+from moe_dist.benchmarks.collective_timer import CollectiveWatch, watching
+from moe_dist.benchmarks.layer.contenders import DENSE, STANDARD, Contender, build, mesh_for
+from moe_dist.benchmarks.rounds import inputs, time_rounds
+from moe_dist.benchmarks.layer.spec import CLUSTERED, RanksBenchSpec, overlapped
+from moe_dist.metrics.spread import Spread
+from moe_dist.metrics import installed_versions, write_json
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.overlap_probe import measure_hop
+from moe_dist.distributed.mesh import Mesh
+
+_WIDTH = 120  # columns of the table, also where the output goes to a file
+PASSES = 4  # there and back, in the forward and in the backward pass
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What all ranks hand to all-to-alls for other ranks, a token."""
+
+    counted: float
+    floor: float | None
+    """None: not known of others' layers."""
+
+
+@dataclass(frozen=True)
+class Hop:
+    """Into how many chunks a layer's tokens are divided on their way; where that was chosen, by which speeds."""
+
+    chunks: int
+    speed: HopSpeed | None = None
+
+
+@dataclass(frozen=True)
+class RanksBenchCase:
+    """One dtype and k: seconds, ratios within rounds, and bytes of each contender."""
+
+    dtype: str
+    top_k: int
+    seconds: dict[str, Spread]
+    over_dense: dict[str, Spread]
+    peer_over_clustered: dict[str, Spread]
+    """The fastest of the peers (standard, where there is none) over each clustered layer."""
+    fastest_peer: str
+    bytes_per_token: dict[str, Bytes]
+    hops: dict[str, Hop]
+    """Of the layers that were asked to overlap."""
+
+
+@dataclass(frozen=True)
+class RanksBenchResult:
+    """All cases, and what they were measured with."""
+
+    spec: RanksBenchSpec
+    ranks: int
+    threads: int
+    cases: list[RanksBenchCase] = field(default_factory=list)
+    versions: dict[str, str | None] = field(default_factory=installed_versions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON; times in seconds."""
+        return asdict(self)
+
+
+def bench_ranks(config: RunConfig, spec: RanksBenchSpec) -> None:
+    """Measures every case, and shows and writes the figures on rank 0; collective.
+
+    Raises:
+        ConfigError: the layer cannot be had on so many ranks.
+    """
+    with watching() as watch:  # before DeepSpeed and Megatron-core are initialised
+        process = join(config.world)
+        spec.check(process.ranks)
+        mesh = mesh_for(spec.shape, process)
+        result = RanksBenchResult(spec, process.ranks, torch.get_num_threads())
+        for dtype in spec.dtypes:
+            result.cases.extend(_measure(spec, dtype, top_k, process, mesh, watch) for top_k in spec.top_k)
+    if process.rank == 0:
+        console = wide_console()
+        console.width = max(console.width, _WIDTH)
+        render(result, console)
+        if spec.json_file is not None:
+            write_json(Path(spec.json_file), result.to_dict())
+    leave()
+
+
+def _measure(
+    spec: RanksBenchSpec, dtype: str, top_k: int, process: Process, mesh: Mesh, watch: CollectiveWatch
+) -> RanksBenchCase:
+    shape, ours = spec.shape, (*CLUSTERED, *map(overlapped, spec.overlap))
+    names = (DENSE, *ours, STANDARD, *spec.peers)
+    contenders = {name: build(name, shape, dtype, top_k, process, mesh) for name in names}
+    hops = {overlapped(asked): _divide(contenders[overlapped(asked)], asked, shape.tokens) for asked in spec.overlap}
+    x_TD, d_y_TD = inputs(shape.tokens, shape.hidden, dtype, process, shape.seed)
+    rounds = time_rounds(contenders, x_TD, d_y_TD, spec.repeats)
+    seconds = {name: Spread.of(values) for name, values in rounds.items()}
+    peer = min(spec.peers or (STANDARD,), key=lambda name: seconds[name].median)
+    return RanksBenchCase(
+        dtype=dtype,
+        top_k=top_k,
+        seconds=seconds,
+        over_dense={name: Spread.of_ratios(values, rounds[DENSE]) for name, values in rounds.items()},
+        peer_over_clustered={name: Spread.of_ratios(rounds[peer], rounds[name]) for name in ours},
+        fastest_peer=peer,
+        bytes_per_token=count_bytes(contenders, x_TD, d_y_TD, process, watch),
+        hops=hops,
+    )
+
+
+def _divide(contender: Contender, asked: str, tokens: int) -> Hop:
+    """Has the layer work in the chunks of that value of `moe.overlap_chunks`; collective."""
+    layer = contender.module
+    assert isinstance(layer, ClusteredMoE)
+    if layer.one.alone:
+        hop = Hop(1)
+    elif asked == "auto":
+        speed = measure_hop(layer, tokens)
+        hop = Hop(choose_chunks(speed), speed)
+    else:
+        hop = Hop(int(asked))
+    layer.divide(hop.chunks)
+    return hop
+
+
+def count_bytes(
+    contenders: Mapping[str, Contender], x_TD: Tensor, d_y_TD: Tensor, process: Process, watch: CollectiveWatch
+) -> dict[str, Bytes]:
+    """One more pass of each contender, watched; collective."""
+    counted = torch.zeros(len(contenders), 2, dtype=torch.int64)
+    for row, contender in zip(counted, contenders.values(), strict=True):
+        observed = ObservedRouting(process.rank, [0] * process.ranks)
+        if contender.ledger is not None:
+            contender.ledger.observer = observed
+        watch.clear()
+        watch.active = True
+        contender.run(x_TD, d_y_TD)
+        watch.active = False
+        row[0], row[1] = sum(watch.bytes_to.values()), _rows_needed_elsewhere(observed)
+        if contender.ledger is not None:
+            contender.ledger.observer = None
+    dist.all_reduce(counted := counted.to(process.device))
+    tokens = len(x_TD) * process.ranks
+    found = {}
+    for (name, contender), (total, rows) in zip(contenders.items(), counted.tolist(), strict=True):
+        floor = PASSES * rows * contender.vector_bytes / tokens
+        found[name] = Bytes(total / tokens, None if contender.ledger is None and total else floor)
+    return found
+
+
+def _rows_needed_elsewhere(observed: ObservedRouting) -> int:
+    return sum(
+        int(rows)
+        for needs in observed.needs.values()
+        for rank, rows in zip(needs.group, needs.needed_P, strict=True)
+        if rank != observed.rank
+    )
+
+
+def render(result: RanksBenchResult, console: Console) -> None:
+    """One table: a row for each contender, a block for each dtype and k; behind `overlap` the number of chunks."""
+    shape = result.spec.shape
+    title = (
+        f"forward + backward on {result.ranks} ranks of {result.threads} thread(s), T={shape.tokens} a rank "
+        f"d={shape.hidden} f={shape.expert_hidden} E={shape.experts} G={shape.clusters} r={shape.rank}"
+        f"{' vectors' if shape.vectors else ''}, median of {result.spec.repeats} rounds [quartiles]"
+    )
+    table = Table("dtype", "k", "layer", title=title)
+    for name in ("ms", "this / dense", "best peer / this", "bytes a token", "floor"):
+        table.add_column(name, justify="right")
+    for case in result.cases:
+        for name, seconds in case.seconds.items():
+            faster, sent = case.peer_over_clustered.get(name), case.bytes_per_token[name]
+            table.add_row(
+                case.dtype,
+                str(case.top_k),
+                name if name not in case.hops else f"{name} ({case.hops[name].chunks})",
+                seconds.text(1e3, 0),
+                case.over_dense[name].text(),
+                f"{faster.text()} ({case.fastest_peer})" if faster else "",
+                f"{sent.counted:,.1f}",
+                "" if sent.floor is None else f"{sent.floor:,.1f}",
+            )
+        table.add_section()
+    console.print(table)

@@ -1,0 +1,167 @@
+"""`moe-dist bench step`: the speed of whole training steps by kind of layer, and where the time of a step goes.
+
+Models of all kinds are trained side by side, some steps of each in every round, so that a busy machine slows them
+alike. Then some more steps of each are taken with a clock on their parts; these synchronise before every collective and
+are somewhat slower, so that shares mean more than times.
+"""
+
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.config import RunConfig, resolve_world
+from moe_dist.console import wide_console
+from moe_dist.data import PreparedData, prepare_data
+from moe_dist.distributed.init import Process, join, leave
+from moe_dist.training.null_recorder import SilentRecorder
+from moe_dist.metrics.spread import Spread
+from moe_dist.benchmarks.step.profiler import PartClock, StepPart
+from moe_dist.benchmarks.step.parts import clock_attention, step_clock
+from moe_dist.benchmarks.step.spec import StepBenchSpec
+from moe_dist.metrics import installed_versions, write_json
+from moe_dist.training.preemption import StopSignals
+from moe_dist.training.trainer import TrainingRun
+
+OF_MOE_LAYERS = (StepPart.ROUTING, StepPart.PERMUTE, StepPart.ALL_TO_ALL, StepPart.EXPERTS, StepPart.COUNTERS)
+OVERHEAD = (StepPart.ROUTING, StepPart.PERMUTE, StepPart.COUNTERS, StepPart.METRICS)
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One kind of layer; seconds of a step are those of the slowest rank, parts are means over ranks and steps."""
+
+    tokens_per_second: Spread
+    over_last: Spread
+    """Speed over that of the last kind, within rounds."""
+    parts: dict[str, float]
+
+    @property
+    def overhead(self) -> float | None:
+        """Routing, permutation, counters and metrics over all time in MoE layers and metrics; None: not divided."""
+        layers = sum(self.parts.get(part, 0.0) for part in {*OF_MOE_LAYERS, *OVERHEAD})
+        return sum(self.parts.get(part, 0.0) for part in OVERHEAD) / layers if layers else None
+
+
+@dataclass(frozen=True)
+class StepBenchResult:
+    """All kinds, and what they were measured with."""
+
+    spec: StepBenchSpec
+    ranks: int
+    threads: int
+    config: dict[str, Any]
+    kinds: dict[str, StepFigures]
+    versions: dict[str, str | None] = field(default_factory=installed_versions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON; times in seconds."""
+        overheads = {kind: figures.overhead for kind, figures in self.kinds.items()}
+        return {**asdict(self), "overhead": overheads}
+
+
+def bench_step(config: RunConfig, spec: StepBenchSpec) -> None:
+    """Measures every kind, and shows and writes the figures on rank 0; collective.
+
+    Raises:
+        ConfigError: a kind does not fit the configuration or the number of ranks.
+    """
+    with step_clock() as clock, TemporaryDirectory() as folder:  # before DeepSpeed is initialised
+        process = join(config.world)
+        data = prepare_data(config.corpus, config.tokenizer)
+        runs = {kind: _Run(single, process, data, clock, Path(folder)) for kind, single in spec.configs(config).items()}
+        for run in runs.values():
+            run.steps(spec.warmup)
+        seconds = {kind: _slowest(values) for kind, values in _rounds(runs, spec).items()}
+        parts = {kind: run.divided(spec.divided) for kind, run in runs.items()}
+    tokens = config.train.global_batch_size * config.model.sequence_length
+    speeds = {kind: [tokens / each for each in values] for kind, values in seconds.items()}
+    figures = {
+        kind: StepFigures(Spread.of(values), Spread.of_ratios(values, speeds[spec.kinds[-1]]), parts[kind])
+        for kind, values in speeds.items()
+    }
+    if process.rank == 0:
+        result = StepBenchResult(spec, process.ranks, torch.get_num_threads(), config.model_dump(), figures)
+        render(result, wide_console())
+        if spec.json_file is not None:
+            write_json(Path(spec.json_file), result.to_dict())
+    leave()
+
+
+class _Run:
+    """A model of one kind under training; it writes nothing."""
+
+    def __init__(self, config: RunConfig, process: Process, data: PreparedData, clock: PartClock, folder: Path) -> None:
+        self.clock, self.signals, self.done = clock, StopSignals(), 0  # not entered: signals end a measurement
+        self.run = TrainingRun(config, process, resolve_world(config, process.ranks), data, SilentRecorder(folder))
+        self.run.overlap.apply(self.run.model, 0)
+        self.run.engine.wrap_reduction(partial(clock.wrap, StepPart.REDUCTION))
+        for layer in self.run.model.gpt.decoder.layers:  # type: ignore[union-attr]
+            clock_attention(clock, layer.self_attention)
+
+    def steps(self, count: int) -> float:
+        """Trains on; returns the mean seconds of a step."""
+        started = time.perf_counter()
+        for _ in range(count):
+            self.done += 1
+            self.run.train_step(self.done, self.signals)
+        return (time.perf_counter() - started) / count
+
+    def divided(self, count: int) -> dict[str, float]:
+        """Trains on; returns the seconds of a step by part, mean over steps and ranks; collective."""
+        if not count:
+            return {}
+        self.clock.clear()
+        self.clock.start()
+        self.steps(count)
+        self.clock.stop()
+        mine = torch.tensor([self.clock.seconds[part] / count for part in StepPart], dtype=torch.float64)
+        dist.all_reduce(mine)
+        return dict(zip(map(str, StepPart), (mine / dist.get_world_size()).tolist(), strict=True))
+
+
+def _rounds(runs: dict[str, _Run], spec: StepBenchSpec) -> dict[str, list[float]]:
+    """Mean seconds of a step of each kind in each round; each kind starts a round in turn."""
+    names, seconds = list(runs), {name: list[float]() for name in runs}
+    for index in range(spec.rounds):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            dist.barrier()
+            seconds[name].append(runs[name].steps(spec.steps))
+    return seconds
+
+
+def _slowest(seconds: list[float]) -> list[float]:
+    mine = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(mine, dist.ReduceOp.MAX)
+    slowest: list[float] = mine.tolist()
+    return slowest
+
+
+def render(result: StepBenchResult, console: Console) -> None:
+    """Two tables: speeds, and the parts of a step."""
+    console.width = max(console.width, 120)
+    last = result.spec.kinds[-1]
+    speeds = Table("layer", title=f"{result.ranks} ranks of {result.threads} thread(s), median of rounds [quartiles]")
+    for name in ("tokens/s", f"this / {last}", "routing + permute + counters + metrics"):
+        speeds.add_column(name, justify="right")
+    for kind, figures in result.kinds.items():
+        overhead = "" if figures.overhead is None else f"{figures.overhead:.1%} of MoE layers"
+        speeds.add_row(kind, figures.tokens_per_second.text(1, 0), figures.over_last.text(), overhead)
+    console.print(speeds)
+    if not result.spec.divided:
+        return
+    parts = Table("part", title="ms of a step (share), mean over ranks, collectives synchronised")
+    for kind in result.kinds:
+        parts.add_column(kind, justify="right")
+    for part in StepPart:
+        shares = [(f.parts[part], f.parts[part] / sum(f.parts.values())) for f in result.kinds.values()]
+        parts.add_row(part, *(f"{1e3 * seconds:,.1f} ({share:.1%})" for seconds, share in shares))
+    console.print(parts)

@@ -1,0 +1,173 @@
+"""`moe-dist measure traffic`: trains a few steps of each kind of layer and tells what crossed between ranks.
+
+Every rank of the job calls `measure_traffic`. Steps come in three rounds on the same model: timed as they are; counted,
+with the routing observed; and, if asked for, profiled, with every collective synchronised.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_dist.config import RunConfig, dump_config, resolve_batch, resolve_world
+from moe_dist.console import wide_console
+from moe_dist.data import PreparedData, prepare_data
+from moe_dist.dispatch.routing_trace import ObservedRouting
+from moe_dist.distributed.init import Process, join, leave
+from moe_dist.errors import ConfigError
+from moe_dist.benchmarks.baselines import traffic as peer
+from moe_dist.benchmarks.traffic import tables as traffic_view
+from moe_dist.benchmarks.collective_timer import CollectiveWatch, Part, watching
+from moe_dist.training.null_recorder import SilentRecorder
+from moe_dist.benchmarks.traffic.figures import gather_figures, gather_seconds
+from moe_dist.metrics import RunFolder, write_json
+from moe_dist.training.preemption import StopSignals
+from moe_dist.training.trainer import TrainingRun
+
+KEPT_ROWS = 4096
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrafficSpec:
+    """What to measure.
+
+    Attributes:
+        kinds: kinds of layer, one after the other, or `deepspeed` and `megatron` for their own MoE layers; empty: the
+            configuration's and `standard`.
+        steps: of each round, after `warmup` steps.
+        profile: also tell compute, all-to-all, reduction and waiting apart, and save a trace.
+        json_file: also write the figures here.
+    """
+
+    kinds: tuple[str, ...] = ()
+    steps: int = 3
+    warmup: int = 2
+    profile: bool = False
+    json_file: str | None = None
+
+    def kinds_for(self, config: RunConfig) -> tuple[str, ...]:
+        """What is measured of a configuration: the kinds asked for, else its own and `standard`."""
+        return self.kinds or tuple(dict.fromkeys((config.moe.kind, "standard")))
+
+
+def of_kind(config: RunConfig, kind: str, spec: TrafficSpec) -> RunConfig:
+    """The configuration with another kind of layer, and as many steps as the measurement takes.
+
+    Raises:
+        ConfigError: the kind does not fit the other settings.
+    """
+    steps = spec.warmup + (4 if spec.profile else 2) * spec.steps + 1
+    tree = config.model_dump()
+    tree["moe"]["kind"] = kind
+    tree["train"].update(steps=steps, warmup_steps=0, eval_every=0, log_every=steps + 1)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValueError as error:
+        raise ConfigError(f"--kind {kind} does not fit this configuration: {' '.join(str(error).split())}") from error
+
+
+def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
+    """Measures every kind, and shows and writes the figures on rank 0; collective.
+
+    Raises:
+        MoeDistError: a kind cannot be run with this configuration and number of ranks.
+    """
+    with watching() as watch:  # before DeepSpeed is initialised
+        process = join(config.world)
+        kinds = spec.kinds_for(config)
+        configs = {kind: of_kind(config, kind, spec) for kind in kinds if kind not in peer.PEERS}
+        data = prepare_data(config.corpus, config.tokenizer)
+        results = {kind: _Measurement(single, process, data, watch).take(spec) for kind, single in configs.items()}
+        for name in filter(peer.PEERS.__contains__, kinds):
+            results[name] = peer.measure_peer(name, config, process, watch, spec.steps, spec.warmup)
+    if process.rank == 0:
+        traffic_view.render(results, wide_console())
+        if spec.json_file is not None:
+            write_json(Path(spec.json_file), results)
+    leave()
+
+
+class _Measurement:
+    """One kind of layer under measurement."""
+
+    def __init__(self, config: RunConfig, process: Process, data: PreparedData, watch: CollectiveWatch) -> None:
+        self.config, self.process, self.watch = config, process, watch
+        shape = resolve_world(config, process.ranks)
+        resolve_batch(config, process.ranks)
+        self.steps_done, self.signals = 0, StopSignals()  # not entered: signals end a measurement
+        self.folder: RunFolder | None = None
+        if process.rank == 0:
+            name = f"{config.name}-traffic-{config.moe.kind}"
+            self.folder = RunFolder.create(config.runs_dir, name, dump_config(config), tensorboard=False)
+            print(f"{name}: {shape}", flush=True)
+        self.run = TrainingRun(config, process, shape, data, SilentRecorder(self.folder.path if self.folder else None))
+        self.ledger = self.run.model.context.ledger
+
+    def take(self, spec: TrafficSpec) -> Figures:
+        """All rounds; returns the figures, whole on rank 0, and leaves them in the run folder."""
+        self._steps(spec.warmup)
+        seconds = self._steps(spec.steps)
+        self.ledger.clear()
+        observed = ObservedRouting(self.process.rank, self.ledger.links.node_of_rank, KEPT_ROWS)
+        self.ledger.observer = observed
+        self._steps(spec.steps)
+        self.ledger.observer, self.ledger.recording = None, False
+        figures = gather_figures(self.run, observed, spec.steps)
+        figures["step_seconds"], figures["timed_seconds"] = float(np.median(seconds)), seconds
+        if spec.profile:
+            figures["profile"] = self._profile(spec.steps)
+        if self.folder is not None:
+            self._write(self.folder, figures, observed)
+        return figures
+
+    def _steps(self, steps: int) -> list[float]:
+        """Trains on; returns the seconds of each step."""
+        seconds = []
+        for _ in range(steps):
+            self.steps_done += 1
+            started = time.perf_counter()
+            self.run.train_step(self.steps_done, self.signals)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def _profile(self, steps: int) -> Figures:
+        """Mean seconds of a step by part on every rank, then one more step traced."""
+        self.watch.clear()
+        self.watch.active = True
+        total = sum(self._steps(steps))
+        parts = dict(self.watch.seconds)
+        parts[Part.COMPUTE] = total - sum(parts.values())
+        mine = [parts.get(part, 0.0) / steps for part in Part]
+        self._trace()
+        self.watch.active = False
+        ranks = [dict(zip(map(str, Part), row, strict=True)) for row in gather_seconds(mine, self.process)]
+        return {"steps": steps, "ranks": ranks}
+
+    def _trace(self) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.process.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        if self.folder is None:
+            self._steps(1)
+            return
+        with torch.profiler.profile(activities=activities) as profiler:
+            self._steps(1)
+        profiler.export_chrome_trace(str(self.folder.path / "trace.json.gz"))
+
+    def _write(self, folder: RunFolder, figures: Figures, observed: ObservedRouting) -> None:
+        with folder:
+            folder.write_traffic(figures)
+            if "profile" in figures:
+                write_json(folder.path / "profile.json", figures["profile"])
+            arrays = {f"layer{layer}.{stage}": _stacked(rows) for (layer, stage), rows in observed.choices.items()}
+            np.savez_compressed(folder.path / "routing.npz", **arrays)
+            folder.event("measured", self.steps_done, steps=figures["steps"])
+
+
+def _stacked(rows: Sequence[torch.Tensor]) -> Any:
+    return torch.cat(list(rows)).numpy().astype(np.int32)

@@ -1,0 +1,63 @@
+"""Names of parameters that hold for every layout: experts and clusters by their numbers, not by rank or slot.
+
+gpt.decoder.layers.0.mlp.inner.expert.17.in_u_DR      one expert's own weights
+gpt.decoder.layers.0.mlp.inner.cluster.2.w_in_DH      a cluster's base
+gpt.embedding.word_embeddings.weight                  everything else, as the module calls it
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.standard_moe import StandardMoE
+from moe_dist.moe.quantized_experts import StoredExperts
+
+
+@dataclass(frozen=True)
+class NamedRun:
+    """The part of a parameter that has a name of its own, from element `start` of the flattened parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int = 0
+
+
+def named_runs(model: LanguageModel) -> dict[nn.Parameter, list[NamedRun]]:
+    """Every parameter of the model that this rank holds, as runs that together are all of it, in order."""
+    runs: dict[nn.Parameter, list[NamedRun]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ClusteredMoE):
+            runs.update(_of_clusters(path, module))
+        elif isinstance(module, StandardMoE):
+            runs.update(_of_standard_experts(path, module))
+    for name, parameter in model.named_parameters():
+        runs.setdefault(parameter, [NamedRun(name, tuple(parameter.shape))])
+    return runs
+
+
+def _of_clusters(path: str, layer: ClusteredMoE) -> Iterator[tuple[nn.Parameter, list[NamedRun]]]:
+    placement, at = layer.placement, layer.context.mesh.at
+    for cluster, held in zip(placement.clusters_of_block(at.cluster), layer.clusters, strict=True):
+        if isinstance(held, StoredExperts):
+            continue  # it has no parameters
+        assert isinstance(held, ClusteredExperts)
+        for name, parameter in held.base.named_parameters():
+            yield parameter, [NamedRun(f"{path}.cluster.{cluster}.{name}", tuple(parameter.shape))]
+        experts = placement.experts_of(cluster, at.shard)
+        for name, parameter in held.residuals.named_parameters():
+            shape, one = tuple(parameter.shape[1:]), parameter[0].numel()
+            leaf = name.replace("_N", "_", 1)  # without the axis over the experts: in_u_NDR holds each one's in_u_DR
+            yield (
+                parameter,
+                [NamedRun(f"{path}.expert.{e}.{leaf}", shape, slot * one) for slot, e in enumerate(experts)],
+            )
+
+
+def _of_standard_experts(path: str, layer: StandardMoE) -> Iterator[tuple[nn.Parameter, list[NamedRun]]]:
+    for name in ("w_in", "w_out"):
+        for local, parameter in enumerate(getattr(layer.experts, name)):
+            yield parameter, [NamedRun(f"{path}.expert.{layer.first_expert + local}.{name}", tuple(parameter.shape))]

@@ -1,0 +1,108 @@
+"""What each rank writes and reads, told to `torch.distributed.checkpoint` in its own terms."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from moe_dist.checkpoint.sharded_tensor import AwayShard, Shard, ShardedTensor, State
+
+
+class ShardSavePlanner(DefaultSavePlanner):
+    """Writes every shard of a `State`; of shards that several ranks hold alike, one rank writes each.
+
+    torch's own planner refuses shards that overlap otherwise.
+    """
+
+    state_dict: State
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        """One write item for each shard that this rank holds, known by its tensor's name and first element."""
+        self.plan = SavePlan(
+            [
+                WriteItem(
+                    MetadataIndex(name, (shard.start,)),
+                    WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        chunk_of(shard), TensorProperties(dtype=tensor.dtype), torch.Size([tensor.numel])
+                    ),
+                )
+                for name, tensor in self.state_dict.items()
+                for shard in tensor.shards
+            ]
+        )
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The values of the shard behind a write item, [length]; read from its tier now if it is away."""
+        return _shard_at(self.state_dict, index).values
+
+
+class ShardLoadPlanner(DefaultLoadPlanner):
+    """Fills every shard of a `State` from whatever shards were written, converting the type where it differs."""
+
+    state_dict: State
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: State, metadata: Metadata | StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Takes the state as it is: torch's own looks in it for tensors to initialise, which ours has none of."""
+        assert isinstance(metadata, Metadata)
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        """The reads that fill every shard this rank holds, whatever the cuts of the shards that were written."""
+        return LoadPlan(list(self._reads()))
+
+    def _reads(self) -> Iterator[ReadItem]:
+        assert self.metadata is not None
+        for name, tensor in self.state_dict.items():
+            stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
+            yield from create_read_items_for_chunk_list(name, stored, [chunk_of(shard) for shard in tensor.shards])
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """What a shard's elements are read into, [length]: itself, or a buffer if it is kept in a lower tier."""
+        shard = _shard_at(self.state_dict, index)
+        return torch.empty(shard.length, dtype=shard.dtype) if isinstance(shard, AwayShard) else shard.values
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Sends what has been read into a tensor from `resolve_tensor` to where it is kept."""
+        shard = _shard_at(self.state_dict, read_item.dest_index)
+        if isinstance(shard, AwayShard):
+            shard.write(read_item.dest_offsets[0], tensor)
+
+
+def chunk_of(shard: Shard | AwayShard) -> ChunkStorageMetadata:
+    """A shard's place in its flattened tensor."""
+    return ChunkStorageMetadata(torch.Size([shard.start]), torch.Size([shard.length]))
+
+
+def _shard_at(state: State, index: MetadataIndex) -> Shard | AwayShard:
+    tensor: ShardedTensor = state[index.fqn]
+    assert index.offset is not None
+    return next(shard for shard in tensor.shards if shard.start == index.offset[0])

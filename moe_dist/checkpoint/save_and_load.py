@@ -1,0 +1,78 @@
+"""State to a checkpoint and back, through `torch.distributed.checkpoint`; the only callers of its save and load."""
+
+import warnings
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moe_dist.checkpoint.manifest import Index, Manifest, read_index
+from moe_dist.checkpoint.resharding_planner import ShardLoadPlanner, ShardSavePlanner
+from moe_dist.checkpoint.sharded_tensor import ShardedTensor, State
+from moe_dist.checkpoint.storage import ShardReader, ShardWriter
+from moe_dist.errors import CheckpointError, OffloadError
+
+
+def write_checkpoint(
+    target: Path, manifest: Manifest, state: State, rank: int, group: dist.ProcessGroup | None = None
+) -> None:
+    """Writes a checkpoint and commits it to `target`; collective over `group`, whose first rank is the coordinator.
+
+    Raises:
+        CheckpointError: a rank could not write its part (the same on all ranks); what was there before is untouched.
+    """
+    writer = ShardWriter(target, manifest, state, rank)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process without a group is what some callers are
+            dcp.save(state, storage_writer=writer, planner=ShardSavePlanner(), process_group=group)
+    except CheckpointException as error:
+        raise CheckpointError(f"checkpoint {target} could not be written: {_first_cause(error)}") from error
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {target} could not be written: {error.strerror or error}") from error
+
+
+def read_checkpoint(checkpoint: Path, state: State, group: dist.ProcessGroup | None = None) -> None:
+    """Fills the shards of `state` in place from a checkpoint whose files have been checked; collective.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape, or a file is damaged (the same on all ranks).
+        OffloadError: a tier that it is read into fails, on any rank.
+    """
+    index = read_index(checkpoint)
+    _require_fits(checkpoint, state, index)
+    wanted = {name: state.get(name, _nothing_of(index, name)) for name in index.tensors}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(
+                wanted, storage_reader=ShardReader(checkpoint, index), planner=ShardLoadPlanner(), process_group=group
+            )
+    except CheckpointException as error:
+        tier_failed = any(isinstance(cause, OffloadError) for cause, _ in error.failures.values())
+        raise (OffloadError if tier_failed else CheckpointError)(_first_cause(error)) from error
+
+
+def _require_fits(checkpoint: Path, state: State, index: Index) -> None:
+    for name, tensor in state.items():
+        stored = index.tensors.get(name)
+        if stored is None:
+            raise CheckpointError(f"checkpoint {checkpoint} has no tensor {name}")
+        if tuple(stored.shape) != tensor.shape:
+            raise CheckpointError(
+                f"checkpoint {checkpoint}: {name} has shape {tuple(stored.shape)}, the model needs {tensor.shape}"
+            )
+
+
+def _nothing_of(index: Index, name: str) -> ShardedTensor:
+    """torch wants the same names on all ranks, also of tensors of which this one needs nothing."""
+    tensor = index.tensors[name]
+    return ShardedTensor(tuple(tensor.shape), tensor.torch_dtype)
+
+
+def _first_cause(error: CheckpointException) -> str:
+    """The failure of the first rank that had one, in one line."""
+    rank, (cause, _) = min(error.failures.items())
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    return text if isinstance(cause, CheckpointError) else f"rank {rank}: {text}"

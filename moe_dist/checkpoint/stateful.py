@@ -1,0 +1,110 @@
+"""Parts of a run, besides parameters and their optimizer state, that outlive a step and so belong in a checkpoint."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_dist.checkpoint.manifest import Index, Manifest, TensorRecord
+from moe_dist.checkpoint.sharded_tensor import Shard, ShardedTensor, State
+
+
+class Part(Protocol):
+    """Something with a state: tensors, and values that JSON can hold, by name.
+
+    They are the same on all ranks, unless the class names them in one of two attributes:
+
+    - `summed_over_ranks`: every rank has its own addend, and only their sum means something. On the same number of
+      ranks each gets its own back; on another one they are dealt out so that the sum stays.
+    - `own_of_rank`: every rank has its own, and gets it back on the same number of ranks; else the name is missing.
+    """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state; tensors may be the live ones."""
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Takes the state back; tensors are on the CPU and have the shape in which they were saved."""
+
+
+Parts = Mapping[str, Part]
+
+
+def tensors_of(parts: Parts, rank: int, ranks: int) -> State:
+    """The tensors of all parts, to be saved."""
+    state: State = {}
+    for part_name, part in parts.items():
+        by_rank = {*_summed(part), *_own(part)}
+        for name, value in part.state_dict().items():
+            if isinstance(value, Tensor):
+                row = name in by_rank
+                sharded = ShardedTensor.row(value, rank, ranks) if row else ShardedTensor.whole(value)
+                state[_key(part_name, name)] = sharded
+    return state
+
+
+def values_of(parts: Parts) -> dict[str, dict[str, Any]]:
+    """All that is not a tensor, for the manifest."""
+    return {
+        part_name: {name: value for name, value in part.state_dict().items() if not isinstance(value, Tensor)}
+        for part_name, part in parts.items()
+    }
+
+
+def room_for(parts: Parts, index: Index, rank: int, ranks: int) -> State:
+    """Zeros in the saved shapes for what this rank is to have of each part's tensors."""
+    room: State = {}
+    for part_name, part in parts.items():
+        for key, tensor in index.tensors.items():
+            if not key.startswith(_key(part_name, "")):
+                continue
+            name = key.removeprefix(_key(part_name, ""))
+            if name in _summed(part):
+                room[key] = _rows(tensor, range(rank, tensor.shape[0], ranks))
+            elif name not in _own(part):
+                room[key] = ShardedTensor.whole(torch.zeros(tensor.shape, dtype=tensor.torch_dtype))
+            elif tensor.shape[0] == ranks:
+                room[key] = _rows(tensor, range(rank, rank + 1))
+    return room
+
+
+def hand_back(parts: Parts, filled: State, manifest: Manifest) -> None:
+    """Gives every part that the checkpoint knows its state; the others stay as they are."""
+    for part_name, part in parts.items():
+        state: dict[str, Any] = dict(manifest.values.get(part_name, {}))
+        for key, tensor in filled.items():
+            if key.startswith(_key(part_name, "")):
+                name = key.removeprefix(_key(part_name, ""))
+                state[name] = _value(tensor, by_rank=name in {*_summed(part), *_own(part)})
+        if state:
+            part.load_state_dict(state)
+
+
+def _value(tensor: ShardedTensor, by_rank: bool) -> Tensor:
+    """The tensor itself, or the sum of this rank's rows; zeros where there are more ranks than rows."""
+    if not by_rank:
+        return tensor.shards[0].values.view(tensor.shape)
+    total = torch.zeros(tensor.shape[1:], dtype=tensor.dtype)
+    for shard in tensor.shards:
+        total += shard.values.view(tensor.shape[1:])
+    return total
+
+
+def _rows(tensor: TensorRecord, rows: range) -> ShardedTensor:
+    size = torch.Size(tensor.shape[1:]).numel()
+    shards = [Shard(row * size, torch.zeros(size, dtype=tensor.torch_dtype)) for row in rows]
+    return ShardedTensor(tuple(tensor.shape), tensor.torch_dtype, shards)
+
+
+def _key(part: str, name: str) -> str:
+    return f"part/{part}/{name}"
+
+
+def _summed(part: Part) -> Collection[str]:
+    names: Collection[str] = getattr(part, "summed_over_ranks", ())
+    return names
+
+
+def _own(part: Part) -> Collection[str]:
+    names: Collection[str] = getattr(part, "own_of_rank", ())
+    return names

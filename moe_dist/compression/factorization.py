@@ -1,0 +1,196 @@
+"""Full experts as a shared base and a low-rank residual each: the mean by usage, and what is left, cut to a rank.
+
+What is left of a matrix, `D = W - B`, is kept as `U V = D Q Q^T`, where Q spans the leading right singular vectors
+
+    of D itself (plain): nearest to W in all its entries; or
+    of C^1/2 D (whitened), C the second moments of the matrix's inputs: nearest to W in what it puts out,
+
+since `E |x (D - U V)|^2 = |C^1/2 (D - U V)|^2`. No inverse of C^1/2 is needed, so C may be singular. Moments of few
+tokens are noisy, so each matrix takes whichever did better on moments of other tokens.
+
+Shapes: N experts, D model width, F hidden width, H = 2 F (gate | up), R rank; I rows of a projection, O its columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.compression.cluster_weights import ClusterWeights
+from moe_dist.compression.expert_matrices import ExpertMatrices
+from moe_dist.compression.initialisation import V_STD, ExpertResidual
+from moe_dist.compression.whitening import InputRoots, Root, apply_root
+from moe_dist.compression.low_rank import leading_right_vectors
+
+
+@dataclass(frozen=True)
+class FactorisedExpert:
+    """An expert's residual beside the base, and what it loses: one figure for each of gate, up and output.
+
+    Errors are relative, `|C^1/2 (W - B - U V)| / |C^1/2 W|`, with the moments that decided (none: C = 1).
+    """
+
+    residual: ExpertResidual
+    errors: tuple[float, float, float]
+    base_errors: tuple[float, float, float]
+    """The same with the base alone."""
+    whitened: tuple[bool, bool, bool]
+
+
+def usage_weighted_mean(w_NIO: Tensor, usage_N: Tensor) -> Tensor:
+    """`sum_n usage_n W_n / sum_n usage_n`; the plain mean where nothing was used. Usage: not negative, any scale."""
+    weight_N = usage_N.to(w_NIO)
+    if not weight_N.any():
+        weight_N = torch.ones_like(weight_N)
+    mean_IO: Tensor = torch.tensordot(weight_N / weight_N.sum(), w_NIO, dims=1)
+    return mean_IO
+
+
+def factorise_expert(
+    expert: ExpertMatrices,
+    base: ExpertMatrices,
+    rank: int,
+    *,
+    vectors: bool = False,
+    inputs: InputRoots | None = None,
+    check: InputRoots | None = None,
+    seed: int | None = None,
+) -> FactorisedExpert:
+    """The residual of rank `rank` that brings the base nearest to the expert.
+
+    Args:
+        vectors: with the expert's vectors, zero.
+        inputs: of the tokens that whitening fits; None: plain throughout.
+        check: of other tokens, which decide between plain and whitened; None: `moments`.
+        seed: of the randomised decomposition, the same on all ranks; None: the exact one.
+
+    Raises:
+        ValueError: the rank is larger than a matrix allows.
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be 1 or more")
+    nothing = InputRoots(None, None)
+    fit = (inputs or nothing).projections()
+    judge = (check or inputs or nothing).projections()
+    parts = zip(expert.projections(), base.projections(), fit, judge, strict=True)
+    gate, up, out = (_factorise(w_IO, base_IO, rank, fits, judges, seed) for w_IO, base_IO, fits, judges in parts)
+    hidden, width = expert.w_out_FD.shape[1], expert.w_out_FD.shape[0]
+    zeros = expert.w_out_FD.new_zeros
+    residual = ExpertResidual(
+        in_u_DR=torch.cat([gate.u_IR, up.u_IR], dim=1),
+        in_v_RH=torch.stack([gate.v_RO, up.v_RO]),
+        out_u_FR=out.u_IR,
+        out_v_RD=out.v_RO,
+        hidden_gate_F=zeros(width) if vectors else None,
+        hidden_bias_H=zeros(2 * width) if vectors else None,
+        output_bias_D=zeros(hidden) if vectors else None,
+    )
+    return FactorisedExpert(
+        residual,
+        errors=(gate.error, up.error, out.error),
+        base_errors=(gate.base_error, up.base_error, out.base_error),
+        whitened=(gate.whitened, up.whitened, out.whitened),
+    )
+
+
+@dataclass(frozen=True)
+class FactorisedCluster:
+    """A cluster made of full experts, and what each of them lost."""
+
+    weights: ClusterWeights
+    experts: tuple[FactorisedExpert, ...]
+
+
+def factorise_cluster(
+    w_in_NDH: Tensor,
+    w_out_NFD: Tensor,
+    usage_N: Tensor,
+    rank: int,
+    *,
+    vectors: bool = False,
+    inputs: Sequence[InputRoots] | None = None,
+    check: Sequence[InputRoots] | None = None,
+    seed: int | None = None,
+) -> FactorisedCluster:
+    """All members of a cluster at once: their mean by usage as the base, and a residual for each (`factorise_expert`).
+
+    Args:
+        w_in_NDH: gate | up of each member, [N, D, 2F].
+        w_out_NFD: output projections, [N, F, D].
+        usage_N: weight of each in the base.
+    """
+    base = ExpertMatrices(usage_weighted_mean(w_in_NDH, usage_N), usage_weighted_mean(w_out_NFD, usage_N))
+    factorised = tuple(
+        factorise_expert(
+            ExpertMatrices(w_in_NDH[e], w_out_NFD[e]),
+            base,
+            rank,
+            vectors=vectors,
+            inputs=None if inputs is None else inputs[e],
+            check=None if check is None else check[e],
+            seed=seed,
+        )
+        for e in range(len(w_in_NDH))
+    )
+    residuals = [vars(one.residual) for one in factorised]
+    columns: list[Any] = [[residual[name] for residual in residuals] for name in residuals[0]]
+    stacked: list[Any] = [None if column[0] is None else torch.stack(column) for column in columns]  # in their order
+    return FactorisedCluster(ClusterWeights(base.w_in_DH, base.w_out_FD, *stacked), factorised)
+
+
+@dataclass(frozen=True)
+class _Factors:
+    u_IR: Tensor
+    v_RO: Tensor
+    error: float
+    base_error: float
+    whitened: bool
+
+
+def _factorise(w_IO: Tensor, base_IO: Tensor, rank: int, fit: Root, judge: Root, seed: int | None) -> _Factors:
+    """One matrix; `fit` and `judge` weigh its rows."""
+    left_IO = w_IO - base_IO
+    whole = _norm(judge, w_IO)
+
+    def kept(q_OR: Tensor) -> float:
+        return _ratio(_norm(judge, left_IO - left_IO @ q_OR @ q_OR.T), whole)
+
+    q_OR = leading_right_vectors(left_IO, rank, seed)
+    error, whitened = kept(q_OR), False
+    if fit is not None:
+        fitted_OR = _whitened_vectors(fit, left_IO, rank, seed)
+        fitted_error = kept(fitted_OR)
+        if fitted_error < error:
+            q_OR, error, whitened = fitted_OR, fitted_error, True
+    u_IR, v_RO = _balanced(left_IO @ q_OR, q_OR.T)
+    return _Factors(u_IR, v_RO, error, _ratio(_norm(judge, left_IO), whole), whitened)
+
+
+def _whitened_vectors(fit: Tensor, left_IO: Tensor, rank: int, seed: int | None) -> Tensor:
+    """Those of what comes out; fewer tokens than ranks leave the rest to the matrix itself."""
+    output_IO = apply_root(fit, left_IO)
+    told = min(rank, len(output_IO))
+    q_OR = leading_right_vectors(output_IO, told, seed)
+    rest_OR = leading_right_vectors(left_IO - left_IO @ q_OR @ q_OR.T, rank - told, seed)
+    return torch.cat([q_OR, rest_OR], dim=1)
+
+
+def _balanced(u_IR: Tensor, v_RO: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with U and V of equal size, so that an optimizer treats both alike.
+
+    A V smaller than a new expert's is held at that size: where U and V both vanish, neither would get a gradient.
+    """
+    size_R = torch.linalg.vector_norm(u_IR, dim=0)
+    scale_R = size_R.sqrt().clamp(min=V_STD * v_RO.shape[1] ** 0.5)
+    return u_IR / scale_R, v_RO * scale_R[:, None]
+
+
+def _norm(root: Root, w_IO: Tensor) -> float:
+    return float(torch.linalg.vector_norm(apply_root(root, w_IO)))
+
+
+def _ratio(part: float, whole: float) -> float:
+    """part / whole; nothing of nothing is 0."""
+    return part / whole if whole > 0 else float(part > 0)

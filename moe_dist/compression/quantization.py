@@ -1,0 +1,153 @@
+"""A factor in few bits: groups of neighbouring numbers share a scale, and a zero point unless they are symmetric.
+
+Groups lie along a factor's long axis, d or f, and never along its rank, which is smaller than a group: for U that is
+the axis that `x U` contracts, for V the one that it puts out. Each of the r components has groups of its own, so that
+they do not share a scale. Where a group does not divide the axis, the last group of a component is shorter.
+
+    value = scale * (code - zero)        code, zero in 0 to 2^bits - 1; symmetric: zero = 2^(bits - 1)
+
+Scales are rounded up to the type in which they are kept, so that nothing is cut off: every value is within half a scale
+of what is read back. Quantising is torchao's, in float32.
+
+Shapes: X the other axes, L the long axis (last here), G groups along it, S numbers of a group, B bytes, M = X G.
+"""
+
+import functools
+import logging
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moe_dist.compression.bit_packing import pack, unpack
+
+
+@dataclass(frozen=True)
+class GroupFormat:
+    """How numbers are kept in few bits."""
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def lowest(self) -> int:
+        """The least number before it is made unsigned; the largest is `-lowest - 1`."""
+        return -(1 << self.bits - 1)
+
+    def groups(self, length: int) -> int:
+        """Groups of a component."""
+        return -(-length // self.group_size)
+
+
+@dataclass(frozen=True)
+class PackedFactor:
+    """A factor as it is stored; immutable by convention. Parts have the long axis last, the others in their order."""
+
+    format: GroupFormat
+    shape: tuple[int, ...]
+    axis: int
+    """The long axis of `shape`: -1 or -2."""
+    codes_XB: Tensor
+    """uint8."""
+    scales_XG: Tensor
+    """Of `format.scale_dtype`."""
+    zeros_XB: Tensor | None
+    """uint8, zero points packed like the codes; None: symmetric."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, value: Tensor, axis: int, form: GroupFormat) -> "PackedFactor":
+        """Quantises a factor of any floating-point type, on its device; on `meta` for the sizes alone."""
+        value_XL = value.float().movedim(axis, -1)
+        group_MS = _grouped(value_XL, form.group_size)
+        codes_MS, scale_M, zero_M = _quantise(group_MS, form)
+        groups = (*value_XL.shape[:-1], form.groups(value_XL.shape[-1]))
+        codes_XL = codes_MS.view(*groups[:-1], -1)[..., : value_XL.shape[-1]]
+        zeros_XB = None if form.symmetric else pack(zero_M.view(groups), form.bits)
+        return cls(form, tuple(value.shape), axis, pack(codes_XL, form.bits), scale_M.view(groups), zeros_XB)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The values, rounded once to `dtype`."""
+        form, length = self.format, self.shape[self.axis]
+        group_MS = _grouped(unpack(self.codes_XB, length, form.bits).char() + form.lowest, form.group_size)
+        zero_M = torch.zeros_like(group_MS[:, 0])
+        if self.zeros_XB is not None:
+            zero_M = unpack(self.zeros_XB, form.groups(length), form.bits).flatten().char() + form.lowest
+        value_MS = _torchao().dequantize_affine(
+            group_MS, (1, group_MS.shape[1]), self.scales_XG.flatten().float(), zero_M, torch.int8, *_range(form)
+        )
+        value_XL = value_MS.view(*self.scales_XG.shape[:-1], -1)[..., :length]
+        value: Tensor = value_XL.movedim(-1, self.axis).to(dtype).contiguous()
+        return value
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors it consists of, by the names under which they are kept."""
+        parts = {"codes": self.codes_XB, "scales": self.scales_XG}
+        return parts if self.zeros_XB is None else {**parts, "zeros": self.zeros_XB}
+
+    def with_parts(self, parts: dict[str, Tensor]) -> "PackedFactor":
+        """One of the same format and shape that consists of these.
+
+        Raises:
+            ValueError: a part is missing, or has another type or shape.
+        """
+        for name, own in self.parts().items():
+            found = parts.get(name)
+            if found is None or (found.dtype, found.shape) != (own.dtype, own.shape):
+                is_ = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+                raise ValueError(f"{name}: {is_}, where {own.dtype} {tuple(own.shape)} is right")
+        return replace(self, codes_XB=parts["codes"], scales_XG=parts["scales"], zeros_XB=parts.get("zeros"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts().values())
+
+
+def _grouped(value_XL: Tensor, size: int) -> Tensor:
+    """[M, S]; zeros fill up the last group, which the range of a group includes anyway."""
+    padded_XL = functional.pad(value_XL, (0, -value_XL.shape[-1] % size))
+    return padded_XL.reshape(-1, size).contiguous()  # a transposed view would give parts its strides
+
+
+def _quantise(group_MS: Tensor, form: GroupFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [M, S], scales [M] of their type, and zero points [M], unsigned."""
+    torchao, block, bounds = _torchao(), (1, group_MS.shape[1]), _range(form)
+    mapping = torchao.MappingType.SYMMETRIC_NO_CLIPPING_ERR if form.symmetric else torchao.MappingType.ASYMMETRIC
+    least = torch.finfo(form.scale_dtype).smallest_normal
+    exact_M, zero_M = torchao.choose_qparams_affine(
+        group_MS, mapping, block, torch.int8, *bounds, eps=least, scale_dtype=torch.float32, zero_point_dtype=torch.int8
+    )
+    scale_M = _rounded_up(exact_M, form.scale_dtype)
+    code_MS = torchao.quantize_affine(group_MS, block, scale_M.float(), zero_M, torch.int8, *bounds)
+    return (code_MS - form.lowest).byte(), scale_M, (zero_M - form.lowest).byte()
+
+
+def _rounded_up(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The next number of that type that is not smaller; what is beyond its largest becomes that."""
+    nearest = value.clamp(max=torch.finfo(dtype).max).to(dtype)
+    above = (nearest.view(torch.int16) + 1).view(dtype)  # the next bit pattern of a positive number
+    found: Tensor = torch.where(nearest.float() < value, above, nearest)
+    return torch.where(found.isinf(), nearest, found)
+
+
+def _range(form: GroupFormat) -> tuple[int, int]:
+    return form.lowest, -form.lowest - 1
+
+
+@functools.cache
+def _torchao() -> Any:
+    """torchao's primitives, imported at the first use: that takes seconds, and tells of extensions it does without."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        from torchao.quantization import quant_primitives
+    finally:
+        logging.disable(before)
+    module: ModuleType = quant_primitives
+    return module

@@ -1,0 +1,154 @@
+"""A cluster's weights as they are stored: the base in 16 bits, factors in few, vectors as they are.
+
+This is what an exported file and a tier of memory hold of a cluster that is not being updated. `as_stored` makes
+training see the same numbers, bit by bit.
+
+Shapes: N experts of the cluster, D model width, F hidden width, H = 2 F (gate | up), B bytes of an expert.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe_dist.compression.cluster_weights import ClusterWeights
+from moe_dist.compression.quantization import GroupFormat, PackedFactor
+from moe_dist.compression.straight_through import straight_through
+
+_LONG_AXIS = {"in_u": -2, "in_v": -1, "out_u": -2, "out_v": -1}
+
+
+def long_axis(name: str) -> int | None:
+    """The axis of a factor that is d or f, by its name (`in_u_NDR`, or `in_u_DR` of one expert); None: no factor."""
+    return _LONG_AXIS.get(name.rpartition("_")[0])
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """What clusters are stored as."""
+
+    factors: GroupFormat
+    bases: torch.dtype
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """What is each expert's own, by the names that `ClusterWeights` gives its tensors."""
+
+    factors: Mapping[str, PackedFactor]
+    vectors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], form: GroupFormat) -> "PackedExperts":
+        """Quantises the factors among them; on `meta` for sizes alone."""
+        factors = {
+            name: PackedFactor.of(tensor, axis, form)
+            for name, tensor in tensors.items()
+            if (axis := long_axis(name)) is not None
+        }
+        return cls(factors, {name: tensor.detach() for name, tensor in tensors.items() if name not in factors})
+
+    def unpacked(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All tensors, each rounded once to `dtype`."""
+        factors = {name: factor.unpacked(dtype) for name, factor in self.factors.items()}
+        return factors | {name: vector.to(dtype) for name, vector in self.vectors.items()}
+
+    def parts(self) -> dict[str, Tensor]:
+        """Every tensor that this consists of, by names such as `in_u_NDR.codes`; all lead with the expert."""
+        packed = {
+            f"{name}.{part}": tensor for name, factor in self.factors.items() for part, tensor in factor.parts().items()
+        }
+        return {**packed, **self.vectors}
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> "PackedExperts":
+        """The same form with other values."""
+        factors = {
+            name: factor.with_parts({part: parts[f"{name}.{part}"] for part in factor.parts()})
+            for name, factor in self.factors.items()
+        }
+        return PackedExperts(factors, {name: parts[name] for name in self.vectors})
+
+    def without_values(self) -> "PackedExperts":
+        """The form alone, on `meta`."""
+        return self.with_parts({name: part.to("meta") for name, part in self.parts().items()})
+
+    def to_bytes(self) -> Tensor:
+        """uint8 [N, B]: a row an expert, so that experts can travel one by one."""
+        rows = [part.contiguous().flatten(1).view(torch.uint8) for part in self.parts().values()]
+        return torch.cat(rows, dim=1)
+
+    def with_bytes(self, rows_NB: Tensor) -> "PackedExperts":
+        """The experts whose bytes these are, in the form and of the number that this one has.
+
+        Raises:
+            ValueError: they are too many or too few.
+        """
+        parts = self.parts()
+        experts = len(next(iter(parts.values())))
+        sizes = [part.nbytes // experts for part in parts.values()]
+        if rows_NB.dtype != torch.uint8 or rows_NB.shape != (experts, sum(sizes)):
+            found = f"{rows_NB.dtype} {tuple(rows_NB.shape)}"
+            raise ValueError(f"{experts} packed experts are torch.uint8 {(experts, sum(sizes))}, not {found}")
+        values = {}
+        for (name, part), row_NB in zip(parts.items(), rows_NB.split(sizes, dim=1), strict=True):
+            own_NB = row_NB.clone(memory_format=torch.contiguous_format)  # other types need their alignment
+            values[name] = own_NB.view(part.dtype).view(part.shape)
+        return self.with_parts(values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(part.nbytes for part in self.parts().values())
+
+
+@dataclass(frozen=True)
+class PackedCluster:
+    """Base and experts of one cluster, or of the part of it that a rank holds."""
+
+    base_in_DH: Tensor
+    base_out_FD: Tensor
+    experts: PackedExperts
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, weights: ClusterWeights, form: StoredForm) -> "PackedCluster":
+        """Rounds and quantises; on `meta` for sizes alone."""
+        base_in_DH, base_out_FD = (base.detach().to(form.bases) for base in (weights.base_in_DH, weights.base_out_FD))
+        return cls(base_in_DH, base_out_FD, PackedExperts.of(_own(weights), form.factors))
+
+    def weights(self, dtype: torch.dtype) -> ClusterWeights:
+        """The weights that the computation takes."""
+        return ClusterWeights(self.base_in_DH.to(dtype), self.base_out_FD.to(dtype), **self.experts.unpacked(dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return self.base_in_DH.nbytes + self.base_out_FD.nbytes + self.experts.nbytes
+
+
+def as_stored(weights: ClusterWeights, form: StoredForm) -> ClusterWeights:
+    """The weights that would be read back, bit by bit, with gradients as if nothing had been rounded.
+
+    Nothing is cut off by the rounding, so the straight-through gradient is that of every number.
+    """
+
+    def base(value: Tensor) -> Tensor:
+        return value.to(form.bases).to(value.dtype)
+
+    def factor(value: Tensor, axis: int) -> Tensor:
+        return PackedFactor.of(value, axis, form.factors).unpacked(value.dtype)
+
+    changed = {
+        name: straight_through(value, lambda value, axis=axis: factor(value, axis))  # type: ignore[misc]
+        for name, value in _own(weights).items()
+        if (axis := long_axis(name)) is not None
+    }
+    for name in ("base_in_DH", "base_out_FD"):
+        changed[name] = straight_through(getattr(weights, name), base)
+    return replace(weights, **changed)
+
+
+def _own(weights: ClusterWeights) -> dict[str, Tensor]:
+    """The tensors that lead with the expert."""
+    return {name: value for name, value in vars(weights).items() if value is not None and not name.startswith("base_")}

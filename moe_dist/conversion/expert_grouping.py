@@ -1,0 +1,87 @@
+"""Which standard experts of a layer belong together, and how often each is used.
+
+Shapes: E experts, N local experts, S entries of a sketch, D hidden, G clusters.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.clustering import (
+    ActivationStatistics,
+    FactoredProjection,
+    FusedSimilarity,
+    assign_balanced,
+    centroid_similarity,
+    fuse,
+    router_similarity,
+    sketch_weights,
+    sketched_parameter_similarity,
+)
+from moe_dist.config import RunConfig
+from moe_dist.conversion.full_experts import HeldLayer
+from moe_dist.conversion.calibration_tokens import LayerTokens
+from moe_dist.distributed.mesh import RankGroup
+
+
+def usage_of(fit: LayerTokens, check: LayerTokens, experts: int, group: RankGroup) -> Tensor:
+    """Tokens that each expert of a layer was given, float64 [E]; collective."""
+    usage_E = torch.zeros(experts, dtype=torch.float64, device=next(iter(fit.values())).device)
+    for expert in fit:
+        usage_E[expert] = len(fit[expert]) + len(check[expert])
+    if group.size > 1:
+        dist.all_reduce(usage_E, group=group.handle)
+    return usage_E
+
+
+def similarity_of(layer: HeldLayer, router_ED: Tensor, usage_E: Tensor, config: RunConfig) -> FusedSimilarity:
+    """Fused similarity, as `recluster` weighs it, of the experts' full weights, the centroids of their tokens, and the
+    rows of their router; collective.
+    """
+    recluster = config.recluster
+    sketch_ES = gather_rows(_sketches(layer, config.seed, recluster.sketch_size), layer.group)
+    centroids = [torch.cat([e.fit_LD, e.check_LD]).double().sum(0).float() for e in layer.experts]
+    weighted_ED = gather_rows(torch.stack(centroids), layer.group)
+    statistics = ActivationStatistics(weighted_ED, usage_E.float(), torch.ones((), dtype=torch.float64), 0.0)
+    return fuse(
+        sketched_parameter_similarity(sketch_ES),
+        centroid_similarity(statistics),
+        router_similarity(router_ED.detach().float()),
+        alpha=recluster.alpha,
+        router_weight=recluster.router_weight,
+    )
+
+
+def members_of(similarity: FusedSimilarity, usage_E: Tensor, config: RunConfig) -> tuple[tuple[int, ...], ...]:
+    """The members of each cluster; decided by the first rank, told to all."""
+    assignment = assign_balanced(
+        similarity.fused_EE.cpu().numpy(),
+        config.moe.clusters,
+        seed=config.seed,
+        loads=usage_E.cpu().numpy(),
+        load_weight=config.recluster.load_weight,
+    )
+    member_GN = torch.tensor(assignment.groups, device=usage_E.device)
+    dist.broadcast(member_GN, src=0)
+    return tuple(tuple(group) for group in member_GN.tolist())
+
+
+def gather_rows(x_NS: Tensor, group: RankGroup) -> Tensor:
+    """The rows of all ranks of a group, in their order; as many on each."""
+    if group.size == 1:
+        return x_NS
+    found = [torch.empty_like(x_NS) for _ in range(group.size)]
+    dist.all_gather(found, x_NS.contiguous(), group=group.handle)
+    return torch.cat(found)
+
+
+def _sketches(layer: HeldLayer, seed: int, size: int) -> Tensor:
+    """Of the local experts' whole weights: each is a base of its own, without a residual."""
+    everyone = torch.arange(len(layer.experts))
+    projections = []
+    for matrices in zip(*(expert.matrices.projections() for expert in layer.experts), strict=True):
+        w_NIO = torch.stack(matrices)
+        experts, rows, columns = w_NIO.shape
+        empty = (w_NIO.new_zeros(experts, rows, 0), w_NIO.new_zeros(experts, 0, columns))
+        projections.append(FactoredProjection(w_NIO, everyone.to(w_NIO.device), *empty))
+    return sketch_weights(projections, seed, size)

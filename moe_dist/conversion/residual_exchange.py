@@ -1,0 +1,106 @@
+"""Experts' thin states on their way from the ranks that made them to the ranks of their new clusters.
+
+Shapes: W float32 entries of one expert's state, N experts here.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.compression import ExpertResidual
+from moe_dist.engine.optimizer_state import MASTER
+from moe_dist.engine.gathered_optimizer_state import WholeState
+from moe_dist.distributed.mesh import RankGroup
+from moe_dist.distributed.placement import ExpertPlacement
+
+STACKED = {
+    "in_u_DR": "in_u_NDR",
+    "in_v_RH": "in_v_NRH",
+    "out_u_FR": "out_u_NFR",
+    "out_v_RD": "out_v_NRD",
+    "hidden_gate_F": "hidden_gate_NF",
+    "hidden_bias_H": "hidden_bias_NH",
+    "output_bias_D": "output_bias_ND",
+}
+"""What holds an expert's tensor together with those of its cluster."""
+
+ResidualState = dict[str, ExpertResidual]
+"""By those of `STATE_NAMES` that come along."""
+
+
+def deliver(
+    made: dict[int, ResidualState],
+    like: ResidualState,
+    maker_of: Mapping[int, int],
+    owner_of: Mapping[int, int],
+    group: RankGroup,
+    rank: int,
+) -> dict[int, ResidualState]:
+    """Every expert's state on the rank that owns it from now on; collective.
+
+    Args:
+        made: by expert, what this rank made.
+        like: any expert's state, for shapes.
+        maker_of: index into the group of the rank that made each expert that is delivered.
+        owner_of: of the rank that will own it.
+    """
+    me = group.ranks.index(rank)
+    leaving = sorted(made, key=lambda expert: (owner_of[expert], expert))
+    coming = sorted((e for e in maker_of if owner_of[e] == me), key=lambda expert: (maker_of[expert], expert))
+    rows_NW = _exchange(
+        torch.stack([_packed(made[expert]) for expert in leaving]) if made else _packed(like)[None, :][:0],
+        [sum(owner_of[expert] == peer for expert in leaving) for peer in range(group.size)],
+        [sum(maker_of[expert] == peer for expert in coming) for peer in range(group.size)],
+        group,
+    )
+    return {expert: _unpacked(row_W, like) for expert, row_W in zip(coming, rows_NW, strict=True)}
+
+
+def owners(placement: ExpertPlacement) -> dict[int, int]:
+    """The rank of every expert, as an index into the group that together holds all experts once."""
+    return {
+        expert: block * placement.shards + shard
+        for cluster, block in enumerate(placement.block_of_cluster)
+        for shard in range(placement.shards)
+        for expert in placement.experts_of(cluster, shard)
+    }
+
+
+def stacked(states: list[ResidualState]) -> dict[str, WholeState]:
+    """By the names of `ClusterWeights`: the states of a cluster's experts here, in the order of their slots."""
+    return {
+        STACKED[name]: {kind: torch.stack([getattr(state[kind], name) for state in states]) for kind in states[0]}
+        for name, value in vars(states[0][MASTER]).items()
+        if value is not None
+    }
+
+
+def crossing(like: ResidualState, maker_of: Mapping[int, int], owner_of: Mapping[int, int]) -> int:
+    """Bytes of the states that change ranks."""
+    return sum(owner_of[e] != maker for e, maker in maker_of.items()) * _packed(like).numel() * 4
+
+
+def _exchange(rows_NW: Tensor, send: list[int], receive: list[int], group: RankGroup) -> Tensor:
+    if group.size == 1:
+        return rows_NW
+    received_NW = rows_NW.new_empty(sum(receive), rows_NW.shape[1])
+    dist.all_to_all_single(received_NW, rows_NW, receive, send, group=group.handle)
+    return received_NW
+
+
+def _packed(state: ResidualState) -> Tensor:
+    tensors = (value for kind in state for value in vars(state[kind]).values() if value is not None)
+    return torch.cat([value.flatten() for value in tensors])
+
+
+def _unpacked(row_W: Tensor, like: ResidualState) -> ResidualState:
+    found, first = {}, 0
+    for kind in like:
+        fields: dict[str, Tensor | None] = {}
+        for name, value in vars(like[kind]).items():
+            fields[name] = None if value is None else row_W[first : first + value.numel()].view_as(value)
+            first += 0 if value is None else value.numel()
+        found[kind] = ExpertResidual(**fields)  # type: ignore[arg-type]
+    return found

@@ -1,0 +1,66 @@
+"""What a run's routing asks of the network: the rows that really move, and the fewest that could serve it.
+
+Shapes: R rows, K choices of a row, P ranks of a group, N nodes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_dist.dispatch.traffic_ledger import Stage
+
+Key = tuple[int, Stage]
+
+
+@dataclass
+class Needs:
+    """Rows of this rank in one layer and stage, by where they go."""
+
+    group: tuple[int, ...]
+    moved_P: Tensor
+    """Rows as the dispatch sends them: flat sends one for each chosen expert, the stages one for each rank."""
+    needed_P: Tensor
+    """Rows that need something of each rank, each once."""
+    nodes: int
+    """Pairs of a row and a node, not this rank's own, that holds something it needs."""
+
+
+@dataclass
+class ObservedRouting:
+    """A `RoutingObserver` that counts needs and keeps the choices of the first rows it sees.
+
+    Attributes:
+        rank: this rank.
+        node_of_rank: the node of every rank.
+        keep: rows of each layer and stage whose choices are kept, for a simulation of the same routing.
+    """
+
+    rank: int
+    node_of_rank: Sequence[int]
+    keep: int = 0
+    needs: dict[Key, Needs] = field(default_factory=dict)
+    choices: dict[Key, list[Tensor]] = field(default_factory=dict)
+
+    def see(self, layer: int, stage: Stage, group: Sequence[int], choice_RK: Tensor, home_RK: Tensor) -> None:
+        """Counts one decision (`RoutingObserver.see`)."""
+        on_P = home_RK[:, :, None] == torch.arange(len(group), device=home_RK.device)
+        on_RKP = on_P & (choice_RK >= 0)[:, :, None]
+        needed_RP = on_RKP.any(dim=1)
+        moved_P = (on_RKP.sum(dim=1) if stage is Stage.FLAT else needed_RP).sum(dim=0)
+        nodes = self._nodes(needed_RP, group)
+        zero_P = torch.zeros_like(moved_P)
+        needs = self.needs.setdefault((layer, stage), Needs(tuple(group), zero_P, zero_P, 0))
+        needs.moved_P = needs.moved_P + moved_P
+        needs.needed_P = needs.needed_P + needed_RP.sum(dim=0)
+        needs.nodes += nodes
+        kept = self.choices.setdefault((layer, stage), [])
+        left = self.keep - sum(len(rows) for rows in kept)
+        if left > 0:
+            kept.append(choice_RK[:left].detach().cpu())
+
+    def _nodes(self, needed_RP: Tensor, group: Sequence[int]) -> int:
+        node_P = torch.tensor([self.node_of_rank[rank] for rank in group], device=needed_RP.device)
+        others = sorted({self.node_of_rank[rank] for rank in group} - {self.node_of_rank[self.rank]})
+        return sum(int(needed_RP[:, node_P == node].any(dim=1).sum()) for node in others)

@@ -1,0 +1,98 @@
+"""How fast ranks exchange over one kind of link, and how far their clocks are apart."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.distributed.init import Process
+from moe_dist.distributed.links import LinkKind, Links
+
+BYTES_TO_PEER = 4 * 2**20
+BYTES_AT_MOST = 256 * 2**20  # that a rank sends in one exchange
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of an all-to-all.
+
+    Attributes:
+        bytes_per_second: out of the busiest rank (inside a node) or node (between nodes), median over rounds.
+        wrong_ranks: ranks that did not receive what was sent to them.
+    """
+
+    bytes_per_second: float
+    wrong_ranks: tuple[int, ...]
+
+
+def exchange_speed(process: Process, links: Links, kind: LinkKind) -> Speed | None:
+    """An all-to-all among all ranks in which bytes go over one kind of link alone; None: there is none. Collective."""
+    nodes = links.node_of_rank
+    joined = [[_kind(nodes, rank, peer) is kind for peer in range(process.ranks)] for rank in range(process.ranks)]
+    most = max(map(sum, joined))
+    if most == 0:
+        return None
+    size = min(BYTES_TO_PEER, BYTES_AT_MOST // most)
+    split = [size * wanted for wanted in joined[process.rank]]  # links go both ways: as much comes as goes
+    sent = torch.full((sum(split),), process.rank % 251, dtype=torch.uint8, device=process.device)
+    received = torch.empty_like(sent)
+    seconds = [_timed_exchange(received, sent, split, process) for _ in range(ROUNDS + 1)][1:]  # the first connects
+    expected = torch.tensor([peer % 251 for peer in range(process.ranks)], dtype=torch.uint8, device=process.device)
+    right = torch.equal(received, expected.repeat_interleave(torch.tensor(split, device=process.device)))
+    wrong = torch.zeros(process.ranks, device=process.device)
+    wrong[process.rank] = not right
+    dist.all_reduce(wrong)
+    per_rank = [sum(row) * size for row in joined]
+    if kind is LinkKind.INTER_NODE:
+        per_node = [sum(sent for sent, at in zip(per_rank, nodes, strict=True) if at == node) for node in set(nodes)]
+        busiest = max(per_node)
+    else:
+        busiest = max(per_rank)
+    return Speed(busiest / statistics.median(seconds), tuple(wrong.nonzero().flatten().tolist()))
+
+
+def _kind(nodes: Sequence[int], rank: int, peer: int) -> LinkKind:
+    return Links(rank, tuple(nodes)).kind(peer)
+
+
+def _timed_exchange(received: torch.Tensor, sent: torch.Tensor, split: list[int], process: Process) -> float:
+    """Seconds of the slowest rank."""
+    dist.barrier()
+    started = time.perf_counter()
+    dist.all_to_all_single(received, sent, split, split)
+    if process.device.type != "cpu":
+        torch.accelerator.synchronize()
+    longest = torch.tensor(time.perf_counter() - started, dtype=torch.float64, device=process.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return float(longest)
+
+
+def clock_offsets(process: Process, ranks: Sequence[int]) -> list[float]:
+    """By how many seconds the clocks of some ranks are ahead of rank 0's; known to rank 0. Collective.
+
+    As NTP does: a rank's answer is taken to be of the middle of the time that question and answer took; the fastest of
+    several rounds counts.
+    """
+    offsets = [0.0 if rank == 0 else _offset(process, rank) for rank in ranks]
+    dist.barrier()
+    return offsets
+
+
+def _offset(process: Process, other: int) -> float:
+    clock, best = torch.zeros(1, dtype=torch.float64, device=process.device), (float("inf"), 0.0)
+    for _ in range(ROUNDS):
+        if process.rank == 0:
+            asked = time.time()
+            dist.send(clock, other)
+            dist.recv(clock, other)
+            told, answered = float(clock), time.time()
+            best = min(best, (answered - asked, told - (asked + answered) / 2))
+        elif process.rank == other:
+            dist.recv(clock, 0)
+            clock.fill_(time.time())
+            dist.send(clock, 0)
+    return best[1]

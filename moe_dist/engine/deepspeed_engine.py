@@ -1,0 +1,145 @@
+"""One training step at a time, through DeepSpeed: accumulation, reduction by class, clipping, ZeRO, AdamW."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.config import BatchShape, RunConfig
+from moe_dist.engine import gradient_norm
+from moe_dist.engine.expert_process_groups import MarkedModel, register_groups
+from moe_dist.engine.offloaded_adamw import OffloadedAdamW
+from moe_dist.engine.optimizer_groups import parameter_groups
+from moe_dist.distributed.init import Process
+from moe_dist.engine.optimizer_state import TrainingState
+from moe_dist.model.language_model import LanguageModel, copies_of
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What all ranks know after the backward passes of a step, before its update."""
+
+    loss: float
+    """Mean over all ranks and micro-batches, nats a token."""
+    broken_ranks: tuple[int, ...]
+    """Ranks whose own loss was NaN or infinite."""
+    count_LE: Tensor
+    """Copies routed to each expert of each layer, over all ranks; float64, on the CPU."""
+    dropped: float
+    """Copies beyond the capacity, over all layers and ranks."""
+    balance_loss: float
+    """What `loss` gets on top from `moe.aux_loss_weight`, over all layers."""
+    z_loss: float
+    """And from `moe.z_loss_weight`."""
+    stop: bool
+    """Some rank wants all to stop after this step."""
+
+
+class Engine:
+    """A language model under training."""
+
+    def __init__(self, model: LanguageModel, config: RunConfig, batch: BatchShape, process: Process) -> None:
+        self.model, self.config, self.batch, self.process = model.to_device(process.device), config, batch, process
+        mesh = model.context.mesh
+        register_groups(model, mesh)
+        memory, options = model.context.memory, config.optimizer
+        self._memory = memory
+        self._offloaded = None if memory is None else OffloadedAdamW(memory, options, mesh)
+        hidden = () if memory is None else memory.parameters()
+        marked = MarkedModel(model, config.moe.experts, hidden)
+        groups = parameter_groups(marked, options)
+        adamw = torch.optim.AdamW(
+            groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), eps=options.epsilon, fused=True
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=marked,
+            optimizer=adamw,
+            config=_deepspeed_config(config, batch, process.ranks),
+            dist_init_required=False,
+        )
+        self.training_state().undo_trial_step()
+        elsewhere = gradient_norm.nothing_else if self._offloaded is None else self._offloaded.finish_gradients
+        gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm, elsewhere)
+
+    def forward_backward(self, sequences_BS: Tensor, stop_wanted: Callable[[], bool] = lambda: False) -> StepOutcome:
+        """Runs this rank's share of a step, [micro * accumulation, S+1] token numbers, in micro-batches; collective.
+
+        Args:
+            stop_wanted: asked once, at the end: does this rank want all to stop after the step?
+        """
+        loss = torch.zeros((), device=self.process.device)
+        for sequence_BS in sequences_BS.to(self.process.device).split(self.batch.micro):
+            if self._memory is not None:
+                self._memory.last_pass = self._engine.is_gradient_accumulation_boundary()
+            micro_loss = self._engine(sequence_BS)
+            self._engine.backward(micro_loss)
+            loss += micro_loss.detach().float() / self.batch.accumulation
+            if not self._engine.is_gradient_accumulation_boundary():
+                self._engine.step()
+        return self._agree(loss, stop_wanted())
+
+    def update(self, outcome: StepOutcome, learning_rate: float) -> float:
+        """Clips, updates the weights and the balance biases; returns the global gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+        self._engine.step()
+        if self._offloaded is not None:
+            norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
+            factor = gradient_norm.clip_factor(self._engine.optimizer, norm, self.config.optimizer.clip_norm)
+            self._offloaded.step(learning_rate, factor)
+        context, moe = self.model.context, self.config.moe
+        if moe.kind != "dense":
+            context.balance.update(outcome.count_LE.to(self.process.device), moe, context.placements)
+        return float(self._engine.optimizer._global_grad_norm)
+
+    def training_state(self) -> TrainingState:
+        """Masters and moments of the parameters, as they are between two steps."""
+        return TrainingState(self._engine.optimizer, self._offloaded)
+
+    def wrap_reduction(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """For measurements: `wrap` is given what reduces the gradients of a micro-batch, and returns its substitute."""
+        self._engine.allreduce_gradients = wrap(self._engine.allreduce_gradients)
+
+    def close(self) -> None:
+        """Gives up the optimizer and DeepSpeed's hooks; the engine cannot be used afterwards."""
+        self._engine.destroy()
+        del self._engine, self.model
+
+    def _agree(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
+        """Sums loads, losses, faults and wishes to stop over the ranks: the one small collective of a step."""
+        balance, ranks = self.model.context.balance, self.process.ranks
+        faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
+        faults[self.process.rank] = (~loss.isfinite()).double()
+        stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
+        mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop])
+        mine = torch.cat([mine, balance.router_loss_2.double()])
+        packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
+        dist.all_reduce(packed)
+        balance.clear_counts()
+        sums, faults, counts = packed.cpu().split([len(mine), ranks, balance.count_LE.numel()])
+        broken = tuple(faults.nonzero().flatten().tolist())
+        count_LE = counts.view(balance.count_LE.shape)
+        loss_sum, dropped, stops, balance_loss, z_loss = sums.tolist()
+        return StepOutcome(loss_sum / ranks, broken, count_LE, dropped, balance_loss / ranks, z_loss / ranks, stops > 0)
+
+
+def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:
+    return {
+        "train_batch_size": batch.micro * batch.accumulation * ranks,
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": config.train.precision == "bfloat16"},
+        "zero_optimization": {
+            "stage": config.world.zero_stage,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }

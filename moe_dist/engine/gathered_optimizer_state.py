@@ -1,0 +1,76 @@
+"""Whole parameters' masters and moments, put together from and divided into what each rank owns.
+
+Shapes: P elements of a flattened parameter, S the three `STATE_NAMES`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, StateFragment, TrainingState
+from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
+from moe_dist.distributed.mesh import Mesh
+
+WholeState = dict[str, Tensor]
+"""By `STATE_NAMES`: float32, each in the parameter's shape."""
+
+
+@dataclass(frozen=True)
+class OwnedState:
+    """This rank's part of a parameter's state, whoever keeps the rest; may outlive the optimizer as a `copy`."""
+
+    shape: torch.Size
+    fragment: StateFragment | None
+    group: dist.ProcessGroup | None
+    """The ranks that hold the parameter; None: all."""
+    divided: bool
+    """Whether each of them owns another part of it; else every one owns all."""
+
+    @classmethod
+    def of(cls, state: TrainingState, parameter: nn.Parameter, mesh: Mesh) -> "OwnedState":
+        """As views of the optimizer's tensors."""
+        kind = REDUCED_OVER.get(class_of(parameter))
+        group = None if kind is None else mesh.group(kind).handle
+        copies = mesh.shape.ranks if kind is None else mesh.group(kind).size
+        return cls(parameter.shape, state.fragment(parameter), group, state.divided and copies > 1)
+
+    def copy(self) -> "OwnedState":
+        """The same with tensors of its own."""
+        if self.fragment is None:
+            return self
+        tensors = {name: tensor.clone() for name, tensor in self.fragment.tensors.items()}
+        return OwnedState(self.shape, StateFragment(self.fragment.start, tensors), self.group, self.divided)
+
+    @torch.no_grad()
+    def whole(self, device: torch.device) -> WholeState:
+        """All of it, on every rank that holds the parameter; collective over them if it is divided."""
+        whole_SP = torch.zeros(len(STATE_NAMES), self.shape.numel(), device=device)
+        if self.fragment is not None:
+            for row_P, name in zip(whole_SP, STATE_NAMES, strict=True):
+                row_P[self.fragment.start : self.fragment.end] = self.fragment.tensors[name]
+        if self.divided:
+            dist.all_reduce(whole_SP, group=self.group)  # of what others own there are zeros here: exact
+        return {name: row_P.view(self.shape) for row_P, name in zip(whole_SP, STATE_NAMES, strict=True)}
+
+
+@torch.no_grad()
+def write_whole(state: TrainingState, parameter: nn.Parameter, whole: Mapping[str, Tensor]) -> None:
+    """Sets a parameter and what this rank owns of its master, and of the moments that are given."""
+    parameter.copy_(whole[MASTER])
+    fragment = state.fragment(parameter)
+    if fragment is not None:
+        for name, value in whole.items():
+            fragment.tensors[name].copy_(value.flatten()[fragment.start : fragment.end])
+
+
+@torch.no_grad()
+def restore(state: TrainingState, parameter: nn.Parameter, value: Tensor, owned: OwnedState) -> None:
+    """Sets a parameter, and what this rank owns of its state to a copy made before."""
+    parameter.copy_(value)
+    fragment = state.fragment(parameter)
+    if fragment is not None and owned.fragment is not None:
+        for name, kept in owned.fragment.tensors.items():
+            fragment.tensors[name].copy_(kept)

@@ -1,0 +1,65 @@
+"""Optimizer groups: by weight decay and learning rate, and by which ranks reduce them."""
+
+from typing import Any, NamedTuple
+
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from torch import nn
+
+from moe_dist.config import OptimizerConfig
+from moe_dist.engine.expert_process_groups import has_experts
+
+VECTORS = ("hidden_gate_NF", "hidden_bias_NH", "output_bias_ND")
+FEED_FORWARD = {"w_in_DH", "w_out_FD", "w_in", "w_out"}  # of a dense layer or a cluster's base; of standard experts
+
+
+class UpdateRule(NamedTuple):
+    """A parameter's weight decay, and its learning rate over that of most."""
+
+    weight_decay: float
+    lr_scale: float
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to norms, biases, expert vectors and embeddings."""
+    return parameter.ndim > 1 and "embedding" not in name and name.rpartition(".")[2] not in VECTORS
+
+
+def _kind(name: str, parameter: nn.Parameter) -> str:
+    if ".router." in name:
+        return "router"
+    if FEED_FORWARD & set(name.split(".")):
+        return "feed forward"
+    return "decayed" if decays(name, parameter) else "undecayed"
+
+
+def _rules(optimizer: OptimizerConfig) -> dict[str, UpdateRule]:
+    decay = optimizer.weight_decay
+    return {
+        "decayed": UpdateRule(decay, 1.0),
+        "undecayed": UpdateRule(0.0, 1.0),
+        "feed forward": UpdateRule(decay, optimizer.feed_forward_lr_scale),
+        "router": UpdateRule(decay, optimizer.router_lr_scale),
+    }
+
+
+def update_rule(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) -> UpdateRule:
+    """How AdamW moves one parameter."""
+    return _rules(optimizer)[_kind(name, parameter)]
+
+
+def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups for the optimizer, in an order that is the same on all ranks."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {
+            "name": kind,
+            "params": [parameter for name, parameter in named if _kind(name, parameter) == kind],
+            **rule._asdict(),
+        }
+        for kind, rule in _rules(optimizer).items()
+    ]
+    if has_experts(model):
+        groups = split_params_into_different_moe_groups_for_optimizer(groups)
+        # it walks a set of names, whose order differs between processes: ranks would reduce unlike groups together
+        groups.sort(key=lambda group: (group.get("moe", False), -group["weight_decay"], group["name"]))
+    return [group for group in groups if group["params"]]

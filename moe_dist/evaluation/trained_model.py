@@ -1,0 +1,140 @@
+"""The trained model under evaluation: its weights over any number of ranks, and the tokenizer it was trained with."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from moe_dist.checkpoint.load_model import load_model
+from moe_dist.checkpoint.trained_weights import TrainedWeights, find_weights
+from moe_dist.config import MemoryConfig, ReclusterConfig, RunConfig, WorldConfig, resolve_world
+from moe_dist.data import Tokenizer, prepare_data
+from moe_dist.data.prepare import TOKENIZER
+from moe_dist.distributed.init import Process
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.memory.quantized_clusters import StoredMemory
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.quantized_experts import StoredExperts
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.collective_errors import together
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated; the weights are read anew for each `model()`.
+
+    Attributes:
+        weights: with the configuration that the evaluation uses.
+        memory: keeps the clusters of a model that is loaded, in their stored form (`memory.offload`).
+    """
+
+    run: Path
+    weights: TrainedWeights
+    tokenizer: Tokenizer
+    process: Process
+    mesh: Mesh
+    memory: StoredMemory | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration that the evaluation uses."""
+        return self.weights.config
+
+    def model(self, dtype: torch.dtype) -> LanguageModel:
+        """The trained model on this rank; collective."""
+        device = self.process.device
+        return load_model(self.weights, self.mesh, Links.discover(device), device, dtype, self.memory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives up what is kept outside of memory."""
+        if self.memory is not None:
+            self.memory.close()
+
+
+def as_kept(model: LanguageModel) -> AbstractContextManager[None]:
+    """While it holds the model computes with what is kept of its experts (`precision`), if that is not all of them."""
+    if model.config.precision.residuals == "none" or is_packed(model):
+        return nullcontext()
+    return model.with_stored_experts()
+
+
+def is_packed(model: LanguageModel) -> bool:
+    """Whether its experts are in few bits already, and cannot be trained: it is from an export with --stored."""
+    return any(isinstance(part, StoredExperts) for layer in model.clustered_layers() for part in layer.clusters)
+
+
+def open_subject(
+    run: Path, process: Process, world: WorldConfig, dtype: str, memory: MemoryConfig | None = None
+) -> Subject:
+    """Finds a run's weights and tokenizer; collective.
+
+    Args:
+        world: how this job's ranks are laid out; the run's own layout does not matter.
+        dtype: what hidden vectors travel as between ranks.
+        memory: where the clusters of a file of `moe-dist export --stored` are; None, or no `offload`: in memory.
+
+    Raises:
+        CheckpointError: there are no weights, or they are damaged.
+        ConfigError: the experts cannot be laid out over these ranks, or cannot be offloaded.
+        DataError: the run's tokenizer cannot be had.
+        OffloadError: the memory's directory cannot be used.
+    """
+    weights = find_weights(run)
+    memory = memory or MemoryConfig()
+    if memory.offload and not weights.stored:
+        raise ConfigError(
+            f"memory.offload=true evaluates a file of `moe-dist export --stored`, not {run}: export that, and evaluate "
+            "the file"
+        )
+    config = evaluation_config(weights.config, world, dtype, memory)
+    mesh = Mesh.create(resolve_world(config, process.ranks), process.timeout)
+    tokenizer = _tokenizer(run, weights)
+    with together():
+        kept = _stored_memory(run, config, mesh, process) if memory.offload else None
+    return Subject(run, replace(weights, config=config), tokenizer, process, mesh, kept)
+
+
+def _stored_memory(run: Path, config: RunConfig, mesh: Mesh, process: Process) -> StoredMemory:
+    """Its files are beside the exported file where `memory.directory` says nothing."""
+    beside = config.model_copy(update={"runs_dir": str(run.parent), "name": run.name})
+    return StoredMemory(beside, config.moe.clusters // mesh.shape.cluster, process.rank, process.device)
+
+
+def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory: MemoryConfig) -> RunConfig:
+    """The run's configuration without what would make figures depend on how many ranks and sequences come together.
+
+    No token is dropped for want of capacity, nothing is balanced, and nothing is regrouped.
+    """
+    moe = config.moe.model_copy(
+        update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none", "overlap_chunks": 1}
+    )
+    model = config.model.model_copy(update={"activation_checkpointing": False})
+    job = {"recluster": ReclusterConfig(), "world": world, "memory": memory}
+    return config.model_copy(update={**job, "moe": moe, "model": model})
+
+
+def _tokenizer(run: Path, weights: TrainedWeights) -> Tokenizer:
+    """From the run's folder; where an earlier version has kept none there, from the cache or the corpus again."""
+    folders = (run, *weights.path.parents[:2])  # RUN, RUN/final, RUN/checkpoints/step-...
+    kept = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
+    tokenizer = Tokenizer(kept or _prepared_again(weights))
+    expected = weights.manifest.data.vocab_size
+    if tokenizer.vocab_size != expected:
+        raise DataError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but the model was trained on {expected}")
+    return tokenizer
+
+
+def _prepared_again(weights: TrainedWeights) -> Path:
+    data, expected = prepare_data(weights.config.corpus, weights.config.tokenizer), weights.manifest.data
+    if data.train.checksum != expected.train_checksum:
+        raise DataError(
+            f"{weights.path} keeps no {TOKENIZER}, and corpus.* gives other tokens than the model was trained on: "
+            f"put the tokenizer.model of that training into the run's folder"
+        )
+    return data.tokenizer_path

@@ -1,0 +1,66 @@
+"""A form of the hidden step held against 'mask' on a small problem, on the device where it is to be used.
+
+Shapes: T tokens, K slots, N experts, F hidden width, H = 2 F (gate | up), R rank, C = 2 R.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from moe_dist.compression.cluster_weights import ClusterWeights
+from moe_dist.kernels.lowrank_swiglu_masked import hidden_mask
+from moe_dist.kernels.lowrank_swiglu import HiddenStep
+
+_TOKENS, _SLOTS, _EXPERTS, _WIDTH = 40, 2, 3, 48
+_TOLERANCE = {torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the largest entry; TF32 may be on
+
+
+def trial(step: HiddenStep, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+    """What is wrong with the step's outputs or gradients, or None. Uses no random state but its own.
+
+    In a thread of its own, which no mode or hook of autograd reaches: the first use may be within a checkpointed layer.
+    """
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(_tried, step, device, dtype, rank).result()
+
+
+def _tried(step: HiddenStep, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+    leaves, slot_TK = _problem(device, dtype, rank)
+    found, expected = _results(step, leaves, slot_TK), _results(hidden_mask, leaves, slot_TK)
+    for name, value in expected.items():
+        error = (found[name].float() - value.float()).abs().max() / value.float().abs().max()
+        if not error <= _TOLERANCE[dtype]:  # a NaN is wrong too
+            return f"{name} differs from form 'mask' by {error:.1e} of the largest entry"
+    return None
+
+
+def _problem(device: torch.device, dtype: torch.dtype, rank: int) -> tuple[dict[str, Tensor], Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {
+        "pre": (_TOKENS, 2 * _WIDTH),
+        "z": (_TOKENS, _EXPERTS, 2 * rank),
+        "gate": (_TOKENS, _SLOTS),
+        "in_v_NRH": (_EXPERTS, 2, rank, _WIDTH),
+        "out_u_NFR": (_EXPERTS, _WIDTH, rank),
+        "hidden_gate_NF": (_EXPERTS, _WIDTH),
+        "hidden_bias_NH": (_EXPERTS, 2 * _WIDTH),
+    }
+    drawn = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    for name in ("in_v_NRH", "out_u_NFR"):
+        drawn[name] *= rank**-0.5
+    slot_TK = torch.rand(_TOKENS, _EXPERTS, generator=draw).argsort(1)[:, :_SLOTS]
+    slot_TK[::7, 0] = -1
+    return {name: x.to(device, dtype).requires_grad_() for name, x in drawn.items()}, slot_TK.to(device)
+
+
+def _results(step: HiddenStep, leaves: dict[str, Tensor], slot_TK: Tensor) -> dict[str, Tensor]:
+    """hidden, thin, and the gradients of a weighted sum of both."""
+    own = {name: x for name, x in leaves.items() if "_" in name}
+    unused = dict.fromkeys(("base_in_DH", "base_out_FD", "in_u_NDR", "out_v_NRD"), leaves["pre"])
+    weights = ClusterWeights(**own, **unused)
+    outputs = step(leaves["pre"], leaves["z"], slot_TK, leaves["gate"], weights)
+    d_outputs = [torch.linspace(-1, 2, x.numel(), device=x.device).view_as(x).to(x.dtype) for x in outputs]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), d_outputs)
+    named = {f"the gradient of {name}": d for name, d in zip(leaves, gradients, strict=True)}
+    return {"hidden": outputs[0].detach(), "thin": outputs[1].detach(), **named}

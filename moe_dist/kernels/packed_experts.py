@@ -1,0 +1,44 @@
+"""Experts of one cluster computed from their stored form, with codes unpacked where they are used.
+
+Shapes: T tokens, K slots, D model width, N experts, F hidden width, H = 2 F, R rank.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_dist.compression.cluster_weights import OuterWeights, hidden_vectors
+from moe_dist.kernels.lowrank_swiglu_triton import hidden_packed
+from moe_dist.compression.quantized_cluster import PackedCluster
+from moe_dist.kernels.shared_base_experts import around, clustered_experts, possible_form
+
+
+def stored_experts(x_TD: Tensor, slot_TK: Tensor, gate_TK: Tensor, packed: PackedCluster, form: str = "auto") -> Tensor:
+    """`clustered_experts` of `packed.weights(x.dtype)`, to the bit; differentiable in x and gate.
+
+    Where the form is 'triton' and no gradient is wanted, the kernel unpacks the two factors of the hidden step, whose
+    numbers then exist in registers only. The two around it feed GEMMs, and are unpacked for the pass as all are in
+    other forms.
+
+    Raises:
+        ConfigError: as `clustered_experts`.
+    """
+    factors, dtype = packed.experts.factors, x_TD.dtype
+    in_v, out_u = factors["in_v_NRH"], factors["out_u_NFR"]
+    experts, _, rank, width = in_v.shape
+    wants_gradient = torch.is_grad_enabled() and (x_TD.requires_grad or gate_TK.requires_grad)
+    if wants_gradient or form == "reference" or possible_form(form, x_TD, experts, rank, width) != "triton":
+        return clustered_experts(x_TD, slot_TK, gate_TK, packed.weights(dtype), form)
+    vectors = {name: vector.to(dtype) for name, vector in packed.experts.vectors.items()}
+    inner = hidden_vectors(vectors.get("hidden_gate_NF"), vectors.get("hidden_bias_NH"))
+    outer = OuterWeights(
+        packed.base_in_DH.to(dtype),
+        packed.base_out_FD.to(dtype),
+        factors["in_u_NDR"].unpacked(dtype),
+        factors["out_v_NRD"].unpacked(dtype),
+        vectors.get("output_bias_ND"),
+    )
+
+    def hidden_step(pre_TH: Tensor, z_TNC: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden_packed(pre_TH, z_TNC, slot_TK, gate_TK, (in_v, out_u), inner)
+
+    return around(x_TD, slot_TK, gate_TK, outer, hidden_step)

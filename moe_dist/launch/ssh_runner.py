@@ -1,0 +1,180 @@
+"""Runs a job on several machines over ssh: one agent on each; when a rank fails anywhere, all stop everywhere.
+
+DeepSpeed's own multi-node runner leaves the ranks of other machines running when one exits, and hands words to remote
+shells unquoted; here a machine gets its part as JSON through ssh's standard input (`agent.py`).
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+from moe_dist.launch import commands
+from moe_dist.launch import faults
+from moe_dist.launch.agent import SIGN_OF_LIFE_SECONDS, Part, read_outcome
+from moe_dist.launch.environment import split_words
+from moe_dist.launch.job import Job
+from moe_dist.launch.supervisor import GRACE_SECONDS, POLL_SECONDS, TERMINATE_SECONDS, Outcome
+from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
+
+SSH = "MOE_DIST_SSH"
+SSH_OPTIONS = [
+    word
+    for option in ("BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=5", "ServerAliveCountMax=4")
+    for word in ("-o", option)
+]
+STOP_SECONDS = 2 * TERMINATE_SECONDS + 4.0  # for an agent to end its ranks
+
+
+def ssh_command(host: str) -> list[str]:
+    """Starts the agent on a host, by this Python at the same path there; MOE_DIST_SSH may name another ssh."""
+    ssh = split_words(SSH, os.environ.get(SSH, "")) or ["ssh", *SSH_OPTIONS]
+    return [*ssh, host, f"exec {shlex.join([sys.executable, '-m', 'moe_dist.launch.agent'])}"]
+
+
+def run(job: Job, variables: Mapping[str, str]) -> Outcome:
+    """Runs a job of several machines to its end; leaves no process behind on any that can be reached.
+
+    Args:
+        variables: what to set in the environment of every machine.
+
+    Raises:
+        LaunchError: there is no ssh, or MOE_DIST_SSH cannot be read.
+    """
+    parts: list[_RemotePart] = []
+    try:
+        parts.extend(_RemotePart(job, number, variables) for number in range(len(job.nodes)))
+        with _signals_passed_to(parts) as heard:
+            _watch(parts)
+    finally:
+        for part in parts:
+            part.stop()
+        for part in parts:
+            part.kill()
+    return conclude([part.outcome() for part in parts], heard)
+
+
+class _RemotePart:
+    """One machine's agent, seen from here."""
+
+    def __init__(self, job: Job, number: int, variables: Mapping[str, str]) -> None:
+        self.host = job.nodes[number].host or ""
+        self._outcome: Outcome | None = None
+        command, ranks = commands.node_command(job, number), job.ranks_of(number)
+        part = Part(command, str(Path.cwd()), dict(variables), ranks.start, len(ranks), job.threads)
+        try:
+            self._ssh = subprocess.Popen(
+                ssh_command(self.host), stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            )
+        except OSError as error:
+            raise LaunchError(f"ssh cannot be run ({error.strerror}): jobs on several machines need it") from error
+        self._listener = threading.Thread(target=self._listen, name=f"listen to {self.host}", daemon=True)
+        self._listener.start()
+        self.say(json.dumps(asdict(part)))
+
+    def say(self, line: str = "") -> None:
+        """Sends the agent one line; nothing happens where it is gone."""
+        assert self._ssh.stdin is not None
+        with suppress(OSError, ValueError):  # ValueError: told to stop already
+            self._ssh.stdin.write(f"{line}\n".encode())
+            self._ssh.stdin.flush()
+
+    def stop(self) -> None:
+        """Ends the agent's orders, at which it ends all that it started."""
+        assert self._ssh.stdin is not None
+        with suppress(OSError):
+            self._ssh.stdin.close()
+
+    def poll(self) -> int | None:
+        return self._ssh.poll()
+
+    def kill(self) -> None:
+        """Ends the connection; an agent that still lives ends its ranks by itself."""
+        self.stop()
+        with suppress(subprocess.TimeoutExpired):
+            self._ssh.wait(STOP_SECONDS)
+        self._ssh.kill()
+
+    def outcome(self) -> Outcome:
+        """How the part has ended; its ssh has."""
+        code = self._ssh.wait()
+        self._listener.join(TERMINATE_SECONDS)
+        if self._outcome is not None:
+            return self._outcome
+        why = "the machine cannot be reached, or was lost" if code == 255 else f"exit code {code}"
+        return Outcome(EXIT_FAILURE, f"error: ssh to {self.host} ended without its ranks: {why}")
+
+    def _listen(self) -> None:
+        """Passes on what is said on standard error there, but for the agent's last word."""
+        assert self._ssh.stderr is not None
+        for line in self._ssh.stderr:
+            text = line.decode(errors="replace")
+            outcome = read_outcome(text)
+            if outcome is None:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+            else:
+                self._outcome = outcome
+
+
+def _watch(parts: list[_RemotePart]) -> None:
+    """Returns when all parts have ended; a first that fails gives the others some seconds to end by themselves."""
+    deadline: float | None = None
+    told = time.monotonic()
+    while any(part.poll() is None for part in parts):
+        now = time.monotonic()
+        if deadline is None and any(part.poll() for part in parts):
+            deadline = now + GRACE_SECONDS
+        if deadline is not None and now >= deadline:
+            return
+        if now - told >= SIGN_OF_LIFE_SECONDS:
+            told = now
+            for part in parts:
+                part.say()
+        time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def _signals_passed_to(parts: list[_RemotePart]) -> Iterator[list[int]]:
+    """Passes signals on to all machines, a second one that ends jobs ends this one; yields those heard."""
+    heard: list[int] = []
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if signum != signal.SIGUSR1:
+            heard.append(signum)
+        for part in parts:
+            part.stop() if len(heard) > 1 or signum == signal.SIGHUP else part.say(str(signum))
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {signum: signal.signal(signum, handle) for signum in signals}
+    try:
+        yield heard
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def conclude(outcomes: list[Outcome], heard: list[int]) -> Outcome:
+    """What the parts' endings mean for the job: the fault that the others follow from, else the first that is odd."""
+    known = [outcome.fault for outcome in outcomes if outcome.fault is not None]
+    cause = faults.root_cause(known)
+    odd = [outcome for outcome in outcomes if outcome.exit_code]
+    silent = [outcome for outcome in odd if outcome.fault is None and outcome.line.startswith("error")]
+    if odd and all(outcome.exit_code == EXIT_STOPPED for outcome in odd):
+        return odd[0]
+    if heard and odd:
+        return Outcome(128 + heard[0], "interrupted")
+    if silent and (cause is None or cause.consequence):
+        return silent[0]
+    if cause is not None:
+        return next(outcome for outcome in outcomes if outcome.fault == cause)
+    return odd[0] if odd else Outcome(0)

@@ -1,0 +1,272 @@
+"""Runs one launcher command and watches its ranks: when one fails all stop, and the last line names it and its error.
+
+DeepSpeed's and torch's launchers stop the other ranks themselves, but neither says in one line which rank was first and
+why, both may wait long for a rank that does not listen, and DeepSpeed's returns 0 when its own helper is killed.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from moe_dist.launch import faults
+from moe_dist.launch.environment import INIT_METHOD
+from moe_dist.launch.processes import wait_status, was_terminated
+from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 6.0  # for the launcher to stop the other ranks by itself after a failure
+GENTLE_SECONDS = {  # for the ranks to act upon a signal that is passed on to them
+    signal.SIGINT: 15.0,  # to close their files
+    signal.SIGTERM: 25.0,  # to save a checkpoint; many systems kill what still runs after 30 s
+}
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+TERMINATE_SECONDS = 4.0  # between SIGTERM and SIGKILL
+SHOW_CURSOR = "\x1b[?25h"
+STOPPED = "stopped as asked, with a checkpoint: the same command and checkpoint.resume=auto goes on from it"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job, or the part of it on one machine, has ended.
+
+    Attributes:
+        exit_code: 0 if every rank is done; 75 where they stopped because they were asked to; the exit code of the rank
+            that failed first; 130 after Ctrl-C, 143 after SIGTERM.
+        line: what the user is told last; empty where all went well.
+        fault: the first fault that is no consequence of another, or else the first.
+    """
+
+    exit_code: int
+    line: str = ""
+    fault: faults.Fault | None = None
+
+
+def run_job(
+    command: Sequence[str], environment: Mapping[str, str], ranks: Sequence[int], *, rendezvous_file: bool
+) -> Outcome:
+    """Runs a launcher's command until it and all its ranks have ended; leaves no process behind.
+
+    Args:
+        command: words of the launcher's command, run without a shell.
+        environment: the whole environment of the command.
+        ranks: those that must report that they are done.
+        rendezvous_file: the ranks meet through a file in the job's folder instead of a TCP port.
+
+    Raises:
+        LaunchError: the kernel offers no way to watch processes.
+    """
+    _require_pidfd()
+    with tempfile.TemporaryDirectory(prefix="moe-dist-", ignore_cleanup_errors=True) as name:
+        variables = {**environment, faults.JOB_FOLDER: name, faults.SUPERVISOR: str(os.getpid())}
+        if rendezvous_file:
+            variables[INIT_METHOD] = f"file://{name}/rendezvous"
+        job = _Job(Path(name), ranks)
+        with _signals_passed_to(job):
+            try:
+                job.start(command, variables)
+                job.watch()
+            finally:
+                job.stop()
+        return job.conclude()
+
+
+def _require_pidfd() -> None:
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError) as error:
+        raise LaunchError(
+            f"`moe-dist launch` watches ranks by pidfd_open, which this system lacks ({error}): use Linux 5.3 or "
+            "later, or start ranks with deepspeed or torchrun directly"
+        ) from error
+
+
+@contextmanager
+def _signals_passed_to(job: "_Job") -> Iterator[None]:
+    def handle(signum: int, frame: FrameType | None) -> None:
+        job.receive(signum)
+
+    before = {signum: signal.signal(signum, handle) for signum in HEARD}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # whoever called may have held back what came earlier
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """A living rank; `descriptor` is its pidfd, which no other process can ever take over."""
+
+    rank: int
+    pid: int
+    descriptor: int
+
+
+class _Job:
+    """One running command, the ranks it has started so far, and the faults seen."""
+
+    def __init__(self, folder: Path, ranks: Sequence[int]) -> None:
+        self._folder = folder
+        self._awaited = set(ranks)
+        self._living: dict[int, _Rank] = {}
+        self._undone = set(ranks)
+        self._stopped = False
+        self._groups: set[int] = set()
+        self._faults: list[faults.Fault] = []
+        self._signal: int | None = None
+        self._passed_on: int | None = None
+        self._deadline: float | None = None
+        self._poller = select.poll()
+        self._launcher: subprocess.Popen[bytes] | None = None
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        # A session of its own: Ctrl-C reaches the ranks through us alone, and one group holds launcher and ranks.
+        self._launcher = subprocess.Popen(
+            list(command), env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        self._groups.add(self._launcher.pid)
+
+    def receive(self, signum: int) -> None:
+        """Passes a signal on to the ranks; SIGHUP, or a second one that ends jobs, ends this one at once.
+
+        SIGUSR1 asks the ranks to stop at their next step; they may take as long as that needs.
+        """
+        if signum == signal.SIGUSR1:
+            self._pass_on(signum)
+            return
+        gently = self._signal is None and signum in GENTLE_SECONDS and self._any_rank_listens()
+        self._signal = self._signal or signum
+        self._deadline = time.monotonic() + (GENTLE_SECONDS[signal.Signals(signum)] if gently else 0.0)
+        if gently:
+            self._pass_on(signum)
+
+    def _any_rank_listens(self) -> bool:
+        """Also one that has registered since the last look: the signal is passed on as soon as it is found."""
+        return bool(self._living) or any((self._folder / f"rank-{rank}.pid").exists() for rank in self._awaited)
+
+    def _pass_on(self, signum: int) -> None:
+        self._passed_on = signum
+        for rank in self._living.values():
+            _send(rank, signum)
+
+    def watch(self) -> None:
+        """Returns when the launcher has ended, or when the time it had to do so is over."""
+        while self._launcher is not None and self._launcher.poll() is None:
+            self._look(POLL_SECONDS)
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                return
+        self._look(0.0)
+
+    def stop(self) -> None:
+        """Ends whatever is left, first by SIGTERM, then by SIGKILL."""
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            for group in self._groups:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, signum)
+            deadline = time.monotonic() + TERMINATE_SECONDS
+            while self._anything_left() and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS / 2)
+
+    def conclude(self) -> Outcome:
+        """Says how the job has ended."""
+        assert self._launcher is not None
+        code = self._launcher.wait()
+        if code == 0 and not self._undone:
+            if self._stopped:
+                return Outcome(EXIT_STOPPED, STOPPED)
+            if self._signal is None:
+                return Outcome(0)
+        if sys.stdout.isatty():  # rank 0 may have been killed with its live display on
+            sys.stdout.write(SHOW_CURSOR)
+            sys.stdout.flush()
+        if self._signal is not None:
+            return Outcome(128 + self._signal, "interrupted")
+        fault = faults.root_cause(self._faults)
+        if fault is None:
+            missing = f"without rank {', '.join(map(str, sorted(self._undone)))}" if self._undone else "after its ranks"
+            line = f"error: the launcher ended {missing}, exit code {code}"
+            return Outcome(code if code > 0 else EXIT_FAILURE, line)
+        return Outcome(fault.exit_code or EXIT_FAILURE, f"rank {fault.rank} failed: {fault.line}", fault)
+
+    def _look(self, seconds: float) -> None:
+        for rank in sorted(self._awaited):
+            self._find(rank)
+        ended = [self._living.pop(descriptor) for descriptor, _ in self._poller.poll(seconds * 1000)]
+        statuses = {rank: wait_status(rank.descriptor, rank.pid) for rank in ended}
+        # Several may end between two looks: those that were sent SIGTERM followed the one that made the launcher do so.
+        for one in sorted(ended, key=lambda each: was_terminated(statuses[each])):
+            self._ended(one.rank, one.pid, statuses[one])
+            self._poller.unregister(one.descriptor)
+            os.close(one.descriptor)
+
+    def _find(self, number: int) -> None:
+        try:
+            entry = json.loads((self._folder / f"rank-{number}.pid").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        self._awaited.discard(number)
+        self._groups.add(entry["group"])
+        try:
+            rank = _Rank(number, entry["pid"], os.pidfd_open(entry["pid"]))
+        except ProcessLookupError:
+            self._ended(number, entry["pid"], status=None)
+            return
+        self._living[rank.descriptor] = rank
+        self._poller.register(rank.descriptor, select.POLLIN)
+        if self._passed_on is not None:
+            _send(rank, self._passed_on)
+
+    def _ended(self, rank: int, pid: int, status: int | None) -> None:
+        if (ending := faults.read_done(self._folder, rank)) is not None:
+            self._undone.discard(rank)
+            self._stopped |= ending == faults.STOPPED
+            return
+        self._faults.append(faults.read_fault(self._folder, rank) or _killed(rank, pid, status, first=not self._faults))
+        self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
+
+    def _anything_left(self) -> bool:
+        if self._launcher is not None:
+            self._launcher.poll()
+        return any(_lives(group) for group in self._groups)
+
+
+def _send(rank: _Rank, signum: int) -> None:
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(rank.descriptor, signum)
+
+
+def _lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _killed(rank: int, pid: int, status: int | None, *, first: bool) -> faults.Fault:
+    """The fault of a rank that ended without a word.
+
+    Args:
+        status: how it ended, as `os.wait` would tell; None where that is past finding out.
+        first: no rank had failed before; else SIGTERM is how the launcher ends the others.
+    """
+    if status is None:
+        return faults.Fault(rank, time.time(), f"process {pid} was killed", EXIT_FAILURE)
+    if os.WIFSIGNALED(status):
+        signum = os.WTERMSIG(status)
+        line = f"process {pid} was killed by signal {signum} ({signal.Signals(signum).name})"
+        consequence = was_terminated(status) and not first
+        return faults.Fault(rank, time.time(), line, 128 + signum, consequence)
+    code = os.WEXITSTATUS(status)
+    return faults.Fault(rank, time.time(), f"process {pid} ended with exit code {code}", code)

@@ -1,6 +1,0 @@
-"""One self-contained page about one run or several: `moe-dist report`."""
-
-from moe_dist.measurement.report.page import write_report
-from moe_dist.measurement.report.read import Run, read_runs
-
-__all__ = ["Run", "read_runs", "write_report"]

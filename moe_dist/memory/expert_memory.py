@@ -1,0 +1,150 @@
+"""All clusters of a model under training on this rank: the order of use, and what is fetched ahead.
+
+Weights and gradients come to the device for use; on an accelerator training state goes no higher than the host.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.config import RunConfig
+from moe_dist.errors import MoeDistError
+from moe_dist.memory.eviction import Activity
+from moe_dist.memory.block import Block, Kind
+from moe_dist.memory.offloaded_cluster import OffloadedCluster
+from moe_dist.memory.tiers import Tiers
+
+Place = tuple[int, int]
+"""A layer, and a cluster's place among those of this rank."""
+GradientFunction = Callable[[OffloadedCluster, Tensor], None]
+
+
+class ExpertMemory:
+    """Where the experts of this rank are; given to a model when it is built, so that it never holds them all at once.
+
+    Attributes:
+        on_gradient: called with each cluster's gradient of a step when its last micro-batch has added to it.
+        refusal: why a cluster could not be taken, in its own words (Megatron-core adds some when it builds a layer).
+        last_pass: the backward pass of the step's last micro-batch is running, or about to.
+    """
+
+    def __init__(self, config: RunConfig, clusters_per_layer: int, rank: int, device: torch.device) -> None:
+        """
+        Raises:
+            OffloadError: the directory is used by another run, or cannot be made.
+        """
+        self._options, self._device = config.memory, device
+        self._dtype: torch.dtype = getattr(torch, config.train.precision)
+        self._per_layer = clusters_per_layer
+        self.recomputes, self.recomputing = config.model.activation_checkpointing, False
+        self.describe: Callable[[Block], str] = lambda b: f"layer {b.layer}, cluster place {b.local}"
+        self.activity = Activity(config.model.layers, clusters_per_layer)
+        self.tiers = Tiers(config, rank, device, self.activity, lambda block: self.describe(block))
+        self.device, self.state = self.tiers.device, self.tiers.below
+        self.clusters: dict[Place, OffloadedCluster] = {}
+        self._of_parameter: dict[nn.Parameter, tuple[OffloadedCluster, str]] = {}
+        self.refusal: MoeDistError | None = None
+        self.on_gradient: GradientFunction | None = None
+        self.last_pass = False
+
+    def adopt(self, layer: int, local: int, parameters: Mapping[str, nn.Parameter]) -> OffloadedCluster:
+        """Takes a new cluster's parameters into its keeping; layers and places in order.
+
+        Raises:
+            ConfigError: a budget is less than the least that would do.
+            OffloadError: the disk is full.
+        """
+        try:
+            return self._adopt(layer, local, parameters)
+        except MoeDistError as error:
+            self.refusal = error
+            raise
+
+    def _adopt(self, layer: int, local: int, parameters: Mapping[str, nn.Parameter]) -> OffloadedCluster:
+        cluster = OffloadedCluster(layer, local, parameters, self.device, self, self._dtype, self._device)
+        self.tiers.require_room(layer, self.least_budget(cluster), self.least_host_budget(cluster))
+        self.clusters[layer, local] = cluster
+        self._of_parameter.update({parameter: (cluster, name) for name, parameter in parameters.items()})
+        cluster.adopt(self.state)
+        return cluster
+
+    def least_budget(self, cluster: OffloadedCluster) -> int:
+        """Bytes of the device that the most demanding moment needs: a backward pass, or an update."""
+        sizes = {kind: size.bytes for kind, size in cluster.sizes().items()}
+        at_once = self._per_layer if self.recomputes else 1
+        backward = at_once * sizes[Kind.WEIGHT] + sizes[Kind.GRADIENT]
+        return max(backward, sum(sizes.values())) if self.state is self.device else backward
+
+    @staticmethod
+    def least_host_budget(cluster: OffloadedCluster) -> int:
+        """Bytes of the host below a device: an update's, and a block that passes to or from the device meanwhile."""
+        sizes = [size.bytes for size in cluster.sizes().values()]
+        return sum(sizes) + max(sizes)
+
+    @property
+    def separate_masters(self) -> bool:
+        """Whether FP32 masters are blocks of their own, beside weights in a narrower type."""
+        return self._dtype is not torch.float32
+
+    def kind_of(self, name: str) -> Kind:
+        """The block that holds what the optimizer calls `name`: in float32 weights are their own masters."""
+        return Kind.WEIGHT if name == Kind.MASTER and not self.separate_masters else Kind(name)
+
+    def of(self, parameter: nn.Parameter) -> tuple[OffloadedCluster, str] | None:
+        """The cluster that a parameter belongs to and its name there; None if it is not kept here."""
+        return self._of_parameter.get(parameter)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter that is kept here."""
+        return iter(self._of_parameter)
+
+    def forward_begins(self, cluster: OffloadedCluster, rows: int) -> None:
+        """Notes the traffic of a cluster, and has the next ones fetched."""
+        if torch.is_grad_enabled() and not self.recomputing:
+            self.activity.note(cluster.layer, cluster.local, rows)
+        self.device.prefetch([other.block(Kind.WEIGHT) for other in self.neighbours(cluster, 1)])
+
+    def backward_begins(self, cluster: OffloadedCluster) -> None:
+        """Has the clusters fetched that the backward pass comes to next."""
+        for other in self.neighbours(cluster, -1):
+            if other.expects_backward:
+                self.device.prefetch([other.block(Kind.WEIGHT)])
+                self.device.prefetch([other.block(Kind.GRADIENT)], blank=not other.has_gradient)
+
+    def gradient_is_complete(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
+        """Tells the optimizer, if no more micro-batch adds to the gradient."""
+        if self.last_pass and self.on_gradient is not None:
+            self.on_gradient(cluster, gradient)
+
+    def neighbours(self, cluster: OffloadedCluster, step: int) -> list[OffloadedCluster]:
+        """The clusters that are used after one, `memory.prefetch` of them, in the order of layers or against it."""
+        index = cluster.layer * self._per_layer + cluster.local
+        places = range(index + step, index + step * (self._options.prefetch + 1), step)
+        found = (self.clusters.get(divmod(place, self._per_layer)) for place in places)
+        return [other for other in found if other is not None]
+
+    def read_run(self, cluster: OffloadedCluster, name: str, kind: Kind, start: int, length: int) -> Tensor:
+        """A copy of a run of a parameter's flattened elements, taken where its training state is."""
+        with self._at_state(cluster, kind, changed=False) as flat:
+            first = cluster.layout.spans[name].start + start
+            return flat[first : first + length].clone()
+
+    def write_run(self, cluster: OffloadedCluster, name: str, kind: Kind, start: int, values: Tensor) -> None:
+        """Replaces such a run."""
+        with self._at_state(cluster, kind, changed=True) as flat:
+            first = cluster.layout.spans[name].start + start
+            flat[first : first + len(values)].copy_(values)
+
+    @contextmanager
+    def _at_state(self, cluster: OffloadedCluster, kind: Kind, changed: bool) -> Iterator[Tensor]:
+        block = cluster.block(kind)
+        if self.state is not self.device and kind in (Kind.WEIGHT, Kind.GRADIENT):
+            self.device.send_down(block)
+        with self.state.held(block, changed=changed) as flat:
+            yield flat
+
+    def close(self) -> None:
+        """Gives up all tiers and their files."""
+        self.tiers.close()

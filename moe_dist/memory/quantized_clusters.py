@@ -1,0 +1,87 @@
+"""Clusters that are not being updated: each is one block, the bytes that it is stored as, in every tier.
+
+A block comes to the device as it is; what is computed with is unpacked there, for one cluster at a time and beside the
+budget. Nothing is written but when a model is loaded.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from moe_dist.config import RunConfig
+from moe_dist.memory.eviction import Activity
+from moe_dist.memory.block import Block, Kind, Size
+from moe_dist.memory.tiers import Tiers
+
+
+class StoredMemory:
+    """Where the stored clusters of this rank are.
+
+    Attributes:
+        describe: names a block's cluster in errors.
+    """
+
+    def __init__(self, config: RunConfig, clusters_per_layer: int, rank: int, device: torch.device) -> None:
+        """
+        Raises:
+            OffloadError: the directory is used by another run, or cannot be made.
+        """
+        self._per_layer, self._ahead = clusters_per_layer, config.memory.prefetch
+        self._known: set[Block] = set()
+        self.describe: Callable[[Block], str] = lambda b: f"layer {b.layer}, cluster place {b.local}"
+        self._activity = Activity(config.model.layers, clusters_per_layer, cyclic=True)
+        self.tiers = Tiers(config, rank, device, self._activity, lambda block: self.describe(block))
+
+    def adopt(self, layer: int, local: int, values: Tensor) -> "StoredBlock":
+        """Takes a cluster's bytes (uint8, one-dimensional); nothing of them comes to an accelerator before its use.
+
+        Raises:
+            ConfigError: a budget is less than one cluster.
+            OffloadError: the disk is full.
+        """
+        self.tiers.require_room(layer, len(values), len(values))
+        block = Block(layer, local, Kind.STORED)
+        self._known.add(block)
+        self.tiers.device.register(block, Size(len(values), torch.uint8))
+        with self.tiers.below.held(block, blank=True, changed=True) as flat:
+            flat.copy_(values)
+        return StoredBlock(self, block)
+
+    @contextmanager
+    def held(self, block: Block, rows: int) -> Iterator[Tensor]:
+        """A cluster's bytes on the device, to be computed with for so many rows; those after it are fetched."""
+        self._use(block, rows)
+        with self.tiers.device.held(block) as flat:
+            yield flat
+
+    def skip(self, block: Block) -> None:
+        """Says that a pass had no rows for a cluster: its bytes stay where they are."""
+        self._use(block, 0)
+        self.tiers.device.unwant(block)
+
+    def _use(self, block: Block, rows: int) -> None:
+        self._activity.note(block.layer, block.local, rows)
+        first = block.layer * self._per_layer + block.local + 1
+        following = (Block(*divmod(place, self._per_layer), block.kind) for place in range(first, first + self._ahead))
+        self.tiers.device.prefetch([other for other in following if other in self._known])
+
+    def close(self) -> None:
+        """Gives up all tiers and their files."""
+        self.tiers.close()
+
+
+class StoredBlock:
+    """One cluster's place in a `StoredMemory`."""
+
+    def __init__(self, memory: StoredMemory, block: Block) -> None:
+        self._memory, self._block = memory, block
+
+    def held(self, rows: int) -> AbstractContextManager[Tensor]:
+        """Its bytes on the device."""
+        return self._memory.held(self._block, rows)
+
+    def skip(self) -> None:
+        """It is not computed with in this pass."""
+        self._memory.skip(self._block)

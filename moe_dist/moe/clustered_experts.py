@@ -1,0 +1,95 @@
+"""The parameters of clustered experts that a rank holds: bases, and the experts' own residuals.
+
+Shapes: A rows at a shard, D hidden, F expert hidden, N experts of a cluster on this shard, K chosen experts.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.compression import ClusterWeights, as_stored, clustered_experts, init_base, init_residual
+from moe_dist.config import ModelConfig, MoEConfig
+from moe_dist.memory.offloaded_cluster import OffloadedCluster
+from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.init_generator import SHARED, generator
+from moe_dist.moe.parameter_class import ParameterClass, mark
+
+
+class ClusterBase(nn.Module):
+    """What the experts of a cluster share."""
+
+    def __init__(self, layer: int, cluster: int, model: ModelConfig, moe: MoEConfig, seed: int) -> None:
+        super().__init__()
+        draw = generator(seed, layer, "base", SHARED if moe.shared_init else cluster)
+        w_in, w_out = init_base(model.hidden_size, moe.expert_hidden, model.init_std, model.output_init_std, draw)
+        self.w_in_DH = nn.Parameter(w_in)
+        self.w_out_FD = nn.Parameter(w_out)
+        mark(self, ParameterClass.BASE)
+
+
+class Residuals(nn.Module):
+    """The low-rank factors and vectors of the experts of a cluster that this shard holds, by slot."""
+
+    def __init__(self, layer: int, experts: tuple[int, ...], model: ModelConfig, moe: MoEConfig, seed: int) -> None:
+        super().__init__()
+        shape = (model.hidden_size, moe.expert_hidden, moe.rank, moe.expert_vectors)
+        drawn = [init_residual(*shape, generator(seed, layer, "residual", expert)) for expert in experts]
+
+        def stacked(name: str) -> nn.Parameter | None:
+            values = [getattr(residual, name) for residual in drawn]
+            return None if values[0] is None else nn.Parameter(torch.stack(values))
+
+        self.in_u_NDR = stacked("in_u_DR")
+        self.in_v_NRH = stacked("in_v_RH")
+        self.out_u_NFR = stacked("out_u_FR")
+        self.out_v_NRD = stacked("out_v_RD")
+        self.hidden_gate_NF = stacked("hidden_gate_F")
+        self.hidden_bias_NH = stacked("hidden_bias_H")
+        self.output_bias_ND = stacked("output_bias_D")
+        mark(self, ParameterClass.EXPERT)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by the names that `ClusterWeights` gives them."""
+        return dict(self.named_parameters())
+
+
+class ClusteredExperts(nn.Module):
+    """The part of one cluster that this rank holds."""
+
+    def __init__(self, layer: int, cluster: int, model: ModelConfig, moe: MoEConfig, context: LayerContext) -> None:
+        super().__init__()
+        experts = context.placements[layer].experts_of(cluster, context.mesh.at.shard)
+        self.form, self.seen_as = moe.form, context.seen_as
+        self.base = ClusterBase(layer, cluster, model, moe, context.seed)
+        self.residuals = Residuals(layer, experts, model, moe, context.seed)
+        self._offloaded: OffloadedCluster | None = None
+        if context.memory is not None:
+            local = context.placements[layer].local_index(cluster)
+            self._offloaded = context.memory.adopt(layer, local, dict(self.named_parameters()))
+
+    def weights(self) -> ClusterWeights:
+        """What is computed with: the parameters, or their stored form; of an offloaded cluster only while `present`."""
+        weights = self.parameter_weights()
+        return weights if self.seen_as is None else as_stored(weights, self.seen_as)
+
+    def parameter_weights(self) -> ClusterWeights:
+        """The parameters themselves."""
+        return ClusterWeights(self.base.w_in_DH, self.base.w_out_FD, **self.residuals.tensors())
+
+    def present(self) -> AbstractContextManager[None]:
+        """The weights can be read for the length of a `with`."""
+        return nullcontext() if self._offloaded is None else self._offloaded.weights()
+
+    def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:
+        """The gated sum [A, D] over the chosen experts of this shard; slots that are elsewhere are -1."""
+        if self._offloaded is None:
+            return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.form)
+        if not len(x_AD):
+            self._offloaded.skip()
+            return x_AD + gate_AK.sum(1, keepdim=True).to(x_AD.dtype)  # no rows, but all that came has a gradient
+
+        def compute(x_AD: Tensor, gate_AK: Tensor) -> Tensor:
+            return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.form)
+
+        return self._offloaded.run(compute, len(x_AD), x_AD, gate_AK)

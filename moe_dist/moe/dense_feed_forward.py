@@ -1,0 +1,23 @@
+"""The dense SwiGLU feed-forward network: the floor in time and the baseline in quality."""
+
+from torch import Tensor, nn
+
+from moe_dist.compression import init_base
+from moe_dist.config import ModelConfig
+from moe_dist.moe.init_generator import generator
+from moe_dist.moe.standard_experts import swiglu
+
+
+class SwiGLU(nn.Module):
+    """y = (silu(x W_gate) * (x W_up)) W_out; takes and returns [..., D]. Shapes: D hidden, F inner width, H = 2F."""
+
+    def __init__(self, layer: int, width: int, model: ModelConfig, seed: int, name: str = "dense") -> None:
+        super().__init__()
+        draw = generator(seed, layer, name, 0)
+        w_in_DH, w_out_FD = init_base(model.hidden_size, width, model.init_std, model.output_init_std, draw)
+        self.w_in_DH = nn.Parameter(w_in_DH)
+        self.w_out_FD = nn.Parameter(w_out_FD)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Takes and returns [..., D]."""
+        return swiglu(hidden @ self.w_in_DH) @ self.w_out_FD

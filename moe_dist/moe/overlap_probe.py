@@ -1,0 +1,105 @@
+"""How fast a clustered layer's first hop and its clusters are on these ranks, which decides about chunks.
+
+Shapes: R rows, D hidden.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.dispatch.all_to_all import Pending
+from moe_dist.dispatch.chunked_overlap import HopSpeed
+from moe_dist.dispatch.traffic_ledger import Direction, Payload
+from moe_dist.dispatch.wire_format import form_of
+from moe_dist.moe.clustered_moe import ClusteredMoE
+
+MOST_ROWS = 512
+"""That are computed and sent: what more take is in proportion."""
+PART = 4
+"""The time of this part of the rows beside that of all tells what does not shrink with them."""
+ROUNDS = 5
+
+
+def measure_hop(layer: ClusteredMoE, tokens: int) -> HopSpeed:
+    """Times the layer's exchanges and its clusters, one by one and at once; collective over all ranks.
+
+    Every figure is the least of `ROUNDS`, since what disturbs a moment should not decide about a run, on the slowest
+    rank, and so the same on all. Nothing is counted: neither loads nor bytes. The exchange is of evenly spread tokens.
+
+    Args:
+        tokens: of a rank's micro-batch.
+    """
+    probe = _Probe(layer, tokens)
+    rows = probe.rows
+    parts = (
+        lambda: probe.exchange(probe.ranks).finish(),
+        lambda: probe.exchange(rows).finish(),
+        lambda: probe.compute(rows),
+        lambda: probe.compute(rows // PART),
+        lambda: probe.both(rows),
+    )
+    rounds = [[_seconds(part) for part in parts] for _ in range(ROUNDS + 1)][1:]  # the first warms up
+    timed = [min(seconds) for seconds in zip(*rounds, strict=True)]
+    slowest = torch.tensor(timed, dtype=torch.float64, device=probe.x_RD.device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    latency, exchanged, computed, computed_part, both = slowest.tolist()
+    per_row = max(0.0, computed - computed_part) / (rows - rows // PART)
+    clusters = layer.moe.top_clusters  # of a token, on as many ranks at most
+    hidden = (exchanged + computed - both) / min(exchanged, computed)
+    return HopSpeed(
+        latency=latency,
+        exchange=max(0.0, exchanged - latency) / rows * tokens * min(clusters, probe.ranks),
+        compute=per_row * tokens * clusters,
+        chunk=max(0.0, computed - per_row * rows),
+        hidden=min(1.0, max(0.0, hidden)),
+    )
+
+
+class _Probe:
+    """Rows like those of training, and what is done with them."""
+
+    def __init__(self, layer: ClusteredMoE, tokens: int) -> None:
+        self.layer, self.tokens, self.ranks = layer, tokens, layer.one.group.size
+        least = max(PART, self.ranks, len(layer.clusters))
+        self.rows = max(least, min(tokens, MOST_ROWS) // least * least)
+        weight_ED = layer.router.weight_ED
+        draw = torch.Generator().manual_seed(0)
+        self.x_RD = torch.randn(self.rows, weight_ED.shape[1], generator=draw).to(weight_ED.device, weight_ED.dtype)
+        self.packed_RB = form_of(layer.stage_one.wire_dtype).pack(self.x_RD)
+
+    def exchange(self, rows: int) -> Pending:
+        """Begins to send rows, as many to each rank."""
+        split, ledger = [rows // self.ranks] * self.ranks, self.layer.context.ledger
+        recording, ledger.recording = ledger.recording, False
+        pending = self.layer.one.begin(self.packed_RB[: sum(split)], split, split, Payload.HIDDEN, Direction.FORWARD)
+        ledger.recording = recording
+        return pending
+
+    def compute(self, rows: int) -> None:
+        """A forward pass of all local clusters, which share the rows."""
+        context = self.layer.context
+        counting, context.balance.counting = context.balance.counting, False
+        recording, context.ledger.recording = context.ledger.recording, False
+        with torch.no_grad():
+            run = self.layer.local_clusters(self.tokens)
+            for cluster, x_RD in enumerate(self.x_RD[:rows].chunk(len(self.layer.clusters))):
+                run(cluster, x_RD)
+        context.balance.counting, context.ledger.recording = counting, recording
+
+    def both(self, rows: int) -> None:
+        """The two at once."""
+        pending = self.exchange(rows)
+        self.compute(rows)
+        pending.finish()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """What it takes once all ranks have come."""
+    dist.barrier()
+    started = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started

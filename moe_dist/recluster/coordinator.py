@@ -1,0 +1,186 @@
+"""Re-clustering while a model trains: gathers what is known of the experts, decides, has it done, and keeps account.
+
+A round, after the update of a step: all ranks add up their statistics, rank 0 decides, all agree on its verdict; first
+clusters change ranks as they are, then experts change clusters (`moves.py`), tried on tokens of the next step's batch.
+
+Shapes: L layers, E experts, G clusters, B sequences, S tokens of one.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_dist.config import RunConfig
+from moe_dist.engine.deepspeed_engine import Engine, StepOutcome
+from moe_dist.recluster.decision import LayerDecision, decide_blocks, decide_layer, objective_of
+from moe_dist.recluster.schedule import is_due, last_round
+from moe_dist.recluster.recluster_plan import Verdict, agree
+from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.recluster.similarity_gather import Evidence, gather_evidence
+from moe_dist.recluster.migration_executor import Mover, movers_of
+from moe_dist.training.recorder import Recorder
+
+AROUND = 5
+"""Steps before and after a round whose mean training losses are compared."""
+
+
+@dataclass
+class _Round:
+    """One line of `events.jsonl`, complete once the steps after it are known."""
+
+    fields: dict[str, Any]
+    step: int
+    losses_after: list[float] = field(default_factory=list)
+
+
+class Coordinator:
+    """Regroups the experts of a model under training when `recluster` says so."""
+
+    def __init__(self, engine: Engine, config: RunConfig, recorder: Recorder) -> None:
+        self.mover = Mover(engine, config.recluster.max_loss_increase)
+        self._config, self._recorder = config, recorder
+        self._process, self._context = engine.process, engine.model.context
+        self._layers = engine.model.clustered_layers()
+        self._last_round = last_round(config.train.steps - 1, config.recluster)
+        self._losses: deque[float] = deque(maxlen=AROUND)
+        self._load_LE = np.zeros((config.model.layers, config.moe.experts))
+        self._open: _Round | None = None
+        self.totals = {"rounds": 0, "moved_experts": 0, "bytes": 0, "seconds": 0.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What rounds to come depend on, and the account of those that were."""
+        return {
+            "load_LE": torch.from_numpy(self._load_LE),
+            "losses": list(self._losses),
+            "totals": self.totals,
+            "open": None if self._open is None else vars(self._open),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Goes on from there."""
+        self._load_LE = state["load_LE"].numpy()
+        self._losses = deque(state["losses"], maxlen=AROUND)
+        self.totals = dict(state["totals"])
+        self._open = None if state["open"] is None else _Round(**state["open"])
+
+    def begin(self, step: int) -> None:
+        """Says where experts are after `step`, before the steps that follow."""
+        if self._layers:
+            self._recorder.event("placement", step, **_membership(self._context.placements))
+
+    def before_step(self, step: int) -> None:
+        """Lets statistics fade, and stops gathering them after the last round."""
+        if self._context.statistics is not None:
+            self._context.statistics.collecting = step <= self._last_round
+            self._context.statistics.begin_step()
+
+    def after_step(self, step: int, outcome: StepOutcome, sequences_BS: Tensor, upcoming: Callable[[], Tensor]) -> None:
+        """Takes note of a step, and holds a round if one is due.
+
+        Args:
+            sequences_BS: this rank's share of the step's batch.
+            upcoming: gives its share of the next one, which the model has not been trained on.
+        """
+        if self._context.statistics is None:
+            return
+        self._note(outcome)
+        if is_due(step, self._config.recluster) and step <= self._last_round:
+            self.close()
+            self._hold_round(step, sequences_BS, upcoming()[: self._config.recluster.guard_sequences])
+
+    def close(self) -> None:
+        """Writes the event of the last round, whatever steps have followed it."""
+        if self._open is not None:
+            after = self._open.losses_after
+            self._recorder.event(
+                "recluster", self._open.step, **self._open.fields, loss_after=float(np.mean(after)) if after else None
+            )
+        self._open = None
+
+    def _hold_round(self, step: int, sequences_BS: Tensor, held_BS: Tensor) -> None:
+        started = time.perf_counter()
+        evidence = gather_evidence(self._layers, self._config, self._context)
+        if evidence.broken:
+            parts = ", ".join(evidence.broken)
+            self._recorder.event("recluster_skipped", step, reason=f"not finite: {parts}")
+            self._recorder.note(f"step {step}: no re-clustering, the statistics of experts are not finite ({parts})")
+            return
+        decisions = self._decide(evidence) if self._process.rank == 0 else []
+        proposal = Verdict.of(decisions, self._decide_blocks(evidence)) if decisions else None
+        verdict = agree(proposal, self._context.placements, step, self._process.device)
+        relocated = self.mover.relocate(verdict.blocks)
+        moves = [(layer, cycle) for layer, cycles in enumerate(verdict.cycles) for cycle in cycles]
+        errors: dict[str, Any] = {}
+        if self._config.recluster.transition == "adopt":
+            made, exchanged, increase = self.mover.exchange(moves, held_BS)
+        else:
+            made, done, increase = self.mover.refactor(moves, sequences_BS, held_BS)
+            exchanged, errors = done.bytes, {"output_errors": done.errors}
+        fields = {
+            "moved_experts": len(movers_of(made)),
+            "dropped_experts": len(movers_of(moves)) - len(movers_of(made)),
+            "bytes": relocated + exchanged,
+            "relocation_bytes": relocated,
+            "guard_loss_increase": increase,
+            **errors,
+            "loss_before": float(np.mean(self._losses)),
+            **(self._gains(decisions, evidence) if decisions else {}),
+            **_membership(self._context.placements),
+            "seconds": time.perf_counter() - started,
+        }
+        self._open = _Round(fields, step)
+        self.totals["rounds"] += 1
+        for name in ("moved_experts", "bytes", "seconds"):
+            self.totals[name] += fields[name]
+        self._recorder.note(
+            f"step {step}: {fields['moved_experts']} experts change clusters, {fields['dropped_experts']} held back; "
+            f"{fields['bytes']:,} bytes in {fields['seconds']:.2f} s"
+        )
+
+    def _decide(self, evidence: Evidence) -> list[LayerDecision]:
+        settings = (self._config.recluster, self._config.seed)
+        return [
+            decide_layer(similarity_EE, placement, load_E, *settings)
+            for similarity_EE, placement, load_E in zip(
+                evidence.similarity_LEE, self._context.placements, self._load_LE, strict=True
+            )
+        ]
+
+    def _decide_blocks(self, evidence: Evidence) -> list[tuple[int, ...]]:
+        placements = self._context.placements
+        if not self._config.recluster.relocate:
+            return [placement.block_of_cluster for placement in placements]
+        together = zip(evidence.together_LGG, placements, strict=True)
+        return [decide_blocks(together_GG, placement, self._config.seed) for together_GG, placement in together]
+
+    def _gains(self, decisions: Sequence[LayerDecision], evidence: Evidence) -> dict[str, Any]:
+        """Objectives, with the moves that were made, and the similarity's parts, means over layers."""
+        found = zip(evidence.similarity_LEE, self._context.placements, self._load_LE, strict=True)
+        after = [objective_of(alike, now.cluster_of(), load, self._config.recluster) for alike, now, load in found]
+        return {
+            "objective_before": float(np.mean([decision.objective_before for decision in decisions])),
+            "objective_after": float(np.mean(after)),
+            "similarity": evidence.parts,
+        }
+
+    def _note(self, outcome: StepOutcome) -> None:
+        self._losses.append(outcome.loss)
+        self._load_LE = self._config.recluster.decay * self._load_LE + outcome.count_LE.numpy()
+        if self._open is not None:
+            self._open.losses_after.append(outcome.loss)
+            if len(self._open.losses_after) == AROUND:
+                self.close()
+
+
+def _membership(placements: Sequence[ExpertPlacement]) -> dict[str, Any]:
+    return {
+        "members": [placement.members for placement in placements],
+        "blocks": [placement.block_of_cluster for placement in placements],
+        "version": max(placement.version for placement in placements),
+    }

@@ -1,0 +1,115 @@
+"""What should move: from how alike experts are to the exchanges worth making. Pure; one rank decides for all.
+
+Shapes: E experts, G clusters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_dist.clustering import assign_balanced, cluster_quality, match_clusters
+from moe_dist.clustering.objective import Matrix, affinities, pair_sum, pair_weights
+from moe_dist.config import ReclusterConfig
+from moe_dist.recluster.exchange import Cycle, exchanges
+from moe_dist.distributed.placement import ExpertPlacement
+
+LEAST_SAVING = 0.02
+"""Share of the tokens' cluster pairs that a relocation must bring onto one rank: less is not worth a move of bases."""
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """The exchanges of one layer and what they promise."""
+
+    cycles: tuple[Cycle, ...]
+    objective_before: float
+    objective_after: float
+
+
+def decide_layer(
+    similarity_EE: npt.ArrayLike,
+    placement: ExpertPlacement,
+    load_E: npt.ArrayLike,
+    recluster: ReclusterConfig,
+    seed: int,
+) -> LayerDecision:
+    """Looks for a better balanced clustering and keeps the exchanges that gain enough, the best first.
+
+    An exchange must raise its movers' mean similarity to their cluster by `recluster.threshold` (the objective is the
+    mean over experts, and a mover changes its neighbours' similarity as well as its own: hence E / 2), and all together
+    move at most `recluster.max_moved` of the experts.
+    """
+    weight = recluster.load_weight
+    old_E = np.array(placement.cluster_of())
+    found = assign_balanced(similarity_EE, placement.clusters, seed=seed, start=old_E, loads=load_E, load_weight=weight)
+    match = match_clusters(placement.members, found.groups)
+    new_E = [0] * placement.experts
+    for cluster, members in enumerate(match.members):
+        for expert in members:
+            new_E[expert] = cluster
+    weights_EE = pair_weights(similarity_EE, placement.clusters, load_E, weight)
+    kept, labels_E = _worthwhile(exchanges(old_E.tolist(), new_E), old_E, weights_EE, placement.clusters, recluster)
+    before, after = (objective_of(similarity_EE, labels.tolist(), load_E, recluster) for labels in (old_E, labels_E))
+    return LayerDecision(tuple(kept), before, after)
+
+
+def objective_of(
+    similarity_EE: npt.ArrayLike, labels_E: Sequence[int], load_E: npt.ArrayLike, recluster: ReclusterConfig
+) -> float:
+    """What a clustering is worth: how alike members are, less the price of unequal loads (`ClusterQuality`)."""
+    return cluster_quality(similarity_EE, labels_E, load_E, recluster.load_weight).objective
+
+
+def _worthwhile(
+    cycles: Sequence[Cycle], labels_E: npt.NDArray[np.int64], weights_EE: Matrix, clusters: int, limits: ReclusterConfig
+) -> tuple[list[Cycle], npt.NDArray[np.int64]]:
+    """The exchanges that gain enough, made one after the other as long as there is room, and the labels after them."""
+    experts = len(labels_E)
+    room = int(limits.max_moved * experts)
+
+    def value(labels: npt.NDArray[np.int64]) -> float:
+        return pair_sum(affinities(weights_EE, labels, clusters), labels)
+
+    def after(cycle: Cycle, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        moved = labels.copy()
+        moved[list(cycle)] = labels[[*cycle[1:], cycle[0]]]
+        return moved
+
+    def gain(cycle: Cycle, labels: npt.NDArray[np.int64]) -> float:
+        """Rise of the mean similarity of one mover to its cluster."""
+        return (value(after(cycle, labels)) - value(labels)) * experts / (2 * len(cycle))
+
+    start, kept = labels_E, []
+    for cycle in sorted(cycles, key=lambda cycle: -gain(cycle, start)):
+        if len(cycle) <= room and gain(cycle, labels_E) > limits.threshold:
+            kept.append(cycle)
+            labels_E = after(cycle, labels_E)
+            room -= len(cycle)
+    return kept, labels_E
+
+
+def decide_blocks(together_GG: npt.ArrayLike, placement: ExpertPlacement, seed: int) -> tuple[int, ...]:
+    """The block of each cluster that brings clusters chosen by the same tokens onto one rank; as it is if little gains.
+
+    Args:
+        together_GG: how often two clusters were chosen by the same token, symmetric, not negative.
+    """
+    together = np.array(together_GG, dtype=np.float64)
+    np.fill_diagonal(together, 0.0)
+    blocks = placement.block_of_cluster
+    if placement.blocks == 1 or placement.clusters_per_block == 1 or not together.sum() > 0:
+        return blocks
+    share_GG = together / together.sum()
+    found = assign_balanced(share_GG, placement.blocks, seed=seed, start=blocks)
+    if _on_one_rank(share_GG, found.labels) - _on_one_rank(share_GG, blocks) < LEAST_SAVING:
+        return blocks
+    old = [placement.clusters_of_block(block) for block in range(placement.blocks)]
+    kept = match_clusters(old, found.groups).members
+    return tuple(next(block for block, clusters in enumerate(kept) if c in clusters) for c in range(placement.clusters))
+
+
+def _on_one_rank(share_GG: Matrix, labels: Sequence[int]) -> float:
+    labels_G = np.asarray(labels)
+    return float(share_GG[labels_G[:, None] == labels_G[None, :]].sum())

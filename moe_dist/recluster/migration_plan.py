@@ -1,0 +1,185 @@
+"""What travels when placements change: a pure function from old and new placement to the runs of elements that move.
+
+Every rank holds equally many clusters and slots, so the tensors of all (block, shard) ranks have the same names and
+sizes, and a replica with the same index owns the same run of each. An expert's part of a stacked tensor is one run of
+its flattened elements, wherever it sits; which pieces of that run come from which replica follows from who owns what.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from moe_dist.config import WorldShape
+from moe_dist.distributed.mesh import Coordinates, rank_at
+from moe_dist.distributed.placement import ExpertPlacement, Seat
+
+Run = tuple[int, int]
+"""First element and one past the last, of a flattened tensor."""
+
+
+class Kind(StrEnum):
+    """What is known of a parameter."""
+
+    WEIGHT = "weight"
+    MASTER = "master"
+    EXP_AVG = "exp_avg"
+    EXP_AVG_SQ = "exp_avg_sq"
+
+
+class Cell(NamedTuple):
+    """One tensor of a rank: a kind of knowledge of one parameter of a local cluster of a layer."""
+
+    layer: int
+    local: int
+    name: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What every rank holds, in terms that are the same on all of them.
+
+    Attributes:
+        residual_width: elements that one expert has of each stacked parameter.
+        base_width: elements of each parameter that the experts of a cluster share.
+        itemsize: bytes of an element, by kind.
+        residual_runs, base_runs: by layer, local cluster, name and kind, the run that each replica owns. Replicas of
+            residuals are counted along the data axis, those of a base along data and shard.
+    """
+
+    residual_width: Mapping[str, int]
+    base_width: Mapping[str, int]
+    itemsize: Mapping[Kind, int]
+    residual_runs: Mapping[Cell, tuple[Run, ...]]
+    base_runs: Mapping[Cell, tuple[Run, ...]]
+
+
+class Piece(NamedTuple):
+    """A run of elements on its way: `length` elements from `start` of one rank's cell to `target_start` of another's.
+
+    Both starts count from the beginning of the whole parameter, whatever part of it the rank owns.
+    """
+
+    expert: int
+    """The expert concerned; -1: a cluster's base."""
+    source_rank: int
+    source: Cell
+    start: int
+    target_rank: int
+    target: Cell
+    target_start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that moves at one change, in an order that is the same on all ranks."""
+
+    pieces: tuple[Piece, ...]
+    itemsize: Mapping[Kind, int]
+    by_pair: dict[tuple[int, int], list[Piece]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        by_pair: dict[tuple[int, int], list[Piece]] = {}
+        for piece in sorted(self.pieces, key=lambda p: -self.itemsize[p.source.kind]):  # wide elements stay aligned
+            by_pair.setdefault((piece.source_rank, piece.target_rank), []).append(piece)
+        object.__setattr__(self, "by_pair", by_pair)
+
+    def sends(self, rank: int) -> dict[int, list[Piece]]:
+        """By destination, what a rank sends to others."""
+        return {b: pieces for (a, b), pieces in sorted(self.by_pair.items()) if a == rank != b}
+
+    def receives(self, rank: int) -> dict[int, list[Piece]]:
+        """By source, what a rank receives from others."""
+        return {a: pieces for (a, b), pieces in sorted(self.by_pair.items()) if b == rank != a}
+
+    def stays(self, rank: int) -> list[Piece]:
+        """What changes its place on a rank without leaving it."""
+        return self.by_pair.get((rank, rank), [])
+
+    def bytes_between(self, source: int, target: int) -> int:
+        """Bytes that one rank hands to another, or for `source == target` moves within itself."""
+        return sum(piece.length * self.itemsize[piece.source.kind] for piece in self.by_pair.get((source, target), []))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that cross between ranks."""
+        return sum(self.bytes_between(a, b) for a, b in self.by_pair if a != b)
+
+
+def plan_layer(
+    layer: int, old: ExpertPlacement, new: ExpertPlacement, shape: WorldShape, holdings: Holdings
+) -> Iterator[Piece]:
+    """The pieces that bring every expert, and every base whose cluster changes its ranks, to its new place."""
+    before, after = old.seats(), new.seats()
+    for expert, seat in before.items():
+        if seat != after[expert]:
+            yield from _expert_pieces(layer, expert, seat, after[expert], shape, holdings)
+    for cluster in range(old.clusters):
+        places = [(p.block_of_cluster[cluster], p.local_index(cluster)) for p in (old, new)]
+        if places[0] != places[1]:
+            yield from _base_pieces(layer, places[0], places[1], shape, holdings)
+
+
+def _expert_pieces(
+    layer: int, expert: int, seat: Seat, goal: Seat, shape: WorldShape, holdings: Holdings
+) -> Iterator[Piece]:
+    def rank_of(at: Seat) -> Callable[[int], int]:
+        return lambda replica: rank_at(shape, Coordinates(replica, at.block, at.shard))
+
+    for name, width in holdings.residual_width.items():
+        for kind in holdings.itemsize:
+            source, target = Cell(layer, seat.local, name, kind), Cell(layer, goal.local, name, kind)
+            route = _Route(expert, source, seat.slot * width, target, goal.slot * width, rank_of(seat), rank_of(goal))
+            yield from route.pieces(width, holdings.residual_runs)
+
+
+def _base_pieces(
+    layer: int, place: tuple[int, int], goal: tuple[int, int], shape: WorldShape, holdings: Holdings
+) -> Iterator[Piece]:
+    def rank_of(block: int) -> Callable[[int], int]:
+        return lambda replica: rank_at(shape, Coordinates(replica // shape.shard, block, replica % shape.shard))
+
+    for name, width in holdings.base_width.items():
+        for kind in holdings.itemsize:
+            source, target = Cell(layer, place[1], name, kind), Cell(layer, goal[1], name, kind)
+            route = _Route(-1, source, 0, target, 0, rank_of(place[0]), rank_of(goal[0]))
+            yield from route.pieces(width, holdings.base_runs)
+
+
+@dataclass(frozen=True)
+class _Route:
+    """From a place in a source cell to one in a target cell, over all replicas."""
+
+    expert: int
+    source: Cell
+    start: int
+    target: Cell
+    target_start: int
+    source_rank: Callable[[int], int]
+    target_rank: Callable[[int], int]
+
+    def pieces(self, width: int, runs: Mapping[Cell, tuple[Run, ...]]) -> Iterator[Piece]:
+        for replica, wanted in enumerate(runs[self.target]):
+            first, last = (min(max(end - self.target_start, 0), width) for end in wanted)
+            for source, low, high in self._found(first, last, replica, runs[self.source]):
+                yield Piece(
+                    self.expert,
+                    self.source_rank(source),
+                    self.source,
+                    self.start + low,
+                    self.target_rank(replica),
+                    self.target,
+                    self.target_start + low,
+                    high - low,
+                )
+
+    def _found(self, first: int, last: int, replica: int, owned: tuple[Run, ...]) -> Iterator[tuple[int, int, int]]:
+        """(replica, from, to) that together cover [first, last) of the width, the same replica before others."""
+        preferred = sorted(range(len(owned)), key=lambda source: source != replica)
+        while first < last:
+            source = next(r for r in preferred if owned[r][0] <= self.start + first < owned[r][1])
+            end = min(last, owned[source][1] - self.start)
+            yield source, first, end
+            first = end

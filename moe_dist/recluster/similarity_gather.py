@@ -1,0 +1,125 @@
+"""What all ranks know of the experts, added up: the similarities that re-clustering decides by.
+
+Shapes: L layers, E experts, G clusters, S entries of an expert's sketch, D model width.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.clustering import (
+    ActivationStatistics,
+    centroid_similarity,
+    cluster_quality,
+    fuse,
+    gated_projections,
+    router_similarity,
+    sketch_weights,
+    sketched_parameter_similarity,
+)
+from moe_dist.clustering.similarity import FusedSimilarity
+from moe_dist.config import RunConfig
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.layer_context import LayerContext
+from moe_dist.distributed.mesh import GroupKind
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The same on all ranks."""
+
+    similarity_LEE: list[npt.NDArray[np.float64]]
+    together_LGG: list[npt.NDArray[np.float64]]
+    broken: tuple[str, ...]
+    """Parts that hold NaN or infinity in some layer: a reason to move nobody."""
+    parts: dict[str, float]
+    """Mean similarity within present clusters by part, mean over layers."""
+
+
+def gather_evidence(layers: list[ClusteredMoE], config: RunConfig, context: LayerContext) -> Evidence:
+    """Adds up the ranks' statistics and sketches; collective. Statistics that are not finite are forgotten."""
+    assert context.statistics is not None
+    together = context.statistics.together_LGG.clone()
+    dist.all_reduce(together)
+    fused = [_similarity(layer, config, context) for layer in layers]
+    broken = sorted({name for one in fused for name in one.not_finite})
+    if broken:
+        for statistics in context.statistics.activation:
+            statistics.reset()
+    means: dict[str, float] = {}
+    if not broken:
+        for one, placement in zip(fused, context.placements, strict=True):
+            for name, part_EE in one.parts.items():
+                within = cluster_quality(part_EE.cpu().numpy(), placement.cluster_of()).similarity
+                means[name] = means.get(name, 0.0) + within / len(layers)
+    similarity = [one.fused_EE.cpu().numpy() for one in fused]
+    if config.recluster.similarity == "random":
+        similarity = [_by_chance(config, layer) for layer in range(len(layers))]
+    return Evidence(similarity, list(together.cpu().double().numpy()), tuple(broken), means)
+
+
+def _similarity(layer: ClusteredMoE, config: RunConfig, context: LayerContext) -> FusedSimilarity:
+    recluster = config.recluster
+    parameter = _parameter_similarity(layer, config, context) if recluster.alpha > 0 else None
+    centroid = router = None
+    if recluster.alpha < 1 and recluster.router_weight < 1:
+        centroid = centroid_similarity(_added_up(layer, context))
+    if recluster.alpha < 1 and recluster.router_weight > 0:
+        router = router_similarity(layer.router.weight_ED.detach().float())
+    return fuse(parameter, centroid, router, alpha=recluster.alpha, router_weight=recluster.router_weight)
+
+
+def _added_up(layer: ClusteredMoE, context: LayerContext) -> ActivationStatistics:
+    assert context.statistics is not None
+    mine = context.statistics.activation[layer.layer]
+    weighted_ED, mass_E = mine.weighted_ED.clone(), mine.mass_E.clone()
+    for tensor in (weighted_ED, mass_E):
+        dist.all_reduce(tensor)
+    return ActivationStatistics(weighted_ED, mass_E, mine.steps, mine.decay)
+
+
+def _parameter_similarity(layer: ClusteredMoE, config: RunConfig, context: LayerContext) -> Tensor:
+    """By sketches: each rank makes those of its own experts, and replicas make the same."""
+    experts: list[int] = []
+    sketches: list[Tensor] = []
+    shard, block = context.mesh.at.shard, context.mesh.at.cluster
+    for cluster, part in zip(layer.placement.clusters_of_block(block), layer.clusters, strict=True):
+        assert isinstance(part, ClusteredExperts)
+        experts += layer.placement.experts_of(cluster, shard)
+        with part.present():
+            sketches.append(_sketch(part, config))
+    mine_NS = torch.cat(sketches)
+    sketch_ES = mine_NS.new_zeros(layer.placement.experts, mine_NS.shape[1])
+    sketch_ES[experts] = mine_NS
+    group = context.mesh.group(GroupKind.EXPERT_PARALLEL)
+    if group.size > 1:
+        dist.all_reduce(sketch_ES, group=group.handle)
+    return sketched_parameter_similarity(sketch_ES)
+
+
+@torch.no_grad()
+def _sketch(part: ClusteredExperts, config: RunConfig) -> Tensor:
+    weights = part.weights()
+    bases = weights.base_in_DH[None], weights.base_out_FD[None]
+    if config.recluster.parameters == "residual":  # whole weights resemble their base first of all
+        bases = torch.zeros_like(bases[0]), torch.zeros_like(bases[1])
+    projections = gated_projections(
+        *bases,
+        torch.zeros(weights.experts, dtype=torch.int64, device=weights.base_in_DH.device),
+        weights.in_u_NDR,
+        weights.in_v_NRH,
+        weights.out_u_NFR,
+        weights.out_v_NRD,
+    )
+    return sketch_weights(projections, config.seed, config.recluster.sketch_size)
+
+
+def _by_chance(config: RunConfig, layer: int) -> npt.NDArray[np.float64]:
+    """A similarity that means nothing, the same in every round."""
+    drawn = np.random.default_rng([config.seed, layer]).standard_normal((config.moe.experts,) * 2)
+    return np.asarray((drawn + drawn.T) / 2)

@@ -1,0 +1,65 @@
+"""Figures over time that hold several runs: loss, throughput, memory, balance."""
+
+from collections.abc import Sequence
+from html import escape
+
+import plotly.graph_objects as go
+
+from moe_dist.report.read import Run, series
+from moe_dist.report.style import color, figure
+
+GIB = 2.0**30
+
+
+def loss(runs: Sequence[Run]) -> go.Figure | None:
+    """Training loss as a line, validation loss as marks joined by dashes, against tokens."""
+    made = figure("tokens", "loss, nats a token")
+    for index, run in enumerate(runs):
+        for key, word, style in (
+            ("train.loss", "training", {"mode": "lines", "opacity": 0.6, "line": {"width": 1.3}}),
+            ("validation.loss", "validation", {"mode": "lines+markers", "line": {"dash": "dash"}}),
+        ):
+            x, y = series(run.metrics, "tokens", key)
+            if x:
+                made.add_scatter(x=x, y=y, name=f"{escape(run.label)}, {word}", **style)
+                made.data[-1].update(line_color=color(index))
+    return made if made.data else None
+
+
+def throughput(runs: Sequence[Run]) -> go.Figure | None:
+    """Tokens/s of all ranks against steps; None where no run has logged them."""
+    return _one_line_a_run(runs, "tokens_per_second", "tokens/s", {"rangemode": "tozero"})
+
+
+def memory(runs: Sequence[Run]) -> go.Figure | None:
+    """The largest rank's resident set over time, the smallest's as a thin line, and the device's where there is one."""
+    made = figure("step", "GiB", yaxis_rangemode="tozero")
+    parts = (
+        ("memory.rss_bytes_max", "largest rank", "solid"),
+        ("memory.rss_bytes_min", "smallest rank", "dot"),
+        ("memory.device_bytes_max", "device", "dash"),
+    )
+    for index, run in enumerate(runs):
+        for key, word, dash in parts:
+            x, y = series(run.metrics, "step", key)
+            if any(y):
+                name = f"{escape(run.label)}, {word}"
+                made.add_scatter(x=x, y=[value / GIB for value in y], name=name, mode="lines")
+                made.data[-1].update(line_color=color(index), line_dash=dash)
+    return made if made.data else None
+
+
+def balance(runs: Sequence[Run]) -> go.Figure | None:
+    """cv² of expert loads against steps, on a logarithmic axis; None where no run has experts."""
+    return _one_line_a_run(runs, "load.cv2", "cv² of expert loads", {"type": "log"})
+
+
+def _one_line_a_run(runs: Sequence[Run], key: str, title: str, axis: dict[str, str]) -> go.Figure | None:
+    made = figure("step", title)
+    made.update_yaxes(**axis)
+    for index, run in enumerate(runs):
+        x, y = series(run.metrics, "step", key)
+        if x:
+            made.add_scatter(x=x, y=y, name=escape(run.label), mode="lines", line={"color": color(index)})
+    made.update_layout(showlegend=len(runs) > 1)
+    return made if made.data else None

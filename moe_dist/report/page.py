@@ -1,0 +1,112 @@
+"""Puts the report together: figures, tables and plotly's own script in one file that needs no network."""
+
+import os
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from moe_dist import __version__
+from moe_dist.errors import MoeDistError
+from moe_dist.report import curves
+from moe_dist.report import maps
+from moe_dist.report import tables
+from moe_dist.report.read import Run
+
+# Nothing may be loaded from anywhere, and the figures need no more than scripts and styles of the page itself.
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 0 12px 48px;
+       max-width: 1280px; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2em; border-top: 1px solid #ccc; padding-top: .8em; }
+h3 { font-size: 1rem; margin: 0 0 .3em; } h1, h2, td, th, p { overflow-wrap: anywhere; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 24px; }
+.grid > section { min-width: 0; overflow: hidden; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .87rem; } th, td { text-align: left; padding: .25em .8em .25em 0;
+        border-bottom: 1px solid #e5e5e5; vertical-align: top; min-width: 4.5em; }
+.problem { color: #a00; } .note { color: #666; font-size: .87rem; margin: .2em 0 0; }
+"""
+
+# The first figures are drawn before the grid has its final columns.
+FIT = "addEventListener('load', () => document.querySelectorAll('.js-plotly-plot').forEach(Plotly.Plots.resize))"
+
+
+def write_report(runs: Sequence[Run], target: Path) -> None:
+    """Writes the page, whole or not at all.
+
+    Raises:
+        MoeDistError: the file cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(page(runs), encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        raise MoeDistError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The report as HTML."""
+    title = escape(", ".join(run.label for run in runs))
+    numbers = iter(range(10**6))
+    parts = [_together(runs, numbers), *(_run(run, numbers) for run in runs)]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{title}</title><style>{STYLE}</style>"
+        f"<script>{get_plotlyjs()}</script></head>\n"
+        f"<body><h1>{title}</h1>{''.join(parts)}"
+        f'<p class="note">moe-dist {escape(__version__)}; figures are defined in docs/metrics.md</p>'
+        f"<script>{FIT}</script></body></html>\n"
+    )
+
+
+def _together(runs: Sequence[Run], numbers: Iterator[int]) -> str:
+    figures = (
+        ("Loss", curves.loss(runs), ""),
+        ("Throughput", curves.throughput(runs), ""),
+        ("Memory", curves.memory(runs), "At each logged step."),
+        ("Balance of the experts", curves.balance(runs), "0 would be perfect."),
+    )
+    return tables.comparison(runs) + _grid(figures, numbers)
+
+
+def _run(run: Run, numbers: Iterator[int]) -> str:
+    figures = (
+        ("Load of the experts", maps.load_map(run), "1 is a fair share."),
+        ("Busiest over mean", maps.balance(run), "Mean over layers; a rank is a place in the expert-parallel group."),
+        ("Cluster membership", maps.membership(run), "Each change is a re-clustering."),
+        ("Traffic from rank to rank", maps.traffic(run), "All-to-all of the whole run; what a rank keeps is left out."),
+        ("Time of a step", maps.profile(run), "With every collective synchronised."),
+    )
+    problems = "".join(f'<p class="problem">{escape(problem)}</p>' for problem in run.problems)
+    lists = (("Re-clusterings", tables.reclusterings(run)), ("Events", tables.other_events(run)))
+    listed = "".join(f"<h3>{title}</h3>{content}" for title, content in lists if content)
+    head = f"<h2>{escape(run.label)}</h2><p>{escape(run.status)}</p>{problems}"
+    return head + _grid(figures, numbers) + listed
+
+
+def _grid(figures: Sequence[tuple[str, go.Figure | None, str]], numbers: Iterator[int]) -> str:
+    """The figures there are, each with its title and a note below it."""
+    sections = [
+        f"<section><h3>{escape(title)}</h3>{_html(figure, next(numbers))}"
+        f"{f'<p class=note>{escape(note)}</p>' if note else ''}</section>"
+        for title, figure, note in figures
+        if figure is not None
+    ]
+    return f'<div class="grid">{"".join(sections)}</div>'
+
+
+def _html(figure: go.Figure, index: int) -> str:
+    html: str = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=f"figure-{index}",
+        default_height=f"{figure.layout.height}px",
+        config={"responsive": True, "displaylogo": False, "displayModeBar": False},
+    )
+    return html

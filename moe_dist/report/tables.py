@@ -1,0 +1,103 @@
+"""Tables of the report, as HTML; every word from a run is escaped."""
+
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from moe_dist.report.read import Line, Run, number
+
+MISSING = "-"
+MOST_EVENTS = 200
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of plain text as an HTML table that scrolls sideways where it does not fit."""
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    heads = "".join(f"<th>{escape(word)}</th>" for word in head)
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
+
+
+FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("validation loss", "validation.loss", lambda value: f"{value:.4f}"),
+    ("perplexity", "validation.perplexity", lambda value: f"{value:,.2f}"),
+    ("tokens", "tokens", lambda value: f"{value:,.0f}"),
+    ("tokens/s", "tokens_per_second", lambda value: f"{value:,.0f}"),
+    ("parameters", "parameters.total", lambda value: f"{value:,.0f}"),
+    ("in experts", "parameters.expert", lambda value: f"{value:,.0f}"),
+    ("standard experts would have", "parameters.expert_standard", lambda value: f"{value:,.0f}"),
+    ("all-to-all, B a token and layer", "all_to_all.bytes_per_token_layer", lambda value: f"{value:,.1f}"),
+    ("between nodes, bytes", "all_to_all.bytes_inter_node", lambda value: f"{value:,.0f}"),
+    ("load variance", "load.variance", lambda value: f"{value:.2e}"),
+    ("load cv²", "load.cv2", lambda value: f"{value:.4f}"),
+    ("dropped", "load.dropped", lambda value: f"{value:.2%}"),
+    ("peak resident memory, largest rank, MiB", "memory.peak_rss_bytes", lambda value: f"{value / 2**20:,.0f}"),
+    ("peak device memory, MiB", "memory.peak_device_bytes", lambda value: f"{value / 2**20:,.0f}"),
+)
+
+
+def comparison(runs: Sequence[Run]) -> str:
+    """One row a figure, one column a run; figures that no run has are left out."""
+    rows = [["ended", *(run.status for run in runs)], ["layout", *(_layout(run) for run in runs)]]
+    for title, key, form in FIGURES:
+        values = [number(run.summary, key) for run in runs]
+        if any(value is not None for value in values):
+            rows.append([title, *(MISSING if value is None else form(value) for value in values)])
+    return table(["", *(run.label for run in runs)], rows)
+
+
+def _layout(run: Run) -> str:
+    kind = run.summary.get("kind") or (run.config.get("moe") or {}).get("kind") or MISSING
+    world = run.summary.get("world")
+    axes = ", ".join(f"{axis} {size}" for axis, size in world.items()) if isinstance(world, dict) else ""
+    return f"{kind}: {axes}" if axes else str(kind)
+
+
+RECLUSTER = (
+    "step",
+    "layer",
+    "moved_experts",
+    "dropped_experts",
+    "bytes",
+    "relocation_bytes",
+    "seconds",
+    "loss_before",
+    "loss_after",
+    "guard_loss_increase",
+    "objective_before",
+    "objective_after",
+    "error",
+)
+
+
+def reclusterings(run: Run) -> str:
+    """Re-clusterings: what moved, how many bytes, in what time, and what it did to loss and objective; or nothing."""
+    events = [event for event in run.events if event.get("event") == "recluster"]
+    if not events:
+        return ""
+    shown = [column for column in RECLUSTER if any(column in event for event in events)]
+    rows = [[_text(event.get(column, MISSING)) for column in shown] for event in events[-MOST_EVENTS:]]
+    return table([column.replace("_", " ") for column in shown], rows)
+
+
+def other_events(run: Run) -> str:
+    """Everything else that happened, evaluations left out: the curve shows those."""
+    hidden = ("evaluation", "recluster", "placement")
+    events = [event for event in run.events if event.get("event") not in hidden]
+    rows = [
+        [str(event.get("event", MISSING)), str(event.get("step", MISSING)), _details(event)]
+        for event in events[-MOST_EVENTS:]
+    ]
+    return table(["event", "step", ""], rows) if rows else ""
+
+
+def _details(event: Line) -> str:
+    return ", ".join(f"{key}: {_text(value)}" for key, value in event.items() if key not in ("event", "step", "time"))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    text = str(value)
+    return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -1,0 +1,199 @@
+"""`moe-dist calibrate`: fits the simulator's constants to measured steps, and predicts steps that it was not fitted to.
+
+Each case is a folder that `moe-dist measure traffic` left: its configuration, ranks, routing and timed steps. The one
+model of a step is `step_time`, which `simulate` and `plan` use; its constants are moved until the squared logarithms of
+predicted over measured are least over the cases that are not held out. A weak pull (`PULL`) keeps a constant that the
+cases say nothing of where it was.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from scipy.optimize import least_squares
+
+from moe_dist.config import RunConfig, Section, WorldShape, load_config, resolve_batch
+from moe_dist.errors import ConfigError
+from moe_dist.simulator.machine import Machine, Positive, read_section
+from moe_dist.simulator.popularity import Floats, recorded
+from moe_dist.simulator.step_time import Scenario, StepTime, step_time
+from moe_dist.simulator.strategies import Strategy
+
+PULL = 0.02
+"""Of a constant's logarithm to where it started, beside a case's relative error."""
+SHARES = ("matmul_share", "expert_share", "link_share")
+DEVICE_CONSTANTS = (*SHARES, "memory_bandwidth", "stack_bandwidth", "step_overhead")
+
+
+class Case(Section):
+    """One measurement."""
+
+    run: Path = Field(description="folder of `moe-dist measure traffic`, seen from the file with the cases")
+    network_bandwidth: Positive | None = Field(None, description="bytes/s of an interface; null: the machine's")
+    held_out: bool = Field(False, description="predicted, but nothing is fitted to it")
+
+
+class Cases(Section):
+    """What `moe-dist calibrate` reads."""
+
+    machine: Machine = Field(description="constants to start from")
+    cases: Annotated[tuple[Case, ...], Field(min_length=2)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case as it was measured.
+
+    Attributes:
+        seconds: of every timed step.
+        popularity_LE: share of each expert in each layer, of the routing that was seen.
+    """
+
+    case: Case
+    config: RunConfig
+    shape: WorldShape
+    nodes: int
+    seconds: tuple[float, ...]
+    popularity_LE: Floats
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a timed step."""
+        return float(np.median(self.seconds))
+
+    def predict(self, machine: Machine) -> StepTime:
+        """Its step on a machine."""
+        fabric = machine.fabric(
+            self.nodes, self.shape.ranks // self.nodes, network_bandwidth=self.case.network_bandwidth
+        )
+        strategy = Strategy.TWO_STAGE if self.config.moe.kind == "clustered" else Strategy.FLAT
+        batch = resolve_batch(self.config, self.shape.ranks)
+        vocabulary = self.config.tokenizer.vocab_size
+        return step_time(self.config, self.shape, batch, vocabulary, fabric, self.popularity_LE, Scenario(strategy))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A case held against its prediction."""
+
+    measured: Measured
+    time: StepTime
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less one."""
+        return self.time.seconds / self.measured.median - 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The fitted machine, and all cases on it."""
+
+    machine: Machine
+    predictions: tuple[Prediction, ...]
+
+    def mean_error(self, held_out: bool | None = None) -> float | None:
+        """Mean absolute relative error of all cases, or of those held out or fitted; None: there are none."""
+        wanted = [one for one in self.predictions if held_out in (None, one.measured.case.held_out)]
+        return float(np.mean([abs(one.error) for one in wanted])) if wanted else None
+
+
+def calibrate(file: Path) -> Calibration:
+    """Fits the machine of a file with cases, and predicts them all.
+
+    Raises:
+        ConfigError: the file or a case cannot be read, or nothing is left to fit to.
+    """
+    asked = read_section(file, Cases, "cases")
+    measured = [read_case(case.model_copy(update={"run": file.parent / case.run})) for case in asked.cases]
+    fitted_on = [one for one in measured if not one.case.held_out]
+    if not fitted_on:
+        raise ConfigError(f"cases {file}: all are held out: leave some to fit to")
+    machine = fit(asked.machine, fitted_on)
+    return Calibration(machine, tuple(Prediction(one, one.predict(machine)) for one in measured))
+
+
+def read_case(case: Case) -> Measured:
+    """What a measurement's folder says.
+
+    Raises:
+        ConfigError: it is not one, or half of one.
+    """
+    config = load_config(case.run / "config.yaml")
+    try:
+        figures = json.loads((case.run / "traffic.json").read_text(encoding="utf-8"))
+        seconds = tuple(map(float, figures["timed_seconds"]))
+        shape, nodes = WorldShape(**figures["world"]), len(set(figures["node_of_rank"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"case {case.run}: is no folder of `moe-dist measure traffic`: {why}") from error
+    if not seconds or min(seconds) <= 0 or shape.ranks % nodes:
+        raise ConfigError(f"case {case.run}: needs timed steps, and nodes of as many ranks each")
+    return Measured(case, config, shape, nodes, seconds, _popularity(case.run, config))
+
+
+def _popularity(run: Path, config: RunConfig) -> Floats:
+    return np.ones((1, 1)) if config.moe.kind == "dense" else recorded(run, config.moe.experts)
+
+
+def fit(start: Machine, measured: Sequence[Measured]) -> Machine:
+    """The machine whose predictions come closest to the medians of measured steps."""
+    first = np.log(_constants(start))
+
+    def errors(logs: npt.NDArray[np.float64]) -> Floats:
+        machine = _with_constants(start, np.exp(logs))
+        missed = [np.log(one.predict(machine).seconds / one.median) for one in measured]
+        return np.array([*missed, *(PULL * (logs - first))])
+
+    most = np.array([0.0 if name in SHARES else np.inf for name in (*DEVICE_CONSTANTS, "network_latency")])
+    start_at = np.minimum(first, most - 1e-3)  # inside the bounds: no more of a rate is reached than there is
+    options = {"diff_step": 1e-3, "loss": "soft_l1", "f_scale": 0.1, "xtol": 1e-4, "ftol": 1e-4}
+    found = least_squares(errors, start_at, bounds=(-np.inf, most), **options)
+    return _with_constants(start, np.exp(found.x))
+
+
+def _constants(machine: Machine) -> Floats:
+    """What is fitted, in the order of `DEVICE_CONSTANTS`, the network's latency last."""
+    device = machine.device
+    start = {"expert_share": device.matmul_share, "stack_bandwidth": device.network_bandwidth, "step_overhead": 1e-2}
+    found = [getattr(device, name) or start[name] for name in DEVICE_CONSTANTS]
+    return np.array([*found, machine.network_latency])
+
+
+def _with_constants(machine: Machine, values: Floats) -> Machine:
+    *of_device, latency = map(float, values)
+    fitted: dict[str, Any] = dict(zip(DEVICE_CONSTANTS, of_device, strict=True))
+    device = replace(machine.device, **fitted)
+    return machine.model_copy(update={"device": device, "network_latency": latency})
+
+
+def to_dict(found: Calibration) -> dict[str, Any]:
+    """All figures, for JSON."""
+    return {
+        "machine": found.machine.model_dump(mode="json"),
+        "mean_absolute_error": found.mean_error(),
+        "mean_absolute_error_held_out": found.mean_error(held_out=True),
+        "cases": [_case_to_dict(one) for one in found.predictions],
+    }
+
+
+def _case_to_dict(one: Prediction) -> dict[str, Any]:
+    measured = one.measured
+    return {
+        "case": measured.case.run.name,
+        "kind": measured.config.moe.kind,
+        "world": asdict(measured.shape),
+        "nodes": measured.nodes,
+        "network_bandwidth": measured.case.network_bandwidth,
+        "held_out": measured.case.held_out,
+        "measured_seconds": measured.seconds,
+        "measured_median": measured.median,
+        "predicted_seconds": one.time.seconds,
+        "predicted_parts": one.time.parts,
+        "error": one.error,
+    }

@@ -1,0 +1,93 @@
+"""Memory of one rank by kind, predicted: weights, gradients, optimizer, activations.
+
+Weights, gradients and optimizer are counted from shapes and ZeRO's rules. What the backward pass needs of a layer was
+counted on the running model (torch 2.13, megatron-core 0.16) by its saved tensors and is linear in the widths; the
+tests count again.
+"""
+
+from dataclasses import dataclass, fields
+
+from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.simulator.sizes import parameters_on_rank
+from moe_dist.moe.parameter_class import ParameterClass
+
+FLOAT32, MOMENTS = 4, 8
+ROUTING_STATE = 40  # numbers a token that do not grow with the widths, whatever the kind
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    dense_weights: float
+    base_weights: float
+    expert_weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    output_layer: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of all kinds together."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+def replicas(shape: WorldShape) -> dict[ParameterClass, int]:
+    """How many ranks share the optimizer state of each class under ZeRO."""
+    return {
+        ParameterClass.DENSE: shape.ranks,
+        ParameterClass.BASE: shape.data * shape.shard,
+        ParameterClass.EXPERT: shape.data,
+    }
+
+
+def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int) -> Memory:
+    """Predicted bytes at the peak of a step, just before the gradients of the first layers are there."""
+    held = parameters_on_rank(config, shape, vocabulary)
+    stage, half = config.world.zero_stage, config.train.precision == "bfloat16"
+    size = 2 if half else FLOAT32
+    masters = FLOAT32 if half or stage > 0 else 0
+    gradients = optimizer = 0.0
+    for kind, sharing in replicas(shape).items():
+        gradients += size * held[kind] / (sharing if stage >= 2 else 1)
+        optimizer += (masters + MOMENTS) * held[kind] / (sharing if stage >= 1 else 1)
+    tokens = batch.micro * config.model.sequence_length
+    layers = config.model.layers
+    saved = tokens * bytes_an_element(config) * saved_elements(config)
+    if config.model.activation_checkpointing:
+        saved += (layers - 1) * tokens * size * config.model.hidden_size  # one layer whole, of the others the input
+    else:
+        saved *= layers
+    return Memory(
+        size * held[ParameterClass.DENSE],
+        size * held[ParameterClass.BASE],
+        size * held[ParameterClass.EXPERT],
+        gradients,
+        optimizer,
+        saved,
+        3 * FLOAT32 * tokens * vocabulary,  # logits, their softmax, their gradient
+    )
+
+
+def bytes_an_element(config: RunConfig) -> float:
+    """In bfloat16 norms, rotary positions, the router and gates keep some tensors in float32."""
+    if config.train.precision == "float32":
+        return FLOAT32
+    return 2.8 if config.moe.kind == "clustered" else 2.45
+
+
+def saved_elements(config: RunConfig) -> float:
+    """Numbers that the backward pass of one layer needs, for each of the rank's own tokens."""
+    model, moe = config.model, config.moe
+    d, f, m, k = model.hidden_size, moe.expert_hidden, moe.top_clusters, moe.top_k
+    attention = 12.5 * d
+    if moe.kind == "dense":
+        return attention + 4 * moe.dense_width
+    if moe.kind == "standard":
+        return attention + 2 * k * d + k * 4 * f + 4 * moe.shared_expert_hidden + 12 + 9 * k
+    hidden = 7 * k + 1.6 if k > 1 else 13.7  # the forms in plain torch keep all that its autograd does
+    if moe.form in ("compiled", "triton"):
+        hidden = 3.4
+    thin = 11 * moe.rank * m * k
+    return attention + (2.9 + 4 * (m - 1)) * d + m * hidden * f + ROUTING_STATE + thin

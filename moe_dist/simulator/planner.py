@@ -1,0 +1,201 @@
+"""Which layout to train with: memory and step time of all that are possible are predicted, the best one is named."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.errors import ConfigError
+from moe_dist.simulator.hardware import Fabric
+from moe_dist.simulator.memory import Memory, memory_of_rank
+from moe_dist.simulator.popularity import Floats, zipf
+from moe_dist.simulator.step_time import Scenario, StepTime, step_time
+from moe_dist.simulator.strategies import Strategy
+
+MOST_REPLICAS = 16  # are drawn for a plan: enough to see the slowest of them
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to lay out the job."""
+
+    shape: WorldShape
+    zero_stage: int
+    batch: BatchShape
+    checkpointing: bool
+
+    @property
+    def overrides(self) -> str:
+        """As words for `moe-dist launch`."""
+        shape = self.shape
+        return (
+            f"world.data={shape.data} world.cluster={shape.cluster} world.shard={shape.shard} "
+            f"world.zero_stage={self.zero_stage} train.micro_batch_size={self.batch.micro} "
+            f"model.activation_checkpointing={str(self.checkpointing).lower()}"
+        )
+
+
+@dataclass(frozen=True)
+class Option:
+    """A layout with its predictions; `time` is None where it does not fit."""
+
+    layout: Layout
+    memory: Memory
+    fits: bool
+    time: StepTime | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All options, the fastest first, those that do not fit last."""
+
+    options: tuple[Option, ...]
+    limit: float
+    reason: str
+
+    @property
+    def best(self) -> Option:
+        """The fastest layout that fits."""
+        return self.options[0]
+
+
+def plan(config: RunConfig, fabric: Fabric, vocabulary: int, skew: float) -> Plan:
+    """Predicts every possible layout.
+
+    Args:
+        skew: of the experts' popularity (`popularity.zipf`).
+
+    Raises:
+        ConfigError: the batch does not divide over the ranks, or nothing fits; the line says what would.
+    """
+    limit = fabric.device.memory - fabric.device.reserved
+    options = [_remembered(config, layout, vocabulary, limit) for layout in layouts(config, fabric.ranks)]
+    fitting = [option for option in options if option.fits]
+    if not fitting:
+        raise ConfigError(_refusal(config, fabric, vocabulary, options, limit))
+    popularity_LE = zipf(config.moe.experts, skew, 2, np.random.default_rng(0))
+    timed = [_timed(config, option, fabric, vocabulary, popularity_LE) for option in _without_waste(fitting)]
+    timed.sort(key=lambda option: (option.time.seconds if option.time else 0.0, option.memory.total))
+    too_large = sorted((option for option in options if not option.fits), key=lambda option: option.memory.total)
+    return Plan((*timed, *too_large), limit, _reason(timed, limit))
+
+
+def layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
+    """Shapes that divide experts and ranks, with every ZeRO stage, micro-batch and with or without recomputation.
+
+    Raises:
+        ConfigError: the batch does not divide over the ranks.
+    """
+    batch = config.train.global_batch_size
+    if batch % ranks:
+        nearest = max(1, round(batch / ranks)) * ranks
+        raise ConfigError(
+            f"train.global_batch_size={batch} is not divisible by {ranks} GPUs: use {nearest}, for example"
+        )
+    for shape in _shapes(config, ranks):
+        for zero_stage in (0, 1, 2):
+            for micro in _divisors(batch // ranks):
+                for checkpointing in (False, True):
+                    yield Layout(shape, zero_stage, BatchShape(micro, batch // ranks // micro), checkpointing)
+
+
+def _shapes(config: RunConfig, ranks: int) -> Iterator[WorldShape]:
+    moe = config.moe
+    if moe.kind == "dense":
+        yield WorldShape(ranks, 1, 1)
+    elif moe.kind == "standard":
+        for parallel in _divisors(moe.experts):
+            if ranks % parallel == 0:
+                yield WorldShape(ranks // parallel, parallel, 1)
+    else:
+        for cluster in _divisors(moe.clusters):
+            for shard in _divisors(moe.experts_per_cluster):
+                if ranks % (cluster * shard) == 0:
+                    yield WorldShape(ranks // (cluster * shard), cluster, shard)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def settled(config: RunConfig, layout: Layout) -> RunConfig:
+    """The configuration with the layout's keys."""
+    shape = layout.shape
+    world = {"data": shape.data, "cluster": shape.cluster, "shard": shape.shard, "zero_stage": layout.zero_stage}
+    return config.model_copy(
+        update={
+            "world": config.world.model_copy(update=world),
+            "model": config.model.model_copy(update={"activation_checkpointing": layout.checkpointing}),
+            "train": config.train.model_copy(update={"micro_batch_size": layout.batch.micro}),
+        }
+    )
+
+
+def _remembered(config: RunConfig, layout: Layout, vocabulary: int, limit: float) -> Option:
+    memory = memory_of_rank(settled(config, layout), layout.shape, layout.batch, vocabulary)
+    return Option(layout, memory, memory.total <= limit)
+
+
+def _without_waste(fitting: list[Option]) -> list[Option]:
+    """For each shape and recomputation: the lowest ZeRO stage that fits with the largest micro-batch.
+
+    A larger micro-batch means fewer exchanges, and a higher stage saves nothing but memory.
+    """
+    kept: dict[tuple[WorldShape, bool], Option] = {}
+    for option in fitting:
+        layout = option.layout
+        key, rank = (layout.shape, layout.checkpointing), (-layout.batch.micro, layout.zero_stage)
+        held = kept.get(key)
+        if held is None or rank < (-held.layout.batch.micro, held.layout.zero_stage):
+            kept[key] = option
+    return list(kept.values())
+
+
+def _timed(config: RunConfig, option: Option, fabric: Fabric, vocabulary: int, popularity_LE: Floats) -> Option:
+    layout = option.layout
+    strategy = Strategy.TWO_STAGE if config.moe.kind == "clustered" else Strategy.FLAT
+    shape = layout.shape
+    time = step_time(
+        settled(config, layout),
+        shape,
+        layout.batch,
+        vocabulary,
+        fabric,
+        popularity_LE,
+        Scenario(strategy, drawn_replicas=MOST_REPLICAS),
+    )
+    return replace(option, time=time)
+
+
+def _reason(timed: list[Option], limit: float) -> str:
+    best = timed[0]
+    assert best.time is not None
+    parts = sorted(best.time.parts.items(), key=lambda part: -part[1])[:2]
+    spent = " and ".join(f"{seconds / best.time.seconds:.0%} in {name}" for name, seconds in parts)
+    text = f"the fastest of {len(timed)} that fit, {(limit - best.memory.total) / GIB:.1f} GiB to spare; {spent}"
+    crossing = best.time.inter_node_bytes_per_token_layer / max(1.0, best.time.bytes_per_token_layer)
+    text += f"; {crossing:.0%} of the all-to-all leaves a node"
+    other = next((option for option in timed[1:] if option.layout.shape != best.layout.shape), None)
+    if other is not None and other.time is not None:
+        slower = other.time.seconds / best.time.seconds - 1
+        text += f"; the next other shape ({other.layout.shape}) would take {slower:.1%} longer"
+    return text
+
+
+def _refusal(config: RunConfig, fabric: Fabric, vocabulary: int, options: list[Option], limit: float) -> str:
+    least = min(options, key=lambda option: option.memory.total)
+    text = (
+        f"nothing fits {fabric.ranks} GPUs of {fabric.device.name} with {limit / GIB:.1f} GiB each: the least is "
+        f"{least.memory.total / GIB:.1f} GiB, {least.layout.overrides}"
+    )
+    for factor in (2, 4, 8, 16, 32):
+        ranks = fabric.ranks * factor
+        larger = config.model_copy(
+            update={"train": config.train.model_copy(update={"global_batch_size": ranks, "micro_batch_size": None})}
+        )
+        fit = [_remembered(larger, layout, vocabulary, limit) for layout in layouts(larger, ranks)]
+        if found := next((option for option in fit if option.fits), None):
+            return f"{text}; {fabric.nodes * factor} nodes would do, {found.layout.overrides}"
+    return f"{text}; more of these GPUs alone would not help: use a smaller model, sequence or GPUs with more memory"

@@ -1,0 +1,235 @@
+"""Predicted time of a training step, by what it goes into.
+
+    step = accumulation x layers x (attention + busiest rank's experts + all-to-all, forward and backward)
+           + accumulation x output layer + gradient reduction + optimizer + re-clustering + overhead
+
+The replicas of the expert-parallel group run apart from each other within a step, the slowest one counts at its end.
+
+Shapes: D replicas, P ranks of a group, L layers told apart.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.simulator import memory
+from moe_dist.simulator.hardware import Fabric
+from moe_dist.simulator.network import exchange_seconds, reduce_seconds
+from moe_dist.simulator.popularity import Floats, balanced_clusters
+from moe_dist.simulator.sizes import parameters_on_rank, residual_parameters, work_of
+from moe_dist.simulator.strategies import Demand, Strategy, demand
+from moe_dist.moe.parameter_class import ParameterClass
+
+FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and back again
+OPTIMIZER_BYTES = 32  # read and written for a parameter: gradient, master, two moments
+TRAINING_STATE_BYTES = 14  # of a moved parameter: weight in 16 bits, master and two moments in 32
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is assumed beyond the configuration.
+
+    Attributes:
+        recluster_every: steps between re-clusterings that keep clusters equally loaded; None: none take place.
+        resident: share of a rank's clusters that stay on the device; the others come from the host when needed.
+        overlap: share of the all-to-all that hides behind computation.
+        most_nodes: M of node-limited routing.
+        drawn_replicas: replicas whose chance loads are drawn at most.
+        layers: layers of unlike popularity that are computed; the mean stands for all.
+    """
+
+    strategy: Strategy
+    recluster_every: int | None = None
+    resident: float = 1.0
+    overlap: float = 0.0
+    most_nodes: int = 4
+    drawn_replicas: int = 10**6
+    layers: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by part, on the slowest replica; tokens of all ranks."""
+
+    parts: dict[str, float]
+    tokens: int
+    useful_flops: float
+    inter_node_bytes_per_token_layer: float
+    bytes_per_token_layer: float
+    device_flops: float = field(repr=False, default=0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step: the sum of its parts."""
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all ranks a second."""
+        return self.tokens / self.seconds
+
+    @property
+    def model_flops_utilisation(self) -> float:
+        """FLOPs that the model needs over what all devices could do in the time."""
+        return self.useful_flops / (self.seconds * self.device_flops)
+
+
+def step_time(
+    config: RunConfig,
+    shape: WorldShape,
+    batch: BatchShape,
+    vocabulary: int,
+    fabric: Fabric,
+    popularity_LE: Floats,
+    scenario: Scenario,
+) -> StepTime:
+    """Predicts one step.
+
+    Args:
+        popularity_LE: share of each expert in each layer told apart; layers beyond them repeat.
+    """
+    draw = np.random.default_rng(scenario.seed)
+    tokens = batch.micro * config.model.sequence_length
+    work, rate = work_of(config, vocabulary), fabric.compute_rate
+    passes = 4 if config.model.activation_checkpointing else 3  # forward once or twice, backward twice the work
+    layers = config.model.layers * batch.accumulation
+    count = min(scenario.layers, config.model.layers)
+    taken = [
+        _layer(config, shape, fabric, popularity_LE[i % len(popularity_LE)], scenario, tokens, draw)
+        for i in range(count)
+    ]
+    experts_D = passes * work.row / fabric.expert_rate * np.mean([rows_D for rows_D, _, _ in taken], axis=0)
+    wire_D = np.mean([seconds_D for _, seconds_D, _ in taken], axis=0)
+    slowest = int(np.argmax(experts_D + wire_D))
+    attention = passes * tokens * work.layer / rate
+    parts = {
+        "attention and dense": layers * attention + batch.accumulation * passes * tokens * work.head / rate,
+        "experts": layers * float(experts_D[slowest]),
+        "all-to-all": layers * (1 - scenario.overlap) * float(wire_D[slowest]),
+        "offload": layers * _offload(config, shape, fabric, scenario, attention + float(experts_D[slowest])),
+        "reduction": _reduction(config, shape, batch, vocabulary, fabric),
+        "optimizer": _optimizer(config, shape, vocabulary, fabric),
+        "re-clustering": _recluster(config, shape, fabric, popularity_LE, scenario),
+        "overhead": fabric.device.step_overhead * fabric.sharing,
+    }
+    total, inter = np.mean([volume for _, _, volume in taken], axis=0)
+    all_tokens = tokens * batch.accumulation * shape.ranks
+    useful = 3 * work.token(config.model.layers) * all_tokens
+    return StepTime(parts, all_tokens, useful, inter, total, fabric.device.flops * shape.ranks)
+
+
+def _layer(
+    config: RunConfig,
+    shape: WorldShape,
+    fabric: Fabric,
+    popularity_E: Floats,
+    scenario: Scenario,
+    tokens: int,
+    draw: np.random.Generator,
+) -> tuple[Floats, Floats, tuple[float, float]]:
+    """rows_D that take a replica's time, seconds_D on the wire, and bytes a token: all, and between nodes.
+
+    The busiest rank's rows count, or where devices take turns on processors all rows over these, if that is more.
+    """
+    replicas = min(shape.data, scenario.drawn_replicas)
+    if config.moe.kind == "dense":
+        return np.zeros(replicas), np.zeros(replicas), (0.0, 0.0)
+    asked = demand(
+        config,
+        shape,
+        scenario.strategy,
+        popularity_E,
+        draw,
+        reclustered=scenario.recluster_every is not None,
+        devices_per_node=fabric.devices_per_node,
+        most_nodes=scenario.most_nodes,
+    )
+    mean_P = tokens * asked.work_P
+    rows_DP = mean_P + np.sqrt(mean_P) * draw.standard_normal((replicas, len(mean_P)))
+    exchanges = FORWARD_EXCHANGES + BACKWARD_EXCHANGES
+    wire_D = np.zeros(replicas)
+    for flow in asked.flows:
+        sent_PP = flow.bytes(tokens)
+        wire_D = wire_D + exchange_seconds(sent_PP, flow.hop.row_bytes / 2, replicas, fabric, exchanges, draw)
+    rows_D = np.maximum(rows_DP.max(axis=1), fabric.sharing * rows_DP.mean(axis=1))
+    return rows_D, wire_D, _volumes(asked, fabric, tokens)
+
+
+def _volumes(asked: Demand, fabric: Fabric, tokens: int) -> tuple[float, float]:
+    """Bytes a token, in all and between nodes, for a group that starts on a node's first device."""
+    total = inter = 0.0
+    for flow in asked.flows:
+        sent_PP = flow.bytes(tokens)
+        node_P = np.arange(len(sent_PP)) // fabric.devices_per_node
+        total += float(sent_PP.sum()) / len(sent_PP) / tokens
+        inter += float(sent_PP[node_P[:, None] != node_P].sum()) / len(sent_PP) / tokens
+    return total, inter
+
+
+def _offload(config: RunConfig, shape: WorldShape, fabric: Fabric, scenario: Scenario, compute: float) -> float:
+    """Seconds a layer that fetching absent clusters takes beyond the computation it hides behind, in both passes."""
+    if config.moe.kind != "clustered":
+        return 0.0
+    held = parameters_on_rank(config, shape, 0)
+    bytes_layer = 2.0 * (held[ParameterClass.BASE] + held[ParameterClass.EXPERT]) / config.model.layers
+    return max(0.0, 2 * (1 - scenario.resident) * bytes_layer / fabric.device.host_bandwidth - compute)
+
+
+def reduction_rounds(config: RunConfig, batch: BatchShape) -> int:
+    """How often a step's reductions go around their ring, as DeepSpeed does them.
+
+    Gradients are all-reduced, which is two rounds, in stage 2 for every micro-batch; ZeRO gathers weights in one more.
+    """
+    stage = config.world.zero_stage
+    return 2 * (batch.accumulation if stage == 2 else 1) + (stage > 0)
+
+
+def _reduction(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int, fabric: Fabric) -> float:
+    size = 2 if config.train.precision == "bfloat16" else 4
+    held = parameters_on_rank(config, shape, vocabulary)
+    return reduction_rounds(config, batch) * sum(
+        reduce_seconds(size * held[kind], sharing, _on_node(kind, shape, fabric), fabric)
+        for kind, sharing in memory.replicas(shape).items()
+        if held[kind]
+    )
+
+
+def _on_node(kind: ParameterClass, shape: WorldShape, fabric: Fabric) -> int:
+    """How many of the ranks of one node hold copies of the same parameters."""
+    devices = fabric.devices_per_node
+    if kind is ParameterClass.DENSE:
+        return devices
+    replicas = max(1, devices // (shape.cluster * shape.shard))
+    return replicas * (min(shape.shard, devices) if kind is ParameterClass.BASE else 1)
+
+
+def _optimizer(config: RunConfig, shape: WorldShape, vocabulary: int, fabric: Fabric) -> float:
+    held = parameters_on_rank(config, shape, vocabulary)
+    own = sum(held[kind] / (n if config.world.zero_stage else 1) for kind, n in memory.replicas(shape).items())
+    return OPTIMIZER_BYTES * own / fabric.device.memory_bandwidth * fabric.sharing
+
+
+def _recluster(
+    config: RunConfig, shape: WorldShape, fabric: Fabric, popularity_LE: Floats, scenario: Scenario
+) -> float:
+    """Seconds a step for moving experts to their balanced clusters, all at once, every `recluster_every` steps.
+
+    A mover takes its factors, vectors and their training state; the busiest block of ranks counts, in and out.
+    """
+    if scenario.recluster_every is None or config.moe.kind != "clustered" or shape.cluster == 1:
+        return 0.0
+    moe, per_block = config.moe, config.moe.clusters // shape.cluster
+    busiest = []
+    for popularity_E in popularity_LE:
+        before_E = np.arange(moe.experts) // moe.experts_per_cluster // per_block
+        after_E = balanced_clusters(popularity_E, moe.clusters) // per_block
+        moved_E = before_E != after_E
+        leaving_B = np.bincount(before_E[moved_E], minlength=shape.cluster)
+        arriving_B = np.bincount(after_E[moved_E], minlength=shape.cluster)
+        busiest.append(max(leaving_B.max(), arriving_B.max()))
+    experts = float(np.mean(busiest)) * config.model.layers / shape.shard
+    moved = experts * residual_parameters(config.model, moe) * TRAINING_STATE_BYTES
+    rate = fabric.node_bandwidth if shape.cluster * shape.shard <= fabric.devices_per_node else fabric.rail_bandwidth
+    return moved / rate / scenario.recluster_every

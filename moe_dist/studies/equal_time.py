@@ -1,0 +1,69 @@
+"""Steps for each recipe that take as long as a yardstick's: who is better after equal time, not after equal tokens.
+
+Short runs of every recipe, in turns, tell how many tokens a second each trains; the yardstick keeps its steps.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from moe_dist.config import load_config
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.studies.quality import Cell, run_cells
+from moe_dist.studies.subruns import Summary
+
+PROBE_STEPS = 20
+PROBE = (
+    f"train.steps={PROBE_STEPS}",
+    f"train.eval_every={PROBE_STEPS}",
+    "train.eval_sequences=2",
+    "train.warmup_steps=0",
+)
+
+
+def steps_for_equal_time(
+    todo: Sequence[Cell], yardstick: str, folder: Path, jobs: int, report: Callable[[str], None]
+) -> list[Cell]:
+    """The same cells, with the steps that each recipe trains in the time the yardstick takes for its own.
+
+    Args:
+        yardstick: recipe whose cells stay as they are.
+        folder: where the summaries of the short runs are kept, so that the same command finds the same steps again.
+        jobs: runs at a time, as the cells themselves will be run.
+
+    Raises:
+        ConfigError: the yardstick is none of the recipes.
+        MoeDistError: a short run failed.
+    """
+    if yardstick not in {cell.recipe for cell in todo}:
+        recipes = ", ".join(dict.fromkeys(cell.recipe for cell in todo))
+        raise ConfigError(f"--equal-time {yardstick}: not among the recipes that are run ({recipes})")
+    short = {cell: _probe(cell) for cell in todo}
+    report(f"how fast each recipe is: {len(short)} runs of {PROBE_STEPS} steps")
+    results = run_cells(list(short.values()), folder, jobs, lambda line: report(f"short run {line}"))
+    if failed := [cell.name for cell in todo if short[cell] not in results]:
+        raise MoeDistError(f"short runs failed, so that no speed is known: {', '.join(failed)}; see {folder}")
+    speed = speeds(results)
+    for recipe, tokens_per_second in speed.items():
+        report(
+            f"{recipe}: {tokens_per_second:,.0f} tokens/s, {tokens_per_second / speed[yardstick]:.2f} of {yardstick}"
+        )
+    return [_stretched(cell, speed[cell.recipe] / speed[yardstick]) for cell in todo]
+
+
+def speeds(results: Mapping[Cell, Summary]) -> dict[str, float]:
+    """Tokens a second of each recipe: the median over its short runs."""
+    told: dict[str, list[float]] = {}
+    for cell, summary in results.items():
+        told.setdefault(cell.recipe, []).append(summary["tokens_per_second"])
+    return {recipe: median(values) for recipe, values in told.items()}
+
+
+def _probe(cell: Cell) -> Cell:
+    return replace(cell, overrides=(*cell.overrides, *PROBE))
+
+
+def _stretched(cell: Cell, factor: float) -> Cell:
+    steps = load_config(cell.config, cell.overrides).train.steps
+    return replace(cell, overrides=(*cell.overrides, f"train.steps={max(1, round(steps * factor))}"))

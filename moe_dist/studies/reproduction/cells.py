@@ -1,0 +1,129 @@
+"""The runs of a reproduction, as cells of a study: each a training of its own that can be had alone by one command."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from moe_dist.config import RunConfig, load_config
+from moe_dist.errors import ConfigError
+from moe_dist.studies.reproduction.scales import KINDS, Kind, Scale
+from moe_dist.studies.scaling.cells import Cell
+
+GRID_SEED = 1000
+"""Of the grid's runs: none of those that are reported."""
+UNAVAILABLE = "not available in this version"
+COMMON = ("world.threads=1", "tensorboard=false", "checkpoint.resume=auto")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs share.
+
+    Attributes:
+        configs: the folder `configs` of a checkout.
+        folder: where everything is kept.
+        overrides: settings that win over the scale's.
+    """
+
+    scale: Scale
+    configs: Path
+    folder: Path
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> Path:
+        """The scale's configuration, which every kind builds on."""
+        return self.configs / "reproduce" / f"{self.scale.name}.yaml"
+
+    def load(self) -> RunConfig:
+        """What the runs of all kinds have in common."""
+        return load_config(self.base, self.overrides)
+
+
+def grid_cells(setting: Setting, kinds: Sequence[Kind]) -> list[Cell]:
+    """Short runs of the first kind of each family at each learning rate."""
+    families = dict.fromkeys(kind.family for kind in kinds if kind.is_available)
+    highest = setting.load().optimizer.learning_rate
+    steps = setting.scale.grid_steps
+    return [
+        _cell(
+            setting,
+            KINDS[family],
+            GRID_SEED,
+            (
+                f"optimizer.learning_rate={factor * highest:g}",
+                f"train.steps={steps}",
+                f"train.warmup_steps={max(1, steps // 10)}",
+                "train.eval_every=0",
+                "checkpoint.save_final=false",
+            ),
+            (("rate", f"{factor * highest:g}"),),
+        )
+        for family in families
+        for factor in setting.scale.grid
+    ]
+
+
+def main_cells(setting: Setting, kinds: Sequence[Kind], seeds: int, rates: Mapping[str, float]) -> list[Cell]:
+    """The trainings that are reported, seed by seed, so that an early stop leaves a whole table.
+
+    Args:
+        rates: learning rate of each family; that of the configuration where one is missing.
+    """
+    return [
+        _cell(setting, kind, seed, (f"optimizer.learning_rate={rate:g}",) if (rate := rates.get(kind.family)) else ())
+        for seed in range(seeds)
+        for kind in kinds
+    ]
+
+
+def kind_of(cell: Cell) -> str:
+    """The name of a cell's kind."""
+    return dict(cell.values)["kind"]
+
+
+def _cell(
+    setting: Setting, kind: Kind, seed: int, words: tuple[str, ...], further: tuple[tuple[str, str], ...] = ()
+) -> Cell:
+    values = (("kind", kind.name), *further)
+    if not kind.is_available:
+        return Cell(values, setting.scale.ranks, seed, setting.base, (), UNAVAILABLE)
+    online = setting.scale.recluster if kind.online else ()
+    overrides = (*COMMON, *online, *kind.words, *setting.overrides, *words, f"seed={seed}")
+    cell = Cell(values, setting.scale.ranks, seed, _config_of(setting, kind), overrides)
+    try:
+        cell.load()
+    except ConfigError as error:
+        return Cell(values, setting.scale.ranks, seed, cell.config, overrides, str(error))
+    return cell
+
+
+def _config_of(setting: Setting, kind: Kind) -> Path:
+    """A file that joins the scale's configuration and the kind's."""
+    target = setting.folder / "configs" / f"{kind.name}.yaml"
+    includes = [str(path.resolve()) for path in (setting.base, setting.configs / "model" / f"{kind.model}.yaml")]
+    text = yaml.safe_dump({"include": includes})
+    if not target.is_file() or target.read_text(encoding="utf-8") != text:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    return target
+
+
+def text_words(text: str) -> tuple[str, ...]:
+    """Settings that select a text: `stdlib`, `hub` (the scale's own), or files TRAIN,VALIDATION.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if text == "hub":
+        return ()
+    if text == "stdlib":
+        return ("corpus.kind=stdlib", "corpus.name=null")
+    train, comma, validation = text.partition(",")
+    if not (train and comma and validation):
+        raise ConfigError(f"--text {text!r}: write stdlib, hub, or TRAIN,VALIDATION such as train.txt,validation.txt")
+    paths = [json.dumps([str(Path(file).absolute())]) for file in (train, validation)]
+    return ("corpus.kind=text", f"corpus.paths={paths[0]}", f"corpus.validation_paths={paths[1]}")

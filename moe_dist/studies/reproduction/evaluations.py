@@ -1,0 +1,89 @@
+"""Evaluates the trained model of a cell by `moe-dist eval`, once: its figures are kept beside the cell's summary."""
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_dist.studies import subruns
+from moe_dist.studies.reproduction.scales import Scale
+from moe_dist.studies.scaling.cells import Cell
+from moe_dist.studies.scaling.run import run_name
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What is evaluated.
+
+    Attributes:
+        text: file of the text for perplexity, or `hub`; None: none.
+        glue: folder of the data, or `hub`; None: no GLUE.
+        subset: of WikiText on the hub.
+    """
+
+    text: str | None
+    glue: str | None
+    subset: str | None = None
+
+    def words(self, scale: Scale) -> list[str]:
+        """Options of `moe-dist eval`; none: there is nothing to evaluate."""
+        words: list[str] = []
+        if self.text is not None:
+            words += ["--task=wikitext"] + ([f"--stride={scale.stride}"] if scale.stride else [])
+            words += [f"--subset={self.subset}"] if self.text == "hub" and self.subset else []
+            words += [] if self.text == "hub" else [f"--text={self.text}"]
+        if self.glue is not None:
+            words += ["--task=glue", "--seeds=1", *scale.glue] + ([] if self.glue == "hub" else [f"--glue={self.glue}"])
+        return words
+
+
+def choose(scale: Scale, text: str, test_text: Path | None, glue: str | None, subset: str | None) -> Evaluations:
+    """What to evaluate, by the options of `moe-dist reproduce`.
+
+    Args:
+        text: that is trained on: `stdlib`, `hub`, or TRAIN,VALIDATION.
+        glue: folder, `hub` or `none`; None: the scale's default.
+        subset: of WikiText, where the text is the hub's.
+    """
+    held = None if text == "stdlib" else "hub" if text == "hub" else str(Path(text.partition(",")[2]).absolute())
+    held = held if test_text is None else str(test_text.absolute())
+    wanted = glue or ("hub" if scale.glue_by_default else "none")
+    folder = None if wanted == "none" else "hub" if wanted == "hub" else str(Path(wanted).absolute())
+    return Evaluations(held, folder, subset)
+
+
+def result_file(cell: Cell, folder: Path, words: list[str]) -> Path:
+    """Where the figures are kept: another training or other options have another file."""
+    key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+    return folder / f"eval_{run_name(cell, folder)}-{key}.json"
+
+
+def trained_run(cell: Cell, folder: Path) -> Path:
+    """The folder of the cell's finished run; a start that was cut short may have taken the plain name."""
+    name, runs = run_name(cell, folder), folder / "runs"
+    found = [path for path in runs.glob(f"{name}*") if (path / "summary.json").is_file()]
+    return max(found, key=lambda path: (len(path.name), path.name), default=runs / name)
+
+
+def command_words(cell: Cell, folder: Path, words: list[str]) -> list[str]:
+    """What follows `moe-dist eval`."""
+    target = result_file(cell, folder, words)
+    return [str(trained_run(cell, folder).absolute()), "world.threads=1", *words, f"--json={target.absolute()}"]
+
+
+def known(cell: Cell, folder: Path, words: list[str]) -> Figures | None:
+    """Figures that are there already."""
+    return subruns.read_summary(result_file(cell, folder, words))
+
+
+def evaluate(cell: Cell, folder: Path, words: list[str], seconds: float | None) -> tuple[Figures | None, str | None]:
+    """The figures, or what went wrong in one line."""
+    if figures := known(cell, folder, words):
+        return figures, None
+    command = [sys.executable, "-m", "moe_dist", "eval", f"--ranks={cell.ranks}", *command_words(cell, folder, words)]
+    problem = subruns.run(command, seconds)
+    figures = known(cell, folder, words)
+    return figures, None if figures else problem or "the evaluation left no figures"

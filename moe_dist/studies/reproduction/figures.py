@@ -1,0 +1,112 @@
+"""From summaries and evaluations to figures by kind: means and spreads over seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from moe_dist.config import RunConfig
+from moe_dist.simulator.sizes import PROJECTIONS, work_of
+from moe_dist.metrics.summary import look_up
+
+Tree = dict[str, Any]
+FROM_SUMMARY = {
+    "loss": "validation.loss",
+    "perplexity": "validation.perplexity",
+    "parameters": "parameters.total",
+    "expert_parameters": "parameters.expert",
+    "bytes_per_token_layer": "all_to_all.bytes_per_token_layer",
+    "load_variance": "load.variance",
+    "load_cv2": "load.cv2",
+    "tokens_per_second": "tokens_per_second",
+    "peak_rss_bytes": "memory.peak_rss_bytes",
+    "peak_device_bytes": "memory.peak_device_bytes",
+    "moved_experts": "recluster.moved_experts",
+}
+FROM_EVALUATION = {
+    "token_perplexity": "wikitext.token_perplexity",
+    "word_perplexity": "wikitext.word_perplexity",
+    "glue": "glue.average.mean",
+    "glue_without_wnli": "glue.average_without_wnli.mean",
+}
+NAMES = (*FROM_SUMMARY, "expert_share", "active_work", *FROM_EVALUATION)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One training and its evaluation, as far as they went.
+
+    Attributes:
+        run: the folder of the training.
+        problems: one line each on what went wrong.
+    """
+
+    kind: str
+    seed: int
+    config: RunConfig | None
+    summary: Tree | None = None
+    evaluation: Tree | None = None
+    run: Path | None = None
+    problems: tuple[str, ...] = ()
+
+    def figures(self) -> dict[str, float]:
+        """All figures there are, by the names in `NAMES`."""
+        summary, evaluation = self.summary or {}, self.evaluation or {}
+        found = {name: look_up(summary, key) for name, key in FROM_SUMMARY.items()}
+        found.update({name: look_up(evaluation, key) for name, key in FROM_EVALUATION.items()})
+        if standard := look_up(summary, "parameters.expert_standard"):
+            found["expert_share"] = look_up(summary, "parameters.expert") / standard
+        if self.config is not None and self.summary is not None:
+            found["active_work"] = active_work(self.config)
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kind over its seeds.
+
+    Attributes:
+        values: figure -> seed -> value.
+    """
+
+    kind: str
+    values: dict[str, dict[int, float]]
+    problems: tuple[str, ...]
+
+    def middle(self, name: str) -> float | None:
+        """Mean over seeds."""
+        return mean(self.values[name].values()) if self.values.get(name) else None
+
+    def spread(self, name: str) -> float | None:
+        """Sample standard deviation over seeds; None for fewer than two."""
+        values = self.values.get(name, {})
+        return stdev(values.values()) if len(values) > 1 else None
+
+
+def active_work(config: RunConfig) -> float:
+    """Forward FLOPs of the feed-forward part for a token in one layer, routers left out."""
+    if config.moe.kind == "dense":
+        return 2.0 * PROJECTIONS * config.model.hidden_size * config.moe.dense_width
+    work = work_of(config, config.tokenizer.vocab_size)
+    return work.rows * work.row
+
+
+def rows(results: Sequence[Result]) -> list[Row]:
+    """One row for each kind, in the results' order."""
+    kinds = dict.fromkeys(result.kind for result in results)
+    return [_row(kind, [result for result in results if result.kind == kind]) for kind in kinds]
+
+
+def _row(kind: str, members: Sequence[Result]) -> Row:
+    values: dict[str, dict[int, float]] = {}
+    for member in members:
+        for name, value in member.figures().items():
+            values.setdefault(name, {})[member.seed] = value
+    problems = tuple(dict.fromkeys(problem for member in members for problem in member.problems))
+    return Row(kind, values, problems)
+
+
+def row_of(table: Sequence[Row], kind: str) -> Row | None:
+    """The row of a kind, if anything of it was measured."""
+    return next((row for row in table if row.kind == kind and row.values), None)

@@ -1,0 +1,233 @@
+"""Runs what a reproduction still lacks, and writes its results after every seed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moe_dist.data import prepare_data
+from moe_dist.errors import DataError, MoeDistError
+from moe_dist.evaluation.glue_data import is_there, load_task
+from moe_dist.evaluation.glue_tasks import TASKS
+from moe_dist.studies.reproduction import evaluations as evaluate
+from moe_dist.studies.reproduction import tables
+from moe_dist.studies.reproduction.cells import Setting, grid_cells, kind_of, main_cells
+from moe_dist.studies.reproduction.evaluations import Evaluations
+from moe_dist.studies.reproduction.figures import Result, rows
+from moe_dist.studies.reproduction.plots import plot_all
+from moe_dist.studies.reproduction.progress import Progress
+from moe_dist.studies.reproduction.scales import KINDS, Kind
+from moe_dist.studies.reproduction.tables import Rates
+from moe_dist.studies.scaling.cells import Cell
+from moe_dist.studies.scaling.run import Outcome, finish, known
+from moe_dist.metrics import installed_versions, write_json
+
+RATE, RESULTS = "rate", "results.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a reproduction consists of.
+
+    Attributes:
+        limit: seconds that a training, or an evaluation, may take.
+    """
+
+    setting: Setting
+    kinds: Sequence[Kind]
+    seeds: int
+    grid: bool
+    evaluations: Evaluations
+    launcher: str
+    limit: float | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is kept."""
+        return self.setting.folder
+
+    @property
+    def words(self) -> list[str]:
+        """Options of every evaluation."""
+        return self.evaluations.words(self.setting.scale)
+
+    @property
+    def told(self) -> list[str]:
+        """How it was measured, in words."""
+        config = self.setting.load()
+        tokens = config.train.steps * config.train.global_batch_size * config.model.sequence_length
+        corpus = config.corpus
+        text = {"text": ", ".join(Path(path).name for path in corpus.paths), "hub": f"{corpus.name} {corpus.subset}"}
+        versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+        return [
+            f"Scale {self.setting.scale.name}: {config.train.steps} steps, {tokens:,} tokens of "
+            f"{text.get(corpus.kind, 'the standard library')} a run, {self.setting.scale.ranks} rank(s), "
+            f"{config.train.precision}, {self.seeds} seed(s); the same batches for all kinds.",
+            f"Versions: {versions}.",
+        ]
+
+    @property
+    def grid_cells(self) -> list[Cell]:
+        """The short runs that choose learning rates; none unless a grid is asked for."""
+        return grid_cells(self.setting, self.kinds) if self.grid else []
+
+
+def reproduce(plan: Plan, say: Callable[[str], None]) -> list[Result]:
+    """Runs everything; a part that fails is reported and the others go on. Results are written after every seed."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    progress = _progress(plan, say)
+    grid = _rates_of_grid([_train(plan, cell, "grid", progress) for cell in plan.grid_cells])
+    cells = main_cells(plan.setting, plan.kinds, plan.seeds, best_rates(grid))
+    results: list[Result] = []
+    for number, cell in enumerate(cells, 1):
+        outcome = _train(plan, cell, "training", progress)
+        results.append(_evaluated(plan, outcome, progress))
+        if number % len(plan.kinds) == 0:
+            write_results(plan, results, grid)
+    return results
+
+
+def require_data(plan: Plan) -> None:
+    """Prepares the text and reads GLUE's local data once, so that what is wrong with them is said before any run.
+
+    Raises:
+        DataError: the text cannot be had, or a task's data are wrong.
+    """
+    config = plan.setting.load()
+    prepare_data(config.corpus, config.tokenizer)
+    if plan.evaluations.glue in (None, "hub"):
+        return
+    folder = Path(str(plan.evaluations.glue))
+    there = [task for task in TASKS.values() if is_there(task, folder)]
+    if not there:
+        raise DataError(f"--glue {folder}: holds no folder of a task: {', '.join(TASKS)}")
+    for task in there:
+        load_task(task, folder)
+
+
+def gather(plan: Plan) -> list[Result]:
+    """What there is by now, nothing run."""
+    grid = known_grid(plan)
+    cells = main_cells(plan.setting, plan.kinds, plan.seeds, best_rates(grid))
+    results = []
+    for cell in cells:
+        result = _result(known(cell, plan.folder) or _missing(cell), plan.folder)
+        if result.summary is not None and plan.words:
+            figures = evaluate.known(cell, plan.folder, plan.words)
+            result = replace(
+                result, evaluation=figures, problems=() if figures else (f"seed {cell.repeat}: not evaluated yet",)
+            )
+        results.append(result)
+    write_results(plan, results, grid)
+    return results
+
+
+def require_all(plan: Plan, results: Sequence[Result]) -> None:
+    """Refuses to call it done.
+
+    Raises:
+        MoeDistError: parts that this version can do have failed; it names them.
+    """
+    can = {kind.name for kind in plan.kinds if kind.is_available}
+    failed = [f"{r.kind} seed {r.seed} ({'; '.join(r.problems)})" for r in results if r.problems and r.kind in can]
+    if failed:
+        raise MoeDistError(f"{len(failed)} of {len(results)} runs are not whole: {', '.join(failed)}")
+
+
+def known_grid(plan: Plan) -> dict[str, dict[str, float]]:
+    """The grid's losses by family and learning rate, as far as it has been run."""
+    return _rates_of_grid([known(cell, plan.folder) or _missing(cell) for cell in plan.grid_cells])
+
+
+def best_rates(grid: Rates) -> dict[str, float]:
+    """The learning rate of the lowest loss, for each family with a result."""
+    return {family: float(min(losses, key=lambda rate: losses[rate])) for family, losses in grid.items() if losses}
+
+
+def write_results(plan: Plan, results: Sequence[Result], grid: Rates) -> None:
+    """`results.json`, `runs.csv`, `results.md` and the plots."""
+    table = rows(results)
+    claimed = [kind.name for kind in plan.kinds if kind.name.startswith("clustered") and kind.is_available]
+    write_json(plan.folder / RESULTS, tables.to_dict(results, table, claimed, grid, plan.setting.scale.name))
+    tables.write_csv(results, plan.folder / "runs.csv")
+    (plan.folder / "results.md").write_text(tables.markdown(table, claimed, grid, plan.told), encoding="utf-8")
+    plot_all(results, table, plan.folder)
+
+
+def _progress(plan: Plan, say: Callable[[str], None]) -> Progress:
+    """What is left to run; the trainings' own cells depend on what the grid will find."""
+    grid = [cell for cell in plan.grid_cells if known(cell, plan.folder) is None]
+    available = sum(kind.is_available for kind in plan.kinds) * plan.seeds
+    left = {"grid": len(grid), "training": available, "evaluation": available * bool(plan.words)}
+    if not grid:
+        cells = main_cells(plan.setting, plan.kinds, plan.seeds, best_rates(known_grid(plan)))
+        left["training"] = sum(known(cell, plan.folder) is None for cell in cells)
+        if plan.words:
+            left["evaluation"] = sum(
+                not cell.refusal and evaluate.known(cell, plan.folder, plan.words) is None for cell in cells
+            )
+    progress = Progress(left, dict(zip(left, plan.setting.scale.seconds, strict=True)), say)
+    sorts = ", ".join(f"{count} {sort}" for sort, count in left.items())
+    say(f"{sum(left.values())} parts to run ({sorts}): {progress.remaining()}")
+    return progress
+
+
+def _train(plan: Plan, cell: Cell, sort: str, progress: Progress) -> Outcome:
+    if outcome := known(cell, plan.folder):
+        return outcome
+    found: list[Outcome] = []
+
+    def work() -> str:
+        found.append(finish(cell, plan.folder, plan.launcher, plan.limit))
+        summary = found[0].summary
+        return f"validation loss {summary['validation']['loss']:.4f}" if summary else f"failed: {found[0].problem}"
+
+    progress.run(sort, _shown(cell), work)
+    return found[0]
+
+
+def _evaluated(plan: Plan, outcome: Outcome, progress: Progress) -> Result:
+    result, cell = _result(outcome, plan.folder), outcome.cell
+    if result.summary is None or not plan.words:
+        if plan.words and not cell.refusal:
+            progress.left["evaluation"] -= 1
+        return result
+    if figures := evaluate.known(cell, plan.folder, plan.words):
+        return replace(result, evaluation=figures)
+    found: list[Result] = []
+
+    def work() -> str:
+        figures, problem = evaluate.evaluate(cell, plan.folder, plan.words, plan.limit)
+        problems = () if figures else (f"seed {cell.repeat}: evaluation: {problem}",)
+        found.append(replace(result, evaluation=figures, problems=problems))
+        return f"failed: {problem}" if problem else "done"
+
+    progress.run("evaluation", _shown(cell), work)
+    return found[0]
+
+
+def _result(outcome: Outcome, folder: Path) -> Result:
+    cell = outcome.cell
+    problems = () if outcome.problem is None else (cell.refusal or f"seed {cell.repeat}: {outcome.problem}",)
+    if outcome.summary is None:
+        return Result(kind_of(cell), cell.repeat, None, problems=problems)
+    run = evaluate.trained_run(cell, folder)
+    return Result(kind_of(cell), cell.repeat, cell.load(), outcome.summary, None, run, problems)
+
+
+def _missing(cell: Cell) -> Outcome:
+    return Outcome(cell, None, "not run yet")
+
+
+def _rates_of_grid(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+    """Validation losses by family and learning rate; runs that failed or diverged have none."""
+    grid: dict[str, dict[str, float]] = {}
+    for outcome in outcomes:
+        kind = KINDS[kind_of(outcome.cell)]
+        losses = grid.setdefault(kind.family, {})
+        if outcome.summary and outcome.summary["validation"]["loss"] is not None:
+            losses[dict(outcome.cell.values)[RATE]] = outcome.summary["validation"]["loss"]
+    return {family: losses for family, losses in grid.items() if losses}
+
+
+def _shown(cell: Cell) -> str:
+    return " ".join([*(value for _, value in cell.values), f"seed {cell.repeat}"])

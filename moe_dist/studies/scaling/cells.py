@@ -1,0 +1,160 @@
+"""The cells of a study: every combination of the axes' values with its overrides, checked before anything runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import product
+from pathlib import Path
+
+from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
+from moe_dist.errors import ConfigError
+from moe_dist.studies.subruns import result_file
+
+RANKS = "ranks"
+SHORT = {
+    "experts": "moe.experts",
+    "clusters": "moe.clusters",
+    "top_clusters": "moe.top_clusters",
+    "top_k": "moe.top_k",
+    "rank": "moe.rank",
+    "kind": "moe.kind",
+    "layers": "model.layers",
+    "hidden": "model.hidden_size",
+    "sequence": "model.sequence_length",
+    "batch": "train.global_batch_size",
+    "zero": "world.zero_stage",
+    "shard": "world.shard",
+}
+QUIET = ("tensorboard=false", "train.eval_every=0")
+
+
+class Mode(StrEnum):
+    """What stays the same as ranks are added."""
+
+    STRONG = "strong"  # the whole batch
+    WEAK = "weak"  # the batch of a rank
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A name as it was given and the values to go through."""
+
+    name: str
+    values: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The configuration's key."""
+        return SHORT.get(self.name, self.name)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        values: (axis, value) in the axes' order.
+        refusal: why it cannot run; None: it can.
+    """
+
+    values: tuple[tuple[str, str], ...]
+    ranks: int
+    repeat: int
+    config: Path
+    overrides: tuple[str, ...]
+    refusal: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The axes' values and the repeat, in characters that a file name may hold."""
+        words = [f"{axis.rpartition('.')[2]}-{value}" for axis, value in self.values]
+        kept = "_".join(words) or "cell"
+        return "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{kept}_{self.repeat}")
+
+    def load(self) -> RunConfig:
+        """The run's configuration.
+
+        Raises:
+            ConfigError: these overrides are refused.
+        """
+        return load_config(self.config, self.overrides)
+
+    def result_file(self, folder: Path) -> Path:
+        """Where its summary is kept, by name, configuration and code; the name tells ranks and repeat."""
+        return result_file(folder, f"r{self.ranks}_{self.name}", self.load())
+
+
+def parse_axis(word: str) -> Axis:
+    """`NAME=VALUE,VALUE,...`.
+
+    Raises:
+        ConfigError: it reads otherwise, repeats a value, or `ranks` are no numbers.
+    """
+    name, equals, text = word.partition("=")
+    values = tuple(value.strip() for value in text.split(","))
+    if not (name and equals and all(values)):
+        raise ConfigError(f"--axis {word!r}: write NAME=VALUE,VALUE, such as ranks=1,2,4 or moe.experts=16,32")
+    if len(set(values)) < len(values):
+        raise ConfigError(f"--axis {word!r}: a value stands twice")
+    if name == RANKS and not all(value.isdecimal() and int(value) for value in values):
+        raise ConfigError(f"--axis {word!r}: ranks are whole numbers from 1")
+    return Axis(name, values)
+
+
+def build_cells(
+    config: Path, axes: Sequence[Axis], mode: Mode, repeats: int, ranks: int, overrides: Sequence[str]
+) -> list[Cell]:
+    """All cells, one round of repeats after the other, so that an early stop leaves a whole table.
+
+    Combinations that cannot run carry their refusal.
+
+    Args:
+        ranks: where no axis says how many.
+
+    Raises:
+        ConfigError: an axis is named twice, or no combination can run.
+    """
+    if len({axis.key for axis in axes}) < len(axes):
+        raise ConfigError(f"--axis: an axis is given twice among {', '.join(axis.name for axis in axes)}")
+    smallest = min((int(v) for axis in axes if axis.name == RANKS for v in axis.values), default=ranks)
+    grid = [
+        tuple(zip((axis.name for axis in axes), values, strict=True)) for values in product(*(a.values for a in axes))
+    ]
+    cells = [
+        _cell(config, values, mode, repeat, int(dict(values).get(RANKS, ranks)), smallest, overrides)
+        for repeat in range(repeats)
+        for values in grid
+    ]
+    if all(cell.refusal for cell in cells):
+        raise ConfigError(f"no cell of the study can run; the first: {cells[0].refusal}")
+    return cells
+
+
+def _cell(
+    config: Path,
+    values: tuple[tuple[str, str], ...],
+    mode: Mode,
+    repeat: int,
+    ranks: int,
+    smallest: int,
+    overrides: Sequence[str],
+) -> Cell:
+    words = [f"{SHORT.get(axis, axis)}={value}" for axis, value in values if axis != RANKS]
+    cell = Cell(values, ranks, repeat, config, (*QUIET, *overrides, *words))
+    try:
+        if mode is Mode.WEAK:
+            cell = replace(cell, overrides=(*cell.overrides, _weak_batch(cell.load(), ranks, smallest)))
+        loaded = cell.load()
+        resolve_world(loaded, ranks)
+        resolve_batch(loaded, ranks)
+    except ConfigError as error:
+        return replace(cell, refusal=str(error))
+    return cell
+
+
+def _weak_batch(config: RunConfig, ranks: int, smallest: int) -> str:
+    """The configuration's batch is that of the smallest number of ranks."""
+    batch = config.train.global_batch_size
+    if batch * ranks % smallest:
+        raise ConfigError(f"train.global_batch_size={batch} x {ranks} ranks is not divisible by {smallest} ranks")
+    return f"train.global_batch_size={batch * ranks // smallest}"

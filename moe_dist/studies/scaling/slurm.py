@@ -1,0 +1,55 @@
+"""A study as SLURM array jobs: one file for each number of ranks, one array task for each cell that is not done."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moe_dist.studies.scaling.cells import Cell
+from moe_dist.studies.scaling.run import train_words
+from moe_dist.studies.subruns import read_summary
+
+
+def array_jobs(cells: Sequence[Cell], folder: Path, python: str = sys.executable) -> dict[str, str]:
+    """File name -> text of the sbatch scripts that run what `folder` still lacks.
+
+    Tasks of one array run one at a time (`%1`), so that cells do not disturb each other; ranks meet through a file in
+    `folder`, which all nodes must see, as they must see Python and the configuration. What sbatch is to ask for
+    beyond the number of tasks (partition, GPUs, time) is given on its command line, which wins over the file.
+    """
+    missing = [cell for cell in cells if not cell.refusal and read_summary(cell.result_file(folder)) is None]
+    by_ranks: dict[int, list[Cell]] = {}
+    for cell in missing:
+        by_ranks.setdefault(cell.ranks, []).append(cell)
+    return {
+        f"study-{ranks}.sbatch": array_job(
+            "train", ranks, {c.name: train_words(c, folder) for c in held}, folder, python
+        )
+        for ranks, held in by_ranks.items()
+    }
+
+
+def array_job(
+    command: str, ranks: int, tasks: Mapping[str, Sequence[str]], folder: Path, python: str = sys.executable
+) -> str:
+    """Text of an sbatch script that runs `moe-dist <command> WORDS` for each task, by its name, on so many ranks."""
+    home = folder.absolute()
+    cases = "\n".join(
+        f"{index}) words=({shlex.join(words)}) ;;  # {name}" for index, (name, words) in enumerate(tasks.items())
+    )
+    return f"""#!/bin/bash
+#SBATCH --job-name=moe-dist-study-{ranks}
+#SBATCH --ntasks={ranks}
+#SBATCH --array=0-{len(tasks) - 1}%1
+#SBATCH --chdir={shlex.quote(str(Path.cwd()))}
+#SBATCH --output={shlex.quote(str(home))}/slurm-%A_%a.out
+set -eu
+case "$SLURM_ARRAY_TASK_ID" in
+{cases}
+*) echo "no cell $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;
+esac
+meeting=$(mktemp -d {shlex.quote(str(home))}/meeting-XXXXXX)
+trap 'rm -rf "$meeting"' EXIT
+export MOE_DIST_INIT_METHOD="file://$meeting/ranks"
+srun --kill-on-bad-exit=1 {shlex.quote(python)} -m moe_dist {command} "${{words[@]}}"
+"""

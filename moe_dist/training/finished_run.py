@@ -1,0 +1,44 @@
+"""What `checkpoint.resume` does with a run that has nothing left to do: shows its summary again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_dist.checkpoint.find import agreed, is_checkpoint
+from moe_dist.checkpoint.compatibility import require_same_model
+from moe_dist.checkpoint.manifest import read_manifest
+from moe_dist.checkpoint.store import FINAL
+from moe_dist.config import RunConfig
+from moe_dist.console import wide_console
+from moe_dist.metrics import missing_keys, render_summary, write_json
+from moe_dist.training.resume import run_to_go_on
+
+
+def show_if_finished(config: RunConfig, rank: int) -> bool:
+    """Whether the run to go on with has done all its steps, in which case rank 0 shows its figures; collective.
+
+    Raises:
+        CheckpointError: it has, but under a configuration that does not fit.
+    """
+    run = run_to_go_on(config)
+    summary = agreed(None if run is None else _summary_of(run, config.train.steps))
+    if run is None or summary is None:
+        return False
+    if is_checkpoint(run / FINAL):
+        require_same_model(read_manifest(run / FINAL), config)
+    if rank == 0:
+        if config.summary_copy is not None:
+            write_json(Path(config.summary_copy), summary)
+        print(f"{run} has done all its {config.train.steps} steps: nothing is left to do", flush=True)
+        render_summary(summary, wide_console(), run)
+    return True
+
+
+def _summary_of(run: Path, steps: int) -> dict[str, Any] | None:
+    """A run's summary, if it has done that many steps."""
+    try:
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(summary, dict) and not missing_keys(summary)
+    return summary if whole and summary["steps"] == steps else None

@@ -1,0 +1,117 @@
+"""Figures of a whole run, gathered from all ranks for its summary."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage, TrafficLedger
+from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.distributed.init import Process
+from moe_dist.engine.optimizer_state import MASTER
+from moe_dist.metrics import peak_rss_bytes, rss_bytes
+from moe_dist.distributed.links import LinkKind
+
+
+def all_to_all_totals(ledger: TrafficLedger, tokens: int, moe_layers: int, process: Process) -> dict[str, Any]:
+    """Bytes and messages of all ranks' all-to-alls while training, what a rank sends itself left out; collective."""
+    parts = [(link, payload, way) for link in LinkKind for payload in Payload for way in Direction]
+    mine = [ledger.total(link, payload, way) for link, payload, way in parts]
+    sent = torch.tensor([[volume.bytes, volume.messages] for volume in mine], device=process.device)
+    dist.all_reduce(sent)
+    volumes = dict(zip(parts, sent.tolist(), strict=True))
+
+    def total(index: int, wanted: object = None) -> int:
+        return sum(volume[index] for key, volume in volumes.items() if wanted is None or wanted in key)
+
+    token_layers = max(1, tokens * moe_layers)
+    return {
+        "bytes": total(0),
+        "bytes_inter_node": total(0, LinkKind.INTER_NODE),
+        "bytes_per_token_layer": total(0) / token_layers,
+        "hidden_bytes_per_token_layer": total(0, Payload.HIDDEN) / token_layers,
+        "messages": total(1),
+        "bytes_by_payload": {payload.value: total(0, payload) for payload in Payload},
+        "bytes_by_direction": {way.value: total(0, way) for way in Direction},
+    }
+
+
+MATRIX_RANKS = 512
+"""Up to this many ranks every pair is kept; beyond, the matrices would be larger than a model."""
+
+
+def traffic_matrices(ledger: TrafficLedger, process: Process) -> dict[str, Any]:
+    """Bytes and messages from each rank (row) to each (column), stage by stage, and each rank's node; collective.
+
+    Empty for more than `MATRIX_RANKS` ranks.
+    """
+    if process.ranks > MATRIX_RANKS:
+        return {"node_of_rank": list(ledger.links.node_of_rank), "stages": {}}
+    mine = torch.zeros(len(Stage), 2, process.ranks, dtype=torch.int64)
+    for key, volume in ledger.sent.items():
+        mine[list(Stage).index(key.stage), :, key.peer] += torch.tensor([volume.bytes, volume.messages])
+    mine = mine.to(process.device)
+    rows = [torch.empty_like(mine) for _ in range(process.ranks)]
+    dist.all_gather(rows, mine)
+    stages = zip(Stage, torch.stack(rows, dim=2).tolist(), strict=True)  # [stage][bytes, messages][source][peer]
+    return {
+        "node_of_rank": list(ledger.links.node_of_rank),
+        "stages": {
+            stage.value: {"bytes": sent, "messages": messages} for stage, (sent, messages) in stages if _any(messages)
+        },
+    }
+
+
+def _any(rows: list[list[int]]) -> bool:
+    return any(map(any, rows))
+
+
+def memory_now(process: Process) -> dict[str, int]:
+    """The largest and the smallest footprint of any rank at this moment, bytes; collective.
+
+    On a device only what torch has allocated there counts; 0 on a CPU.
+    """
+    device = 0
+    if process.device.type != "cpu":
+        device = torch.get_device_module(process.device).memory_allocated()
+    mine = rss_bytes()
+    extremes = torch.tensor([mine, -mine, device], device=process.device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    largest, smallest, device = extremes.tolist()
+    return {"rss_bytes_max": largest, "rss_bytes_min": -smallest, "device_bytes_max": device}
+
+
+def model_bytes(engine: Engine) -> tuple[int, int]:
+    """Weights, gradients and training state of a rank, counted from its tensors; and of them, what is kept in tiers."""
+    state, held, away = engine.training_state(), 0, 0
+    for parameter in engine.model.parameters():
+        if not state.is_offloaded(parameter):
+            held += 2 * parameter.numel() * parameter.element_size()  # with a gradient as large
+            fragment = state.fragment(parameter)
+            tensors = {} if fragment is None else fragment.tensors
+            held += sum(t.nbytes for name, t in tensors.items() if name != MASTER or state.separate_masters)
+    if state.offloaded is not None:
+        clusters = state.offloaded.memory.clusters.values()
+        away = sum(size.bytes for cluster in clusters for size in cluster.sizes().values())
+    return held + away, away
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Largest footprints so far, bytes."""
+
+    rss_by_rank: list[int]
+    device: int
+    """Largest over ranks of what torch allocated on the accelerator; 0 on a CPU."""
+
+
+def peak_memory(process: Process) -> PeakMemory:
+    """Gathers every rank's peaks; collective."""
+    device_peak = 0
+    if process.device.type != "cpu":
+        device_peak = torch.get_device_module(process.device).max_memory_allocated()
+    mine = torch.tensor([peak_rss_bytes(), device_peak], device=process.device)
+    peaks = [torch.empty_like(mine) for _ in range(process.ranks)]
+    dist.all_gather(peaks, mine)
+    return PeakMemory([int(peak[0]) for peak in peaks], max(int(peak[1]) for peak in peaks))

@@ -1,0 +1,26 @@
+"""Validation loss during training, the same for any number of ranks."""
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.config import RunConfig
+from moe_dist.data import TokenFile, validation_batches
+from moe_dist.distributed.init import Process
+from moe_dist.model.language_model import LanguageModel
+
+
+def validation_loss(model: LanguageModel, tokens: TokenFile, config: RunConfig, micro: int, process: Process) -> float:
+    """Mean loss in nats a token over `train.eval_sequences` held-out sequences; collective.
+
+    Args:
+        micro: sequences a rank holds at once.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=process.device)
+    length, most = config.model.sequence_length, config.train.eval_sequences
+    with model.evaluating():
+        for batch in validation_batches(tokens, length, most, process.rank, process.ranks, micro):
+            loss_B = model.token_losses(batch.tokens.to(process.device)).double().mean(dim=1)
+            weight_B = batch.weight.to(loss_B)
+            total += torch.stack([(loss_B * weight_B).sum(), weight_B.sum()])
+    dist.all_reduce(total)
+    return float(total[0] / total[1])

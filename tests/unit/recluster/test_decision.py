@@ -1,0 +1,85 @@
+"""Decisions: planted groups are found, little gains move nobody, limits hold."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from moe_dist.clustering import adjusted_rand_index, cluster_quality
+from moe_dist.config import ReclusterConfig, WorldShape
+from moe_dist.recluster.decision import decide_blocks, decide_layer
+from moe_dist.recluster.exchange import apply_exchanges
+from moe_dist.distributed.placement import ExpertPlacement
+
+EVERYTHING = ReclusterConfig(period=1, threshold=0.0, max_moved=1.0)
+
+
+def _planted(experts: int, clusters: int, seed: int, noise: float) -> tuple[npt.NDArray[np.float64], list[int]]:
+    """Similarities of experts that belong to hidden groups, scattered over the expert numbers."""
+    rng = np.random.default_rng(seed)
+    group_E = rng.permutation(np.repeat(np.arange(clusters), experts // clusters))
+    alike = (group_E[:, None] == group_E[None, :]) + noise * rng.standard_normal((experts, experts))
+    return (alike + alike.T) / 2, group_E.tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_groups_are_found(seed: int) -> None:
+    similarity_EE, group_E = _planted(32, 4, seed, noise=0.3)
+    placement = ExpertPlacement.contiguous(32, 4, WorldShape(1, 4, 1))
+    decision = decide_layer(similarity_EE, placement, np.ones(32), EVERYTHING, seed)
+    after = apply_exchanges(placement, decision.cycles)
+    assert adjusted_rand_index(after.cluster_of(), group_E) == 1.0
+    assert decision.objective_after > decision.objective_before
+    assert decision.objective_after == pytest.approx(cluster_quality(similarity_EE, after.cluster_of()).objective)
+
+
+def test_a_good_clustering_stays() -> None:
+    similarity_EE = np.kron(np.eye(4), np.ones((8, 8)))
+    placement = ExpertPlacement.contiguous(32, 4, WorldShape(1, 4, 1))
+    decision = decide_layer(similarity_EE, placement, np.ones(32), EVERYTHING, 0)
+    assert decision.cycles == ()
+    assert decision.objective_after == decision.objective_before
+
+
+def test_gains_below_the_threshold_move_nobody() -> None:
+    similarity_EE, _ = _planted(32, 4, 0, noise=0.1)
+    placement = ExpertPlacement.contiguous(32, 4, WorldShape(1, 4, 1))
+    scaled = 0.01 * similarity_EE  # a mover can gain at most 0.01 or so
+    hesitant = EVERYTHING.model_copy(update={"threshold": 0.05})
+    assert decide_layer(scaled, placement, np.ones(32), EVERYTHING, 0).cycles
+    assert decide_layer(scaled, placement, np.ones(32), hesitant, 0).cycles == ()
+
+
+@pytest.mark.parametrize("share", [0.07, 0.1, 0.25, 0.5])
+def test_no_more_than_a_share_of_the_experts_moves(share: float) -> None:
+    similarity_EE, _ = _planted(32, 4, 1, noise=0.3)
+    placement = ExpertPlacement.contiguous(32, 4, WorldShape(1, 4, 1))
+    limited = EVERYTHING.model_copy(update={"max_moved": share})
+    decision = decide_layer(similarity_EE, placement, np.ones(32), limited, 0)
+    moved = sum(map(len, decision.cycles))
+    assert 0 < moved <= share * 32
+    assert decision.objective_after > decision.objective_before
+
+
+def test_heavy_experts_part_where_equal_load_has_a_price() -> None:
+    placement = ExpertPlacement.contiguous(8, 2, WorldShape(1, 2, 1))
+    load_E = np.array([4.0, 4.0, 4.0, 4.0, 1.0, 1.0, 1.0, 1.0])
+    priced = EVERYTHING.model_copy(update={"load_weight": 1.0})
+    after = apply_exchanges(placement, decide_layer(np.zeros((8, 8)), placement, load_E, priced, 0).cycles)
+    loads = np.bincount(after.cluster_of(), weights=load_E)
+    assert loads[0] == loads[1]
+
+
+def test_clusters_that_tokens_choose_together_share_a_rank() -> None:
+    placement = ExpertPlacement.contiguous(16, 8, WorldShape(1, 4, 1))
+    together_GG = np.ones((8, 8))
+    for a, b in ((0, 5), (1, 7), (2, 4), (3, 6)):
+        together_GG[a, b] = together_GG[b, a] = 50.0
+    blocks = decide_blocks(together_GG, placement, 0)
+    assert sorted(blocks) == sorted(placement.block_of_cluster)
+    assert all(blocks[a] == blocks[b] for a, b in ((0, 5), (1, 7), (2, 4), (3, 6)))
+
+
+@pytest.mark.parametrize("together_GG", [np.ones((8, 8)), np.zeros((8, 8))])
+def test_no_relocation_without_gain(together_GG: npt.NDArray[np.float64]) -> None:
+    placement = ExpertPlacement.contiguous(16, 8, WorldShape(1, 4, 1))
+    assert decide_blocks(together_GG, placement, 0) == placement.block_of_cluster
