@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 
-class Part(StrEnum):
+class StepPhase(StrEnum):
     """What the time of a step goes into."""
 
     COMPUTE = "compute"
@@ -29,8 +29,8 @@ class Part(StrEnum):
 
 
 WATCHED = {
-    Part.ALL_TO_ALL: ("all_to_all_single", "all_to_all"),
-    Part.REDUCTION: (
+    StepPhase.ALL_TO_ALL: ("all_to_all_single", "all_to_all"),
+    StepPhase.REDUCTION: (
         "all_reduce",
         "reduce",
         "broadcast",
@@ -53,11 +53,11 @@ class _Done:
 
 
 @dataclass
-class CollectiveWatch:
+class CollectiveTimer:
     """Seconds by part, and all-to-all bytes by receiving global rank, since `clear`."""
 
     active: bool = False
-    seconds: defaultdict[Part, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: defaultdict[StepPhase, float] = field(default_factory=lambda: defaultdict(float))
     bytes_to: Counter[int] = field(default_factory=Counter)
     messages_to: Counter[int] = field(default_factory=Counter)
 
@@ -67,7 +67,7 @@ class CollectiveWatch:
         self.bytes_to.clear()
         self.messages_to.clear()
 
-    def wrap(self, part: Part, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, part: StepPhase, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same collective; while the watch is active, a barrier precedes it and its time enters `part`."""
         signature = inspect.signature(function)
 
@@ -84,21 +84,21 @@ class CollectiveWatch:
 
         return watched
 
-    def _run(self, part: Part, function: Callable[..., Any], given: inspect.BoundArguments) -> None:
+    def _run(self, part: StepPhase, function: Callable[..., Any], given: inspect.BoundArguments) -> None:
         group = given.arguments.get("group")
         arguments = {**given.arguments, "async_op": False}
         _settle()
         started = time.perf_counter()
-        with torch.profiler.record_function(f"moe-dist {Part.WAITING}"):
+        with torch.profiler.record_function(f"moe-dist {StepPhase.WAITING}"):
             if dist.get_world_size(group) > 1:
                 dist.barrier(group=group)
         met = time.perf_counter()
         with torch.profiler.record_function(f"moe-dist {part}"):
             function(**arguments)
             _settle()
-        self.seconds[Part.WAITING] += met - started
+        self.seconds[StepPhase.WAITING] += met - started
         self.seconds[part] += time.perf_counter() - met
-        if part is Part.ALL_TO_ALL:
+        if part is StepPhase.ALL_TO_ALL:
             self._count(arguments, dist.get_process_group_ranks(group or dist.group.WORLD))
 
     def _count(self, arguments: dict[str, Any], ranks: Sequence[int]) -> None:
@@ -122,9 +122,9 @@ def _settle() -> None:
 
 
 @contextmanager
-def watching(watch: CollectiveWatch | None = None) -> Iterator[CollectiveWatch]:
+def timing_collectives(watch: CollectiveTimer | None = None) -> Iterator[CollectiveTimer]:
     """Puts a watch, or a new one, between torch.distributed and everything that calls it by its module."""
-    watch = watch or CollectiveWatch()
+    watch = watch or CollectiveTimer()
     before = {name: (part, getattr(dist, name)) for part, names in WATCHED.items() for name in names}
     for name, (part, function) in before.items():
         setattr(dist, name, watch.wrap(part, function))

@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.benchmarks import subruns
 from moe_dist.errors import ConfigError, TrainingError
-from moe_dist.studies import subruns
 
 OFFLOAD = "clustered + offload"
 CASES: dict[str, tuple[str, ...]] = {

@@ -4,11 +4,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from moe_dist.config import RunConfig
 from moe_dist.benchmarks.layer.on_ranks import bench_ranks
 from moe_dist.benchmarks.layer.spec import RanksBenchSpec
 from moe_dist.benchmarks.step.bench import bench_step
 from moe_dist.benchmarks.step.spec import StepBenchSpec
+from moe_dist.config import RunConfig
 
 BENCHES: dict[str, Callable[[RunConfig, dict[str, Any]], None]] = {
     "layer": lambda config, words: bench_ranks(config, RanksBenchSpec.from_words(words)),

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.compression import ClusterWeights, PackedCluster, StoredForm
+from moe_dist.compression import ClusterWeights, QuantizedCluster, StorageFormat
 from moe_dist.errors import ConfigError
 from moe_dist.moe.standard_experts import StandardExperts
 
@@ -22,7 +22,7 @@ BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class LayerShape:
+class PublishedShape:
     """A layer of experts, and how it would be clustered."""
 
     name: str
@@ -43,18 +43,18 @@ class LayerShape:
 
 
 PUBLISHED = (
-    LayerShape("Mixtral 8x7B", experts=8, hidden=4096, expert_hidden=14336, clusters=2, rank=128),
-    LayerShape("OLMoE 1B-7B", experts=64, hidden=2048, expert_hidden=1024, clusters=8, rank=32),
-    LayerShape("DeepSeek-V3", experts=256, hidden=7168, expert_hidden=2048, clusters=32, rank=64),
+    PublishedShape("Mixtral 8x7B", experts=8, hidden=4096, expert_hidden=14336, clusters=2, rank=128),
+    PublishedShape("OLMoE 1B-7B", experts=64, hidden=2048, expert_hidden=1024, clusters=8, rank=32),
+    PublishedShape("DeepSeek-V3", experts=256, hidden=7168, expert_hidden=2048, clusters=32, rank=64),
 )
 """Experts and widths as published (DeepSeek-V3: its 256 routed experts); clusters and ranks are ours."""
 
 
 @dataclass(frozen=True)
-class Row:
+class ByteRow:
     """Bytes of one expert of a layer, by how it is kept."""
 
-    shape: LayerShape
+    shape: PublishedShape
     standard: float
     """bfloat16."""
     clustered: float
@@ -65,11 +65,11 @@ class Row:
     """Of `packed`, what is the expert's own and travels with it."""
 
 
-def count(shape: LayerShape, form: StoredForm, vectors: bool = True) -> Row:
+def count(shape: PublishedShape, form: StorageFormat, vectors: bool = True) -> ByteRow:
     """Builds the layer three times, without its values, and counts."""
     standard = StandardExperts(shape.experts, lambda _: _full_expert(shape))
     clusters = list(_clusters(shape, vectors))
-    packed = [PackedCluster.of(cluster, form) for cluster in clusters]
+    packed = [QuantizedCluster.of(cluster, form) for cluster in clusters]
     bytes_of = {
         "standard": sum(parameter.nbytes for parameter in standard.parameters()),
         "clustered": sum(
@@ -78,21 +78,21 @@ def count(shape: LayerShape, form: StoredForm, vectors: bool = True) -> Row:
         "packed": sum(cluster.nbytes for cluster in packed),
         "own": sum(cluster.experts.nbytes for cluster in packed),
     }
-    return Row(shape, **{name: total / shape.experts for name, total in bytes_of.items()})
+    return ByteRow(shape, **{name: total / shape.experts for name, total in bytes_of.items()})
 
 
-def _full_expert(shape: LayerShape) -> tuple[torch.Tensor, torch.Tensor]:
+def _full_expert(shape: PublishedShape) -> tuple[torch.Tensor, torch.Tensor]:
     d, f = shape.hidden, shape.expert_hidden
     return torch.empty(d, 2 * f, dtype=BF16, device="meta"), torch.empty(f, d, dtype=BF16, device="meta")
 
 
-def _clusters(shape: LayerShape, vectors: bool) -> Iterator[ClusterWeights]:
+def _clusters(shape: PublishedShape, vectors: bool) -> Iterator[ClusterWeights]:
     sizes = (shape.experts // shape.clusters, shape.hidden, shape.expert_hidden, shape.rank)
     for _ in range(shape.clusters):
         yield ClusterWeights.without_values(*sizes, vectors=vectors, dtype=BF16)
 
 
-def render(rows: Sequence[Row], form: StoredForm, console: Console) -> None:
+def render(rows: Sequence[ByteRow], form: StorageFormat, console: Console) -> None:
     """Prints the table."""
     bases, groups = (str(dtype).removeprefix("torch.") for dtype in (form.bases, form.factors.scale_dtype))
     kind = "symmetric" if form.factors.symmetric else "with zero points"
@@ -111,7 +111,7 @@ def render(rows: Sequence[Row], form: StoredForm, console: Console) -> None:
     console.print(view)
 
 
-def to_dict(rows: Sequence[Row], form: StoredForm) -> dict[str, Any]:
+def to_dict(rows: Sequence[ByteRow], form: StorageFormat) -> dict[str, Any]:
     """The figures for `--json`, bytes an expert."""
     stored = {
         **asdict(form.factors),

@@ -32,7 +32,7 @@ from moe_dist.clustering import (
     sketch_weights,
     sketched_parameter_similarity,
 )
-from moe_dist.compression import InputRoots, factorise_cluster
+from moe_dist.compression import WhiteningRoots, factorize_cluster
 from moe_dist.errors import ConfigError
 from moe_dist.metrics.spread import Spread
 
@@ -169,10 +169,10 @@ class _FullCluster:
 
 def _factorise(spec: ReclusterBenchSpec, full: _FullCluster, whitened: bool) -> None:
     fit, check = (
-        [InputRoots.of_tokens(x, x) for x in tokens] if whitened else None for tokens in (full.fit, full.check)
+        [WhiteningRoots.of_tokens(x, x) for x in tokens] if whitened else None for tokens in (full.fit, full.check)
     )
     usage_N = torch.ones(spec.sampled)
-    factorise_cluster(full.w_in_NDH, full.w_out_NFD, usage_N, spec.rank, inputs=fit, check=check, seed=spec.seed)
+    factorize_cluster(full.w_in_NDH, full.w_out_NFD, usage_N, spec.rank, inputs=fit, check=check, seed=spec.seed)
 
 
 def _draw_cluster(spec: ReclusterBenchSpec, hidden: int, generator: torch.Generator) -> _FullCluster:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from moe_dist.distributed.init import Process
 from moe_dist.benchmarks.layer.contenders import Contender
+from moe_dist.distributed.init import RankInfo
 
 Seconds = dict[str, list[float]]
 
 
-def inputs(tokens: int, hidden: int, dtype: str, process: Process, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(tokens: int, hidden: int, dtype: str, process: RankInfo, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What this rank gives every contender: x_TD and the gradient of its output, drawn by rank."""
     draw = torch.Generator().manual_seed(seed * 1009 + process.rank)
     drawn = torch.randn(2, tokens, hidden, generator=draw).to(process.device, getattr(torch, dtype))

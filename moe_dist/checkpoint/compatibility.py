@@ -13,7 +13,7 @@ from moe_dist.metrics import flatten
 MUST_FIT = ("seed", "model", "moe", "tokenizer", "train.global_batch_size")
 """Sections and keys that decide what the tensors are, what the model computes, and which tokens come next."""
 FREE = (
-    "model.activation_checkpointing", "model.init_std", "moe.form", "moe.wire_dtype", "moe.overlap_chunks",
+    "model.activation_checkpointing", "model.init_std", "moe.backend", "moe.wire_dtype", "moe.overlap_chunks",
     "moe.balance_rate", "moe.aux_loss_weight", "moe.z_loss_weight", "moe.capacity_factor", "moe.shared_init",
     "tokenizer.train_bytes",
 )  # fmt: skip
@@ -42,18 +42,18 @@ def config_of(manifest: Manifest) -> RunConfig:
         raise CheckpointError(f"the checkpoint's configuration is not one of this version: {reason}") from error
 
 
-def require_fit(manifest: Manifest, config: RunConfig, data: DataRecord) -> list[str]:
+def check_config_compatible(manifest: Manifest, config: RunConfig, data: DataRecord) -> list[str]:
     """Refuses what cannot go on, and returns what differs and may, as `key: then -> now`.
 
     Raises:
         CheckpointError: keys differ that must not, all of them named; or the tokens are others.
     """
-    changed = require_same_model(manifest, config)
+    changed = check_same_model(manifest, config)
     _require_same_tokens(manifest.data, data, changed)
     return [_shown({key: pair}) for key, pair in changed.items() if not _is_below(key, UNSAID)]
 
 
-def require_same_model(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+def check_same_model(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The same without the tokens; returns all keys that differ."""
     changed = changed_keys(manifest, config)
     refused = {key: pair for key, pair in changed.items() if _is_below(key, MUST_FIT) and not _is_below(key, FREE)}

@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.manifest import WEIGHT, Index, read_index
-from moe_dist.checkpoint.sharded_tensor import ShardedTensor, State
 from moe_dist.checkpoint.quantized_tensors import is_of_cluster, stored_tensors
 from moe_dist.checkpoint.save_and_load import read_checkpoint
+from moe_dist.checkpoint.sharded_tensor import ShardedTensor, State
 from moe_dist.checkpoint.trained_weights import TrainedWeights
-from moe_dist.compression import StoredForm
+from moe_dist.compression import StorageFormat
 from moe_dist.errors import CheckpointError
-from moe_dist.moe.quantized_experts import stored_form
+from moe_dist.moe.quantized_experts import storage_format
 
 PREFIX = f"{WEIGHT}/"
 BALANCE = "part/balance/"
@@ -54,13 +54,13 @@ def export_weights(
     return sum(tensor.numel for key, tensor in state.items() if key.startswith(PREFIX))
 
 
-def _form(weights: TrainedWeights) -> StoredForm:
+def _form(weights: TrainedWeights) -> StorageFormat:
     if weights.config.moe.kind != "clustered":
         raise CheckpointError(
             f"{weights.path}: only clustered experts have factors to store in few bits, not "
             f"moe.kind={weights.config.moe.kind}"
         )
-    return stored_form(weights.config)
+    return storage_format(weights.config)
 
 
 def _room(index: Index, dtype: torch.dtype | None, of_clusters: torch.dtype | None) -> State:

@@ -22,7 +22,7 @@ class Found:
     damaged: dict[Path, str] = field(default_factory=dict)
 
 
-def newest_good(run: Path, *, weights: bool = False) -> Found | None:
+def latest_valid_checkpoint(run: Path, *, weights: bool = False) -> Found | None:
     """The newest checkpoint of a run that is whole; None where there is none at all. Collective.
 
     Args:

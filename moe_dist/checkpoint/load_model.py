@@ -6,17 +6,17 @@ from moe_dist.checkpoint.exported import ExportedFile, open_exported
 from moe_dist.checkpoint.manifest import read_index
 from moe_dist.checkpoint.model_state import weights_of
 from moe_dist.checkpoint.parameter_names import named_runs
-from moe_dist.checkpoint.stateful import hand_back, room_for
 from moe_dist.checkpoint.placement_record import adopt_placements
 from moe_dist.checkpoint.quantized_tensors import read_stored_cluster
 from moe_dist.checkpoint.save_and_load import read_checkpoint
+from moe_dist.checkpoint.stateful import allocate_like, load_state
 from moe_dist.checkpoint.trained_weights import TrainedWeights
-from moe_dist.memory.quantized_clusters import StoredMemory
-from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.quantized_experts import StoredExperts, stored_sizes
+from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.distributed.collective_errors import together
+from moe_dist.memory.quantized_clusters import StoredMemory
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.quantized_experts import QuantizedClusterExperts, stored_sizes
 
 
 def load_model(
@@ -44,15 +44,15 @@ def load_model(
     model = model.to_device(device).to(dtype or getattr(torch, weights.config.train.precision))
     adopt_placements(model, weights.manifest)
     if weights.path.is_file():
-        with together(), open_exported(weights.path) as file:
+        with raise_on_all_ranks(), open_exported(weights.path) as file:
             if weights.stored:
                 _read_stored_clusters(model, file, device, memory)
             _read_exported(model, file)
         return model
     parts = {"balance": model.context.balance}
-    room = room_for(parts, read_index(weights.path), mesh.rank, mesh.shape.ranks)
+    room = allocate_like(parts, read_index(weights.path), mesh.rank, mesh.shape.ranks)
     read_checkpoint(weights.path, {**weights_of(model), **room})
-    hand_back(parts, room, weights.manifest)
+    load_state(parts, room, weights.manifest)
     return model
 
 
@@ -78,7 +78,7 @@ def _read_stored_clusters(
         for local, cluster in enumerate(layer.placement.clusters_of_block(at.cluster)):
             experts = layer.placement.experts_of(cluster, at.shard)
             packed = read_stored_cluster(like, paths[layer], cluster, experts, file.tensor)
-            part = StoredExperts(packed, dtype, config.moe.form)
+            part = QuantizedClusterExperts(packed, dtype, config.moe.backend)
             if memory is None:
                 part.to(device)
             else:

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from moe_dist.checkpoint.manifest import WEIGHT
 from moe_dist.checkpoint.parameter_names import NamedRun, named_runs
-from moe_dist.checkpoint.sharded_tensor import AwayShard, Shard, ShardedTensor, State
-from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, TrainingState
-from moe_dist.memory.block import Kind
+from moe_dist.checkpoint.sharded_tensor import OffloadedShard, Shard, ShardedTensor, State
+from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, OptimizerState
+from moe_dist.memory.block import TensorKind
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.model.language_model import LanguageModel
 
@@ -21,14 +21,14 @@ def weights_of(model: LanguageModel) -> State:
             parameter.dtype,
             [Shard(0, _run_of(parameter, run))]
             if memory is None or memory.of(parameter) is None
-            else [_away(memory, parameter, run, Kind.WEIGHT)],
+            else [_away(memory, parameter, run, TensorKind.WEIGHT)],
         )
         for parameter, runs in named_runs(model).items()
         for run in runs
     }
 
 
-def training_tensors_of(model: LanguageModel, state: TrainingState, names: tuple[str, ...] = STATE_NAMES) -> State:
+def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tuple[str, ...] = STATE_NAMES) -> State:
     """What this rank owns of FP32 masters and moments, free to be written."""
     tensors: State = {}
     memory = model.context.memory
@@ -47,13 +47,13 @@ def training_tensors_of(model: LanguageModel, state: TrainingState, names: tuple
     return tensors
 
 
-def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: Kind) -> AwayShard:
+def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: TensorKind) -> OffloadedShard:
     """A run of an offloaded parameter, which its memory reads and writes."""
     found = memory.of(parameter)
     assert found is not None
     cluster, name = found
     length, dtype = torch.Size(run.shape).numel(), cluster.sizes()[kind].dtype
-    return AwayShard(
+    return OffloadedShard(
         0,
         length,
         dtype,

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 from moe_dist.moe.standard_moe import StandardMoE
-from moe_dist.moe.quantized_experts import StoredExperts
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def named_runs(model: LanguageModel) -> dict[nn.Parameter, list[NamedRun]]:
 def _of_clusters(path: str, layer: ClusteredMoE) -> Iterator[tuple[nn.Parameter, list[NamedRun]]]:
     placement, at = layer.placement, layer.context.mesh.at
     for cluster, held in zip(placement.clusters_of_block(at.cluster), layer.clusters, strict=True):
-        if isinstance(held, StoredExperts):
+        if isinstance(held, QuantizedClusterExperts):
             continue  # it has no parameters
         assert isinstance(held, ClusteredExperts)
         for name, parameter in held.base.named_parameters():

@@ -2,9 +2,9 @@
 
 from moe_dist.checkpoint.manifest import Manifest, PlacementRecord
 from moe_dist.config import WorldShape
+from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.errors import CheckpointError
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.distributed.placement import ExpertPlacement
 
 
 def placement_to_record(placement: ExpertPlacement) -> PlacementRecord:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moe_dist.compression import PackedCluster, PackedFactor, StoredForm, long_axis
+from moe_dist.compression import QuantizedCluster, QuantizedFactor, StorageFormat, long_axis
 from moe_dist.errors import CheckpointError
 
 _BASES = ("w_in_DH", "w_out_FD")
@@ -22,19 +22,19 @@ def is_of_cluster(name: str) -> bool:
     return (".expert." in name and long_axis(leaf) is not None) or (".cluster." in name and leaf in _BASES)
 
 
-def stored_tensors(name: str, value: Tensor, form: StoredForm) -> dict[str, Tensor]:
+def stored_tensors(name: str, value: Tensor, form: StorageFormat) -> dict[str, Tensor]:
     """What an exported file holds for a tensor of a model, by name."""
     if not is_of_cluster(name):
         return {name: value}
     axis = long_axis(name.rpartition(".")[2])
     if axis is None:
         return {name: value.to(form.bases)}
-    return {f"{name}.{part}": tensor for part, tensor in PackedFactor.of(value, axis, form.factors).parts().items()}
+    return {f"{name}.{part}": tensor for part, tensor in QuantizedFactor.of(value, axis, form.factors).parts().items()}
 
 
 def read_stored_cluster(
-    like: PackedCluster, path: str, cluster: int, experts: Sequence[int], get: Get
-) -> PackedCluster:
+    like: QuantizedCluster, path: str, cluster: int, experts: Sequence[int], get: Get
+) -> QuantizedCluster:
     """A cluster's part with values of an exported file.
 
     Args:
@@ -55,7 +55,7 @@ def read_stored_cluster(
         leaf = name.replace("_N", "_", 1)  # without the axis over the experts, as `names.py` has it
         rows = [_checked(f"{path}.expert.{e}.{leaf}", get, own[0]) for e in experts]
         found[name] = torch.stack(rows)
-    return PackedCluster(bases[0], bases[1], like.experts.with_parts(found))
+    return QuantizedCluster(bases[0], bases[1], like.experts.with_parts(found))
 
 
 def _checked(name: str, get: Get, own: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from moe_dist.checkpoint.sharded_tensor import AwayShard, Shard, ShardedTensor, State
+from moe_dist.checkpoint.sharded_tensor import OffloadedShard, Shard, ShardedTensor, State
 
 
 class ShardSavePlanner(DefaultSavePlanner):
@@ -88,21 +88,21 @@ class ShardLoadPlanner(DefaultLoadPlanner):
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """What a shard's elements are read into, [length]: itself, or a buffer if it is kept in a lower tier."""
         shard = _shard_at(self.state_dict, index)
-        return torch.empty(shard.length, dtype=shard.dtype) if isinstance(shard, AwayShard) else shard.values
+        return torch.empty(shard.length, dtype=shard.dtype) if isinstance(shard, OffloadedShard) else shard.values
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Sends what has been read into a tensor from `resolve_tensor` to where it is kept."""
         shard = _shard_at(self.state_dict, read_item.dest_index)
-        if isinstance(shard, AwayShard):
+        if isinstance(shard, OffloadedShard):
             shard.write(read_item.dest_offsets[0], tensor)
 
 
-def chunk_of(shard: Shard | AwayShard) -> ChunkStorageMetadata:
+def chunk_of(shard: Shard | OffloadedShard) -> ChunkStorageMetadata:
     """A shard's place in its flattened tensor."""
     return ChunkStorageMetadata(torch.Size([shard.start]), torch.Size([shard.length]))
 
 
-def _shard_at(state: State, index: MetadataIndex) -> Shard | AwayShard:
+def _shard_at(state: State, index: MetadataIndex) -> Shard | OffloadedShard:
     tensor: ShardedTensor = state[index.fqn]
     assert index.offset is not None
     return next(shard for shard in tensor.shards if shard.start == index.offset[0])

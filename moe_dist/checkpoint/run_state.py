@@ -3,11 +3,11 @@
 from moe_dist.checkpoint.find import Found
 from moe_dist.checkpoint.manifest import DataRecord, Manifest, read_index
 from moe_dist.checkpoint.model_state import training_tensors_of, weights_of
-from moe_dist.checkpoint.stateful import Parts, hand_back, room_for, tensors_of, values_of
 from moe_dist.checkpoint.placement_record import adopt_placements, placement_to_record
-from moe_dist.checkpoint.sharded_tensor import State
 from moe_dist.checkpoint.save_and_load import read_checkpoint
-from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.checkpoint.sharded_tensor import State
+from moe_dist.checkpoint.stateful import Parts, allocate_like, load_state, tensors_of, values_of
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.engine.optimizer_state import MASTER
 from moe_dist.errors import CheckpointError
 from moe_dist.metrics import installed_versions
@@ -21,7 +21,7 @@ class RunState:
         parts: what else outlives a step, by name.
     """
 
-    def __init__(self, engine: Engine, data: DataRecord, parts: Parts) -> None:
+    def __init__(self, engine: DeepSpeedEngine, data: DataRecord, parts: Parts) -> None:
         self._engine, self._data, self._parts = engine, data, parts
 
     def checkpoint(self, step: int) -> tuple[Manifest, State]:
@@ -52,11 +52,11 @@ class RunState:
         index, process = read_index(found.path), engine.process
         adopt_placements(engine.model, manifest)
         optimizer = engine.training_state()
-        parts = room_for(self._parts, index, process.rank, process.ranks)
+        parts = allocate_like(self._parts, index, process.rank, process.ranks)
         read_checkpoint(found.path, weights_of(engine.model))
         read_checkpoint(found.path, {**training_tensors_of(engine.model, optimizer), **parts})
         optimizer.steps = manifest.updates
-        hand_back(self._parts, parts, manifest)
+        load_state(self._parts, parts, manifest)
 
     def _manifest(self, step: int) -> Manifest:
         engine = self._engine

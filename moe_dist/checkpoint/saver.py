@@ -14,11 +14,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moe_dist.checkpoint.manifest import Manifest
+from moe_dist.checkpoint.save_and_load import write_checkpoint
 from moe_dist.checkpoint.sharded_tensor import Staging, State, is_away
 from moe_dist.checkpoint.store import prune, remove_partial
-from moe_dist.checkpoint.save_and_load import write_checkpoint
 from moe_dist.config import CheckpointConfig
-from moe_dist.distributed.init import Process
+from moe_dist.distributed.init import RankInfo
 from moe_dist.errors import CheckpointError
 
 
@@ -38,7 +38,7 @@ class Saved:
 class CheckpointSaver:
     """Writes the checkpoints of the run in the folder `run`; all ranks make one, and call it at the same points."""
 
-    def __init__(self, run: Path, options: CheckpointConfig, process: Process) -> None:
+    def __init__(self, run: Path, options: CheckpointConfig, process: RankInfo) -> None:
         self._run, self._options, self._rank = run, options, process.rank
         self._group = dist.new_group(backend="gloo", timeout=process.timeout)
         self._staging = Staging()

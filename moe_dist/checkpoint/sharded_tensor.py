@@ -26,7 +26,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class AwayShard:
+class OffloadedShard:
     """A run of elements that is kept in a tier below the device, and is not brought into memory before its turn."""
 
     start: int
@@ -49,7 +49,7 @@ class ShardedTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    shards: Sequence[Shard | AwayShard] = ()
+    shards: Sequence[Shard | OffloadedShard] = ()
 
     @property
     def numel(self) -> int:
@@ -74,7 +74,7 @@ State = dict[str, ShardedTensor]
 
 def is_away(state: State) -> bool:
     """Whether some of it is not in memory, so that it must be written before training changes it."""
-    return any(isinstance(shard, AwayShard) for tensor in state.values() for shard in tensor.shards)
+    return any(isinstance(shard, OffloadedShard) for tensor in state.values() for shard in tensor.shards)
 
 
 class Staging:
@@ -88,9 +88,9 @@ class Staging:
         before, self._buffers = self._buffers, {}
         copied: State = {}
         for name, tensor in state.items():
-            shards: list[Shard | AwayShard] = []
+            shards: list[Shard | OffloadedShard] = []
             for shard in tensor.shards:
-                if isinstance(shard, AwayShard):
+                if isinstance(shard, OffloadedShard):
                     shards.append(shard)
                     continue
                 buffer = before.get((name, shard.start))

@@ -10,7 +10,7 @@ from moe_dist.checkpoint.manifest import Index, Manifest, TensorRecord
 from moe_dist.checkpoint.sharded_tensor import Shard, ShardedTensor, State
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """Something with a state: tensors, and values that JSON can hold, by name.
 
     They are the same on all ranks, unless the class names them in one of two attributes:
@@ -27,7 +27,7 @@ class Part(Protocol):
         """Takes the state back; tensors are on the CPU and have the shape in which they were saved."""
 
 
-Parts = Mapping[str, Part]
+Parts = Mapping[str, Stateful]
 
 
 def tensors_of(parts: Parts, rank: int, ranks: int) -> State:
@@ -51,7 +51,7 @@ def values_of(parts: Parts) -> dict[str, dict[str, Any]]:
     }
 
 
-def room_for(parts: Parts, index: Index, rank: int, ranks: int) -> State:
+def allocate_like(parts: Parts, index: Index, rank: int, ranks: int) -> State:
     """Zeros in the saved shapes for what this rank is to have of each part's tensors."""
     room: State = {}
     for part_name, part in parts.items():
@@ -68,7 +68,7 @@ def room_for(parts: Parts, index: Index, rank: int, ranks: int) -> State:
     return room
 
 
-def hand_back(parts: Parts, filled: State, manifest: Manifest) -> None:
+def load_state(parts: Parts, filled: State, manifest: Manifest) -> None:
     """Gives every part that the checkpoint knows its state; the others stay as they are."""
     for part_name, part in parts.items():
         state: dict[str, Any] = dict(manifest.values.get(part_name, {}))
@@ -100,11 +100,11 @@ def _key(part: str, name: str) -> str:
     return f"part/{part}/{name}"
 
 
-def _summed(part: Part) -> Collection[str]:
+def _summed(part: Stateful) -> Collection[str]:
     names: Collection[str] = getattr(part, "summed_over_ranks", ())
     return names
 
 
-def _own(part: Part) -> Collection[str]:
+def _own(part: Stateful) -> Collection[str]:
     names: Collection[str] = getattr(part, "own_of_rank", ())
     return names

@@ -42,7 +42,7 @@ from moe_dist.checkpoint.manifest import (
     TensorRecord,
     write_manifest,
 )
-from moe_dist.checkpoint.sharded_tensor import AwayShard, State
+from moe_dist.checkpoint.sharded_tensor import OffloadedShard, State
 from moe_dist.errors import CheckpointError
 
 PARTIAL = ".partial"
@@ -69,7 +69,7 @@ class ShardWriter(StorageWriter):
             (name, shard.start): shard.length * shard.dtype.itemsize
             for name, tensor in state.items()
             for shard in tensor.shards
-            if isinstance(shard, AwayShard)
+            if isinstance(shard, OffloadedShard)
         }
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.environment import hush_libraries
 from moe_dist import __version__
 from moe_dist.cli import (
     bench,
@@ -26,6 +25,7 @@ from moe_dist.cli import (
     weights,
 )
 from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError
+from moe_dist.launch.environment import hush_libraries
 
 EXIT_INTERRUPTED = 130
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of the click inside typer

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import writable
 from moe_dist.cli.bench_domains import bench_domains
 from moe_dist.cli.bench_growth import bench_growth
 from moe_dist.cli.bench_layer import bench_layer
@@ -17,6 +16,7 @@ from moe_dist.cli.bench_step import bench_step
 from moe_dist.cli.words import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
 from moe_dist.console import wide_console
 from moe_dist.errors import LaunchError
+from moe_dist.launch.rank import writable
 
 
 def register(app: typer.Typer) -> None:
@@ -58,9 +58,9 @@ def bench_quality(
     json_file: Json = None,
 ) -> None:
     """Train clustered experts and their baselines on the same text and compare losses; finished runs are kept."""
+    from moe_dist.metrics import write_json
     from moe_dist.studies import quality
     from moe_dist.studies.equal_time import steps_for_equal_time
-    from moe_dist.metrics import write_json
 
     target = json_file and writable(json_file)
     console = wide_console()

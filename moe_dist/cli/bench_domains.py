@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import writable
 from moe_dist.cli.words import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
 from moe_dist.console import wide_console
+from moe_dist.launch.rank import writable
 
 
 def bench_domains(
@@ -26,8 +26,8 @@ def bench_domains(
 ) -> None:
     """Train on English, code, Cyrillic and tables at once: loss, and whether a cluster's experts serve one domain."""
     target = json_file and writable(json_file)
-    from moe_dist.studies import domains
     from moe_dist.metrics import write_json
+    from moe_dist.studies import domains
 
     console = wide_console()
     spec = domains.DomainSpec(

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import writable
-from moe_dist.cli.words import ExpertWidth, Json, Repeats, ResidualRank, SeveralExperts, Threads, Width, said
-from moe_dist.console import wide_console
 from moe_dist.benchmarks.layer.spec import GrowthSpec, LayerShape
+from moe_dist.cli.words import ExpertWidth, Json, Repeats, ResidualRank, SeveralExperts, Threads, Width, drop_none
+from moe_dist.console import wide_console
+from moe_dist.launch.rank import writable
 
 
 def bench_growth(
@@ -26,8 +26,8 @@ def bench_growth(
     json_file: Json = None,
 ) -> None:
     """Time and memory of clustered and standard layers as E grows, k fixed and G = sqrt(2E); one process."""
-    shape = said(tokens=tokens, hidden=hidden, expert_hidden=expert_hidden, rank=rank)
-    given = said(
+    shape = drop_none(tokens=tokens, hidden=hidden, expert_hidden=expert_hidden, rank=rank)
+    given = drop_none(
         shape=LayerShape(**shape),
         experts=tuple(experts) if experts else None,
         top_k=top_k,

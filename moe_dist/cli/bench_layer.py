@@ -7,18 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_dist.launch import rank_bench as entry
-from moe_dist.launch import runners
-from moe_dist.launch.job import DEFAULT_PORT, Job, Launcher, Size, machines
-from moe_dist.launch.rank import writable
+from moe_dist.benchmarks.layer.spec import LayerShape, RanksBenchSpec
 from moe_dist.cli.words import Clusters, ExpertWidth, Hostfile, Json, Port, Repeats, ResidualRank, Seed, Width
 from moe_dist.console import wide_console
 from moe_dist.errors import LaunchError
-from moe_dist.benchmarks.layer.spec import LayerShape, RanksBenchSpec
+from moe_dist.launch import rank_bench as entry
+from moe_dist.launch import runners
+from moe_dist.launch.job import DEFAULT_PORT, Job, JobSize, Launcher, machines
+from moe_dist.launch.rank import writable
 
 ENTRY = Path(entry.__file__)
 ON_RANKS = ("ranks", "peers", "wire_dtype", "overlap", "launcher", "hostfile", "port", "json_file")
-SHAPE = ("tokens", "hidden", "expert_hidden", "experts", "clusters", "rank", "vectors", "form", "wire_dtype", "seed")
+SHAPE = ("tokens", "hidden", "expert_hidden", "experts", "clusters", "rank", "vectors", "backend", "wire_dtype", "seed")
 
 
 def bench_layer(
@@ -33,8 +33,8 @@ def bench_layer(
     threads: Annotated[int | None, typer.Option(help="CPU threads (of a rank). Default: 1.")] = None,
     repeats: Repeats = None,
     vectors: Annotated[bool | None, typer.Option(help="Per-expert vectors too.")] = None,
-    form: Annotated[str | None, typer.Option(help="How clustered experts are computed, as moe.form.")] = None,
-    also_form: Annotated[list[str] | None, typer.Option(help="A further form to show; may be given again.")] = None,
+    backend: Annotated[str | None, typer.Option(help="How clustered experts are computed, as moe.backend.")] = None,
+    also_backend: Annotated[list[str] | None, typer.Option(help="Another backend to show; may be given again.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda. Default: cpu. Not with --ranks.")] = None,
     seed: Seed = None,
     ranks: Annotated[int | None, typer.Option(help="Whole layers, with routers, on so many ranks.")] = None,
@@ -55,18 +55,18 @@ def bench_layer(
     crosses between the ranks counted, beside the MoE layers of DeepSpeed and Megatron-core if --peers names them.
     """
     options = {name: value for name, value in locals().items() if value is not None}
-    for plural, name in (("top_k", "top_k"), ("dtypes", "dtype"), ("forms", "also_form"), ("overlap", "overlap")):
+    for plural, name in (("top_k", "top_k"), ("dtypes", "dtype"), ("backends", "also_backend"), ("overlap", "overlap")):
         if given := options.pop(name, None):
             options[plural] = tuple(given)
     target = str(writable(json_file)) if json_file else None
     if ranks is None and hostfile is None:
         _in_this_process(options, target)
         return
-    if also_form:
-        raise LaunchError("--also-form does not go with --ranks: give --form")
+    if also_backend:
+        raise LaunchError("--also-backend does not go with --ranks: give --backend")
     if device:
         raise LaunchError("--device does not go with --ranks: world.backend decides there")
-    job = Job(launcher, machines(launcher, Size(ranks=ranks, hostfile=hostfile), 1), (), threads or 1, ENTRY, port)
+    job = Job(launcher, machines(launcher, JobSize(ranks=ranks, hostfile=hostfile), 1), (), threads or 1, ENTRY, port)
     raise typer.Exit(runners.launch(_job_with(job, options, target)))
 
 

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import writable
-from moe_dist.cli.words import Clusters, ExpertWidth, Json, ResidualRank, Threads, Width, said
+from moe_dist.cli.words import Clusters, ExpertWidth, Json, ResidualRank, Threads, Width, drop_none
 from moe_dist.console import wide_console
+from moe_dist.launch.rank import writable
 
 
 def bench_memory(
@@ -27,7 +27,7 @@ def bench_memory(
     json_file: Json = None,
 ) -> None:
     """Compare the memory of training with dense, standard, clustered and offloaded experts, a process for each case."""
-    given = said(
+    given = drop_none(
         hidden=hidden,
         expert_hidden=expert_hidden,
         layers=layers,

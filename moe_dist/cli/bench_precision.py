@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import writable
-from moe_dist.cli.words import Json, said
+from moe_dist.cli.words import Json, drop_none
 from moe_dist.config import load_config
 from moe_dist.console import wide_console
+from moe_dist.launch.rank import writable
 
 
 def bench_precision(
@@ -26,11 +26,11 @@ def bench_precision(
     config = load_config(None, ["precision.residuals=post", "precision.bases=bfloat16", *(overrides or ())])
     from moe_dist.benchmarks import precision as precision_table
     from moe_dist.metrics import write_json
-    from moe_dist.moe.quantized_experts import stored_form
+    from moe_dist.moe.quantized_experts import storage_format
 
-    changes = said(clusters=clusters, rank=rank)
+    changes = drop_none(clusters=clusters, rank=rank)
     shapes = [replace(shape, **changes) for shape in precision_table.PUBLISHED]
-    form = stored_form(config)
+    form = storage_format(config)
     rows = [precision_table.count(shape, form, vectors) for shape in shapes]
     precision_table.render(rows, form, wide_console())
     if target is not None:

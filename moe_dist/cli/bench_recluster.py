@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import writable
-from moe_dist.cli.words import Clusters, Json, Repeats, ResidualRank, Seed, SeveralExperts, Threads, said
+from moe_dist.cli.words import Clusters, Json, Repeats, ResidualRank, Seed, SeveralExperts, Threads, drop_none
 from moe_dist.console import wide_console
+from moe_dist.launch.rank import writable
 
 
 def bench_recluster(
@@ -22,7 +22,7 @@ def bench_recluster(
     json_file: Json = None,
 ) -> None:
     """CPU time of the parts of a re-clustering round of one layer: similarity, assignment, factorising; one process."""
-    given = said(
+    given = drop_none(
         experts=tuple(experts) if experts else None,
         hidden=tuple(hidden) if hidden else None,
         clusters=clusters,

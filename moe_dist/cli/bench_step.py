@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch import rank_bench as entry
-from moe_dist.launch import runners
-from moe_dist.launch.job import DEFAULT_PORT, Launcher, Size, plan
-from moe_dist.launch.rank import writable
+from moe_dist.benchmarks.step.spec import StepBenchSpec
 from moe_dist.cli.words import Config, Hostfile, Json, Overrides, Port, Ranks, StartedBy
 from moe_dist.config import load_config
-from moe_dist.benchmarks.step.spec import StepBenchSpec
+from moe_dist.launch import rank_bench as entry
+from moe_dist.launch import runners
+from moe_dist.launch.job import DEFAULT_PORT, JobSize, Launcher, plan
+from moe_dist.launch.rank import writable
 
 ENTRY = Path(entry.__file__)
 
@@ -38,6 +38,6 @@ def bench_step(
     target = str(writable(json_file)) if json_file else None
     spec = StepBenchSpec(tuple(kind or StepBenchSpec.kinds), rounds, steps, warmup, divided, target)
     spec.configs(load_config(config, overrides or ()))
-    job = plan(launcher, Size(ranks=ranks, hostfile=hostfile), config, overrides or (), port)
+    job = plan(launcher, JobSize(ranks=ranks, hostfile=hostfile), config, overrides or (), port)
     words = ("step", json.dumps(asdict(spec)), f"--config={config}", *(overrides or ()))
     raise typer.Exit(runners.launch(replace(job, words=words, entry=ENTRY)))

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Json
 from moe_dist.console import wide_console
+from moe_dist.launch.rank import writable
 
 
 def register(app: typer.Typer) -> None:
@@ -25,9 +25,9 @@ def calibrate(
     """Fit the simulator to folders of `measure traffic`, and show how well it predicts those that are held out."""
     machine_file = writable(output, "--output") if output else None
     target = writable(json_file) if json_file else None
+    from moe_dist.metrics import write_json
     from moe_dist.simulator import calibration
     from moe_dist.simulator import tables as view
-    from moe_dist.metrics import write_json
 
     found = calibration.calibrate(cases)
     view.render_calibration(found, wide_console())

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch import rank_doctor as entry
-from moe_dist.launch import environment
-from moe_dist.launch import runners
-from moe_dist.launch.job import DEFAULT_PORT, Job, Launcher, Size, machines, plan
 from moe_dist.cli.words import Hostfile, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
+from moe_dist.launch import environment, runners
+from moe_dist.launch import rank_doctor as entry
+from moe_dist.launch.job import DEFAULT_PORT, Job, JobSize, Launcher, machines, plan
 
 ENTRY = Path(entry.__file__)
 
@@ -38,7 +37,7 @@ def doctor(
     """
     if environment.discover(os.environ).kind != "alone":
         raise typer.Exit(entry.examine_rank(config, overrides or ()))
-    size = Size(ranks, nodes, ranks_per_node, hostfile)
+    size = JobSize(ranks, nodes, ranks_per_node, hostfile)
     if config is None:
         job = Job(launcher, machines(launcher, size, ranks_wanted=2), (), port=port)
     else:

@@ -7,26 +7,25 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch import environment
-from moe_dist.launch import rank_evaluate as evaluate
-from moe_dist.launch import runners
-from moe_dist.launch.job import DEFAULT_PORT, Job, Launcher, Size, machines
-from moe_dist.launch.rank import require_run, writable
 from moe_dist.cli.words import Hostfile, Json, Nodes, Port, Ranks, RanksPerNode, StartedBy
 from moe_dist.config import load_config
 from moe_dist.errors import LaunchError
+from moe_dist.launch import environment, runners
+from moe_dist.launch import rank_evaluate as evaluate
+from moe_dist.launch.job import DEFAULT_PORT, Job, JobSize, Launcher, machines
+from moe_dist.launch.rank import require_run, writable
 
 ENTRY = Path(evaluate.__file__)
 
 
-class Split(StrEnum):
+class TextSplit(StrEnum):
     """Of WikiText."""
 
     VALIDATION = "validation"
     TEST = "test"
 
 
-class Dtype(StrEnum):
+class EvalDtype(StrEnum):
     """What the model is evaluated in."""
 
     FLOAT32 = "float32"
@@ -51,7 +50,7 @@ def evaluation(
     text: Annotated[
         Path | None, typer.Option(help="File or folder of the text; default: WikiText from the hub.")
     ] = None,
-    split: Annotated[Split, typer.Option(help="Of the text.")] = Split.VALIDATION,
+    split: Annotated[TextSplit, typer.Option(help="Of the text.")] = TextSplit.VALIDATION,
     subset: Annotated[str, typer.Option(help="Of WikiText on the hub.")] = evaluate.EvalOptions.subset,
     window: Annotated[
         int | None, typer.Option(min=1, help="Tokens a window predicts; default: as long as trained.")
@@ -72,7 +71,9 @@ def evaluation(
     max_train: Annotated[int | None, typer.Option(min=1, help="Rows a task is learnt from, at most.")] = None,
     max_eval: Annotated[int | None, typer.Option(min=1, help="Rows a task is scored on, at most.")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of fine-tuning, at most.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="float32 gives the same figure on any number of ranks.")] = Dtype.FLOAT32,
+    dtype: Annotated[
+        EvalDtype, typer.Option(help="float32 gives the same figure on any number of ranks.")
+    ] = EvalDtype.FLOAT32,
     launcher: StartedBy = Launcher.LOCAL,
     ranks: Ranks = None,
     nodes: Nodes = None,
@@ -104,8 +105,8 @@ def evaluation(
         max_eval=max_eval,
         max_steps=max_steps,
     )
-    words, size = evaluate.only_of_the_job(overrides or ()), Size(ranks, nodes, ranks_per_node, hostfile)
-    if environment.discover(os.environ).kind != "alone" or (size == Size(ranks=ranks) and ranks in (None, 1)):
+    words, size = evaluate.only_of_the_job(overrides or ()), JobSize(ranks, nodes, ranks_per_node, hostfile)
+    if environment.discover(os.environ).kind != "alone" or (size == JobSize(ranks=ranks) and ranks in (None, 1)):
         require_run(run)
         raise typer.Exit(evaluate.evaluate_rank(str(run), words, options))
     if launcher is Launcher.SLURM:

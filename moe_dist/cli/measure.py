@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch import environment
-from moe_dist.launch import rank_measure as measure
-from moe_dist.launch import runners
-from moe_dist.launch.job import DEFAULT_PORT, Launcher, Size, plan
-from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
+from moe_dist.launch import environment, runners
+from moe_dist.launch import rank_measure as measure
+from moe_dist.launch.job import DEFAULT_PORT, JobSize, Launcher, plan
+from moe_dist.launch.rank import writable
 
 ENTRY = Path(measure.__file__)
 
@@ -65,7 +64,7 @@ def traffic(
     options = measure.TrafficOptions(tuple(kind or ()), steps, warmup, profile, target)
     if environment.discover(os.environ).kind != "alone":
         raise typer.Exit(measure.measure_rank(config, overrides or (), options))
-    size = Size(ranks, nodes, ranks_per_node, hostfile)
+    size = JobSize(ranks, nodes, ranks_per_node, hostfile)
     job = plan(launcher, size, config, overrides or (), port)
     job = replace(job, words=(*job.words, *options.words()), entry=ENTRY)
     raise typer.Exit(runners.launch(job))

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Config, Json, Overrides
 from moe_dist.config import load_config
 from moe_dist.console import wide_console
+from moe_dist.launch.rank import writable
 
 Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
 PerNode = Annotated[int, typer.Option(min=1, help="GPUs in each.")]
@@ -44,9 +44,9 @@ def plan(
     """Predict memory, traffic and step time of every possible layout, and recommend one."""
     target = writable(json_file) if json_file else None
     loaded = load_config(config, overrides or ())
+    from moe_dist.metrics import write_json
     from moe_dist.simulator import planner
     from moe_dist.simulator import tables as view
-    from moe_dist.metrics import write_json
 
     fabric = _machine(gpu, calibration).fabric(nodes, gpus_per_node, rails, pod_nodes, oversubscription)
     found = planner.plan(loaded, fabric, vocabulary or loaded.tokenizer.vocab_size, skew)
@@ -79,9 +79,9 @@ def simulate(
     """Compare flat, node-limited and two-stage routing on a large machine, with re-clustering and offload."""
     target = writable(json_file) if json_file else None
     loaded = load_config(config, overrides or ())
+    from moe_dist.metrics import write_json
     from moe_dist.simulator import compare
     from moe_dist.simulator import tables as view
-    from moe_dist.metrics import write_json
 
     times = compare.compare(
         loaded,

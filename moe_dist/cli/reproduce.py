@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.markdown import Markdown
 
-from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Json, Overrides
 from moe_dist.console import wide_console
 from moe_dist.errors import ConfigError
+from moe_dist.launch.rank import writable
 
 
 class ScaleName(StrEnum):
@@ -82,10 +82,12 @@ def reproduce(
     words = (*cells.text_words(text or chosen.text), *(overrides or ()))
     setting = cells.Setting(chosen, configs, home, words)
     subset = setting.load().corpus.subset
-    from moe_dist.studies.reproduction import run  # here, since they load torch
-    from moe_dist.studies.reproduction import submit  # here, since they load torch
+    from moe_dist.studies.reproduction import (
+        run,  # here, since they load torch
+        submit,  # here, since they load torch
+    )
 
-    plan = run.Plan(
+    plan = run.ReproductionPlan(
         setting=setting,
         kinds=[KINDS[name] for name in kind or KINDS],
         seeds=seeds,

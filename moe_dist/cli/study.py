@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import writable
 from moe_dist.cli.words import Config, Json, Overrides
 from moe_dist.console import wide_console
 from moe_dist.errors import MoeDistError
+from moe_dist.launch.rank import writable
 
 
 class StudyMode(StrEnum):
@@ -56,12 +56,8 @@ def study(
 ) -> None:
     """Run every combination of the axes, repeatedly: speed, efficiency, bytes, memory. Finished cells are kept."""
     target = writable(json_file) if json_file else None
-    from moe_dist.studies.scaling import cells
-    from moe_dist.studies.scaling import plots
-    from moe_dist.studies.scaling import run
-    from moe_dist.studies.scaling import slurm
-    from moe_dist.studies.scaling import tables
     from moe_dist.metrics import write_json
+    from moe_dist.studies.scaling import cells, plots, run, slurm, tables
 
     console = wide_console()
     axes = [cells.parse_axis(word) for word in axis or ()]
@@ -71,7 +67,7 @@ def study(
         _write_arrays(slurm.array_jobs(todo, folder), folder)
         outcomes = run.gather(todo, folder)
     else:
-        outcomes = run.run_study(todo, folder, moe_dist.launch.value, limit, typer.echo)
+        outcomes = run.run_study(todo, folder, launcher.value, limit, typer.echo)
     rows = tables.rows(outcomes)
     tables.render(rows, console)
     tables.write_csv(outcomes, rows, folder)

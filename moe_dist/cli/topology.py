@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import typer
 from rich.table import Table
 
-from moe_dist.launch.hostfile import Node
-from moe_dist.launch.job import Launcher, Size, plan
 from moe_dist.cli.words import Config, Hostfile, Nodes, Overrides, Ranks, RanksPerNode
 from moe_dist.config import RunConfig, WorldShape, load_config, resolve_world
 from moe_dist.console import wide_console
+from moe_dist.launch.hostfile import Node
+from moe_dist.launch.job import JobSize, Launcher, plan
 
 if TYPE_CHECKING:
     from moe_dist.distributed.node_layout import Crossing
@@ -46,7 +46,7 @@ def topology(
     """Show which node, clusters and experts each rank has, and which traffic stays inside nodes."""
     # SLURM's rule for sizes fits here: machines need not be named.
     launcher = Launcher.SLURM if hostfile is None else Launcher.LOCAL
-    job = plan(launcher, Size(ranks, nodes, ranks_per_node, hostfile), config, overrides or ())
+    job = plan(launcher, JobSize(ranks, nodes, ranks_per_node, hostfile), config, overrides or ())
     resolved = load_config(config, overrides or ())
     shape = resolve_world(resolved, job.ranks)
     from moe_dist.distributed.node_layout import crossings, nodes_of_ranks

@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch import runners
-from moe_dist.launch.environment import split_words
-from moe_dist.launch.job import DEFAULT_PORT, Launcher, Size, plan
-from moe_dist.launch.rank import run_rank, with_json
 from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
 from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
+from moe_dist.launch import runners
+from moe_dist.launch.environment import split_words
+from moe_dist.launch.job import DEFAULT_PORT, JobSize, Launcher, plan
+from moe_dist.launch.rank import run_rank, with_json
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +38,7 @@ def launch(
     json_file: Json = None,
 ) -> None:
     """Start ranks here or on several machines; when one fails all stop, and the last line says which and why."""
-    size = Size(ranks, nodes, ranks_per_node, hostfile)
+    size = JobSize(ranks, nodes, ranks_per_node, hostfile)
     words = with_json(overrides or (), json_file)
     job = plan(launcher, size, config, words, port, split_words("--launcher-args", launcher_args))
     if dry_run:

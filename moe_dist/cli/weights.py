@@ -9,7 +9,7 @@ import typer
 from moe_dist.launch.rank import require_run, writable
 
 
-class Dtype(StrEnum):
+class ExportDtype(StrEnum):
     """What exported weights are stored as."""
 
     FLOAT32 = "float32"
@@ -31,7 +31,7 @@ def export(
         ),
     ],
     dtype: Annotated[
-        Dtype | None,
+        ExportDtype | None,
         typer.Option(
             help="Type of the weights in the file. Default: float32, with --stored the run's train.precision."
         ),
@@ -53,7 +53,7 @@ def export(
     if stored is None:
         stored = weights.config.precision.residuals != "none"
     count = export_weights(weights, target, getattr(torch, dtype.value) if dtype else None, stored=stored)
-    kind = dtype.value if dtype else weights.config.train.precision if stored else Dtype.FLOAT32.value
+    kind = dtype.value if dtype else weights.config.train.precision if stored else ExportDtype.FLOAT32.value
     few = f", factors in {weights.config.precision.bits} bits" if stored else ""
     size = target.stat().st_size
     typer.echo(f"{output}: {count:,} weights of step {weights.manifest.step} as {kind}{few}, {size:,} bytes")

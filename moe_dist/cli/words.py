@@ -36,6 +36,6 @@ RecipeFolder = Annotated[Path, typer.Option(help="Folder of the quality-*.yaml f
 FinishedRuns = Annotated[Path, typer.Option(help="Where finished runs are kept.")]
 
 
-def said(**options: Any) -> dict[str, Any]:
+def drop_none(**options: Any) -> dict[str, Any]:
     """The options that were given: those that are None are left out, so that a specification's own defaults hold."""
     return {name: value for name, value in options.items() if value is not None}

@@ -21,12 +21,12 @@ from torch import Tensor
 from moe_dist.compression.cluster_weights import ClusterWeights
 from moe_dist.compression.expert_matrices import ExpertMatrices
 from moe_dist.compression.initialisation import V_STD, ExpertResidual
-from moe_dist.compression.whitening import InputRoots, Root, apply_root
 from moe_dist.compression.low_rank import leading_right_vectors
+from moe_dist.compression.whitening import Root, WhiteningRoots, apply_root
 
 
 @dataclass(frozen=True)
-class FactorisedExpert:
+class FactorizedExpert:
     """An expert's residual beside the base, and what it loses: one figure for each of gate, up and output.
 
     Errors are relative, `|C^1/2 (W - B - U V)| / |C^1/2 W|`, with the moments that decided (none: C = 1).
@@ -48,16 +48,16 @@ def usage_weighted_mean(w_NIO: Tensor, usage_N: Tensor) -> Tensor:
     return mean_IO
 
 
-def factorise_expert(
+def factorize_expert(
     expert: ExpertMatrices,
     base: ExpertMatrices,
     rank: int,
     *,
     vectors: bool = False,
-    inputs: InputRoots | None = None,
-    check: InputRoots | None = None,
+    inputs: WhiteningRoots | None = None,
+    check: WhiteningRoots | None = None,
     seed: int | None = None,
-) -> FactorisedExpert:
+) -> FactorizedExpert:
     """The residual of rank `rank` that brings the base nearest to the expert.
 
     Args:
@@ -71,7 +71,7 @@ def factorise_expert(
     """
     if rank < 1:
         raise ValueError(f"rank={rank} must be 1 or more")
-    nothing = InputRoots(None, None)
+    nothing = WhiteningRoots(None, None)
     fit = (inputs or nothing).projections()
     judge = (check or inputs or nothing).projections()
     parts = zip(expert.projections(), base.projections(), fit, judge, strict=True)
@@ -87,7 +87,7 @@ def factorise_expert(
         hidden_bias_H=zeros(2 * width) if vectors else None,
         output_bias_D=zeros(hidden) if vectors else None,
     )
-    return FactorisedExpert(
+    return FactorizedExpert(
         residual,
         errors=(gate.error, up.error, out.error),
         base_errors=(gate.base_error, up.base_error, out.base_error),
@@ -96,24 +96,24 @@ def factorise_expert(
 
 
 @dataclass(frozen=True)
-class FactorisedCluster:
+class FactorizedCluster:
     """A cluster made of full experts, and what each of them lost."""
 
     weights: ClusterWeights
-    experts: tuple[FactorisedExpert, ...]
+    experts: tuple[FactorizedExpert, ...]
 
 
-def factorise_cluster(
+def factorize_cluster(
     w_in_NDH: Tensor,
     w_out_NFD: Tensor,
     usage_N: Tensor,
     rank: int,
     *,
     vectors: bool = False,
-    inputs: Sequence[InputRoots] | None = None,
-    check: Sequence[InputRoots] | None = None,
+    inputs: Sequence[WhiteningRoots] | None = None,
+    check: Sequence[WhiteningRoots] | None = None,
     seed: int | None = None,
-) -> FactorisedCluster:
+) -> FactorizedCluster:
     """All members of a cluster at once: their mean by usage as the base, and a residual for each (`factorise_expert`).
 
     Args:
@@ -123,7 +123,7 @@ def factorise_cluster(
     """
     base = ExpertMatrices(usage_weighted_mean(w_in_NDH, usage_N), usage_weighted_mean(w_out_NFD, usage_N))
     factorised = tuple(
-        factorise_expert(
+        factorize_expert(
             ExpertMatrices(w_in_NDH[e], w_out_NFD[e]),
             base,
             rank,
@@ -137,7 +137,7 @@ def factorise_cluster(
     residuals = [vars(one.residual) for one in factorised]
     columns: list[Any] = [[residual[name] for residual in residuals] for name in residuals[0]]
     stacked: list[Any] = [None if column[0] is None else torch.stack(column) for column in columns]  # in their order
-    return FactorisedCluster(ClusterWeights(base.w_in_DH, base.w_out_FD, *stacked), factorised)
+    return FactorizedCluster(ClusterWeights(base.w_in_DH, base.w_out_FD, *stacked), factorised)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class GroupFormat:
 
 
 @dataclass(frozen=True)
-class PackedFactor:
+class QuantizedFactor:
     """A factor as it is stored; immutable by convention. Parts have the long axis last, the others in their order."""
 
     format: GroupFormat
@@ -61,7 +61,7 @@ class PackedFactor:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, value: Tensor, axis: int, form: GroupFormat) -> "PackedFactor":
+    def of(cls, value: Tensor, axis: int, form: GroupFormat) -> "QuantizedFactor":
         """Quantises a factor of any floating-point type, on its device; on `meta` for the sizes alone."""
         value_XL = value.float().movedim(axis, -1)
         group_MS = _grouped(value_XL, form.group_size)
@@ -90,7 +90,7 @@ class PackedFactor:
         parts = {"codes": self.codes_XB, "scales": self.scales_XG}
         return parts if self.zeros_XB is None else {**parts, "zeros": self.zeros_XB}
 
-    def with_parts(self, parts: dict[str, Tensor]) -> "PackedFactor":
+    def with_parts(self, parts: dict[str, Tensor]) -> "QuantizedFactor":
         """One of the same format and shape that consists of these.
 
         Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.compression.cluster_weights import ClusterWeights
-from moe_dist.compression.quantization import GroupFormat, PackedFactor
+from moe_dist.compression.quantization import GroupFormat, QuantizedFactor
 from moe_dist.compression.straight_through import straight_through
 
 _LONG_AXIS = {"in_u": -2, "in_v": -1, "out_u": -2, "out_v": -1}
@@ -25,7 +25,7 @@ def long_axis(name: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class StoredForm:
+class StorageFormat:
     """What clusters are stored as."""
 
     factors: GroupFormat
@@ -33,17 +33,17 @@ class StoredForm:
 
 
 @dataclass(frozen=True)
-class PackedExperts:
+class QuantizedExperts:
     """What is each expert's own, by the names that `ClusterWeights` gives its tensors."""
 
-    factors: Mapping[str, PackedFactor]
+    factors: Mapping[str, QuantizedFactor]
     vectors: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], form: GroupFormat) -> "PackedExperts":
+    def of(cls, tensors: Mapping[str, Tensor], form: GroupFormat) -> "QuantizedExperts":
         """Quantises the factors among them; on `meta` for sizes alone."""
         factors = {
-            name: PackedFactor.of(tensor, axis, form)
+            name: QuantizedFactor.of(tensor, axis, form)
             for name, tensor in tensors.items()
             if (axis := long_axis(name)) is not None
         }
@@ -61,15 +61,15 @@ class PackedExperts:
         }
         return {**packed, **self.vectors}
 
-    def with_parts(self, parts: Mapping[str, Tensor]) -> "PackedExperts":
+    def with_parts(self, parts: Mapping[str, Tensor]) -> "QuantizedExperts":
         """The same form with other values."""
         factors = {
             name: factor.with_parts({part: parts[f"{name}.{part}"] for part in factor.parts()})
             for name, factor in self.factors.items()
         }
-        return PackedExperts(factors, {name: parts[name] for name in self.vectors})
+        return QuantizedExperts(factors, {name: parts[name] for name in self.vectors})
 
-    def without_values(self) -> "PackedExperts":
+    def without_values(self) -> "QuantizedExperts":
         """The form alone, on `meta`."""
         return self.with_parts({name: part.to("meta") for name, part in self.parts().items()})
 
@@ -78,7 +78,7 @@ class PackedExperts:
         rows = [part.contiguous().flatten(1).view(torch.uint8) for part in self.parts().values()]
         return torch.cat(rows, dim=1)
 
-    def with_bytes(self, rows_NB: Tensor) -> "PackedExperts":
+    def with_bytes(self, rows_NB: Tensor) -> "QuantizedExperts":
         """The experts whose bytes these are, in the form and of the number that this one has.
 
         Raises:
@@ -103,19 +103,19 @@ class PackedExperts:
 
 
 @dataclass(frozen=True)
-class PackedCluster:
+class QuantizedCluster:
     """Base and experts of one cluster, or of the part of it that a rank holds."""
 
     base_in_DH: Tensor
     base_out_FD: Tensor
-    experts: PackedExperts
+    experts: QuantizedExperts
 
     @classmethod
     @torch.no_grad()
-    def of(cls, weights: ClusterWeights, form: StoredForm) -> "PackedCluster":
+    def of(cls, weights: ClusterWeights, form: StorageFormat) -> "QuantizedCluster":
         """Rounds and quantises; on `meta` for sizes alone."""
         base_in_DH, base_out_FD = (base.detach().to(form.bases) for base in (weights.base_in_DH, weights.base_out_FD))
-        return cls(base_in_DH, base_out_FD, PackedExperts.of(_own(weights), form.factors))
+        return cls(base_in_DH, base_out_FD, QuantizedExperts.of(_own(weights), form.factors))
 
     def weights(self, dtype: torch.dtype) -> ClusterWeights:
         """The weights that the computation takes."""
@@ -127,7 +127,7 @@ class PackedCluster:
         return self.base_in_DH.nbytes + self.base_out_FD.nbytes + self.experts.nbytes
 
 
-def as_stored(weights: ClusterWeights, form: StoredForm) -> ClusterWeights:
+def fake_quantize(weights: ClusterWeights, form: StorageFormat) -> ClusterWeights:
     """The weights that would be read back, bit by bit, with gradients as if nothing had been rounded.
 
     Nothing is cut off by the rounding, so the straight-through gradient is that of every number.
@@ -137,7 +137,7 @@ def as_stored(weights: ClusterWeights, form: StoredForm) -> ClusterWeights:
         return value.to(form.bases).to(value.dtype)
 
     def factor(value: Tensor, axis: int) -> Tensor:
-        return PackedFactor.of(value, axis, form.factors).unpacked(value.dtype)
+        return QuantizedFactor.of(value, axis, form.factors).unpacked(value.dtype)
 
     changed = {
         name: straight_through(value, lambda value, axis=axis: factor(value, axis))  # type: ignore[misc]

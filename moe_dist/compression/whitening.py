@@ -15,19 +15,19 @@ Root = Tensor | None
 
 
 @dataclass(frozen=True)
-class InputRoots:
+class WhiteningRoots:
     """Roots of what an expert's projections are given, over the tokens routed to it; any scale."""
 
     x: Root
     hidden: Root
 
     @classmethod
-    def of_moments(cls, x: Tensor, hidden: Tensor) -> "InputRoots":
+    def of_moments(cls, x: Tensor, hidden: Tensor) -> "WhiteningRoots":
         """From second moments [I, I], or their diagonals [I]."""
         return cls(_root_of_moment(x), _root_of_moment(hidden))
 
     @classmethod
-    def of_tokens(cls, x_TD: Tensor, hidden_TF: Tensor) -> "InputRoots":
+    def of_tokens(cls, x_TD: Tensor, hidden_TF: Tensor) -> "WhiteningRoots":
         """From the tokens themselves and their hidden units."""
         return cls(_root_of_tokens(x_TD), _root_of_tokens(hidden_TF))
 

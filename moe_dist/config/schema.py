@@ -78,12 +78,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _experts_can_be_factorised(self) -> Self:
         most = min(self.model.hidden_size, self.moe.expert_hidden)
-        needed = self.moe.warmup_standard > 0 or self.recluster.transition == "refactor"
+        needed = self.moe.warmup_standard > 0 or self.recluster.transition == "refit"
         if needed and self.moe.kind == "clustered" and self.moe.rank > most:
             raise ConfigError(
                 f"moe.rank={self.moe.rank} is more than experts of model.hidden_size={self.model.hidden_size} and "
                 f"moe.expert_hidden={self.moe.expert_hidden} can be cut to: at most {most} with moe.warmup_standard or "
-                "recluster.transition=refactor"
+                "recluster.transition=refit"
             )
         return self
 
@@ -93,8 +93,8 @@ class RunConfig(Section):
             return self
         if self.moe.kind != "clustered":
             raise ConfigError(f"memory.offload=true works with moe.kind=clustered only, not {self.moe.kind}")
-        if self.moe.warmup_standard or self.recluster.transition == "refactor":
-            key = "moe.warmup_standard" if self.moe.warmup_standard else "recluster.transition=refactor"
+        if self.moe.warmup_standard or self.recluster.transition == "refit":
+            key = "moe.warmup_standard" if self.moe.warmup_standard else "recluster.transition=refit"
             raise ConfigError(
                 f"memory.offload=true does not work with {key} yet: experts would have to be whole in memory"
             )

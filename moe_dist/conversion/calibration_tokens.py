@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.standard_moe import StandardMoE
 from moe_dist.distributed.mesh import GroupKind, Mesh, RankGroup
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.standard_moe import StandardMoE
 
 LARGEST_SAMPLE = 4096
 """Tokens of an expert that are kept at most; more would not change second moments much."""

@@ -16,16 +16,16 @@ from torch import Tensor
 from moe_dist.compression import (
     ExpertMatrices,
     ExpertResidual,
-    FactorisedExpert,
-    InputRoots,
-    factorise_expert,
+    FactorizedExpert,
+    WhiteningRoots,
+    factorize_expert,
 )
 from moe_dist.config import MoEConfig
-from moe_dist.conversion.residual_exchange import ResidualState, crossing, deliver, owners
-from moe_dist.conversion.full_experts import VECTORS, HeldExpert, HeldLayer
-from moe_dist.engine.optimizer_state import MASTER
+from moe_dist.conversion.full_experts import VECTORS, FullExpert, FullExpertLayer
+from moe_dist.conversion.residual_exchange import ResidualState, crossing, exchange_residuals, owners
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.engine.optimizer_state import MASTER
 
 EXACT_UP_TO = 512
 """Widths up to which residuals are decomposed exactly; wider ones by the seeded search."""
@@ -53,7 +53,7 @@ class CompressedLayer:
 
 @torch.no_grad()
 def compress_layer(
-    layer: HeldLayer,
+    layer: FullExpertLayer,
     placement: ExpertPlacement,
     usage_E: Tensor,
     moe: MoEConfig,
@@ -86,7 +86,7 @@ def compress_layer(
         dist.all_reduce(figures_E3, group=layer.group.handle)
     maker_of = {e: layer.holder_of[e] for c in chosen for e in placement.members[c]}
     like = _template(layer, moe)
-    residuals = deliver(made, like, maker_of, owners(placement), layer.group, mesh.rank)
+    residuals = exchange_residuals(made, like, maker_of, owners(placement), layer.group, mesh.rank)
     error_E, base_error_E, whitened_E = figures_E3.unbind(1)
     return CompressedLayer(
         placement,
@@ -99,7 +99,7 @@ def compress_layer(
     )
 
 
-def _base(layer: HeldLayer, members: tuple[int, ...], usage_E: Tensor) -> ExpertMatrices:
+def _base(layer: FullExpertLayer, members: tuple[int, ...], usage_E: Tensor) -> ExpertMatrices:
     """Mean of the weights by usage, over all ranks' members."""
     share_E, like = _shares(usage_E, members), layer.experts[0].matrices
     w_in_DH, w_out_FD = (torch.zeros_like(w, dtype=torch.float64) for w in (like.w_in_DH, like.w_out_FD))
@@ -111,7 +111,7 @@ def _base(layer: HeldLayer, members: tuple[int, ...], usage_E: Tensor) -> Expert
     return ExpertMatrices(w_in_DH.float(), w_out_FD.float())
 
 
-def _sum_bytes(layer: HeldLayer) -> int:
+def _sum_bytes(layer: FullExpertLayer) -> int:
     """Of one cluster's base, added up over the ranks in float64."""
     one, ranks = layer.experts[0], layer.group.size
     entries = one.matrices.w_in_DH.numel() + one.matrices.w_out_FD.numel()
@@ -127,14 +127,14 @@ def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:
     return share_E / share_E.sum()
 
 
-def _factorise(expert: HeldExpert, base: ExpertMatrices, moe: MoEConfig, seed: int) -> FactorisedExpert:
+def _factorise(expert: FullExpert, base: ExpertMatrices, moe: MoEConfig, seed: int) -> FactorizedExpert:
     exact = min(expert.matrices.w_out_FD.shape) <= EXACT_UP_TO
     matrices = expert.matrices.double()
     fit, check = (
-        InputRoots.of_tokens(x_LD, expert.hidden(x_LD, matrices))
+        WhiteningRoots.of_tokens(x_LD, expert.hidden(x_LD, matrices))
         for x_LD in (expert.fit_LD.double(), expert.check_LD.double())
     )
-    return factorise_expert(
+    return factorize_expert(
         matrices,
         base.double(),
         moe.rank,
@@ -145,14 +145,14 @@ def _factorise(expert: HeldExpert, base: ExpertMatrices, moe: MoEConfig, seed: i
     )
 
 
-def _residual_state(expert: HeldExpert, factorised: FactorisedExpert, kinds: tuple[str, ...]) -> ResidualState:
+def _residual_state(expert: FullExpert, factorised: FactorizedExpert, kinds: tuple[str, ...]) -> ResidualState:
     """Factors, with moments of zero where they come with any, and the vectors as they are."""
     residual = factorised.residual.float()
     states = {kind: residual if kind == MASTER else residual.zeros() for kind in kinds}
     return {kind: replace(state, **expert.vectors.get(kind, {})) for kind, state in states.items()}
 
 
-def _template(layer: HeldLayer, moe: MoEConfig) -> ResidualState:
+def _template(layer: FullExpertLayer, moe: MoEConfig) -> ResidualState:
     """A state of the right shapes."""
     like = layer.experts[0].matrices.w_out_FD
     (width, hidden), zeros = like.shape, like.new_zeros
@@ -167,7 +167,7 @@ def _template(layer: HeldLayer, moe: MoEConfig) -> ResidualState:
     return dict.fromkeys(layer.kinds, residual)
 
 
-def _figures(expert: HeldExpert, base: ExpertMatrices, factorised: FactorisedExpert) -> Tensor:
+def _figures(expert: FullExpert, base: ExpertMatrices, factorised: FactorizedExpert) -> Tensor:
     """Output error on held-back tokens, with the residual and without; share of whitened matrices."""
     residual = factorised.residual.float()
     errors = [expert.output_error(approximation) for approximation in (base.with_residual(residual), base)]

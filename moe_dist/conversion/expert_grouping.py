@@ -19,8 +19,8 @@ from moe_dist.clustering import (
     sketched_parameter_similarity,
 )
 from moe_dist.config import RunConfig
-from moe_dist.conversion.full_experts import HeldLayer
 from moe_dist.conversion.calibration_tokens import LayerTokens
+from moe_dist.conversion.full_experts import FullExpertLayer
 from moe_dist.distributed.mesh import RankGroup
 
 
@@ -34,7 +34,7 @@ def usage_of(fit: LayerTokens, check: LayerTokens, experts: int, group: RankGrou
     return usage_E
 
 
-def similarity_of(layer: HeldLayer, router_ED: Tensor, usage_E: Tensor, config: RunConfig) -> FusedSimilarity:
+def similarity_of(layer: FullExpertLayer, router_ED: Tensor, usage_E: Tensor, config: RunConfig) -> FusedSimilarity:
     """Fused similarity, as `recluster` weighs it, of the experts' full weights, the centroids of their tokens, and the
     rows of their router; collective.
     """
@@ -75,7 +75,7 @@ def gather_rows(x_NS: Tensor, group: RankGroup) -> Tensor:
     return torch.cat(found)
 
 
-def _sketches(layer: HeldLayer, seed: int, size: int) -> Tensor:
+def _sketches(layer: FullExpertLayer, seed: int, size: int) -> Tensor:
     """Of the local experts' whole weights: each is a base of its own, without a residual."""
     everyone = torch.arange(len(layer.experts))
     projections = []

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from moe_dist.clustering import FusedSimilarity, cluster_quality
 from moe_dist.config import RunConfig
+from moe_dist.conversion.calibration_tokens import LayerTokens, standard_layers
 from moe_dist.conversion.compress import CompressedLayer, compress_layer
 from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage_of
 from moe_dist.conversion.full_experts_of_standard import hold_standard
 from moe_dist.conversion.write_parameters import write_layer
-from moe_dist.conversion.calibration_tokens import LayerTokens, standard_layers
-from moe_dist.engine.optimizer_state import TrainingState
+from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.gathered_optimizer_state import OwnedState, write_whole
+from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.parameter_class import ParameterClass, class_of
-from moe_dist.distributed.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ClusteredStart:
 
 def read_clustered(
     model: LanguageModel,
-    state: TrainingState,
+    state: OptimizerState,
     config: RunConfig,
     fit: Sequence[LayerTokens],
     check: Sequence[LayerTokens],
@@ -70,7 +70,7 @@ def read_clustered(
     return ClusteredStart(state.steps, dense, layers, model.context.balance.expert_bias_LE.clone(), means)
 
 
-def write_clustered(start: ClusteredStart, model: LanguageModel, state: TrainingState) -> None:
+def write_clustered(start: ClusteredStart, model: LanguageModel, state: OptimizerState) -> None:
     """Puts all of it into a clustered model and its optimizer; collective."""
     context, device = model.context, model.context.balance.expert_bias_LE.device
     for number, layer in enumerate(model.clustered_layers()):

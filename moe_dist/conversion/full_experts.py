@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_dist.compression import ExpertMatrices, relative_error
-from moe_dist.engine.optimizer_state import MASTER
 from moe_dist.distributed.mesh import RankGroup
+from moe_dist.engine.optimizer_state import MASTER
 
 VECTORS = ("hidden_gate_F", "hidden_bias_H", "output_bias_D")
 
 
 @dataclass(frozen=True)
-class HeldExpert:
+class FullExpert:
     """One expert on the rank that holds it."""
 
     number: int
@@ -44,10 +44,10 @@ class HeldExpert:
 
 
 @dataclass(frozen=True)
-class HeldLayer:
+class FullExpertLayer:
     """The experts of a layer that this rank holds, and the ranks that together hold all of them once."""
 
-    experts: list[HeldExpert]
+    experts: list[FullExpert]
     holder_of: dict[int, int]
     """The rank that holds each expert of the layer, as an index into the group."""
     group: RankGroup

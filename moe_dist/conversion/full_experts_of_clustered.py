@@ -6,18 +6,18 @@ from dataclasses import fields
 from torch import Tensor
 
 from moe_dist.compression import ExpertMatrices, ExpertResidual
-from moe_dist.conversion.residual_exchange import STACKED, owners
-from moe_dist.conversion.full_experts import VECTORS, HeldExpert, HeldLayer
 from moe_dist.conversion.calibration_tokens import LayerTokens
-from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, TrainingState
-from moe_dist.engine.gathered_optimizer_state import OwnedState, WholeState
-from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.conversion.full_experts import VECTORS, FullExpert, FullExpertLayer
+from moe_dist.conversion.residual_exchange import STACKED, owners
 from moe_dist.distributed.mesh import GroupKind
+from moe_dist.engine.gathered_optimizer_state import GatheredOptimizerState, OwnedState
+from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, OptimizerState
+from moe_dist.moe.clustered_moe import ClusteredMoE
 
 
 def hold_clustered(
-    layer: ClusteredMoE, state: TrainingState, fit: LayerTokens, check: LayerTokens, clusters: Collection[int]
-) -> HeldLayer:
+    layer: ClusteredMoE, state: OptimizerState, fit: LayerTokens, check: LayerTokens, clusters: Collection[int]
+) -> FullExpertLayer:
     """Reads the local experts of some clusters with their effective weights `B + U V`; collective.
 
     Args:
@@ -35,11 +35,11 @@ def hold_clustered(
             base = ExpertMatrices(whole["w_in_DH"][MASTER], whole["w_out_FD"][MASTER])
             for slot, expert in enumerate(placement.experts_of(cluster, mesh.at.shard)):
                 matrices = base.with_residual(_residual(whole, slot))
-                experts.append(HeldExpert(expert, matrices, fit[expert], check[expert], _vectors(whole, slot)))
-    return HeldLayer(experts, owners(placement), mesh.group(GroupKind.EXPERT_PARALLEL), STATE_NAMES)
+                experts.append(FullExpert(expert, matrices, fit[expert], check[expert], _vectors(whole, slot)))
+    return FullExpertLayer(experts, owners(placement), mesh.group(GroupKind.EXPERT_PARALLEL), STATE_NAMES)
 
 
-def _residual(whole: dict[str, WholeState], slot: int) -> ExpertResidual:
+def _residual(whole: dict[str, GatheredOptimizerState], slot: int) -> ExpertResidual:
     values: dict[str, Tensor | None] = {
         field.name: whole[STACKED[field.name]][MASTER][slot] if STACKED[field.name] in whole else None
         for field in fields(ExpertResidual)
@@ -47,7 +47,7 @@ def _residual(whole: dict[str, WholeState], slot: int) -> ExpertResidual:
     return ExpertResidual(**values)  # type: ignore[arg-type]
 
 
-def _vectors(whole: dict[str, WholeState], slot: int) -> dict[str, dict[str, Tensor]]:
+def _vectors(whole: dict[str, GatheredOptimizerState], slot: int) -> dict[str, dict[str, Tensor]]:
     if STACKED[VECTORS[0]] not in whole:
         return {}
     return {kind: {name: whole[STACKED[name]][kind][slot] for name in VECTORS} for kind in STATE_NAMES}

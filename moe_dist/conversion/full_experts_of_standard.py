@@ -5,18 +5,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.compression import ExpertMatrices, align_hidden_units
-from moe_dist.conversion.full_experts import HeldExpert, HeldLayer
 from moe_dist.conversion.calibration_tokens import LayerTokens
-from moe_dist.engine.optimizer_state import MASTER, TrainingState
+from moe_dist.conversion.full_experts import FullExpert, FullExpertLayer
+from moe_dist.distributed.mesh import GroupKind, Mesh, RankGroup
 from moe_dist.engine.gathered_optimizer_state import OwnedState
+from moe_dist.engine.optimizer_state import MASTER, OptimizerState
 from moe_dist.errors import TrainingError
 from moe_dist.moe.standard_moe import StandardMoE
-from moe_dist.distributed.mesh import GroupKind, Mesh, RankGroup
 
 
 def hold_standard(
-    layer: StandardMoE, state: TrainingState, mesh: Mesh, fit: LayerTokens, check: LayerTokens, usage_E: Tensor
-) -> HeldLayer:
+    layer: StandardMoE, state: OptimizerState, mesh: Mesh, fit: LayerTokens, check: LayerTokens, usage_E: Tensor
+) -> FullExpertLayer:
     """Reads a layer's local experts and aligns their units to those of the most used expert; collective.
 
     Raises:
@@ -30,11 +30,11 @@ def hold_standard(
     experts = []
     for e, matrices in enumerate(whole, first):
         aligned = align_hidden_units(matrices, reference).apply(matrices)
-        experts.append(HeldExpert(e, aligned, fit[e], check[e]))
-    return HeldLayer(experts, {expert: expert // local for expert in range(layer.moe.experts)}, group, (MASTER,))
+        experts.append(FullExpert(e, aligned, fit[e], check[e]))
+    return FullExpertLayer(experts, {expert: expert // local for expert in range(layer.moe.experts)}, group, (MASTER,))
 
 
-def _whole_expert(layer: StandardMoE, e: int, state: TrainingState, mesh: Mesh) -> ExpertMatrices:
+def _whole_expert(layer: StandardMoE, e: int, state: OptimizerState, mesh: Mesh) -> ExpertMatrices:
     device = layer.router.weight.device
     w_in, w_out = (
         OwnedState.of(state, parameter, mesh).whole(device)[MASTER]

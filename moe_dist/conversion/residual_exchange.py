@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.compression import ExpertResidual
-from moe_dist.engine.optimizer_state import MASTER
-from moe_dist.engine.gathered_optimizer_state import WholeState
 from moe_dist.distributed.mesh import RankGroup
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.engine.gathered_optimizer_state import GatheredOptimizerState
+from moe_dist.engine.optimizer_state import MASTER
 
 STACKED = {
     "in_u_DR": "in_u_NDR",
@@ -30,7 +30,7 @@ ResidualState = dict[str, ExpertResidual]
 """By those of `STATE_NAMES` that come along."""
 
 
-def deliver(
+def exchange_residuals(
     made: dict[int, ResidualState],
     like: ResidualState,
     maker_of: Mapping[int, int],
@@ -68,7 +68,7 @@ def owners(placement: ExpertPlacement) -> dict[int, int]:
     }
 
 
-def stacked(states: list[ResidualState]) -> dict[str, WholeState]:
+def stacked(states: list[ResidualState]) -> dict[str, GatheredOptimizerState]:
     """By the names of `ClusterWeights`: the states of a cluster's experts here, in the order of their slots."""
     return {
         STACKED[name]: {kind: torch.stack([getattr(state[kind], name) for state in states]) for kind in states[0]}

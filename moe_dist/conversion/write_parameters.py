@@ -6,12 +6,12 @@ from torch import nn
 
 from moe_dist.conversion.compress import CompressedLayer
 from moe_dist.conversion.residual_exchange import stacked
-from moe_dist.engine.optimizer_state import MASTER, TrainingState
 from moe_dist.engine.gathered_optimizer_state import write_whole
+from moe_dist.engine.optimizer_state import MASTER, OptimizerState
 from moe_dist.moe.clustered_moe import ClusteredMoE
 
 
-def write_layer(compressed: CompressedLayer, layer: ClusteredMoE, state: TrainingState) -> None:
+def write_layer(compressed: CompressedLayer, layer: ClusteredMoE, state: OptimizerState) -> None:
     """Writes the bases and residuals of the clusters that were made and live here."""
     placement, at = compressed.placement, layer.context.mesh.at
     for cluster, parameters in parameters_of(compressed, layer):

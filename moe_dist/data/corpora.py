@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moe_dist.config import CorpusConfig
-from moe_dist.data.documents import Document, Split, as_documents, drop_held_out, hold_out, limit_bytes
+from moe_dist.data.documents import Document, HeldOutSplit, as_documents, drop_held_out, hold_out, limit_bytes
 from moe_dist.data.files import FileSource, match_files, stdlib_source
 from moe_dist.data.hub import HubSource
 from moe_dist.errors import DataError
@@ -44,7 +44,7 @@ class Corpus:
             "max_bytes": self.config.max_bytes,
         }
 
-    def documents(self) -> Split:
+    def documents(self) -> HeldOutSplit:
         """Reads everything; `corpus.max_bytes` limits each source.
 
         Raises:

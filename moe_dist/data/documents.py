@@ -95,14 +95,14 @@ def _end_of(text: str, mark: str, start: int, stop: int) -> int:
     return found + len(mark) if found >= 0 else 0
 
 
-class Split(NamedTuple):
+class HeldOutSplit(NamedTuple):
     """Documents to train on and documents held out; no digest is on both sides."""
 
     train: list[Document]
     validation: list[Document]
 
 
-def hold_out(documents: list[Document], fraction: float) -> Split:
+def hold_out(documents: list[Document], fraction: float) -> HeldOutSplit:
     """Holds out about `fraction` of the distinct documents (at least one): those of the lowest digests.
 
     The choice depends on content alone, not on order or file names; duplicates share a digest and so stay together.
@@ -118,10 +118,10 @@ def hold_out(documents: list[Document], fraction: float) -> Split:
         )
     held = set(digests[: min(max(round(fraction * len(digests)), 1), len(digests) - 1)])
     validation = [document for document in documents if document.digest in held]
-    return Split([document for document in documents if document.digest not in held], validation)
+    return HeldOutSplit([document for document in documents if document.digest not in held], validation)
 
 
-def drop_held_out(documents: Iterable[Document], validation: list[Document]) -> Split:
+def drop_held_out(documents: Iterable[Document], validation: list[Document]) -> HeldOutSplit:
     """Removes from the training documents every exact duplicate of a given validation document."""
     held = {document.digest for document in validation}
-    return Split([document for document in documents if document.digest not in held], validation)
+    return HeldOutSplit([document for document in documents if document.digest not in held], validation)

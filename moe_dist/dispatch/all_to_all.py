@@ -18,7 +18,7 @@ from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage, TrafficL
 from moe_dist.distributed.mesh import RankGroup
 
 
-class Form(Protocol):
+class WireFormat(Protocol):
     """What rows, and their gradients, travel as."""
 
     def pack(self, x_RD: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Form(Protocol):
         """The rows again, [R, D], in that type."""
 
 
-class AsTheyAre:
+class IdentityFormat:
     """Rows travel in their own type."""
 
     def pack(self, x_RD: Tensor) -> Tensor:
@@ -40,11 +40,11 @@ class AsTheyAre:
         return packed_RB
 
 
-AS_THEY_ARE = AsTheyAre()
+IDENTITY_FORMAT = IdentityFormat()
 
 
 @dataclass
-class Pending:
+class PendingAllToAll:
     """A collective under way; `sent` is kept as long as it may be read."""
 
     work: dist.Work
@@ -62,7 +62,7 @@ class Pending:
 
 
 @dataclass(frozen=True)
-class Channel:
+class AllToAll:
     """All-to-all among one group, on behalf of one layer and stage."""
 
     group: RankGroup
@@ -91,8 +91,13 @@ class Channel:
         return received_PC
 
     def depart(
-        self, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], payload: Payload, form: Form = AS_THEY_ARE
-    ) -> "Flight":
+        self,
+        x_RD: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        payload: Payload,
+        form: WireFormat = IDENTITY_FORMAT,
+    ) -> "PendingRows":
         """Sends the first send[0] rows to the group's first rank, the next send[1] to its second, and so on.
 
         All ranks must let flights depart, and arrive, in the same order. Differentiable: gradients make the way back
@@ -102,10 +107,10 @@ class Channel:
             On whose arrival the sum(receive) rows are here that the peers sent, in the order of their ranks.
         """
         if self.alone:
-            return Flight(x_RD, None)
+            return PendingRows(x_RD, None)
         route = _Route(self, send, receive, payload, form, x_RD.dtype)
         ticket: Tensor = _Depart.apply(x_RD, route)  # type: ignore[no-untyped-call]
-        return Flight(ticket, route)
+        return PendingRows(ticket, route)
 
     def exchange_rows(self, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], payload: Payload) -> Tensor:
         """Departs, and waits for the arrival."""
@@ -113,7 +118,7 @@ class Channel:
 
     def begin(
         self, x_RB: Tensor, send: Sequence[int], receive: Sequence[int], payload: Payload, direction: Direction
-    ) -> Pending:
+    ) -> PendingAllToAll:
         """The bare collective and its entry in the ledger."""
         sent_RB, received_RB = x_RB.contiguous(), x_RB.new_empty((sum(receive), *x_RB.shape[1:]))
         work = dist.all_to_all_single(
@@ -121,7 +126,7 @@ class Channel:
         )
         row_size = x_RB.shape[1:].numel() * x_RB.element_size()
         self._record(payload, direction, [rows * row_size for rows in send])
-        return Pending(work, sent_RB, received_RB)
+        return PendingAllToAll(work, sent_RB, received_RB)
 
     def _record(self, payload: Payload, direction: Direction, bytes_to: Sequence[int]) -> None:
         self.ledger.record(self.layer, self.stage, payload, direction, self.group.ranks, bytes_to)
@@ -131,13 +136,13 @@ class Channel:
 class _Route:
     """What both ends of a flight share."""
 
-    channel: Channel
+    channel: AllToAll
     send: Sequence[int]
     receive: Sequence[int]
     payload: Payload
-    form: Form
+    form: WireFormat
     dtype: torch.dtype
-    pending: Pending | None = None
+    pending: PendingAllToAll | None = None
 
     def begin(self, x_RD: Tensor, direction: Direction) -> None:
         there = (self.send, self.receive) if direction is Direction.FORWARD else (self.receive, self.send)
@@ -150,7 +155,7 @@ class _Route:
 
 
 @dataclass(frozen=True)
-class Flight:
+class PendingRows:
     """Rows under way.
 
     Attributes:

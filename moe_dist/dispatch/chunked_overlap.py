@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.dispatch.all_to_all import Flight
+from moe_dist.dispatch.all_to_all import PendingRows
 from moe_dist.dispatch.permute import group_order
 
 CANDIDATES = (1, 2, 4, 8)
@@ -85,16 +85,16 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 def pipelined(
     chunks: int,
-    depart: Callable[[int], Sequence[Flight]],
+    depart: Callable[[int], Sequence[PendingRows]],
     compute: Callable[[int, list[Tensor]], Sequence[Tensor]],
-    give_back: Callable[[int, Sequence[Tensor]], Sequence[Flight]],
+    give_back: Callable[[int, Sequence[Tensor]], Sequence[PendingRows]],
 ) -> list[list[Tensor]]:
     """Has each chunk depart, computes what arrives, and returns what of it arrives back, by chunk.
 
     There is one chunk on the wire in each direction, so that it has the wire for itself, while one is computed.
     """
     done: list[list[Tensor]] = []
-    returning: Sequence[Flight] | None = None
+    returning: Sequence[PendingRows] | None = None
     going = depart(0)
     for chunk in range(chunks):
         arrived = _arrive(going)
@@ -108,7 +108,7 @@ def pipelined(
     return [*done, _arrive(returning)]
 
 
-def _arrive(flights: Sequence[Flight]) -> list[Tensor]:
+def _arrive(flights: Sequence[PendingRows]) -> list[Tensor]:
     return [flight.arrive() for flight in flights]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.dispatch.all_to_all import Channel, Flight
+from moe_dist.dispatch.all_to_all import AllToAll, PendingRows
 from moe_dist.dispatch.chunked_overlap import Division, joined, pipelined
 from moe_dist.dispatch.permute import count, group_order, inverse, permuted
 from moe_dist.dispatch.traffic_ledger import Payload
@@ -36,7 +36,7 @@ class StageOne:
         chunks: that take turns on the wire and in computation; the same on all ranks of the group.
     """
 
-    channel: Channel
+    channel: AllToAll
     placement: ExpertPlacement
     wire_dtype: torch.dtype
     chunks: int = 1
@@ -97,10 +97,10 @@ class StageOne:
     def _chunks(self) -> int:
         return 1 if self.channel.alone else self.chunks
 
-    def _depart(self, x_RD: Tensor, send: list[int], receive: list[int]) -> Flight:
+    def _depart(self, x_RD: Tensor, send: list[int], receive: list[int]) -> PendingRows:
         return depart(self.channel, x_RD, send, receive, self.wire_dtype)
 
-    def _depart_with(self, x_RD: Tensor, routing: Tensor, send: list[int], receive: list[int]) -> list[Flight]:
+    def _depart_with(self, x_RD: Tensor, routing: Tensor, send: list[int], receive: list[int]) -> list[PendingRows]:
         """Hidden vectors, and what of the routing goes with each."""
         return [
             self._depart(x_RD, send, receive),

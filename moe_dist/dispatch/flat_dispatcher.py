@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.dispatch.all_to_all import Channel
+from moe_dist.dispatch.all_to_all import AllToAll
 from moe_dist.dispatch.permute import count, group_order, inverse, permuted
 from moe_dist.dispatch.wire_format import travel
 
@@ -21,7 +21,7 @@ ExpertFunction = Callable[[Tensor, list[int]], Tensor]
 class FlatDispatch:
     """Takes copies to their experts and sums them back, weighted by their gates."""
 
-    channel: Channel
+    channel: AllToAll
     experts: int
     wire_dtype: torch.dtype
 

@@ -15,7 +15,7 @@ Key = tuple[int, Stage]
 
 
 @dataclass
-class Needs:
+class RowDemand:
     """Rows of this rank in one layer and stage, by where they go."""
 
     group: tuple[int, ...]
@@ -28,7 +28,7 @@ class Needs:
 
 
 @dataclass
-class ObservedRouting:
+class RoutingTrace:
     """A `RoutingObserver` that counts needs and keeps the choices of the first rows it sees.
 
     Attributes:
@@ -40,7 +40,7 @@ class ObservedRouting:
     rank: int
     node_of_rank: Sequence[int]
     keep: int = 0
-    needs: dict[Key, Needs] = field(default_factory=dict)
+    needs: dict[Key, RowDemand] = field(default_factory=dict)
     choices: dict[Key, list[Tensor]] = field(default_factory=dict)
 
     def see(self, layer: int, stage: Stage, group: Sequence[int], choice_RK: Tensor, home_RK: Tensor) -> None:
@@ -51,7 +51,7 @@ class ObservedRouting:
         moved_P = (on_RKP.sum(dim=1) if stage is Stage.FLAT else needed_RP).sum(dim=0)
         nodes = self._nodes(needed_RP, group)
         zero_P = torch.zeros_like(moved_P)
-        needs = self.needs.setdefault((layer, stage), Needs(tuple(group), zero_P, zero_P, 0))
+        needs = self.needs.setdefault((layer, stage), RowDemand(tuple(group), zero_P, zero_P, 0))
         needs.moved_P = needs.moved_P + moved_P
         needs.needed_P = needs.needed_P + needed_RP.sum(dim=0)
         needs.nodes += nodes

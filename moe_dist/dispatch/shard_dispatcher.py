@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.dispatch.all_to_all import Channel
+from moe_dist.dispatch.all_to_all import AllToAll
 from moe_dist.dispatch.traffic_ledger import Payload
 from moe_dist.dispatch.wire_format import travel
 from moe_dist.distributed.placement import ExpertPlacement
@@ -27,7 +27,7 @@ ShardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 class StageTwo:
     """Spreads a cluster's rows over its shards and adds up what they make of them."""
 
-    channel: Channel
+    channel: AllToAll
     placement: ExpertPlacement
     wire_dtype: torch.dtype
 

@@ -27,7 +27,7 @@ def vector_bytes(hidden: int, wire_dtype: str) -> int:
 
 
 @dataclass(frozen=True)
-class Hop:
+class HopCost:
     """Sizes of what one hop carries, in bytes.
 
     Attributes:
@@ -68,28 +68,28 @@ def _diagonal(rows_PP: Rows) -> Rows:
     return rows_PP * np.eye(rows_PP.shape[-1])
 
 
-def hops(model: ModelConfig, moe: MoEConfig, shape: WorldShape) -> list[Hop]:
+def hop_costs(model: ModelConfig, moe: MoEConfig, shape: WorldShape) -> list[HopCost]:
     """The hops of one layer, in order; those whose group is one rank alone are left out."""
     hidden = vector_bytes(model.hidden_size, moe.wire_dtype)
     found = []
     if moe.kind == "standard" and shape.cluster * shape.shard > 1:
-        found.append(Hop(Stage.FLAT, hidden, counts=INT64 * (moe.experts // (shape.cluster * shape.shard))))
+        found.append(HopCost(Stage.FLAT, hidden, counts=INT64 * (moe.experts // (shape.cluster * shape.shard))))
     if moe.kind == "clustered" and shape.cluster > 1:
         found.append(_stage_one(hidden, moe, moe.clusters // shape.cluster))
     if moe.kind == "clustered" and shape.shard > 1:
         gates = FLOAT32 * moe.top_k
         counts = INT64 * (moe.clusters // shape.cluster)  # each cluster of the block makes this hop by itself
         slots = INT32 * moe.top_k  # which have no gradient
-        found.append(Hop(Stage.TWO, hidden, counts, there=slots + gates, there_gradient=gates))
+        found.append(HopCost(Stage.TWO, hidden, counts, there=slots + gates, there_gradient=gates))
     return found
 
 
-def _stage_one(hidden: int, moe: MoEConfig, clusters: int) -> Hop:
+def _stage_one(hidden: int, moe: MoEConfig, clusters: int) -> HopCost:
     """`clusters`: of a block. With several clusters a token their logits go along, and the log-mass returns."""
     if moe.top_clusters == 1:
-        return Hop(Stage.ONE, hidden, counts=INT64 * clusters)
+        return HopCost(Stage.ONE, hidden, counts=INT64 * clusters)
     logits = FLOAT32 * clusters
-    return Hop(Stage.ONE, hidden, counts=INT64, there=logits, there_gradient=logits, back=FLOAT32)
+    return HopCost(Stage.ONE, hidden, counts=INT64, there=logits, there_gradient=logits, back=FLOAT32)
 
 
 def ranks_of(stage: Stage, shape: WorldShape) -> int:

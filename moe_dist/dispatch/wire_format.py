@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.dispatch.all_to_all import Channel, Flight, Form
+from moe_dist.dispatch.all_to_all import AllToAll, PendingRows, WireFormat
 from moe_dist.dispatch.traffic_ledger import Payload
 
 _STEPS = 127
@@ -21,21 +21,21 @@ _SCALE = torch.float32
 
 
 def depart(
-    channel: Channel, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], wire_dtype: torch.dtype
-) -> Flight:
+    channel: AllToAll, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], wire_dtype: torch.dtype
+) -> PendingRows:
     """Sends hidden vectors as `wire_dtype`; where nobody else is in the group they stay as they are."""
-    return channel.depart(x_RD, send, receive, Payload.HIDDEN, form_of(wire_dtype))
+    return channel.depart(x_RD, send, receive, Payload.HIDDEN, wire_format_of(wire_dtype))
 
 
 def travel(
-    channel: Channel, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], wire_dtype: torch.dtype
+    channel: AllToAll, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], wire_dtype: torch.dtype
 ) -> Tensor:
     """Departs, and waits for the arrival."""
     return depart(channel, x_RD, send, receive, wire_dtype).arrive()
 
 
 @dataclass(frozen=True)
-class Rounded:
+class CastFormat:
     """Numbers of a type that may be shorter."""
 
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class Rounded:
         return packed_RB.to(dtype)
 
 
-class EightBits:
+class Int8Format:
     """Eight bits a number, and a scale."""
 
     def pack(self, x_RD: Tensor) -> Tensor:
@@ -61,9 +61,9 @@ class EightBits:
         return unpack(packed_RB, dtype)
 
 
-def form_of(wire_dtype: torch.dtype) -> Form:
+def wire_format_of(wire_dtype: torch.dtype) -> WireFormat:
     """What hidden vectors travel as."""
-    return EightBits() if wire_dtype is torch.int8 else Rounded(wire_dtype)
+    return Int8Format() if wire_dtype is torch.int8 else CastFormat(wire_dtype)
 
 
 def pack(x_RD: Tensor) -> Tensor:

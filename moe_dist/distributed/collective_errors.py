@@ -9,7 +9,7 @@ from moe_dist.errors import MoeDistError
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Ranks leave the block together: where one could not do it, all stop, and none waits for it in a collective.
 
     Collective at the end of the block, which therefore holds none after what may fail.

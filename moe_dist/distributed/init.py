@@ -1,14 +1,11 @@
 """Joins this process to the job: device, threads, process group."""
 
-import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
 
 from moe_dist.config import WorldConfig
 from moe_dist.errors import LaunchError
@@ -18,7 +15,7 @@ INIT_METHOD = "MOE_DIST_INIT_METHOD"
 
 
 @dataclass(frozen=True)
-class Process:
+class RankInfo:
     """This process in the job."""
 
     rank: int
@@ -27,7 +24,7 @@ class Process:
     timeout: timedelta
 
 
-def join(world: WorldConfig) -> Process:
+def init_distributed(world: WorldConfig) -> RankInfo:
     """Forms the default process group from the launcher's environment, or that of a single process.
 
     Raises:
@@ -42,11 +39,10 @@ def join(world: WorldConfig) -> Process:
     timeout = timedelta(seconds=world.timeout_seconds)
     if not dist.is_initialized():
         _form_group(backend, rank, ranks, timeout)
-    _adopt_in_deepspeed(backend)
-    return Process(dist.get_rank(), dist.get_world_size(), device, timeout)
+    return RankInfo(dist.get_rank(), dist.get_world_size(), device, timeout)
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Gives the process group up; harmless where there is none."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -90,13 +86,3 @@ def _form_group(backend: str, rank: int, ranks: int, timeout: timedelta) -> None
     except (dist.DistError, ValueError, RuntimeError) as error:
         address = ":".join(os.environ.get(name, f"({name} unset)") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise LaunchError(f"rank {rank} of {ranks} cannot join the others ({where}, {address}): {error}") from error
-
-
-def _adopt_in_deepspeed(backend: str) -> None:
-    """DeepSpeed takes over the group that exists; its messages below warnings are silenced."""
-    logger.setLevel(logging.ERROR)
-    # Its shared-memory all-reduce is compiled at start-up (half a minute), and a build killed half-way leaves a lock on
-    # which later runs hang: leave it out, gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a single process
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

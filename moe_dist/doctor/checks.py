@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.config import RunConfig
-from moe_dist.distributed.init import Process, join, leave
-from moe_dist.errors import MoeDistError
-from moe_dist.doctor.link_speed import Speed, clock_offsets, exchange_speed
-from moe_dist.metrics import installed_versions
+from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.distributed.links import LinkKind, Links
+from moe_dist.doctor.link_speed import Speed, clock_offsets, exchange_speed
+from moe_dist.errors import MoeDistError
+from moe_dist.metrics import installed_versions
 
 SHARED_SECONDS = 10.0  # for a new file to show on the other nodes; NFS keeps what it saw for some seconds
 SKEW_WARN, SKEW_FAIL = 1.0, 60.0  # seconds
@@ -61,19 +61,19 @@ def examine(config: RunConfig) -> None:
     Raises:
         MoeDistError: on rank 0: a check failed.
     """
-    process = join(config.world)
+    process = init_distributed(config.world)
     links, failed, count = Links.discover(process.device), [], 0
     for check in _checks(config, process, links):
         count += 1
         if process.rank == 0:
             print(check, flush=True)
         failed += [check.name] if check.status == "fail" else []
-    leave()
+    shutdown()
     if failed and process.rank == 0:
         raise MoeDistError(f"{len(failed)} of {count} checks failed: {', '.join(failed)}")
 
 
-def _checks(config: RunConfig, process: Process, links: Links) -> Iterator[Check]:
+def _checks(config: RunConfig, process: RankInfo, links: Links) -> Iterator[Check]:
     """All checks in order; collective, so that every rank must take them all. Texts are rank 0's to use."""
     facts = [Facts(**told) for told in gather(asdict(_own_facts(config, process)), process)]
     firsts = [links.node_of_rank.index(node) for node in sorted(set(links.node_of_rank))]
@@ -91,7 +91,7 @@ def _checks(config: RunConfig, process: Process, links: Links) -> Iterator[Check
     yield check_compiler(nodes)
 
 
-def _own_facts(config: RunConfig, process: Process) -> Facts:
+def _own_facts(config: RunConfig, process: RankInfo) -> Facts:
     host, address = socket.gethostname(), None
     with suppress(OSError):
         address = socket.gethostbyname(host)
@@ -125,7 +125,7 @@ def _existing(folder: str | Path) -> Path:
     return next(above for above in (path, *path.parents) if above.is_dir())
 
 
-def gather(value: Any, process: Process) -> list[Any]:
+def gather(value: Any, process: RankInfo) -> list[Any]:
     """Every rank's value, of what JSON can hold, in the order of ranks; collective."""
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(process.device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=process.device) for _ in range(process.ranks)]
@@ -186,7 +186,7 @@ def check_speed(kind: LinkKind, speed: Speed | None) -> Check:
     return Check("ok", name, f"all-to-all {speed.bytes_per_second / 1e6:,.0f} MB/s out of each {of_each}")
 
 
-def _check_shared(folder: Path, process: Process, facts: Sequence[Facts]) -> Check:
+def _check_shared(folder: Path, process: RankInfo, facts: Sequence[Facts]) -> Check:
     """A file that rank 0 makes shows up for all; collective."""
     place, path = _existing(folder), None
     if process.rank == 0:

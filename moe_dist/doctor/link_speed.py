@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from moe_dist.distributed.init import Process
+from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import LinkKind, Links
 
 BYTES_TO_PEER = 4 * 2**20
@@ -29,7 +29,7 @@ class Speed:
     wrong_ranks: tuple[int, ...]
 
 
-def exchange_speed(process: Process, links: Links, kind: LinkKind) -> Speed | None:
+def exchange_speed(process: RankInfo, links: Links, kind: LinkKind) -> Speed | None:
     """An all-to-all among all ranks in which bytes go over one kind of link alone; None: there is none. Collective."""
     nodes = links.node_of_rank
     joined = [[_kind(nodes, rank, peer) is kind for peer in range(process.ranks)] for rank in range(process.ranks)]
@@ -59,7 +59,7 @@ def _kind(nodes: Sequence[int], rank: int, peer: int) -> LinkKind:
     return Links(rank, tuple(nodes)).kind(peer)
 
 
-def _timed_exchange(received: torch.Tensor, sent: torch.Tensor, split: list[int], process: Process) -> float:
+def _timed_exchange(received: torch.Tensor, sent: torch.Tensor, split: list[int], process: RankInfo) -> float:
     """Seconds of the slowest rank."""
     dist.barrier()
     started = time.perf_counter()
@@ -71,7 +71,7 @@ def _timed_exchange(received: torch.Tensor, sent: torch.Tensor, split: list[int]
     return float(longest)
 
 
-def clock_offsets(process: Process, ranks: Sequence[int]) -> list[float]:
+def clock_offsets(process: RankInfo, ranks: Sequence[int]) -> list[float]:
     """By how many seconds the clocks of some ranks are ahead of rank 0's; known to rank 0. Collective.
 
     As NTP does: a rank's answer is taken to be of the middle of the time that question and answer took; the fastest of
@@ -82,7 +82,7 @@ def clock_offsets(process: Process, ranks: Sequence[int]) -> list[float]:
     return offsets
 
 
-def _offset(process: Process, other: int) -> float:
+def _offset(process: RankInfo, other: int) -> float:
     clock, best = torch.zeros(1, dtype=torch.float64, device=process.device), (float("inf"), 0.0)
     for _ in range(ROUNDS):
         if process.rank == 0:

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import BatchShape, RunConfig
+from moe_dist.distributed.init import RankInfo
 from moe_dist.engine import gradient_norm
+from moe_dist.engine.deepspeed_init import init_deepspeed
 from moe_dist.engine.expert_process_groups import MarkedModel, register_groups
 from moe_dist.engine.offloaded_adamw import OffloadedAdamW
 from moe_dist.engine.optimizer_groups import parameter_groups
-from moe_dist.distributed.init import Process
-from moe_dist.engine.optimizer_state import TrainingState
+from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.model.language_model import LanguageModel, copies_of
 
 
@@ -39,10 +40,11 @@ class StepOutcome:
     """Some rank wants all to stop after this step."""
 
 
-class Engine:
+class DeepSpeedEngine:
     """A language model under training."""
 
-    def __init__(self, model: LanguageModel, config: RunConfig, batch: BatchShape, process: Process) -> None:
+    def __init__(self, model: LanguageModel, config: RunConfig, batch: BatchShape, process: RankInfo) -> None:
+        init_deepspeed()
         self.model, self.config, self.batch, self.process = model.to_device(process.device), config, batch, process
         mesh = model.context.mesh
         register_groups(model, mesh)
@@ -96,9 +98,9 @@ class Engine:
             context.balance.update(outcome.count_LE.to(self.process.device), moe, context.placements)
         return float(self._engine.optimizer._global_grad_norm)
 
-    def training_state(self) -> TrainingState:
+    def training_state(self) -> OptimizerState:
         """Masters and moments of the parameters, as they are between two steps."""
-        return TrainingState(self._engine.optimizer, self._offloaded)
+        return OptimizerState(self._engine.optimizer, self._offloaded)
 
     def wrap_reduction(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """For measurements: `wrap` is given what reduces the gradients of a micro-batch, and returns its substitute."""

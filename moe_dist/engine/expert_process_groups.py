@@ -7,8 +7,8 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import nn
 
-from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
 from moe_dist.distributed.mesh import GroupKind, Mesh
+from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
 
 
 class ExpertMarker(MoE):  # type: ignore[misc]

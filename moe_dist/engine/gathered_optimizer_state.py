@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, StateFragment, TrainingState
-from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
 from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, OptimizerState, StateFragment
+from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
 
-WholeState = dict[str, Tensor]
+GatheredOptimizerState = dict[str, Tensor]
 """By `STATE_NAMES`: float32, each in the parameter's shape."""
 
 
@@ -30,7 +30,7 @@ class OwnedState:
     """Whether each of them owns another part of it; else every one owns all."""
 
     @classmethod
-    def of(cls, state: TrainingState, parameter: nn.Parameter, mesh: Mesh) -> "OwnedState":
+    def of(cls, state: OptimizerState, parameter: nn.Parameter, mesh: Mesh) -> "OwnedState":
         """As views of the optimizer's tensors."""
         kind = REDUCED_OVER.get(class_of(parameter))
         group = None if kind is None else mesh.group(kind).handle
@@ -45,7 +45,7 @@ class OwnedState:
         return OwnedState(self.shape, StateFragment(self.fragment.start, tensors), self.group, self.divided)
 
     @torch.no_grad()
-    def whole(self, device: torch.device) -> WholeState:
+    def whole(self, device: torch.device) -> GatheredOptimizerState:
         """All of it, on every rank that holds the parameter; collective over them if it is divided."""
         whole_SP = torch.zeros(len(STATE_NAMES), self.shape.numel(), device=device)
         if self.fragment is not None:
@@ -57,7 +57,7 @@ class OwnedState:
 
 
 @torch.no_grad()
-def write_whole(state: TrainingState, parameter: nn.Parameter, whole: Mapping[str, Tensor]) -> None:
+def write_whole(state: OptimizerState, parameter: nn.Parameter, whole: Mapping[str, Tensor]) -> None:
     """Sets a parameter and what this rank owns of its master, and of the moments that are given."""
     parameter.copy_(whole[MASTER])
     fragment = state.fragment(parameter)
@@ -67,7 +67,7 @@ def write_whole(state: TrainingState, parameter: nn.Parameter, whole: Mapping[st
 
 
 @torch.no_grad()
-def restore(state: TrainingState, parameter: nn.Parameter, value: Tensor, owned: OwnedState) -> None:
+def restore(state: OptimizerState, parameter: nn.Parameter, value: Tensor, owned: OwnedState) -> None:
     """Sets a parameter, and what this rank owns of its state to a copy made before."""
     parameter.copy_(value)
     fragment = state.fragment(parameter)

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from moe_dist.config import OptimizerConfig
+from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.optimizer_groups import UpdateRule, update_rule
-from moe_dist.memory.block import Kind
-from moe_dist.memory.offloaded_cluster import OffloadedCluster
+from moe_dist.memory.block import TensorKind
 from moe_dist.memory.expert_memory import ExpertMemory, Place
+from moe_dist.memory.offloaded_cluster import OffloadedCluster
 from moe_dist.model.language_model import copies_of
 from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
-from moe_dist.distributed.mesh import Mesh
 
 
 class OffloadedAdamW:
@@ -74,7 +74,7 @@ class OffloadedAdamW:
 
     @contextmanager
     def _gradient(self, cluster: OffloadedCluster) -> Iterator[Tensor]:
-        block, device = cluster.block(Kind.GRADIENT), self.memory.device
+        block, device = cluster.block(TensorKind.GRADIENT), self.memory.device
         gradient = device.acquire(block, blank=not cluster.has_gradient)
         cluster.has_gradient = True
         try:
@@ -83,22 +83,22 @@ class OffloadedAdamW:
             device.release(block, changed=True)
 
     def _fetch_ahead(self, cluster: OffloadedCluster) -> None:
-        kinds = [kind for kind in cluster.sizes() if kind is not Kind.GRADIENT or cluster.has_gradient]
+        kinds = [kind for kind in cluster.sizes() if kind is not TensorKind.GRADIENT or cluster.has_gradient]
         self.memory.state.prefetch([cluster.block(kind) for kind in kinds])
 
     def _step_cluster(self, cluster: OffloadedCluster, learning_rate: float, clip_factor: Tensor | None) -> None:
-        gradient_block = cluster.block(Kind.GRADIENT)
+        gradient_block = cluster.block(TensorKind.GRADIENT)
         with self._blocks(cluster) as blocks:
-            gradient = blocks[Kind.GRADIENT]
+            gradient = blocks[TensorKind.GRADIENT]
             if clip_factor is not None:
                 gradient.mul_(clip_factor.to(gradient.device))
-            master = blocks.get(Kind.MASTER, blocks[Kind.WEIGHT])
+            master = blocks.get(TensorKind.MASTER, blocks[TensorKind.WEIGHT])
             rules = [update_rule(name, parameter, self._options) for name, parameter in cluster.parameters.items()]
             for rule, run in cluster.layout.runs(rules):
-                moments = (blocks[Kind.EXP_AVG][run], blocks[Kind.EXP_AVG_SQ][run])
+                moments = (blocks[TensorKind.EXP_AVG][run], blocks[TensorKind.EXP_AVG_SQ][run])
                 self._adamw(master[run], gradient[run], *moments, learning_rate, rule)
-            if master is not blocks[Kind.WEIGHT]:
-                blocks[Kind.WEIGHT].copy_(master)
+            if master is not blocks[TensorKind.WEIGHT]:
+                blocks[TensorKind.WEIGHT].copy_(master)
         self.memory.state.drop(gradient_block)
         cluster.has_gradient = False
 
@@ -113,16 +113,16 @@ class OffloadedAdamW:
         )  # fmt: skip
 
     @contextmanager
-    def _blocks(self, cluster: OffloadedCluster) -> Iterator[dict[Kind, Tensor]]:
+    def _blocks(self, cluster: OffloadedCluster) -> Iterator[dict[TensorKind, Tensor]]:
         """Blocks where the training state is; what an accelerator has of them is sent down first."""
         memory = self.memory
         with ExitStack() as held:
             blocks = {}
             for kind in cluster.sizes():
                 block = cluster.block(kind)
-                if memory.state is not memory.device and kind in (Kind.WEIGHT, Kind.GRADIENT):
+                if memory.state is not memory.device and kind in (TensorKind.WEIGHT, TensorKind.GRADIENT):
                     memory.device.send_down(block)
-                idle = kind is not Kind.WEIGHT
-                blank = kind is Kind.GRADIENT and not cluster.has_gradient
+                idle = kind is not TensorKind.WEIGHT
+                blank = kind is TensorKind.GRADIENT and not cluster.has_gradient
                 blocks[kind] = held.enter_context(memory.state.held(block, changed=True, idle=idle, blank=blank))
             yield blocks

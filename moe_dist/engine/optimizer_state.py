@@ -36,7 +36,7 @@ class StateFragment:
         return self.start + self.tensors[MASTER].numel()
 
 
-class TrainingState:
+class OptimizerState:
     """The optimizer's state, parameter by parameter. Values before the first update are zero moments, step 0."""
 
     def __init__(self, optimizer: Any, offloaded: OffloadedAdamW | None = None) -> None:

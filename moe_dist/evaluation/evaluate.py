@@ -9,14 +9,14 @@ import torch
 
 from moe_dist.config import MemoryConfig, WorldConfig
 from moe_dist.console import wide_console
-from moe_dist.distributed.init import join, leave
+from moe_dist.distributed.init import init_distributed, shutdown
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation import tables as view
 from moe_dist.evaluation.fine_tune import FineTuning
 from moe_dist.evaluation.glue import GlueSpec, evaluate_glue
 from moe_dist.evaluation.perplexity import perplexity
-from moe_dist.evaluation.trained_model import Subject, open_subject
 from moe_dist.evaluation.texts import encode_text, open_text
+from moe_dist.evaluation.trained_model import Subject, open_subject
 from moe_dist.metrics import installed_versions, write_json
 
 Figures = dict[str, Any]
@@ -67,14 +67,14 @@ def evaluate(world: WorldConfig, spec: EvalSpec, memory: MemoryConfig | None = N
     Raises:
         MoeDistError: the run, the data or the options cannot be used.
     """
-    process = join(world)
+    process = init_distributed(world)
     with open_subject(spec.run, process, world, spec.dtype, memory) as subject:
         figures = _figures(subject, spec, _say if process.rank == 0 else _silent)
     if process.rank == 0:
         view.render(figures, wide_console())
         if spec.json_file is not None:
             write_json(Path(spec.json_file), figures)
-    leave()
+    shutdown()
     return figures
 
 

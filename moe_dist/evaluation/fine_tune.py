@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import BatchShape, RunConfig
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.distributed.init import Process
+from moe_dist.distributed.init import RankInfo
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.errors import TrainingError
 from moe_dist.evaluation.sentence_model import Encoded, SentenceModel, pack
 from moe_dist.evaluation.trained_model import as_kept
@@ -49,8 +49,8 @@ class FineTuning:
 
 
 def fine_tune(
-    model: SentenceModel, rows: Sequence[Encoded], how: FineTuning, config: RunConfig, seed: int, process: Process
-) -> Engine:
+    model: SentenceModel, rows: Sequence[Encoded], how: FineTuning, config: RunConfig, seed: int, process: RankInfo
+) -> DeepSpeedEngine:
     """Trains all weights; returns the engine, which still holds the model. Collective.
 
     Args:
@@ -59,7 +59,7 @@ def fine_tune(
     Raises:
         TrainingError: the loss is no longer finite.
     """
-    engine = Engine(model, config, BatchShape(how.batch // process.ranks, 1), process)
+    engine = DeepSpeedEngine(model, config, BatchShape(how.batch // process.ranks, 1), process)
     highest = how.learning_rate or config.optimizer.learning_rate / 4
     steps = how.steps(len(rows))
     for step, batch in enumerate(_batches(rows, how.batch, steps, seed, process), 1):
@@ -71,7 +71,7 @@ def fine_tune(
     return engine
 
 
-def _batches(rows: Sequence[Encoded], batch: int, steps: int, seed: int, process: Process) -> Iterator[Tensor]:
+def _batches(rows: Sequence[Encoded], batch: int, steps: int, seed: int, process: RankInfo) -> Iterator[Tensor]:
     """This rank's part of each batch, as wide as the longest sentence of the whole batch; epochs are shuffled anew."""
     random, order = np.random.RandomState(seed), np.empty(0, dtype=np.int64)
     share = batch // process.ranks
@@ -83,7 +83,7 @@ def _batches(rows: Sequence[Encoded], batch: int, steps: int, seed: int, process
         yield pack(chosen[process.rank * share : (process.rank + 1) * share], width)
 
 
-def predict(model: SentenceModel, rows: Sequence[Encoded], batch: int, process: Process) -> npt.NDArray[np.float64]:
+def predict(model: SentenceModel, rows: Sequence[Encoded], batch: int, process: RankInfo) -> npt.NDArray[np.float64]:
     """The number of a class, or a similarity, for every row [V]; collective, the same on all ranks."""
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))  # little to fill up
     found = np.empty(len(rows))

@@ -16,8 +16,8 @@ from moe_dist.evaluation.glue_data import GlueData, is_there, load_task
 from moe_dist.evaluation.glue_metrics import score
 from moe_dist.evaluation.glue_tasks import TASKS, GlueTask
 from moe_dist.evaluation.sentence_model import Encoded, SentenceModel, encode
-from moe_dist.evaluation.trained_model import Subject, is_packed
 from moe_dist.evaluation.tables import with_spread
+from moe_dist.evaluation.trained_model import Subject, is_packed
 
 Figures = dict[str, Any]
 

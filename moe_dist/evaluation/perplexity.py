@@ -6,9 +6,9 @@ from math import exp, inf, log
 import torch
 import torch.distributed as dist
 
-from moe_dist.distributed.init import Process
-from moe_dist.evaluation.trained_model import as_kept
+from moe_dist.distributed.init import RankInfo
 from moe_dist.evaluation.texts import EncodedText
+from moe_dist.evaluation.trained_model import as_kept
 from moe_dist.evaluation.windows import window_batches
 from moe_dist.model.language_model import LanguageModel
 
@@ -51,7 +51,7 @@ class Perplexity:
 
 
 def perplexity(
-    model: LanguageModel, text: EncodedText, length: int, stride: int, batch: int, process: Process
+    model: LanguageModel, text: EncodedText, length: int, stride: int, batch: int, process: RankInfo
 ) -> Perplexity:
     """Scores a text by sliding windows; collective.
 

@@ -12,14 +12,14 @@ from moe_dist.checkpoint.trained_weights import TrainedWeights, find_weights
 from moe_dist.config import MemoryConfig, ReclusterConfig, RunConfig, WorldConfig, resolve_world
 from moe_dist.data import Tokenizer, prepare_data
 from moe_dist.data.prepare import TOKENIZER
-from moe_dist.distributed.init import Process
+from moe_dist.distributed.collective_errors import raise_on_all_ranks
+from moe_dist.distributed.init import RankInfo
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.memory.quantized_clusters import StoredMemory
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.quantized_experts import StoredExperts
-from moe_dist.distributed.links import Links
-from moe_dist.distributed.mesh import Mesh
-from moe_dist.distributed.collective_errors import together
+from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Subject:
     run: Path
     weights: TrainedWeights
     tokenizer: Tokenizer
-    process: Process
+    process: RankInfo
     mesh: Mesh
     memory: StoredMemory | None = None
 
@@ -66,11 +66,13 @@ def as_kept(model: LanguageModel) -> AbstractContextManager[None]:
 
 def is_packed(model: LanguageModel) -> bool:
     """Whether its experts are in few bits already, and cannot be trained: it is from an export with --stored."""
-    return any(isinstance(part, StoredExperts) for layer in model.clustered_layers() for part in layer.clusters)
+    return any(
+        isinstance(part, QuantizedClusterExperts) for layer in model.clustered_layers() for part in layer.clusters
+    )
 
 
 def open_subject(
-    run: Path, process: Process, world: WorldConfig, dtype: str, memory: MemoryConfig | None = None
+    run: Path, process: RankInfo, world: WorldConfig, dtype: str, memory: MemoryConfig | None = None
 ) -> Subject:
     """Finds a run's weights and tokenizer; collective.
 
@@ -95,12 +97,12 @@ def open_subject(
     config = evaluation_config(weights.config, world, dtype, memory)
     mesh = Mesh.create(resolve_world(config, process.ranks), process.timeout)
     tokenizer = _tokenizer(run, weights)
-    with together():
+    with raise_on_all_ranks():
         kept = _stored_memory(run, config, mesh, process) if memory.offload else None
     return Subject(run, replace(weights, config=config), tokenizer, process, mesh, kept)
 
 
-def _stored_memory(run: Path, config: RunConfig, mesh: Mesh, process: Process) -> StoredMemory:
+def _stored_memory(run: Path, config: RunConfig, mesh: Mesh, process: RankInfo) -> StoredMemory:
     """Its files are beside the exported file where `memory.directory` says nothing."""
     beside = config.model_copy(update={"runs_dir": str(run.parent), "name": run.name})
     return StoredMemory(beside, config.moe.clusters // mesh.shape.cluster, process.rank, process.device)

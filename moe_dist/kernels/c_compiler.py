@@ -3,7 +3,7 @@
 A library is kept in a private folder of the user's cache, named by the hash of all it depends on: source, flags,
 compiler and the processor's features (a home may be shared by unlike nodes). Ranks that start together are safe: one
 compiles under a file lock, and a finished library appears by an atomic rename. Nothing here raises for want of a
-compiler; a warning says once why the torch form is used instead. `MOE_DIST_NATIVE=0` turns all of it off, and
+compiler; a warning says once why the torch backend is used instead. `MOE_DIST_NATIVE=0` turns all of it off, and
 `MOE_DIST_ISA=avx2|sse4|scalar` compiles for an older x86 processor than this one, for tests.
 """
 

@@ -1,4 +1,4 @@
-"""A form of the hidden step held against 'mask' on a small problem, on the device where it is to be used.
+"""A backend of the hidden step held against 'masked' on a small problem, on the device where it is to be used.
 
 Shapes: T tokens, K slots, N experts, F hidden width, H = 2 F (gate | up), R rank, C = 2 R.
 """
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from moe_dist.compression.cluster_weights import ClusterWeights
-from moe_dist.kernels.lowrank_swiglu_masked import hidden_mask
-from moe_dist.kernels.lowrank_swiglu import HiddenStep
+from moe_dist.kernels.lowrank_swiglu import LowRankSwiGLU
+from moe_dist.kernels.lowrank_swiglu_masked import lowrank_swiglu_masked
 
 _TOKENS, _SLOTS, _EXPERTS, _WIDTH = 40, 2, 3, 48
 _TOLERANCE = {torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the largest entry; TF32 may be on
 
 
-def trial(step: HiddenStep, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+def kernel_selftest(step: LowRankSwiGLU, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
     """What is wrong with the step's outputs or gradients, or None. Uses no random state but its own.
 
     In a thread of its own, which no mode or hook of autograd reaches: the first use may be within a checkpointed layer.
@@ -25,13 +25,13 @@ def trial(step: HiddenStep, device: torch.device, dtype: torch.dtype, rank: int)
         return alone.submit(_tried, step, device, dtype, rank).result()
 
 
-def _tried(step: HiddenStep, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+def _tried(step: LowRankSwiGLU, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
     leaves, slot_TK = _problem(device, dtype, rank)
-    found, expected = _results(step, leaves, slot_TK), _results(hidden_mask, leaves, slot_TK)
+    found, expected = _results(step, leaves, slot_TK), _results(lowrank_swiglu_masked, leaves, slot_TK)
     for name, value in expected.items():
         error = (found[name].float() - value.float()).abs().max() / value.float().abs().max()
         if not error <= _TOLERANCE[dtype]:  # a NaN is wrong too
-            return f"{name} differs from form 'mask' by {error:.1e} of the largest entry"
+            return f"{name} differs from backend 'masked' by {error:.1e} of the largest entry"
     return None
 
 
@@ -54,7 +54,7 @@ def _problem(device: torch.device, dtype: torch.dtype, rank: int) -> tuple[dict[
     return {name: x.to(device, dtype).requires_grad_() for name, x in drawn.items()}, slot_TK.to(device)
 
 
-def _results(step: HiddenStep, leaves: dict[str, Tensor], slot_TK: Tensor) -> dict[str, Tensor]:
+def _results(step: LowRankSwiGLU, leaves: dict[str, Tensor], slot_TK: Tensor) -> dict[str, Tensor]:
     """hidden, thin, and the gradients of a weighted sum of both."""
     own = {name: x for name, x in leaves.items() if "_" in name}
     unused = dict.fromkeys(("base_in_DH", "base_out_FD", "in_u_NDR", "out_v_NRD"), leaves["pre"])

@@ -1,4 +1,4 @@
-"""What every form of the hidden step takes and gives (`shared_base`)."""
+"""What every backend of the hidden step takes and gives (`shared_base`)."""
 
 from collections.abc import Callable
 
@@ -7,4 +7,4 @@ from torch import Tensor
 from moe_dist.compression.cluster_weights import ClusterWeights
 
 # pre [T, H], z [T, N, C], slot [T, K], gate [T, K], weights -> sum_k p_k h_k [T, F], p_e (h_e U_e) [T, N, R]
-HiddenStep = Callable[[Tensor, Tensor, Tensor, Tensor, ClusterWeights], tuple[Tensor, Tensor]]
+LowRankSwiGLU = Callable[[Tensor, Tensor, Tensor, Tensor, ClusterWeights], tuple[Tensor, Tensor]]

@@ -1,11 +1,11 @@
-"""The hidden step, form 'compiled': low-rank correction, SwiGLU, vectors and weighted sum in one pass (hidden.c).
+"""The hidden step, backend 'cpu': low-rank correction, SwiGLU, vectors and weighted sum in one pass (hidden.c).
 
 What separates clustered experts from the dense floor is not arithmetic but the traffic of k copies of the hidden units,
 forward and backward. The operator holds a tile of them in the cache instead, and recomputes it in the backward pass, so
 that no tensor of [tokens, k, hidden] exists at all. CPU only, float32 and bfloat16 (arithmetic and sums in float32).
 
 Measured by `moe-dist bench layer` (d=512, f=1408, n=8, r=8, k=2, forward + backward) the layer takes 1.1 (float32)
-and 1.3 (bfloat16) times the dense floor; with the torch forms 1.3 and 1.5.
+and 1.3 (bfloat16) times the dense floor; with the torch backends 1.3 and 1.5.
 
 Columns are divided among torch's threads, each with partial sums of its own for what is summed over columns: results
 depend on the number of threads in the last digits only, and never on the timing.
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.kernels import c_compiler as native
 from moe_dist.compression.cluster_weights import ClusterWeights
+from moe_dist.kernels import c_compiler as native
 
 _SOURCE = Path(__file__).with_name("lowrank_swiglu_cpu.c")
 _TILE = 128  # hidden.c's TILE: what a thread takes is a multiple of it
@@ -45,7 +45,7 @@ def available(device: torch.device, dtype: torch.dtype, rank: int, width: int) -
     return possible and _library(dtype, rank) is not None
 
 
-def hidden_compiled(
+def lowrank_swiglu_cpu(
     pre_TH: Tensor, z_TNC: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ClusterWeights
 ) -> tuple[Tensor, Tensor]:
     """`sum_k p_k h_k` [T, F] and `p_e (h_e U_e)` [T, N, R], zero for experts not chosen (`shared_base`)."""
@@ -105,7 +105,7 @@ def _run(
     tokens, experts, columns = z.shape
     library = _library(pre.dtype, columns // 2)
     if library is None:
-        raise RuntimeError("the form 'compiled' is not available here: let choose_form decide")
+        raise RuntimeError("the backend 'cpu' is not available here: let choose_form decide")
     operator, sizes = library[name], (tokens, experts, slot.shape[1], pre.shape[1] // 2)
 
     def call(part: tuple[int, int], output: tuple[Tensor | None, ...]) -> None:

@@ -1,6 +1,6 @@
-"""The hidden step, form 'mask': every expert's thin product for every token in one GEMM, those not chosen zeroed.
+"""The hidden step, backend 'masked': every expert's thin product for every token in one GEMM, those not chosen zeroed.
 
-Device-agnostic torch without a synchronisation with the host, so it is the form for a GPU that cannot have 'triton'. It
+Device-agnostic torch without a synchronisation with the host: the backend for a GPU that cannot have 'triton'. It
 spends n r columns where k r are needed, and keeps copies of the hidden units for each slot.
 
 Shapes: T tokens, K slots, N experts of the cluster, R rank, F hidden width, H = 2 F (gate | up), C = 2 R, Q = N R.
@@ -13,7 +13,7 @@ from torch.nn import functional
 from moe_dist.compression.cluster_weights import ClusterWeights
 
 
-def hidden_mask(
+def lowrank_swiglu_masked(
     pre_TH: Tensor, z_TNC: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ClusterWeights
 ) -> tuple[Tensor, Tensor]:
     """`sum_k p_k h_k` [T, F] and `p_e (h_e U_e)` [T, N, R], zero for experts not chosen (`shared_base`)."""

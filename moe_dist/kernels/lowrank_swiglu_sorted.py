@@ -1,4 +1,4 @@
-"""The hidden step, form 'sort': one row for each present slot, sorted by expert, with thin GEMMs for each expert.
+"""The hidden step, backend 'sorted': one row for each present slot, sorted by expert, with thin GEMMs for each expert.
 
 No work for experts that were not chosen; it needs the experts' counts on the host.
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 from moe_dist.compression.cluster_weights import ClusterWeights
 
 
-def hidden_sort(
+def lowrank_swiglu_sorted(
     pre_TH: Tensor, z_TNC: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ClusterWeights
 ) -> tuple[Tensor, Tensor]:
     """`sum_k p_k h_k` [T, F] and `p_e (h_e U_e)` [T, N, R], zero for experts not chosen (`shared_base`)."""

@@ -9,7 +9,7 @@ experts to visit. The order needs no synchronisation with the host, and rows of 
 no bandwidth.
 
 Run in Triton's interpreter and compiled for GPUs, but never run on one, and never timed. So before they are first
-used on a device the kernels are held against form 'mask' there (`hidden_trial`), and not used if they do not agree.
+used on a device they are held against backend 'masked' there (`kernel_selftest`), and not used if they differ.
 
 Shapes: T tokens, K slots, N experts of the cluster, R rank, F hidden width, H = 2 F (gate | up), C = 2 R; W runs
 of columns, S splits of the tokens.
@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_dist.kernels import c_compiler as native
 from moe_dist.compression.cluster_weights import ClusterWeights
-from moe_dist.kernels.kernel_selftest import trial
-from moe_dist.compression.quantization import PackedFactor
+from moe_dist.compression.quantization import QuantizedFactor
+from moe_dist.kernels import c_compiler as native
+from moe_dist.kernels.kernel_selftest import kernel_selftest
 
 Factor = tuple[Tensor, Tensor | None, Tensor | None]  # numbers, or codes, scales and zero points
 Vectors = tuple[Tensor, Tensor] | tuple[None, None]
@@ -44,7 +44,7 @@ _RUN = 256  # columns that one program takes
 _TILE = {"B": 32, "L": 32, "num_warps": 4}  # next to no register is spilled (Triton 3.9, sm_80, bfloat16, rank 8)
 REQUIREMENTS = (
     f"it needs triton, a GPU of compute capability {_CAPABILITY} (or TRITON_INTERPRET=1), float32, bfloat16 or "
-    f"float16, a rank up to {_MAX_RANK}, and kernels that agree with form 'mask' there"
+    f"float16, a rank up to {_MAX_RANK}, and kernels that agree with backend 'masked' there"
 )
 _logger = logging.getLogger(__name__)
 
@@ -67,19 +67,21 @@ def _capable(device: torch.device) -> bool:
 
 @functools.cache
 def _works(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
-    """Whether a small problem comes out as in form 'mask', with its gradients; a warning says once why not."""
+    """Whether a small problem comes out as in backend 'masked', with its gradients; a warning says once why not."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
-        wrong = trial(hidden_triton, device, dtype, rank)
+        wrong = kernel_selftest(lowrank_swiglu_triton, device, dtype, rank)
     except Exception as error:  # whatever a compiler or a driver may raise
         wrong = f"{type(error).__name__}: {error}"
     if wrong is not None:
-        _logger.warning("form 'triton' is not used on %s, torch is: %s", device, wrong.strip().partition("\n")[0][:500])
+        _logger.warning(
+            "backend 'triton' is not used on %s, torch is: %s", device, wrong.strip().partition("\n")[0][:500]
+        )
     return wrong is None
 
 
-def hidden_triton(
+def lowrank_swiglu_triton(
     pre_TH: Tensor, z_TNC: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ClusterWeights
 ) -> tuple[Tensor, Tensor]:
     """`sum_k p_k h_k` [T, F] and `p_e (h_e U_e)` [T, N, R], zero for experts not chosen (`shared_base`)."""
@@ -89,12 +91,12 @@ def hidden_triton(
     return cast(tuple[Tensor, Tensor], outputs)
 
 
-def hidden_packed(
+def lowrank_swiglu_packed(
     pre_TH: Tensor,
     z_TNC: Tensor,
     slot_TK: Tensor,
     gate_TK: Tensor,
-    factors: tuple[PackedFactor, PackedFactor],
+    factors: tuple[QuantizedFactor, QuantizedFactor],
     vectors: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """`hidden_triton`, to the bit, of in_v_NRH and out_u_NFR as they are stored, unpacked in registers; no backward."""

@@ -1,4 +1,4 @@
-"""Experts of one cluster computed from their stored form, with codes unpacked where they are used.
+"""Experts of one cluster computed from their stored backend, with codes unpacked where they are used.
 
 Shapes: T tokens, K slots, D model width, N experts, F hidden width, H = 2 F, R rank.
 """
@@ -7,17 +7,19 @@ import torch
 from torch import Tensor
 
 from moe_dist.compression.cluster_weights import OuterWeights, hidden_vectors
-from moe_dist.kernels.lowrank_swiglu_triton import hidden_packed
-from moe_dist.compression.quantized_cluster import PackedCluster
-from moe_dist.kernels.shared_base_experts import around, clustered_experts, possible_form
+from moe_dist.compression.quantized_cluster import QuantizedCluster
+from moe_dist.kernels.lowrank_swiglu_triton import lowrank_swiglu_packed
+from moe_dist.kernels.shared_base_experts import apply_shared_base, clustered_experts, resolve_backend
 
 
-def stored_experts(x_TD: Tensor, slot_TK: Tensor, gate_TK: Tensor, packed: PackedCluster, form: str = "auto") -> Tensor:
+def packed_experts(
+    x_TD: Tensor, slot_TK: Tensor, gate_TK: Tensor, packed: QuantizedCluster, backend: str = "auto"
+) -> Tensor:
     """`clustered_experts` of `packed.weights(x.dtype)`, to the bit; differentiable in x and gate.
 
-    Where the form is 'triton' and no gradient is wanted, the kernel unpacks the two factors of the hidden step, whose
-    numbers then exist in registers only. The two around it feed GEMMs, and are unpacked for the pass as all are in
-    other forms.
+    Where the backend is 'triton' and no gradient is wanted, the kernel unpacks the two factors of the hidden step:
+    their numbers exist in registers only. The two around it feed GEMMs and are unpacked for the pass, as in other
+    backends.
 
     Raises:
         ConfigError: as `clustered_experts`.
@@ -26,8 +28,8 @@ def stored_experts(x_TD: Tensor, slot_TK: Tensor, gate_TK: Tensor, packed: Packe
     in_v, out_u = factors["in_v_NRH"], factors["out_u_NFR"]
     experts, _, rank, width = in_v.shape
     wants_gradient = torch.is_grad_enabled() and (x_TD.requires_grad or gate_TK.requires_grad)
-    if wants_gradient or form == "reference" or possible_form(form, x_TD, experts, rank, width) != "triton":
-        return clustered_experts(x_TD, slot_TK, gate_TK, packed.weights(dtype), form)
+    if wants_gradient or backend == "reference" or resolve_backend(backend, x_TD, experts, rank, width) != "triton":
+        return clustered_experts(x_TD, slot_TK, gate_TK, packed.weights(dtype), backend)
     vectors = {name: vector.to(dtype) for name, vector in packed.experts.vectors.items()}
     inner = hidden_vectors(vectors.get("hidden_gate_NF"), vectors.get("hidden_bias_NH"))
     outer = OuterWeights(
@@ -39,6 +41,6 @@ def stored_experts(x_TD: Tensor, slot_TK: Tensor, gate_TK: Tensor, packed: Packe
     )
 
     def hidden_step(pre_TH: Tensor, z_TNC: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden_packed(pre_TH, z_TNC, slot_TK, gate_TK, (in_v, out_u), inner)
+        return lowrank_swiglu_packed(pre_TH, z_TNC, slot_TK, gate_TK, (in_v, out_u), inner)
 
-    return around(x_TD, slot_TK, gate_TK, outer, hidden_step)
+    return apply_shared_base(x_TD, slot_TK, gate_TK, outer, hidden_step)

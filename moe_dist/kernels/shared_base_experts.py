@@ -3,7 +3,7 @@
     pre_k = x B_in + (x U_k) V_k             x B_in once
     y     = (sum_k p_k h_k) B_out + sum_k p_k (h_k U'_k) V'_k + sum_k p_k b_k        B_out once, by linearity
 
-What lies between the two lines, the *hidden step*, exists in several forms, each in a file of its own (`hidden_*.py`):
+Between the two lines lies the *low-rank SwiGLU*, which has several backends, a file each (`lowrank_swiglu_*.py`):
 given `pre = x B_in` and `z = x U` of all experts, it returns `sum_k p_k h_k` and the thin `p_e (h_e U'_e)`.
 
 Shapes: T tokens, K slots of a token, N experts of the cluster, D model width, F hidden width, H = 2 F (gate | up),
@@ -15,43 +15,45 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_dist.compression.cluster_weights import ClusterWeights, OuterWeights
+from moe_dist.errors import ConfigError
 from moe_dist.kernels import lowrank_swiglu_cpu as hidden_compiled
 from moe_dist.kernels import lowrank_swiglu_triton as hidden_triton
-from moe_dist.compression.cluster_weights import ClusterWeights, OuterWeights
-from moe_dist.kernels.lowrank_swiglu_masked import hidden_mask
-from moe_dist.kernels.lowrank_swiglu_sorted import hidden_sort
-from moe_dist.kernels.lowrank_swiglu import HiddenStep
+from moe_dist.kernels.lowrank_swiglu import LowRankSwiGLU
+from moe_dist.kernels.lowrank_swiglu_masked import lowrank_swiglu_masked
+from moe_dist.kernels.lowrank_swiglu_sorted import lowrank_swiglu_sorted
 from moe_dist.kernels.reference import clustered_experts_reference
-from moe_dist.errors import ConfigError
 
-HIDDEN_STEPS: dict[str, HiddenStep] = {
-    "mask": hidden_mask,
-    "sort": hidden_sort,
-    "compiled": hidden_compiled.hidden_compiled,
-    "triton": hidden_triton.hidden_triton,
+KERNELS: dict[str, LowRankSwiGLU] = {
+    "masked": lowrank_swiglu_masked,
+    "sorted": lowrank_swiglu_sorted,
+    "cpu": hidden_compiled.lowrank_swiglu_cpu,
+    "triton": hidden_triton.lowrank_swiglu_triton,
 }
-FORMS = ("auto", *HIDDEN_STEPS, "reference")
-_LIMITED = {"compiled": hidden_compiled, "triton": hidden_triton}
+BACKENDS = ("auto", *KERNELS, "reference")
+_LIMITED = {"cpu": hidden_compiled, "triton": hidden_triton}
 
 
 def clustered_experts(
-    x_TD: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ClusterWeights, form: str = "auto"
+    x_TD: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ClusterWeights, backend: str = "auto"
 ) -> Tensor:
     """`y[t] = sum_k gate[t, k] * expert_{slot[t, k]}(x[t])` [T, D], differentiable in x, gate and all weights.
 
     `slot_TK` holds integers in [-1, n): -1 is an absent slot, and an expert comes at most once in a row. T may be 0.
-    `gate_TK` may be float32 beside a bfloat16 x. `form`: one of FORMS; only auto chooses what is available.
+    `gate_TK` may be float32 beside a bfloat16 x. `backend`: one of FORMS; only auto chooses what is available.
 
     Raises:
-        ConfigError: the form is 'compiled' or 'triton', and this machine, device, dtype or shape cannot have it.
+        ConfigError: the backend is 'cpu' or 'triton', and this machine, device, dtype or shape cannot have it.
     """
-    if form == "reference":
+    if backend == "reference":
         return clustered_experts_reference(x_TD, slot_TK, gate_TK, weights)
-    step = HIDDEN_STEPS[possible_form(form, x_TD, weights.experts, weights.rank, weights.expert_hidden)]
-    return around(x_TD, slot_TK, gate_TK, weights.outer(), lambda pre, z: step(pre, z, slot_TK, gate_TK, weights))
+    step = KERNELS[resolve_backend(backend, x_TD, weights.experts, weights.rank, weights.expert_hidden)]
+    return apply_shared_base(
+        x_TD, slot_TK, gate_TK, weights.outer(), lambda pre, z: step(pre, z, slot_TK, gate_TK, weights)
+    )
 
 
-def around(
+def apply_shared_base(
     x_TD: Tensor,
     slot_TK: Tensor,
     gate_TK: Tensor,
@@ -70,24 +72,24 @@ def around(
     return torch.addmm(hidden_TF @ outer.base_out_FD, thin_TQ, v_QD)
 
 
-def possible_form(form: str, x_TD: Tensor, experts: int, rank: int, width: int) -> str:
-    """The form that `form` asks for.
+def resolve_backend(backend: str, x_TD: Tensor, experts: int, rank: int, width: int) -> str:
+    """The backend that `backend` asks for.
 
     Raises:
         ConfigError: it is not available for this x and these sizes.
     """
-    if form == "auto":
+    if backend == "auto":
         return _fastest(x_TD.device, x_TD.dtype, experts, rank, width)
-    if form in _LIMITED and not _LIMITED[form].available(x_TD.device, x_TD.dtype, rank, width):
+    if backend in _LIMITED and not _LIMITED[backend].available(x_TD.device, x_TD.dtype, rank, width):
         raise ConfigError(
-            f"moe.form={form} is not available for {x_TD.dtype} on {x_TD.device.type} with moe.expert_hidden="
-            f"{width} and moe.rank={rank}: {_LIMITED[form].REQUIREMENTS}; or use moe.form=auto"
+            f"moe.backend={backend} is not available for {x_TD.dtype} on {x_TD.device.type} with moe.expert_hidden="
+            f"{width} and moe.rank={rank}: {_LIMITED[backend].REQUIREMENTS}; or use moe.backend=auto"
         )
-    return form
+    return backend
 
 
-def choose_form(device: torch.device, dtype: torch.dtype, weights: ClusterWeights) -> str:
-    """The fastest form for this device, dtype and shape: 'compiled' or 'triton' where it exists, or 'mask' or 'sort'.
+def choose_backend(device: torch.device, dtype: torch.dtype, weights: ClusterWeights) -> str:
+    """The fastest backend for this device, dtype and shape: 'cpu' or 'triton' where it exists, or 'masked' or 'sorted'.
 
     Measured on a busy CPU, forward + backward, d 128 and 512, n r from 16 to 128, k 1 to 4: compiled beat the better of
     the others everywhere, by 1.05 to 1.9 times; mask beat sort by up to 1.4 times at n r = 16, either won by up to a
@@ -98,10 +100,10 @@ def choose_form(device: torch.device, dtype: torch.dtype, weights: ClusterWeight
 
 
 def _fastest(device: torch.device, dtype: torch.dtype, experts: int, rank: int, width: int) -> str:
-    own = "compiled" if device.type == "cpu" else "triton"
+    own = "cpu" if device.type == "cpu" else "triton"
     if _LIMITED[own].available(device, dtype, rank, width):
         return own
-    return "mask" if device.type != "cpu" or experts * rank <= 32 else "sort"
+    return "masked" if device.type != "cpu" or experts * rank <= 32 else "sorted"
 
 
 def _gates_by_expert(slot_TK: Tensor, gate_TK: Tensor, experts: int) -> Tensor:

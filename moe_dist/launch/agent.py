@@ -14,10 +14,10 @@ import threading
 from dataclasses import asdict, dataclass
 from types import FrameType
 
+from moe_dist.errors import EXIT_REFUSED, LaunchError
 from moe_dist.launch import faults
 from moe_dist.launch.environment import prepare_process
-from moe_dist.launch.supervisor import HEARD, Outcome, run_job
-from moe_dist.errors import EXIT_REFUSED, LaunchError
+from moe_dist.launch.supervisor import HEARD, JobOutcome, run_job
 
 SIGN_OF_LIFE_SECONDS = 5.0
 SILENCE_SECONDS = 60.0  # after which the machine that started us counts as lost
@@ -25,7 +25,7 @@ OUTCOME = "moe-dist-outcome "  # before the JSON of how it ended
 
 
 @dataclass(frozen=True)
-class Part:
+class NodeJob:
     """What one machine is to do.
 
     Attributes:
@@ -50,7 +50,7 @@ def main() -> int:
         signal.signal(signum, _nothing_runs)
     signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # kept until the job can hear them
     orders = sys.stdin.fileno()
-    part = Part(**json.loads(_read_line(orders)))
+    part = NodeJob(**json.loads(_read_line(orders)))
     environment = {**os.environ, **part.variables}
     prepare_process(environment, part.threads, part.ranks)
     threading.Thread(target=_obey, args=(orders,), name="orders", daemon=True).start()
@@ -59,7 +59,7 @@ def main() -> int:
         ranks = range(part.first_rank, part.first_rank + part.ranks)
         outcome = run_job(part.command, environment, ranks, rendezvous_file=False)
     except (OSError, LaunchError) as error:
-        outcome = Outcome(EXIT_REFUSED, faults.describe(error))
+        outcome = JobOutcome(EXIT_REFUSED, faults.describe(error))
     print(say_outcome(outcome), file=sys.stderr, flush=True)
     return outcome.exit_code
 
@@ -88,18 +88,18 @@ def _read_line(orders: int) -> bytes:
     return line
 
 
-def say_outcome(outcome: Outcome) -> str:
+def say_outcome(outcome: JobOutcome) -> str:
     """The line that tells how a part has ended."""
     return OUTCOME + json.dumps(asdict(outcome))
 
 
-def read_outcome(line: str) -> Outcome | None:
+def read_outcome(line: str) -> JobOutcome | None:
     """How a part has ended, from the line in which it says so; None for any other line."""
     if not line.startswith(OUTCOME):
         return None
     said = json.loads(line.removeprefix(OUTCOME))
     fault = said["fault"] and faults.Fault(**said["fault"])
-    return Outcome(said["exit_code"], said["line"], fault)
+    return JobOutcome(said["exit_code"], said["line"], fault)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 
+from moe_dist.errors import LaunchError
 from moe_dist.launch.environment import free_port
 from moe_dist.launch.job import ENTRY, Job, Launcher, visible_gpus
-from moe_dist.errors import LaunchError
 
-TRAIN_SBATCH = ENTRY.parents[1] / "slurm" / "train.sbatch"
+TRAIN_SBATCH = ENTRY.parents[2] / "slurm" / "train.sbatch"
 
 
 def node_command(job: Job, node: int) -> list[str]:

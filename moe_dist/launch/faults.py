@@ -18,8 +18,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_dist.launch import sibling_ranks as peers
 from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError
+from moe_dist.launch import sibling_ranks as peers
 
 JOB_FOLDER = "MOE_DIST_JOB_FOLDER"
 SUPERVISOR = "MOE_DIST_SUPERVISOR_PID"
@@ -64,7 +64,7 @@ def folder_of_ranks() -> Path | None:
 
 
 def register(rank: int, *, leave_with_parent: bool) -> None:
-    """Tells the supervisor that this process is `rank`, and sees to it that the rank never outlives its moe_dist.launch."""
+    """Tells the supervisor that this process is `rank`, and sees to it that the rank never outlives its launcher."""
     watched = [os.getppid()] if leave_with_parent else []
     if supervised_folder() is not None:
         watched.append(int(os.environ[SUPERVISOR]))

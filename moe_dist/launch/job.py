@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from moe_dist.launch.environment import has_gpu
-from moe_dist.launch.hostfile import THIS_MACHINE, Node, read_hostfile, take
 from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
 from moe_dist.errors import LaunchError
+from moe_dist.launch.environment import has_gpu
+from moe_dist.launch.hostfile import THIS_MACHINE, Node, read_hostfile, take
 
 ENTRY = Path(__file__).with_name("rank.py")
 DEFAULT_PORT = 29500
@@ -68,7 +68,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Size:
+class JobSize:
     """How large a job is asked to be; None: not said.
 
     Attributes:
@@ -83,7 +83,7 @@ class Size:
 
 def plan(
     launcher: Launcher,
-    size: Size,
+    size: JobSize,
     config_path: str,
     overrides: Sequence[str],
     port: int = DEFAULT_PORT,
@@ -107,7 +107,7 @@ def plan(
     return job
 
 
-def machines(launcher: Launcher, size: Size, ranks_wanted: int) -> tuple[Node, ...]:
+def machines(launcher: Launcher, size: JobSize, ranks_wanted: int) -> tuple[Node, ...]:
     """The machines of a job and how many ranks each runs.
 
     Args:
@@ -129,7 +129,7 @@ def machines(launcher: Launcher, size: Size, ranks_wanted: int) -> tuple[Node, .
     return nodes
 
 
-def _unnamed(launcher: Launcher, size: Size, wanted: int) -> tuple[Node, ...]:
+def _unnamed(launcher: Launcher, size: JobSize, wanted: int) -> tuple[Node, ...]:
     """Machines without a host file: this one, or as many as asked of SLURM."""
     count = size.nodes or 1
     if count > 1 and launcher is not Launcher.SLURM:
@@ -143,7 +143,7 @@ def _unnamed(launcher: Launcher, size: Size, wanted: int) -> tuple[Node, ...]:
     return (Node(host, per_node),) * count
 
 
-def _require_positive(size: Size) -> None:
+def _require_positive(size: JobSize) -> None:
     for option, value in (("ranks", size.ranks), ("nodes", size.nodes), ("ranks-per-node", size.ranks_per_node)):
         if value is not None and value < 1:
             raise LaunchError(f"--{option} {value} is too few: at least one must work")

@@ -21,7 +21,9 @@ TERMINATE_SECONDS = 20.0  # for the others to stop after a failure, before they 
 
 def main() -> int:
     """Starts the ranks, waits for all, and returns the exit code of the first that failed."""
-    parser = ArgumentParser(prog="moe_dist.launch.local_launcher", description="Start ranks of a script on this machine.")
+    parser = ArgumentParser(
+        prog="moe_dist.launch.local_launcher", description="Start ranks of a script on this machine."
+    )
     parser.add_argument("--ranks", type=int, required=True, help="how many to start here")
     parser.add_argument("--first-rank", type=int, default=0, help="number of the first of them")
     parser.add_argument("--world-size", type=int, help="ranks of the whole job; default: those started here")

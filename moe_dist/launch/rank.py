@@ -15,11 +15,10 @@ from pathlib import Path
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder's `train`, `faults`, ...
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from moe_dist.launch import environment
-from moe_dist.launch import faults
-from moe_dist.launch import rendezvous as meeting
 from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
 from moe_dist.errors import EXIT_STOPPED, ConfigError, LaunchError
+from moe_dist.launch import environment, faults
+from moe_dist.launch import rendezvous as meeting
 
 SPEAK_LATER_SECONDS = 3.0
 
@@ -104,7 +103,7 @@ def _accepted_config(
     config = load_config(config_path, overrides)
     resolve_world(config, place.world_size)
     resolve_batch(config, place.world_size)
-    meeting.settle(place, os.environ)
+    meeting.resolve(place, os.environ)
     if place.rank == 0 and place.world_size > 1:
         print(meeting.describe(place, os.environ), flush=True)
     place.export(os.environ)

@@ -8,8 +8,8 @@ from pathlib import Path
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from moe_dist.launch.rank import fitting_any_ranks, run_rank
 from moe_dist.config import RunConfig
+from moe_dist.launch.rank import fitting_any_ranks, run_rank
 
 
 def examine_rank(config_path: str | None, overrides: Sequence[str]) -> int:

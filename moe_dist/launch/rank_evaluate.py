@@ -14,9 +14,9 @@ from typing import Any
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from moe_dist.launch.rank import fitting_any_ranks, run_rank
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import LaunchError
+from moe_dist.launch.rank import fitting_any_ranks, run_rank
 
 MEMORY = "memory."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "wnli", "qnli", "qqp", "mnli")

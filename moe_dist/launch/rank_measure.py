@@ -9,8 +9,8 @@ from pathlib import Path
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from moe_dist.launch.rank import run_rank
 from moe_dist.config import RunConfig
+from moe_dist.launch.rank import run_rank
 
 
 @dataclass(frozen=True)

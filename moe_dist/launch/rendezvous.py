@@ -4,13 +4,13 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 
-from moe_dist.launch.environment import INIT_METHOD, RankEnvironment, free_port, number
 from moe_dist.errors import LaunchError
+from moe_dist.launch.environment import INIT_METHOD, RankEnvironment, free_port, number
 
 LOWEST_PORT, HIGHEST_PORT = 15000, 31999  # below the ports that Linux hands out by itself
 
 
-def settle(place: RankEnvironment, environment: MutableMapping[str, str]) -> None:
+def resolve(place: RankEnvironment, environment: MutableMapping[str, str]) -> None:
     """Sees to it that the environment says where this rank meets the others; collective under MPI.
 
     Raises:

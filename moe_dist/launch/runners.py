@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from shutil import which
 
+from moe_dist.errors import LaunchError
 from moe_dist.launch import commands
 from moe_dist.launch import ssh_runner as fleet
 from moe_dist.launch.environment import INIT_METHOD, STARTER, has_gpu, prepare_process
 from moe_dist.launch.job import Job, Launcher
 from moe_dist.launch.supervisor import run_job
-from moe_dist.errors import LaunchError
 
 RANK_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", INIT_METHOD, STARTER,

@@ -18,13 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-from moe_dist.launch import commands
-from moe_dist.launch import faults
-from moe_dist.launch.agent import SIGN_OF_LIFE_SECONDS, Part, read_outcome
+from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
+from moe_dist.launch import commands, faults
+from moe_dist.launch.agent import SIGN_OF_LIFE_SECONDS, NodeJob, read_outcome
 from moe_dist.launch.environment import split_words
 from moe_dist.launch.job import Job
-from moe_dist.launch.supervisor import GRACE_SECONDS, POLL_SECONDS, TERMINATE_SECONDS, Outcome
-from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
+from moe_dist.launch.supervisor import GRACE_SECONDS, POLL_SECONDS, TERMINATE_SECONDS, JobOutcome
 
 SSH = "MOE_DIST_SSH"
 SSH_OPTIONS = [
@@ -41,7 +40,7 @@ def ssh_command(host: str) -> list[str]:
     return [*ssh, host, f"exec {shlex.join([sys.executable, '-m', 'moe_dist.launch.agent'])}"]
 
 
-def run(job: Job, variables: Mapping[str, str]) -> Outcome:
+def run(job: Job, variables: Mapping[str, str]) -> JobOutcome:
     """Runs a job of several machines to its end; leaves no process behind on any that can be reached.
 
     Args:
@@ -68,9 +67,9 @@ class _RemotePart:
 
     def __init__(self, job: Job, number: int, variables: Mapping[str, str]) -> None:
         self.host = job.nodes[number].host or ""
-        self._outcome: Outcome | None = None
+        self._outcome: JobOutcome | None = None
         command, ranks = commands.node_command(job, number), job.ranks_of(number)
-        part = Part(command, str(Path.cwd()), dict(variables), ranks.start, len(ranks), job.threads)
+        part = NodeJob(command, str(Path.cwd()), dict(variables), ranks.start, len(ranks), job.threads)
         try:
             self._ssh = subprocess.Popen(
                 ssh_command(self.host), stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -104,14 +103,14 @@ class _RemotePart:
             self._ssh.wait(STOP_SECONDS)
         self._ssh.kill()
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> JobOutcome:
         """How the part has ended; its ssh has."""
         code = self._ssh.wait()
         self._listener.join(TERMINATE_SECONDS)
         if self._outcome is not None:
             return self._outcome
         why = "the machine cannot be reached, or was lost" if code == 255 else f"exit code {code}"
-        return Outcome(EXIT_FAILURE, f"error: ssh to {self.host} ended without its ranks: {why}")
+        return JobOutcome(EXIT_FAILURE, f"error: ssh to {self.host} ended without its ranks: {why}")
 
     def _listen(self) -> None:
         """Passes on what is said on standard error there, but for the agent's last word."""
@@ -163,7 +162,7 @@ def _signals_passed_to(parts: list[_RemotePart]) -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def conclude(outcomes: list[Outcome], heard: list[int]) -> Outcome:
+def conclude(outcomes: list[JobOutcome], heard: list[int]) -> JobOutcome:
     """What the parts' endings mean for the job: the fault that the others follow from, else the first that is odd."""
     known = [outcome.fault for outcome in outcomes if outcome.fault is not None]
     cause = faults.root_cause(known)
@@ -172,9 +171,9 @@ def conclude(outcomes: list[Outcome], heard: list[int]) -> Outcome:
     if odd and all(outcome.exit_code == EXIT_STOPPED for outcome in odd):
         return odd[0]
     if heard and odd:
-        return Outcome(128 + heard[0], "interrupted")
+        return JobOutcome(128 + heard[0], "interrupted")
     if silent and (cause is None or cause.consequence):
         return silent[0]
     if cause is not None:
         return next(outcome for outcome in outcomes if outcome.fault == cause)
-    return odd[0] if odd else Outcome(0)
+    return odd[0] if odd else JobOutcome(0)

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
 from moe_dist.launch import faults
 from moe_dist.launch.environment import INIT_METHOD
 from moe_dist.launch.processes import wait_status, was_terminated
-from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 6.0  # for the launcher to stop the other ranks by itself after a failure
@@ -36,7 +36,7 @@ STOPPED = "stopped as asked, with a checkpoint: the same command and checkpoint.
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """How a job, or the part of it on one machine, has ended.
 
     Attributes:
@@ -53,7 +53,7 @@ class Outcome:
 
 def run_job(
     command: Sequence[str], environment: Mapping[str, str], ranks: Sequence[int], *, rendezvous_file: bool
-) -> Outcome:
+) -> JobOutcome:
     """Runs a launcher's command until it and all its ranks have ended; leaves no process behind.
 
     Args:
@@ -70,7 +70,7 @@ def run_job(
         variables = {**environment, faults.JOB_FOLDER: name, faults.SUPERVISOR: str(os.getpid())}
         if rendezvous_file:
             variables[INIT_METHOD] = f"file://{name}/rendezvous"
-        job = _Job(Path(name), ranks)
+        job = _SupervisedJob(Path(name), ranks)
         with _signals_passed_to(job):
             try:
                 job.start(command, variables)
@@ -91,7 +91,7 @@ def _require_pidfd() -> None:
 
 
 @contextmanager
-def _signals_passed_to(job: "_Job") -> Iterator[None]:
+def _signals_passed_to(job: "_SupervisedJob") -> Iterator[None]:
     def handle(signum: int, frame: FrameType | None) -> None:
         job.receive(signum)
 
@@ -113,7 +113,7 @@ class _Rank:
     descriptor: int
 
 
-class _Job:
+class _SupervisedJob:
     """One running command, the ranks it has started so far, and the faults seen."""
 
     def __init__(self, folder: Path, ranks: Sequence[int]) -> None:
@@ -178,26 +178,26 @@ class _Job:
             while self._anything_left() and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS / 2)
 
-    def conclude(self) -> Outcome:
+    def conclude(self) -> JobOutcome:
         """Says how the job has ended."""
         assert self._launcher is not None
         code = self._launcher.wait()
         if code == 0 and not self._undone:
             if self._stopped:
-                return Outcome(EXIT_STOPPED, STOPPED)
+                return JobOutcome(EXIT_STOPPED, STOPPED)
             if self._signal is None:
-                return Outcome(0)
+                return JobOutcome(0)
         if sys.stdout.isatty():  # rank 0 may have been killed with its live display on
             sys.stdout.write(SHOW_CURSOR)
             sys.stdout.flush()
         if self._signal is not None:
-            return Outcome(128 + self._signal, "interrupted")
+            return JobOutcome(128 + self._signal, "interrupted")
         fault = faults.root_cause(self._faults)
         if fault is None:
             missing = f"without rank {', '.join(map(str, sorted(self._undone)))}" if self._undone else "after its ranks"
             line = f"error: the launcher ended {missing}, exit code {code}"
-            return Outcome(code if code > 0 else EXIT_FAILURE, line)
-        return Outcome(fault.exit_code or EXIT_FAILURE, f"rank {fault.rank} failed: {fault.line}", fault)
+            return JobOutcome(code if code > 0 else EXIT_FAILURE, line)
+        return JobOutcome(fault.exit_code or EXIT_FAILURE, f"rank {fault.rank} failed: {fault.line}", fault)
 
     def _look(self, seconds: float) -> None:
         for rank in sorted(self._awaited):

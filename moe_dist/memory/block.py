@@ -15,7 +15,7 @@ ALIGN = 16
 Choice = TypeVar("Choice")
 
 
-class Kind(StrEnum):
+class TensorKind(StrEnum):
     """What is known of a cluster's parameters."""
 
     WEIGHT = "weight"
@@ -31,10 +31,10 @@ class Block(NamedTuple):
 
     layer: int
     local: int
-    kind: Kind
+    kind: TensorKind
 
 
-class Size(NamedTuple):
+class BlockSize(NamedTuple):
     """How large a block is."""
 
     elements: int
@@ -49,7 +49,7 @@ class Size(NamedTuple):
 class Tier(Protocol):
     """Somewhere blocks can be kept. A block that was never written reads as zeros."""
 
-    def register(self, block: Block, size: Size) -> None:
+    def register(self, block: Block, size: BlockSize) -> None:
         """Makes a block known, before it is first read or written."""
 
     def read(self, block: Block, into: Tensor) -> None:
@@ -79,14 +79,14 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """A cluster's parameters one after another, in the order in which they were given."""
 
     spans: Mapping[str, Span]
     elements: int
 
     @classmethod
-    def of(cls, shapes: Mapping[str, torch.Size]) -> "Layout":
+    def of(cls, shapes: Mapping[str, torch.Size]) -> "BlockLayout":
         """Lays tensors of these shapes out one behind the other, each aligned."""
         spans, start = {}, 0
         for name, shape in shapes.items():

@@ -24,10 +24,10 @@ from threading import Condition
 from torch import Tensor
 
 from moe_dist.errors import OffloadError
-from moe_dist.memory.eviction import Activity, Use, leaving_order
 from moe_dist.memory.arena import Arena
-from moe_dist.memory.block import Block, Size, Tier
+from moe_dist.memory.block import Block, BlockSize, Tier
 from moe_dist.memory.copy_streams import Transfers
+from moe_dist.memory.eviction import Activity, Use, leaving_order
 
 
 @dataclass
@@ -42,12 +42,12 @@ class _Resident:
     use: Use = field(default_factory=Use)
 
 
-class Residency:
+class BlockCache:
     """Blocks in a budgeted arena over a tier below."""
 
     def __init__(self, below: Tier, arena: Arena, transfers: Transfers, activity: Activity | None = None) -> None:
         self.arena, self._below, self._activity, self._transfers = arena, below, activity, transfers
-        self._sizes: dict[Block, Size] = {}
+        self._sizes: dict[Block, BlockSize] = {}
         self._residents: dict[Block, _Resident] = {}
         self._condition = Condition()
         self._clock = 0
@@ -56,7 +56,7 @@ class Residency:
         self._ahead: list[Future[None]] = []
         self.bytes_in = self.bytes_out = 0
 
-    def register(self, block: Block, size: Size) -> None:
+    def register(self, block: Block, size: BlockSize) -> None:
         """Makes a block known, here and in the tier below."""
         self._sizes[block] = size
         self._below.register(block, size)

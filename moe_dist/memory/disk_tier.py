@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from moe_dist.errors import OffloadError
-from moe_dist.memory.block import Block, Size
+from moe_dist.memory.block import Block, BlockSize
 from moe_dist.memory.owned_folder import OwnedFolder
 
 PAGE = 4096
@@ -26,7 +26,7 @@ class _File:
     """The blocks of one layer."""
 
     name: str
-    places: dict[Block, tuple[int, Size]] = field(default_factory=dict)
+    places: dict[Block, tuple[int, BlockSize]] = field(default_factory=dict)
     bytes: int = 0
     descriptor: int | None = None
 
@@ -41,7 +41,7 @@ class DiskTier:
         self._digests: dict[Block, int] = {}
         self._opening = Lock()
 
-    def register(self, block: Block, size: Size) -> None:
+    def register(self, block: Block, size: BlockSize) -> None:
         """Gives a block its place in the file of its layer, whole pages long; once given it stays."""
         file = self._files.setdefault(block.layer, _File(f"layer-{block.layer:03}.bin"))
         if block not in file.places:

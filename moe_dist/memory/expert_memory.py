@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moe_dist.config import RunConfig
 from moe_dist.errors import MoeDistError
+from moe_dist.memory.block import Block, TensorKind
 from moe_dist.memory.eviction import Activity
-from moe_dist.memory.block import Block, Kind
 from moe_dist.memory.offloaded_cluster import OffloadedCluster
 from moe_dist.memory.tiers import Tiers
 
@@ -74,7 +74,7 @@ class ExpertMemory:
         """Bytes of the device that the most demanding moment needs: a backward pass, or an update."""
         sizes = {kind: size.bytes for kind, size in cluster.sizes().items()}
         at_once = self._per_layer if self.recomputes else 1
-        backward = at_once * sizes[Kind.WEIGHT] + sizes[Kind.GRADIENT]
+        backward = at_once * sizes[TensorKind.WEIGHT] + sizes[TensorKind.GRADIENT]
         return max(backward, sum(sizes.values())) if self.state is self.device else backward
 
     @staticmethod
@@ -88,9 +88,9 @@ class ExpertMemory:
         """Whether FP32 masters are blocks of their own, beside weights in a narrower type."""
         return self._dtype is not torch.float32
 
-    def kind_of(self, name: str) -> Kind:
+    def kind_of(self, name: str) -> TensorKind:
         """The block that holds what the optimizer calls `name`: in float32 weights are their own masters."""
-        return Kind.WEIGHT if name == Kind.MASTER and not self.separate_masters else Kind(name)
+        return TensorKind.WEIGHT if name == TensorKind.MASTER and not self.separate_masters else TensorKind(name)
 
     def of(self, parameter: nn.Parameter) -> tuple[OffloadedCluster, str] | None:
         """The cluster that a parameter belongs to and its name there; None if it is not kept here."""
@@ -104,14 +104,14 @@ class ExpertMemory:
         """Notes the traffic of a cluster, and has the next ones fetched."""
         if torch.is_grad_enabled() and not self.recomputing:
             self.activity.note(cluster.layer, cluster.local, rows)
-        self.device.prefetch([other.block(Kind.WEIGHT) for other in self.neighbours(cluster, 1)])
+        self.device.prefetch([other.block(TensorKind.WEIGHT) for other in self.neighbours(cluster, 1)])
 
     def backward_begins(self, cluster: OffloadedCluster) -> None:
         """Has the clusters fetched that the backward pass comes to next."""
         for other in self.neighbours(cluster, -1):
             if other.expects_backward:
-                self.device.prefetch([other.block(Kind.WEIGHT)])
-                self.device.prefetch([other.block(Kind.GRADIENT)], blank=not other.has_gradient)
+                self.device.prefetch([other.block(TensorKind.WEIGHT)])
+                self.device.prefetch([other.block(TensorKind.GRADIENT)], blank=not other.has_gradient)
 
     def gradient_is_complete(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
         """Tells the optimizer, if no more micro-batch adds to the gradient."""
@@ -125,22 +125,22 @@ class ExpertMemory:
         found = (self.clusters.get(divmod(place, self._per_layer)) for place in places)
         return [other for other in found if other is not None]
 
-    def read_run(self, cluster: OffloadedCluster, name: str, kind: Kind, start: int, length: int) -> Tensor:
+    def read_run(self, cluster: OffloadedCluster, name: str, kind: TensorKind, start: int, length: int) -> Tensor:
         """A copy of a run of a parameter's flattened elements, taken where its training state is."""
         with self._at_state(cluster, kind, changed=False) as flat:
             first = cluster.layout.spans[name].start + start
             return flat[first : first + length].clone()
 
-    def write_run(self, cluster: OffloadedCluster, name: str, kind: Kind, start: int, values: Tensor) -> None:
+    def write_run(self, cluster: OffloadedCluster, name: str, kind: TensorKind, start: int, values: Tensor) -> None:
         """Replaces such a run."""
         with self._at_state(cluster, kind, changed=True) as flat:
             first = cluster.layout.spans[name].start + start
             flat[first : first + len(values)].copy_(values)
 
     @contextmanager
-    def _at_state(self, cluster: OffloadedCluster, kind: Kind, changed: bool) -> Iterator[Tensor]:
+    def _at_state(self, cluster: OffloadedCluster, kind: TensorKind, changed: bool) -> Iterator[Tensor]:
         block = cluster.block(kind)
-        if self.state is not self.device and kind in (Kind.WEIGHT, Kind.GRADIENT):
+        if self.state is not self.device and kind in (TensorKind.WEIGHT, TensorKind.GRADIENT):
             self.device.send_down(block)
         with self.state.held(block, changed=changed) as flat:
             yield flat

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from moe_dist.memory.block import Block, Kind, Layout, Size
-from moe_dist.memory.block_cache import Residency
+from moe_dist.memory.block import Block, BlockLayout, BlockSize, TensorKind
+from moe_dist.memory.block_cache import BlockCache
 
 
 class Schedule(Protocol):
@@ -56,14 +56,14 @@ class OffloadedCluster:
         layer: int,
         local: int,
         parameters: Mapping[str, nn.Parameter],
-        residency: Residency,
+        residency: BlockCache,
         schedule: Schedule,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """Args: dtype: of weights; what the optimizer and gradients have is float32."""
         self.layer, self.local, self.dtype, self.device = layer, local, dtype, device
-        self.layout = Layout.of({name: parameter.shape for name, parameter in parameters.items()})
+        self.layout = BlockLayout.of({name: parameter.shape for name, parameter in parameters.items()})
         self.parameters = dict(parameters)
         self._residency, self._schedule = residency, schedule
         self._weights: Tensor | None = None
@@ -77,26 +77,27 @@ class OffloadedCluster:
         """Forward passes whose backward passes are still to come."""
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
-    def sizes(self) -> dict[Kind, Size]:
+    def sizes(self) -> dict[TensorKind, BlockSize]:
         """Of each block; in float32 the weights are their own masters."""
-        masters = [] if self.dtype is torch.float32 else [Kind.MASTER]
+        masters = [] if self.dtype is torch.float32 else [TensorKind.MASTER]
         wide = dict.fromkeys(
-            [Kind.GRADIENT, *masters, Kind.EXP_AVG, Kind.EXP_AVG_SQ], Size(self.layout.elements, torch.float32)
+            [TensorKind.GRADIENT, *masters, TensorKind.EXP_AVG, TensorKind.EXP_AVG_SQ],
+            BlockSize(self.layout.elements, torch.float32),
         )
-        return {Kind.WEIGHT: Size(self.layout.elements, self.dtype), **wide}
+        return {TensorKind.WEIGHT: BlockSize(self.layout.elements, self.dtype), **wide}
 
-    def block(self, kind: Kind) -> Block:
+    def block(self, kind: TensorKind) -> Block:
         """The block of this cluster that holds what `kind` says."""
         return Block(self.layer, self.local, kind)
 
     @torch.no_grad()
-    def adopt(self, state: Residency) -> None:
+    def adopt(self, state: BlockCache) -> None:
         """Takes the parameters' values into blocks, and leaves placeholders. `state`: where training state is kept."""
         sizes = self.sizes()
         for kind, size in sizes.items():
-            on_device = kind in (Kind.WEIGHT, Kind.GRADIENT)
+            on_device = kind in (TensorKind.WEIGHT, TensorKind.GRADIENT)
             (self._residency if on_device else state).register(self.block(kind), size)
-        for kind in (Kind.WEIGHT, Kind.MASTER):
+        for kind in (TensorKind.WEIGHT, TensorKind.MASTER):
             if kind in sizes:
                 flat = state.acquire(self.block(kind), blank=True)
                 for name, view in self.layout.views(flat).items():
@@ -132,7 +133,7 @@ class OffloadedCluster:
     def skip(self) -> None:
         """Says that a forward pass had no rows for it: its weights stay where they are."""
         self._schedule.forward_begins(self, 0)
-        self._residency.unwant(self.block(Kind.WEIGHT))
+        self._residency.unwant(self.block(TensorKind.WEIGHT))
 
     @contextmanager
     def weights(self, *, changed: bool = False) -> Iterator[None]:
@@ -147,7 +148,7 @@ class OffloadedCluster:
         """Brings the weights in, and room for their gradient."""
         self._schedule.backward_begins(self)
         self._bring_weights_in()
-        flat = self._residency.acquire(self.block(Kind.GRADIENT), blank=not self.has_gradient)
+        flat = self._residency.acquire(self.block(TensorKind.GRADIENT), blank=not self.has_gradient)
         self.has_gradient, self._flat_gradient = True, flat
         views = self.layout.views(flat)
         self._gradient = {self.parameters[name]: view for name, view in views.items()}
@@ -158,7 +159,7 @@ class OffloadedCluster:
         self._schedule.gradient_is_complete(self, self._flat_gradient)
         self._gradient, self._flat_gradient = {}, None
         self.expects_backward -= 1
-        self._residency.release(self.block(Kind.GRADIENT), changed=True)
+        self._residency.release(self.block(TensorKind.GRADIENT), changed=True)
         self._let_weights_go()
         if self._kept_for_backward:
             self._kept_for_backward = False
@@ -173,7 +174,7 @@ class OffloadedCluster:
         parameter.grad = None
 
     def _bring_weights_in(self) -> None:
-        flat = self._residency.acquire(self.block(Kind.WEIGHT))
+        flat = self._residency.acquire(self.block(TensorKind.WEIGHT))
         self._uses += 1
         if self._uses == 1:
             self._weights = flat
@@ -185,7 +186,7 @@ class OffloadedCluster:
         if not self._uses:
             self._weights = None
             self._show_placeholders()
-        self._residency.release(self.block(Kind.WEIGHT), changed=changed)
+        self._residency.release(self.block(TensorKind.WEIGHT), changed=changed)
 
     def _show_placeholders(self) -> None:
         nothing = torch.full((1,), float("nan"), dtype=self.dtype, device=self.device)

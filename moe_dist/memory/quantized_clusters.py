@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import RunConfig
+from moe_dist.memory.block import Block, BlockSize, TensorKind
 from moe_dist.memory.eviction import Activity
-from moe_dist.memory.block import Block, Kind, Size
 from moe_dist.memory.tiers import Tiers
 
 
@@ -42,9 +42,9 @@ class StoredMemory:
             OffloadError: the disk is full.
         """
         self.tiers.require_room(layer, len(values), len(values))
-        block = Block(layer, local, Kind.STORED)
+        block = Block(layer, local, TensorKind.STORED)
         self._known.add(block)
-        self.tiers.device.register(block, Size(len(values), torch.uint8))
+        self.tiers.device.register(block, BlockSize(len(values), torch.uint8))
         with self.tiers.below.held(block, blank=True, changed=True) as flat:
             flat.copy_(values)
         return StoredBlock(self, block)

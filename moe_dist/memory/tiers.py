@@ -13,13 +13,13 @@ import torch.distributed as dist
 
 from moe_dist.config import RunConfig
 from moe_dist.errors import ConfigError
-from moe_dist.memory.eviction import Activity
 from moe_dist.memory.arena import Account, Arena
 from moe_dist.memory.block import Block
-from moe_dist.memory.disk_tier import DiskTier
-from moe_dist.memory.owned_folder import OwnedFolder, folder_of, remove_other_ranks
-from moe_dist.memory.block_cache import Residency
+from moe_dist.memory.block_cache import BlockCache
 from moe_dist.memory.copy_streams import Transfers
+from moe_dist.memory.disk_tier import DiskTier
+from moe_dist.memory.eviction import Activity
+from moe_dist.memory.owned_folder import OwnedFolder, folder_of, remove_other_ranks
 
 
 class Tiers:
@@ -55,12 +55,12 @@ class Tiers:
         self.budget = budget_of(config)
         account = Account(self.budget, "memory of experts on the device")
         if device.type == "cpu":
-            self.device = self.below = Residency(disk, Arena(account, device), Transfers(device), activity)
+            self.device = self.below = BlockCache(disk, Arena(account, device), Transfers(device), activity)
         else:
             host = Account(config.memory.host_budget, "memory of experts on the host", "memory.host_budget")
             cpu = torch.device("cpu")
-            self.below = Residency(disk, Arena(host, cpu, pinned=True), Transfers(cpu), activity)
-            self.device = Residency(self.below, Arena(account, device), Transfers(device), activity)
+            self.below = BlockCache(disk, Arena(host, cpu, pinned=True), Transfers(cpu), activity)
+            self.device = BlockCache(self.below, Arena(account, device), Transfers(device), activity)
 
     def require_room(self, layer: int, device: int, host: int) -> None:
         """Refuses budgets in which a cluster of that layer has no room.

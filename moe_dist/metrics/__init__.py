@@ -4,9 +4,9 @@ from moe_dist.metrics.host import installed_versions, peak_rss_bytes, process_se
 from moe_dist.metrics.json_text import strict_json, write_json
 from moe_dist.metrics.load_balance import LoadStatistics, load_statistics
 from moe_dist.metrics.progress import Progress
-from moe_dist.metrics.summary_table import render_summary
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.metrics.summary import REQUIRED_KEYS, flatten, missing_keys
+from moe_dist.metrics.summary_table import render_summary
 
 __all__ = [
     "REQUIRED_KEYS",

@@ -7,25 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_dist.compression import PackedCluster, StoredForm
+from moe_dist.compression import QuantizedCluster, StorageFormat
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
-from moe_dist.errors import MoeDistError
-from moe_dist.memory.block import Block
-from moe_dist.memory.expert_memory import ExpertMemory
-from moe_dist.moe.load_balancing import BalanceState
-from moe_dist.moe.clustered_experts import ClusteredExperts
-from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.layer_context import LayerContext
-from moe_dist.moe.dense_feed_forward import SwiGLU
-from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
-from moe_dist.moe.parameter_class import REDUCED_OVER, ParameterClass, class_of
-from moe_dist.moe.routing_statistics import RoutingStatistics
-from moe_dist.moe.standard_moe import StandardMoE
-from moe_dist.moe.quantized_experts import StoredExperts, stored_form
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.errors import MoeDistError
+from moe_dist.memory.block import Block
+from moe_dist.memory.expert_memory import ExpertMemory
+from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.dense_feed_forward import SwiGLU
+from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.load_balancing import BalanceState
+from moe_dist.moe.parameter_class import REDUCED_OVER, ParameterClass, class_of
+from moe_dist.moe.quantized_experts import QuantizedClusterExperts, storage_format
+from moe_dist.moe.routing_statistics import RoutingStatistics
+from moe_dist.moe.standard_moe import StandardMoE
 
 PROJECTIONS = 3  # gate, up and out of a SwiGLU
 
@@ -65,7 +65,7 @@ class LanguageModel(nn.Module):
         if config.recluster.period is not None:
             statistics = RoutingStatistics.create(layers, config.model.hidden_size, moe, config.recluster.decay)
         balance = BalanceState.create(layers, moe, torch.device("cpu"))
-        seen_as = stored_form(config) if config.precision.residuals == "qat" else None
+        seen_as = storage_format(config) if config.precision.residuals == "qat" else None
         ledger = ledger or TrafficLedger(links)
         self.context = LayerContext(
             mesh, placements, balance, ledger, config.seed, statistics, seen_as=seen_as, memory=memory, stored=stored
@@ -147,7 +147,7 @@ class LanguageModel(nn.Module):
     @contextmanager
     def with_stored_experts(self) -> Iterator[None]:
         """Computes with what would be stored of the clusters (`precision`), which cannot be trained meanwhile."""
-        layers, form = self.clustered_layers(), stored_form(self.config)
+        layers, form = self.clustered_layers(), storage_format(self.config)
         if self.context.memory is not None:
             with _seen_as(layers, form):
                 yield
@@ -170,7 +170,7 @@ class LanguageModel(nn.Module):
 
 
 @contextmanager
-def _seen_as(layers: Iterable[ClusteredMoE], form: StoredForm) -> Iterator[None]:
+def _seen_as(layers: Iterable[ClusteredMoE], form: StorageFormat) -> Iterator[None]:
     """Clusters that are offloaded are seen as stored whenever one is used: to hold all in that form would not fit."""
     parts = [part for layer in layers for part in layer.clusters if isinstance(part, ClusteredExperts)]
     before = [part.seen_as for part in parts]
@@ -183,10 +183,10 @@ def _seen_as(layers: Iterable[ClusteredMoE], form: StoredForm) -> Iterator[None]
             part.seen_as = seen_as
 
 
-def _stored(part: nn.Module, form: StoredForm) -> StoredExperts:
+def _stored(part: nn.Module, form: StorageFormat) -> QuantizedClusterExperts:
     assert isinstance(part, ClusteredExperts)
     weights = part.parameter_weights()
-    return StoredExperts(PackedCluster.of(weights, form), weights.base_in_DH.dtype, part.form)
+    return QuantizedClusterExperts(QuantizedCluster.of(weights, form), weights.base_in_DH.dtype, part.backend)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_dist.kernels.reference import expert
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.quantized_experts import StoredExperts
+from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 
 
 def clustered_moe_reference(layer: ClusteredMoE, x_TD: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _one_token(layer: ClusteredMoE, x_D: Tensor) -> tuple[Tensor, Tensor, int]:
 def _experts_of(layer: ClusteredMoE, cluster: int, x_D: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(logit, output) of the experts that a token chooses inside one cluster."""
     part = layer.clusters[cluster]
-    assert isinstance(part, ClusteredExperts | StoredExperts)
+    assert isinstance(part, ClusteredExperts | QuantizedClusterExperts)
     members = torch.tensor(layer.placement.members[cluster])
     logit_N = layer.router.weight_ED[members] @ x_D
     bias_N = layer.balance.expert_bias_LE[layer.layer][members]

@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from moe_dist.compression import ClusterWeights, as_stored, clustered_experts, init_base, init_residual
+from moe_dist.compression import ClusterWeights, fake_quantize, init_base, init_residual
 from moe_dist.config import ModelConfig, MoEConfig
+from moe_dist.kernels import clustered_experts
 from moe_dist.memory.offloaded_cluster import OffloadedCluster
-from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.init_generator import SHARED, generator
+from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.parameter_class import ParameterClass, mark
 
 
@@ -60,7 +61,7 @@ class ClusteredExperts(nn.Module):
     def __init__(self, layer: int, cluster: int, model: ModelConfig, moe: MoEConfig, context: LayerContext) -> None:
         super().__init__()
         experts = context.placements[layer].experts_of(cluster, context.mesh.at.shard)
-        self.form, self.seen_as = moe.form, context.seen_as
+        self.backend, self.seen_as = moe.backend, context.seen_as
         self.base = ClusterBase(layer, cluster, model, moe, context.seed)
         self.residuals = Residuals(layer, experts, model, moe, context.seed)
         self._offloaded: OffloadedCluster | None = None
@@ -71,7 +72,7 @@ class ClusteredExperts(nn.Module):
     def weights(self) -> ClusterWeights:
         """What is computed with: the parameters, or their stored form; of an offloaded cluster only while `present`."""
         weights = self.parameter_weights()
-        return weights if self.seen_as is None else as_stored(weights, self.seen_as)
+        return weights if self.seen_as is None else fake_quantize(weights, self.seen_as)
 
     def parameter_weights(self) -> ClusterWeights:
         """The parameters themselves."""
@@ -84,12 +85,12 @@ class ClusteredExperts(nn.Module):
     def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:
         """The gated sum [A, D] over the chosen experts of this shard; slots that are elsewhere are -1."""
         if self._offloaded is None:
-            return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.form)
+            return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.backend)
         if not len(x_AD):
             self._offloaded.skip()
             return x_AD + gate_AK.sum(1, keepdim=True).to(x_AD.dtype)  # no rows, but all that came has a gradient
 
         def compute(x_AD: Tensor, gate_AK: Tensor) -> Tensor:
-            return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.form)
+            return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.backend)
 
         return self._offloaded.run(compute, len(x_AD), x_AD, gate_AK)

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig, MoEConfig
-from moe_dist.dispatch.all_to_all import Channel
+from moe_dist.dispatch.all_to_all import AllToAll
 from moe_dist.dispatch.cluster_dispatcher import ClusterFunction, StageOne
 from moe_dist.dispatch.shard_dispatcher import ABSENT, StageTwo
 from moe_dist.dispatch.traffic_ledger import Stage
+from moe_dist.distributed.mesh import GroupKind
 from moe_dist.moe.advantage_gate import advantage_gate
 from moe_dist.moe.attached_loss import attach_router_losses
+from moe_dist.moe.capacity import capacity_of, within_capacity
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 from moe_dist.moe.router import Router
-from moe_dist.moe.quantized_experts import StoredExperts
-from moe_dist.moe.capacity import capacity_of, within_capacity
 from moe_dist.moe.two_stage_routing import choose_clusters, choose_experts, router_logits
-from moe_dist.distributed.mesh import GroupKind
 
 
 class ClusteredMoE(nn.Module):
@@ -41,8 +41,8 @@ class ClusteredMoE(nn.Module):
         self.clusters = nn.ModuleList(
             ClusteredExperts(layer, cluster, model, moe, context) for cluster in (() if context.stored else held)
         )
-        self.one = Channel(context.mesh.group(GroupKind.STAGE_ONE), context.ledger, layer, Stage.ONE)
-        self.two = Channel(context.mesh.group(GroupKind.CLUSTER), context.ledger, layer, Stage.TWO)
+        self.one = AllToAll(context.mesh.group(GroupKind.STAGE_ONE), context.ledger, layer, Stage.ONE)
+        self.two = AllToAll(context.mesh.group(GroupKind.CLUSTER), context.ledger, layer, Stage.TWO)
         self._chunks = 1 if moe.overlap_chunks == "auto" else moe.overlap_chunks
         self.register_buffer("member_GN", torch.empty(0), persistent=False)
         self.follow_placement()
@@ -121,7 +121,7 @@ class ClusteredMoE(nn.Module):
         gate_RK = attach_router_losses(choice.gate_RK, logits_RN, choice.slot_RK, self.moe, loss_scale, self.balance)
         slot_RK, gate_RK = self._slots_within_capacity(choice.slot_RK, gate_RK, tokens)
         experts = self.clusters[local]
-        assert isinstance(experts, ClusteredExperts | StoredExperts)
+        assert isinstance(experts, ClusteredExperts | QuantizedClusterExperts)
         return self.stage_two.run(x_RD, slot_RK, gate_RK, experts), choice.log_mass_R
 
     def _slots_within_capacity(self, slot_RK: Tensor, gate_RK: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from moe_dist.compression import StoredForm
+from moe_dist.compression import StorageFormat
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.moe.load_balancing import BalanceState
 from moe_dist.moe.routing_statistics import RoutingStatistics
-from moe_dist.distributed.mesh import Mesh
-from moe_dist.distributed.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LayerContext:
     seed: int
     statistics: RoutingStatistics | None = None
     """What re-clustering reads; None where nothing will be re-clustered."""
-    seen_as: StoredForm | None = None
+    seen_as: StorageFormat | None = None
     """What the forward pass sees of experts under training (precision.residuals=qat); None: their parameters."""
     memory: ExpertMemory | None = None
     """Keeps the clusters' parameters; None where they are in memory all the time."""

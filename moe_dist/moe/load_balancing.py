@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import MoEConfig
-from moe_dist.moe.selection_bias import update_expert_bias, update_two_stage_bias
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.moe.selection_bias import update_expert_bias, update_two_stage_bias
 
 
 @dataclass

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from moe_dist.dispatch.all_to_all import Pending
+from moe_dist.dispatch.all_to_all import PendingAllToAll
 from moe_dist.dispatch.chunked_overlap import HopSpeed
 from moe_dist.dispatch.traffic_ledger import Direction, Payload
-from moe_dist.dispatch.wire_format import form_of
+from moe_dist.dispatch.wire_format import wire_format_of
 from moe_dist.moe.clustered_moe import ClusteredMoE
 
 MOST_ROWS = 512
@@ -67,9 +67,9 @@ class _Probe:
         weight_ED = layer.router.weight_ED
         draw = torch.Generator().manual_seed(0)
         self.x_RD = torch.randn(self.rows, weight_ED.shape[1], generator=draw).to(weight_ED.device, weight_ED.dtype)
-        self.packed_RB = form_of(layer.stage_one.wire_dtype).pack(self.x_RD)
+        self.packed_RB = wire_format_of(layer.stage_one.wire_dtype).pack(self.x_RD)
 
-    def exchange(self, rows: int) -> Pending:
+    def exchange(self, rows: int) -> PendingAllToAll:
         """Begins to send rows, as many to each rank."""
         split, ledger = [rows // self.ranks] * self.ranks, self.layer.context.ledger
         recording, ledger.recording = ledger.recording, False

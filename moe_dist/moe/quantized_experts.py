@@ -11,30 +11,32 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moe_dist.kernels import packed_experts as stored_experts
-from moe_dist.compression import ClusterWeights, GroupFormat, PackedCluster, StoredForm
+from moe_dist.compression import ClusterWeights, GroupFormat, QuantizedCluster, StorageFormat
 from moe_dist.config import RunConfig
-from moe_dist.memory.block import Layout
+from moe_dist.kernels import packed_experts
+from moe_dist.memory.block import BlockLayout
 from moe_dist.memory.quantized_clusters import StoredBlock, StoredMemory
 
 
-def stored_form(config: RunConfig) -> StoredForm:
+def storage_format(config: RunConfig) -> StorageFormat:
     """What a run's clusters are stored as where they are stored in few bits."""
     precision = config.precision
     factors = GroupFormat(
         precision.bits, precision.group_size, precision.symmetric, getattr(torch, precision.scale_dtype)
     )
-    return StoredForm(factors, getattr(torch, precision.bases or config.train.precision))
+    return StorageFormat(factors, getattr(torch, precision.bases or config.train.precision))
 
 
-def stored_sizes(config: RunConfig, experts: int) -> PackedCluster:
+def stored_sizes(config: RunConfig, experts: int) -> QuantizedCluster:
     """What a part of a cluster with so many experts is stored as, on `meta`."""
     sizes = (experts, config.model.hidden_size, config.moe.expert_hidden, config.moe.rank)
     vectors, dtype = config.moe.expert_vectors, getattr(torch, config.train.precision)
-    return PackedCluster.of(ClusterWeights.without_values(*sizes, vectors=vectors, dtype=dtype), stored_form(config))
+    return QuantizedCluster.of(
+        ClusterWeights.without_values(*sizes, vectors=vectors, dtype=dtype), storage_format(config)
+    )
 
 
-class StoredExperts(nn.Module):
+class QuantizedClusterExperts(nn.Module):
     """The part of one cluster that this rank holds: its base, and one row of bytes for each expert.
 
     They are buffers, or a block of a memory's tiers, which then brings them to the device for each pass. Factors are
@@ -45,13 +47,13 @@ class StoredExperts(nn.Module):
     base_out_FD: Tensor
     expert_NB: Tensor
 
-    def __init__(self, packed: PackedCluster, dtype: torch.dtype, form: str = "auto") -> None:
-        """Args: dtype: what is computed in; form: as `moe.form`."""
+    def __init__(self, packed: QuantizedCluster, dtype: torch.dtype, backend: str = "auto") -> None:
+        """Args: dtype: what is computed in; form: as `moe.backend`."""
         super().__init__()
         self.register_buffer("base_in_DH", packed.base_in_DH)
         self.register_buffer("base_out_FD", packed.base_out_FD)
         self.register_buffer("expert_NB", packed.experts.to_bytes())
-        self.dtype, self.form = dtype, form
+        self.dtype, self.backend = dtype, backend
         self._like = packed.experts.without_values()
         self._kept: StoredBlock | None = None
 
@@ -62,7 +64,7 @@ class StoredExperts(nn.Module):
             ConfigError, OffloadError: it cannot take them.
         """
         parts = dict(self.named_buffers())
-        self._layout = Layout.of({name: torch.Size([part.nbytes]) for name, part in parts.items()})
+        self._layout = BlockLayout.of({name: torch.Size([part.nbytes]) for name, part in parts.items()})
         flat = torch.zeros(self._layout.elements, dtype=torch.uint8, device=self.base_in_DH.device)
         for name, view in self._layout.views(flat).items():
             view.copy_(parts[name].contiguous().view(-1).view(torch.uint8))
@@ -70,7 +72,7 @@ class StoredExperts(nn.Module):
         self._kept = memory.adopt(layer, local, flat)
 
     @contextmanager
-    def packed(self, rows: int = 0) -> Iterator[PackedCluster]:
+    def packed(self, rows: int = 0) -> Iterator[QuantizedCluster]:
         """The value that this holds, for the length of a `with`. `rows`: that will be computed."""
         with nullcontext() if self._kept is None else self._kept.held(rows) as flat:
             parts = dict(self.named_buffers())
@@ -78,7 +80,7 @@ class StoredExperts(nn.Module):
                 views = self._layout.views(flat)
                 parts = {name: views[name].view(part.dtype).view(part.shape) for name, part in parts.items()}
             own = self._like.with_bytes(parts["expert_NB"])
-            yield PackedCluster(parts["base_in_DH"], parts["base_out_FD"], own)
+            yield QuantizedCluster(parts["base_in_DH"], parts["base_out_FD"], own)
 
     def weights(self) -> ClusterWeights:
         """A copy of the tensors in the form that the computation takes."""
@@ -95,4 +97,4 @@ class StoredExperts(nn.Module):
                 self._kept.skip()
                 return x_AD
         with self.packed(len(x_AD)) as packed:
-            return stored_experts(x_AD, slot_AK, gate_AK, packed, self.form)
+            return packed_experts(x_AD, slot_AK, gate_AK, packed, self.backend)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
-from moe_dist.dispatch.all_to_all import Channel
+from moe_dist.dispatch.all_to_all import AllToAll
 from moe_dist.dispatch.traffic_ledger import Payload
+from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.moe.init_generator import generator
 from moe_dist.moe.two_stage_routing import cluster_prototypes, router_logits
-from moe_dist.distributed.placement import ExpertPlacement
 
 
 class Router(nn.Module):
@@ -30,7 +30,7 @@ class Router(nn.Module):
         """Stage one's scores, [T, G]."""
         return router_logits(x_TD, cluster_prototypes(self.weight_ED, member_GN))
 
-    def local_embeddings(self, placement: ExpertPlacement, member_GN: Tensor, channel: Channel, block: int) -> Tensor:
+    def local_embeddings(self, placement: ExpertPlacement, member_GN: Tensor, channel: AllToAll, block: int) -> Tensor:
         """embedding_LND: those of the experts of the clusters of block `block`, which stage two scores against.
 
         The gradient of a cluster's rows is entered by the rank where the cluster started, its *home*: a cluster that

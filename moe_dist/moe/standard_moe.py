@@ -8,19 +8,19 @@ from torch import Tensor, nn
 
 from moe_dist.compression import init_base
 from moe_dist.config import ModelConfig, MoEConfig
-from moe_dist.dispatch.all_to_all import Channel
+from moe_dist.dispatch.all_to_all import AllToAll
 from moe_dist.dispatch.flat_dispatcher import FlatDispatch
 from moe_dist.dispatch.traffic_ledger import Stage
+from moe_dist.distributed.mesh import GroupKind
 from moe_dist.moe.attached_loss import attach_router_losses
-from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.capacity import capacity_of, within_capacity
 from moe_dist.moe.dense_feed_forward import SwiGLU
 from moe_dist.moe.init_generator import SHARED, generator
+from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.parameter_class import ParameterClass, mark
 from moe_dist.moe.standard_experts import StandardExperts
-from moe_dist.moe.capacity import capacity_of, within_capacity
 from moe_dist.moe.topk_routing import choose_flat
 from moe_dist.moe.two_stage_routing import router_logits
-from moe_dist.distributed.mesh import GroupKind
 
 
 class StandardMoE(nn.Module):
@@ -46,7 +46,7 @@ class StandardMoE(nn.Module):
         mark(self.experts, ParameterClass.EXPERT)
         width = moe.shared_expert_hidden
         self.shared = SwiGLU(layer, width, model, context.seed, "shared expert") if width else None
-        channel = Channel(group, context.ledger, layer, Stage.FLAT)
+        channel = AllToAll(group, context.ledger, layer, Stage.FLAT)
         self.dispatch = FlatDispatch(channel, moe.experts, getattr(torch, moe.wire_dtype))
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import RunConfig
-from moe_dist.engine.deepspeed_engine import Engine, StepOutcome
-from moe_dist.recluster.decision import LayerDecision, decide_blocks, decide_layer, objective_of
-from moe_dist.recluster.schedule import is_due, last_round
-from moe_dist.recluster.recluster_plan import Verdict, agree
 from moe_dist.distributed.placement import ExpertPlacement
-from moe_dist.recluster.similarity_gather import Evidence, gather_evidence
-from moe_dist.recluster.migration_executor import Mover, movers_of
-from moe_dist.training.recorder import Recorder
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
+from moe_dist.metrics.recorder import Recorder
+from moe_dist.recluster.decision import LayerDecision, decide_blocks, decide_layer, objective_of
+from moe_dist.recluster.migration_executor import MigrationExecutor, executors_of
+from moe_dist.recluster.recluster_plan import ReclusterPlan, broadcast_plan
+from moe_dist.recluster.schedule import is_due, last_round
+from moe_dist.recluster.similarity_gather import GatheredSimilarity, gather_similarity
 
 AROUND = 5
 """Steps before and after a round whose mean training losses are compared."""
@@ -42,8 +42,8 @@ class _Round:
 class Coordinator:
     """Regroups the experts of a model under training when `recluster` says so."""
 
-    def __init__(self, engine: Engine, config: RunConfig, recorder: Recorder) -> None:
-        self.mover = Mover(engine, config.recluster.max_loss_increase)
+    def __init__(self, engine: DeepSpeedEngine, config: RunConfig, recorder: Recorder) -> None:
+        self.mover = MigrationExecutor(engine, config.recluster.max_loss_increase)
         self._config, self._recorder = config, recorder
         self._process, self._context = engine.process, engine.model.context
         self._layers = engine.model.clustered_layers()
@@ -105,15 +105,15 @@ class Coordinator:
 
     def _hold_round(self, step: int, sequences_BS: Tensor, held_BS: Tensor) -> None:
         started = time.perf_counter()
-        evidence = gather_evidence(self._layers, self._config, self._context)
+        evidence = gather_similarity(self._layers, self._config, self._context)
         if evidence.broken:
             parts = ", ".join(evidence.broken)
             self._recorder.event("recluster_skipped", step, reason=f"not finite: {parts}")
             self._recorder.note(f"step {step}: no re-clustering, the statistics of experts are not finite ({parts})")
             return
         decisions = self._decide(evidence) if self._process.rank == 0 else []
-        proposal = Verdict.of(decisions, self._decide_blocks(evidence)) if decisions else None
-        verdict = agree(proposal, self._context.placements, step, self._process.device)
+        proposal = ReclusterPlan.of(decisions, self._decide_blocks(evidence)) if decisions else None
+        verdict = broadcast_plan(proposal, self._context.placements, step, self._process.device)
         relocated = self.mover.relocate(verdict.blocks)
         moves = [(layer, cycle) for layer, cycles in enumerate(verdict.cycles) for cycle in cycles]
         errors: dict[str, Any] = {}
@@ -123,8 +123,8 @@ class Coordinator:
             made, done, increase = self.mover.refactor(moves, sequences_BS, held_BS)
             exchanged, errors = done.bytes, {"output_errors": done.errors}
         fields = {
-            "moved_experts": len(movers_of(made)),
-            "dropped_experts": len(movers_of(moves)) - len(movers_of(made)),
+            "moved_experts": len(executors_of(made)),
+            "dropped_experts": len(executors_of(moves)) - len(executors_of(made)),
             "bytes": relocated + exchanged,
             "relocation_bytes": relocated,
             "guard_loss_increase": increase,
@@ -143,7 +143,7 @@ class Coordinator:
             f"{fields['bytes']:,} bytes in {fields['seconds']:.2f} s"
         )
 
-    def _decide(self, evidence: Evidence) -> list[LayerDecision]:
+    def _decide(self, evidence: GatheredSimilarity) -> list[LayerDecision]:
         settings = (self._config.recluster, self._config.seed)
         return [
             decide_layer(similarity_EE, placement, load_E, *settings)
@@ -152,14 +152,14 @@ class Coordinator:
             )
         ]
 
-    def _decide_blocks(self, evidence: Evidence) -> list[tuple[int, ...]]:
+    def _decide_blocks(self, evidence: GatheredSimilarity) -> list[tuple[int, ...]]:
         placements = self._context.placements
         if not self._config.recluster.relocate:
             return [placement.block_of_cluster for placement in placements]
         together = zip(evidence.together_LGG, placements, strict=True)
         return [decide_blocks(together_GG, placement, self._config.seed) for together_GG, placement in together]
 
-    def _gains(self, decisions: Sequence[LayerDecision], evidence: Evidence) -> dict[str, Any]:
+    def _gains(self, decisions: Sequence[LayerDecision], evidence: GatheredSimilarity) -> dict[str, Any]:
         """Objectives, with the moves that were made, and the similarity's parts, means over layers."""
         found = zip(evidence.similarity_LEE, self._context.placements, self._load_LE, strict=True)
         after = [objective_of(alike, now.cluster_of(), load, self._config.recluster) for alike, now, load in found]

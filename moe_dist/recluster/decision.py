@@ -12,8 +12,8 @@ import numpy.typing as npt
 from moe_dist.clustering import assign_balanced, cluster_quality, match_clusters
 from moe_dist.clustering.objective import Matrix, affinities, pair_sum, pair_weights
 from moe_dist.config import ReclusterConfig
-from moe_dist.recluster.exchange import Cycle, exchanges
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.recluster.exchange import Cycle, exchanges
 
 LEAST_SAVING = 0.02
 """Share of the tokens' cluster pairs that a relocation must bring onto one rank: less is not worth a move of bases."""

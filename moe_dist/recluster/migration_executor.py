@@ -11,23 +11,23 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.engine.expert_tensors import ExpertTensors
-from moe_dist.recluster.exchange import Cycle, apply_exchanges, exchanges
-from moe_dist.recluster.guard import accept
-from moe_dist.recluster.migration_plan import Kind, Plan, plan_layer
-from moe_dist.recluster.transfer import carry
 from moe_dist.distributed.placement import ExpertPlacement
-from moe_dist.recluster.refit import Refactored, Refactoring, make_moves
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.recluster.exchange import Cycle, apply_exchanges, exchanges
+from moe_dist.recluster.expert_tensors import ExpertTensors
+from moe_dist.recluster.guard import accept
+from moe_dist.recluster.migration_plan import MigrationPlan, PieceKind, plan_layer
+from moe_dist.recluster.refit import Refit, RefitResult, make_moves
+from moe_dist.recluster.transfer import carry
 
 Move = tuple[int, Cycle]
 """A layer, and experts of it that exchange their places."""
 
 
-class Mover:
+class MigrationExecutor:
     """Carries out what has been decided, on the experts as they are now."""
 
-    def __init__(self, engine: Engine, largest_increase: float) -> None:
+    def __init__(self, engine: DeepSpeedEngine, largest_increase: float) -> None:
         """
         Args:
             largest_increase: of the loss, relative, that exchanges may cost.
@@ -72,8 +72,10 @@ class Mover:
         seen: dict[tuple[Move, ...], float] = {}
 
         def harm(some: Sequence[Move]) -> float:
-            movers = movers_of(some)
-            replaced = arrived.try_out(lambda p: p.target.kind is Kind.WEIGHT and (p.source.layer, p.expert) in movers)
+            movers = executors_of(some)
+            replaced = arrived.try_out(
+                lambda p: p.target.kind is PieceKind.WEIGHT and (p.source.layer, p.expert) in movers
+            )
             self._switch(_after(old, some))
             seen[tuple(some)] = self._loss_of(held_BS) / base - 1
             replaced.settle()
@@ -81,26 +83,26 @@ class Mover:
             return seen[tuple(some)]
 
         made = accept(list(moves), harm, self._limit)
-        movers = movers_of(made)
+        movers = executors_of(made)
         arrived.settle(lambda p: (p.source.layer, p.expert) in movers)
         self._switch(_after(old, made))
         return made, plan.bytes, seen.get(tuple(made), 0.0)
 
     def refactor(
         self, moves: Sequence[Move], sequences_BS: Tensor, held_BS: Tensor
-    ) -> tuple[list[Move], Refactored, float]:
+    ) -> tuple[list[Move], RefitResult, float]:
         """Like `exchange`, but clusters whose members change get new bases and residuals, made from `sequences_BS`."""
         old = list(self._context.placements)
         return make_moves(
             moves,
-            Refactoring(self._engine, sequences_BS),
+            Refit(self._engine, sequences_BS),
             after=lambda some: _after(old, some),
             switch=self._switch,
             loss=lambda: self._loss_of(held_BS),
             limit=self._limit,
         )
 
-    def _plan(self, new: Sequence[ExpertPlacement], tensors: ExpertTensors) -> Plan:
+    def _plan(self, new: Sequence[ExpertPlacement], tensors: ExpertTensors) -> MigrationPlan:
         shape = self._context.mesh.shape
         pieces = [
             piece
@@ -108,7 +110,7 @@ class Mover:
             if after is not before
             for piece in plan_layer(layer, before, after, shape, tensors.holdings)
         ]
-        return Plan(tuple(pieces), tensors.holdings.itemsize)
+        return MigrationPlan(tuple(pieces), tensors.holdings.itemsize)
 
     def _switch(self, placements: Sequence[ExpertPlacement]) -> None:
         self._context.placements[:] = placements
@@ -139,6 +141,6 @@ def _turned(placement: ExpertPlacement, cycle: Cycle) -> ExpertPlacement:
     return placement.with_blocks(blocks)
 
 
-def movers_of(moves: Sequence[Move]) -> set[tuple[int, int]]:
+def executors_of(moves: Sequence[Move]) -> set[tuple[int, int]]:
     """The experts that change their places, each as (layer, expert)."""
     return {(layer, expert) for layer, cycle in moves for expert in cycle}

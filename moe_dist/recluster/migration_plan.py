@@ -18,7 +18,7 @@ Run = tuple[int, int]
 """First element and one past the last, of a flattened tensor."""
 
 
-class Kind(StrEnum):
+class PieceKind(StrEnum):
     """What is known of a parameter."""
 
     WEIGHT = "weight"
@@ -27,13 +27,13 @@ class Kind(StrEnum):
     EXP_AVG_SQ = "exp_avg_sq"
 
 
-class Cell(NamedTuple):
+class TensorKey(NamedTuple):
     """One tensor of a rank: a kind of knowledge of one parameter of a local cluster of a layer."""
 
     layer: int
     local: int
     name: str
-    kind: Kind
+    kind: PieceKind
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Holdings:
 
     residual_width: Mapping[str, int]
     base_width: Mapping[str, int]
-    itemsize: Mapping[Kind, int]
-    residual_runs: Mapping[Cell, tuple[Run, ...]]
-    base_runs: Mapping[Cell, tuple[Run, ...]]
+    itemsize: Mapping[PieceKind, int]
+    residual_runs: Mapping[TensorKey, tuple[Run, ...]]
+    base_runs: Mapping[TensorKey, tuple[Run, ...]]
 
 
 class Piece(NamedTuple):
@@ -64,20 +64,20 @@ class Piece(NamedTuple):
     expert: int
     """The expert concerned; -1: a cluster's base."""
     source_rank: int
-    source: Cell
+    source: TensorKey
     start: int
     target_rank: int
-    target: Cell
+    target: TensorKey
     target_start: int
     length: int
 
 
 @dataclass(frozen=True)
-class Plan:
+class MigrationPlan:
     """All that moves at one change, in an order that is the same on all ranks."""
 
     pieces: tuple[Piece, ...]
-    itemsize: Mapping[Kind, int]
+    itemsize: Mapping[PieceKind, int]
     by_pair: dict[tuple[int, int], list[Piece]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,8 +130,10 @@ def _expert_pieces(
 
     for name, width in holdings.residual_width.items():
         for kind in holdings.itemsize:
-            source, target = Cell(layer, seat.local, name, kind), Cell(layer, goal.local, name, kind)
-            route = _Route(expert, source, seat.slot * width, target, goal.slot * width, rank_of(seat), rank_of(goal))
+            source, target = TensorKey(layer, seat.local, name, kind), TensorKey(layer, goal.local, name, kind)
+            route = _PieceRouter(
+                expert, source, seat.slot * width, target, goal.slot * width, rank_of(seat), rank_of(goal)
+            )
             yield from route.pieces(width, holdings.residual_runs)
 
 
@@ -143,24 +145,24 @@ def _base_pieces(
 
     for name, width in holdings.base_width.items():
         for kind in holdings.itemsize:
-            source, target = Cell(layer, place[1], name, kind), Cell(layer, goal[1], name, kind)
-            route = _Route(-1, source, 0, target, 0, rank_of(place[0]), rank_of(goal[0]))
+            source, target = TensorKey(layer, place[1], name, kind), TensorKey(layer, goal[1], name, kind)
+            route = _PieceRouter(-1, source, 0, target, 0, rank_of(place[0]), rank_of(goal[0]))
             yield from route.pieces(width, holdings.base_runs)
 
 
 @dataclass(frozen=True)
-class _Route:
+class _PieceRouter:
     """From a place in a source cell to one in a target cell, over all replicas."""
 
     expert: int
-    source: Cell
+    source: TensorKey
     start: int
-    target: Cell
+    target: TensorKey
     target_start: int
     source_rank: Callable[[int], int]
     target_rank: Callable[[int], int]
 
-    def pieces(self, width: int, runs: Mapping[Cell, tuple[Run, ...]]) -> Iterator[Piece]:
+    def pieces(self, width: int, runs: Mapping[TensorKey, tuple[Run, ...]]) -> Iterator[Piece]:
         for replica, wanted in enumerate(runs[self.target]):
             first, last = (min(max(end - self.target_start, 0), width) for end in wanted)
             for source, low, high in self._found(first, last, replica, runs[self.source]):

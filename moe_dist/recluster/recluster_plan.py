@@ -11,26 +11,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.recluster.decision import LayerDecision
 from moe_dist.recluster.exchange import Cycle, cycles_of, successors
 from moe_dist.recluster.transfer import MigrationError
-from moe_dist.distributed.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ReclusterPlan:
     """Which experts change places and which clusters change ranks, by layer."""
 
     cycles: tuple[tuple[Cycle, ...], ...]
     blocks: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, decisions: Sequence[LayerDecision], blocks: Sequence[tuple[int, ...]]) -> "Verdict":
+    def of(cls, decisions: Sequence[LayerDecision], blocks: Sequence[tuple[int, ...]]) -> "ReclusterPlan":
         """The decisions of all layers and the new block of every cluster, as one value."""
         return cls(tuple(decision.cycles for decision in decisions), tuple(blocks))
 
     @classmethod
-    def nothing(cls, placements: Sequence[ExpertPlacement]) -> "Verdict":
+    def nothing(cls, placements: Sequence[ExpertPlacement]) -> "ReclusterPlan":
         """All stays as it is."""
         return cls(((),) * len(placements), tuple(placement.block_of_cluster for placement in placements))
 
@@ -42,13 +42,15 @@ class Verdict:
         return torch.tensor(rows)
 
     @classmethod
-    def decoded(cls, code_LC: Tensor, experts: int) -> "Verdict":
+    def decoded(cls, code_LC: Tensor, experts: int) -> "ReclusterPlan":
         """The verdict that an encoded tensor stands for, each cycle beginning at its lowest expert."""
         rows = code_LC.tolist()
         return cls(tuple(tuple(cycles_of(row[:experts])) for row in rows), tuple(tuple(row[experts:]) for row in rows))
 
 
-def agree(verdict: Verdict | None, placements: Sequence[ExpertPlacement], step: int, device: torch.device) -> Verdict:
+def broadcast_plan(
+    verdict: ReclusterPlan | None, placements: Sequence[ExpertPlacement], step: int, device: torch.device
+) -> ReclusterPlan:
     """Rank 0's verdict on every rank; collective.
 
     Args:
@@ -64,7 +66,7 @@ def agree(verdict: Verdict | None, placements: Sequence[ExpertPlacement], step: 
         code_LC.copy_(verdict.encoded(experts))
     dist.broadcast(code_LC, src=0)
     _require_agreement(code_LC, placements, step)
-    return Verdict.decoded(code_LC.cpu(), experts)
+    return ReclusterPlan.decoded(code_LC.cpu(), experts)
 
 
 def _require_agreement(code_LC: Tensor, placements: Sequence[ExpertPlacement], step: int) -> None:

@@ -13,17 +13,17 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from moe_dist.conversion.calibration_tokens import sample_tokens
 from moe_dist.conversion.compress import CompressedLayer, compress_layer
 from moe_dist.conversion.expert_grouping import usage_of
 from moe_dist.conversion.full_experts_of_clustered import hold_clustered
 from moe_dist.conversion.write_parameters import parameters_of, write_layer
-from moe_dist.conversion.calibration_tokens import sample_tokens
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.engine.gathered_optimizer_state import OwnedState, restore
-from moe_dist.recluster.guard import accept
-from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.distributed.mesh import GroupKind
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.engine.gathered_optimizer_state import OwnedState, restore
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.recluster.guard import accept
 
 Change = TypeVar("Change", bound=Hashable)
 
@@ -34,7 +34,7 @@ def changed_clusters(old: ExpertPlacement, new: ExpertPlacement) -> list[int]:
 
 
 @dataclass
-class Refactored:
+class RefitResult:
     """What was written on this rank, and what it replaced."""
 
     saved: list[tuple[nn.Parameter, Tensor, OwnedState]] = field(default_factory=list)
@@ -44,10 +44,10 @@ class Refactored:
     """`|y' - y| / |y|` on real tokens, by layer and expert."""
 
 
-class Refactoring:
+class Refit:
     """Tries placements on the experts as they are now; every try can be taken back."""
 
-    def __init__(self, engine: Engine, sequences_BS: Tensor) -> None:
+    def __init__(self, engine: DeepSpeedEngine, sequences_BS: Tensor) -> None:
         """Catches tokens of a batch, half of them (where there are two sequences) to check on; collective."""
         self._engine, self._model = engine, engine.model
         config, at_once = engine.config, engine.batch.micro
@@ -56,9 +56,9 @@ class Refactoring:
         (self._fit, _), (self._check, _) = (sample_tokens(self._model, batches) for batches in micro)
         self._config = config
 
-    def apply(self, new: Sequence[ExpertPlacement]) -> Refactored:
+    def apply(self, new: Sequence[ExpertPlacement]) -> RefitResult:
         """Writes what the new placements ask for; the layers still have to follow them. Collective."""
-        done, state = Refactored(), self._engine.training_state()
+        done, state = RefitResult(), self._engine.training_state()
         for number, layer in enumerate(self._model.clustered_layers()):
             if clusters := changed_clusters(layer.placement, new[number]):
                 compressed = self._compress(layer, new[number], clusters)
@@ -70,7 +70,7 @@ class Refactoring:
                 self._enter(done, number, compressed, new[number], clusters)
         return done
 
-    def take_back(self, done: Refactored) -> None:
+    def take_back(self, done: RefitResult) -> None:
         """Everything as it was before, to the last bit."""
         state = self._engine.training_state()
         for parameter, value, owned in done.saved:
@@ -84,7 +84,7 @@ class Refactoring:
         return compress_layer(held, new, usage_E, config.moe, mesh, config.seed, clusters)
 
     def _enter(
-        self, done: Refactored, number: int, compressed: CompressedLayer, new: ExpertPlacement, clusters: list[int]
+        self, done: RefitResult, number: int, compressed: CompressedLayer, new: ExpertPlacement, clusters: list[int]
     ) -> None:
         done.bytes += compressed.bytes * self._model.context.mesh.shape.data
         members = [expert for cluster in clusters for expert in new.members[cluster]]
@@ -93,13 +93,13 @@ class Refactoring:
 
 def make_moves(
     moves: Sequence[Change],
-    refactoring: Refactoring,
+    refactoring: Refit,
     *,
     after: Callable[[Sequence[Change]], list[ExpertPlacement]],
     switch: Callable[[Sequence[ExpertPlacement]], None],
     loss: Callable[[], float],
     limit: float,
-) -> tuple[list[Change], Refactored, float]:
+) -> tuple[list[Change], RefitResult, float]:
     """Makes those moves that do not raise the loss too much; collective.
 
     Args:

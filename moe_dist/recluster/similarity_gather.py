@@ -23,14 +23,14 @@ from moe_dist.clustering import (
 )
 from moe_dist.clustering.similarity import FusedSimilarity
 from moe_dist.config import RunConfig
+from moe_dist.distributed.mesh import GroupKind
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.layer_context import LayerContext
-from moe_dist.distributed.mesh import GroupKind
 
 
 @dataclass(frozen=True)
-class Evidence:
+class GatheredSimilarity:
     """The same on all ranks."""
 
     similarity_LEE: list[npt.NDArray[np.float64]]
@@ -41,7 +41,7 @@ class Evidence:
     """Mean similarity within present clusters by part, mean over layers."""
 
 
-def gather_evidence(layers: list[ClusteredMoE], config: RunConfig, context: LayerContext) -> Evidence:
+def gather_similarity(layers: list[ClusteredMoE], config: RunConfig, context: LayerContext) -> GatheredSimilarity:
     """Adds up the ranks' statistics and sketches; collective. Statistics that are not finite are forgotten."""
     assert context.statistics is not None
     together = context.statistics.together_LGG.clone()
@@ -60,7 +60,7 @@ def gather_evidence(layers: list[ClusteredMoE], config: RunConfig, context: Laye
     similarity = [one.fused_EE.cpu().numpy() for one in fused]
     if config.recluster.similarity == "random":
         similarity = [_by_chance(config, layer) for layer in range(len(layers))]
-    return Evidence(similarity, list(together.cpu().double().numpy()), tuple(broken), means)
+    return GatheredSimilarity(similarity, list(together.cpu().double().numpy()), tuple(broken), means)
 
 
 def _similarity(layer: ClusteredMoE, config: RunConfig, context: LayerContext) -> FusedSimilarity:

@@ -15,23 +15,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.errors import MoeDistError
-from moe_dist.recluster.migration_plan import Cell, Piece, Plan
+from moe_dist.recluster.migration_plan import MigrationPlan, Piece, TensorKey
 
 CHECKSUM_BYTES = 8
 CHECKSUM_CHUNK = 2**20
 """Words that are summed up at a time, since each takes eight times its bytes meanwhile."""
 
 
-class Cells(Protocol):
+class TensorStore(Protocol):
     """This rank's cells, wherever they are kept; elements count from the beginning of the whole parameter."""
 
-    def read(self, cell: Cell, start: int, length: int) -> Tensor:
+    def read(self, cell: TensorKey, start: int, length: int) -> Tensor:
         """A copy of a run of elements, one-dimensional."""
 
-    def write(self, cell: Cell, start: int, values: Tensor) -> None:
+    def write(self, cell: TensorKey, start: int, values: Tensor) -> None:
         """Replaces a run of elements."""
 
-    def dtype(self, cell: Cell) -> torch.dtype:
+    def dtype(self, cell: TensorKey) -> torch.dtype:
         """Of a cell's elements."""
 
 
@@ -44,7 +44,7 @@ class Arrivals:
     """What has come to this rank and waits: each piece and its values."""
 
     waiting: list[tuple[Piece, Tensor]]
-    cells: Cells
+    cells: TensorStore
 
     def try_out(self, wanted: Callable[[Piece], bool]) -> "Arrivals":
         """Puts the wanted pieces into place; returns what they replaced, which `settle` of the result brings back."""
@@ -61,7 +61,7 @@ class Arrivals:
 
 
 @torch.no_grad()
-def carry(plan: Plan, rank: int, cells: Cells, device: torch.device) -> Arrivals:
+def carry(plan: MigrationPlan, rank: int, cells: TensorStore, device: torch.device) -> Arrivals:
     """Phase one; collective over all ranks unless the plan is empty, which sends nothing at all.
 
     Raises:
@@ -110,7 +110,7 @@ def _is_whole(message: Tensor) -> bool:
     return torch.equal(checksum(body).view(1).view(torch.uint8), sent)
 
 
-def _packed(cells: Cells, pieces: Iterable[Piece], size: int, device: torch.device) -> Tensor:
+def _packed(cells: TensorStore, pieces: Iterable[Piece], size: int, device: torch.device) -> Tensor:
     message, first = torch.empty(size + CHECKSUM_BYTES, dtype=torch.uint8, device=device), 0
     for piece in pieces:
         values = _source(cells, piece).view(torch.uint8)
@@ -120,7 +120,7 @@ def _packed(cells: Cells, pieces: Iterable[Piece], size: int, device: torch.devi
     return message
 
 
-def _unpacked(message: Tensor, pieces: Iterable[Piece], cells: Cells) -> list[tuple[Piece, Tensor]]:
+def _unpacked(message: Tensor, pieces: Iterable[Piece], cells: TensorStore) -> list[tuple[Piece, Tensor]]:
     found, first = [], 0
     for piece in pieces:
         dtype = cells.dtype(piece.target)
@@ -130,7 +130,7 @@ def _unpacked(message: Tensor, pieces: Iterable[Piece], cells: Cells) -> list[tu
     return found
 
 
-def _source(cells: Cells, piece: Piece) -> Tensor:
+def _source(cells: TensorStore, piece: Piece) -> Tensor:
     return cells.read(piece.source, piece.start, piece.length)
 
 

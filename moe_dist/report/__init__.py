@@ -1,6 +1,6 @@
 """One self-contained page about one run or several: `moe-dist report`."""
 
 from moe_dist.report.page import write_report
-from moe_dist.report.read import Run, read_runs
+from moe_dist.report.read import RunFiles, read_runs
 
-__all__ = ["Run", "read_runs", "write_report"]
+__all__ = ["RunFiles", "read_runs", "write_report"]

@@ -5,13 +5,13 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from moe_dist.report.read import Run, series
+from moe_dist.report.read import RunFiles, series
 from moe_dist.report.style import color, figure
 
 GIB = 2.0**30
 
 
-def loss(runs: Sequence[Run]) -> go.Figure | None:
+def loss(runs: Sequence[RunFiles]) -> go.Figure | None:
     """Training loss as a line, validation loss as marks joined by dashes, against tokens."""
     made = figure("tokens", "loss, nats a token")
     for index, run in enumerate(runs):
@@ -26,12 +26,12 @@ def loss(runs: Sequence[Run]) -> go.Figure | None:
     return made if made.data else None
 
 
-def throughput(runs: Sequence[Run]) -> go.Figure | None:
+def throughput(runs: Sequence[RunFiles]) -> go.Figure | None:
     """Tokens/s of all ranks against steps; None where no run has logged them."""
     return _one_line_a_run(runs, "tokens_per_second", "tokens/s", {"rangemode": "tozero"})
 
 
-def memory(runs: Sequence[Run]) -> go.Figure | None:
+def memory(runs: Sequence[RunFiles]) -> go.Figure | None:
     """The largest rank's resident set over time, the smallest's as a thin line, and the device's where there is one."""
     made = figure("step", "GiB", yaxis_rangemode="tozero")
     parts = (
@@ -49,12 +49,12 @@ def memory(runs: Sequence[Run]) -> go.Figure | None:
     return made if made.data else None
 
 
-def balance(runs: Sequence[Run]) -> go.Figure | None:
+def balance(runs: Sequence[RunFiles]) -> go.Figure | None:
     """cv² of expert loads against steps, on a logarithmic axis; None where no run has experts."""
     return _one_line_a_run(runs, "load.cv2", "cv² of expert loads", {"type": "log"})
 
 
-def _one_line_a_run(runs: Sequence[Run], key: str, title: str, axis: dict[str, str]) -> go.Figure | None:
+def _one_line_a_run(runs: Sequence[RunFiles], key: str, title: str, axis: dict[str, str]) -> go.Figure | None:
     made = figure("step", title)
     made.update_yaxes(**axis)
     for index, run in enumerate(runs):

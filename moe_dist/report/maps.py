@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from moe_dist.report.read import Line, Run, number, series
+from moe_dist.report.read import Line, RunFiles, number, series
 from moe_dist.report.style import chooser, figure
 
 MOST_COLUMNS = 120
@@ -18,7 +18,7 @@ MOST_CELLS = 200_000
 Floats = npt.NDArray[np.float64]
 
 
-def load_map(run: Run) -> go.Figure | None:
+def load_map(run: RunFiles) -> go.Figure | None:
     """Each expert's load over the mean load, step by step; a layer is chosen above the figure."""
     steps, counts_CLE = load_counts(run.loads)
     if not steps:
@@ -79,7 +79,7 @@ BALANCE = (
 )
 
 
-def balance(run: Run) -> go.Figure | None:
+def balance(run: RunFiles) -> go.Figure | None:
     """Busiest over mean of experts, clusters and ranks, and the dropped share."""
     made = figure("step", "busiest / mean")
     for key, name in BALANCE:
@@ -94,7 +94,7 @@ def balance(run: Run) -> go.Figure | None:
     return made if made.data else None
 
 
-def membership(run: Run) -> go.Figure | None:
+def membership(run: RunFiles) -> go.Figure | None:
     """The cluster of each expert from one re-clustering to the next; nothing where a run does not tell."""
     history = membership_history(run.events)
     if not history:
@@ -152,7 +152,7 @@ def _is_clusters(value: Any) -> bool:
     )
 
 
-def traffic(run: Run) -> go.Figure | None:
+def traffic(run: RunFiles) -> go.Figure | None:
     """MiB from each rank to each, one stage at a time."""
     stages = run.traffic.get("stages")
     matrices = {
@@ -179,7 +179,7 @@ def traffic(run: Run) -> go.Figure | None:
     return made
 
 
-def profile(run: Run) -> go.Figure | None:
+def profile(run: RunFiles) -> go.Figure | None:
     """Where the time of a step goes on each rank."""
     ranks = run.profile.get("ranks")
     if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks):

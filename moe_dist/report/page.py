@@ -10,10 +10,8 @@ from plotly.offline import get_plotlyjs
 
 from moe_dist import __version__
 from moe_dist.errors import MoeDistError
-from moe_dist.report import curves
-from moe_dist.report import maps
-from moe_dist.report import tables
-from moe_dist.report.read import Run
+from moe_dist.report import curves, maps, tables
+from moe_dist.report.read import RunFiles
 
 # Nothing may be loaded from anywhere, and the figures need no more than scripts and styles of the page itself.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -34,7 +32,7 @@ table { border-collapse: collapse; font-size: .87rem; } th, td { text-align: lef
 FIT = "addEventListener('load', () => document.querySelectorAll('.js-plotly-plot').forEach(Plotly.Plots.resize))"
 
 
-def write_report(runs: Sequence[Run], target: Path) -> None:
+def write_report(runs: Sequence[RunFiles], target: Path) -> None:
     """Writes the page, whole or not at all.
 
     Raises:
@@ -48,7 +46,7 @@ def write_report(runs: Sequence[Run], target: Path) -> None:
         raise MoeDistError(f"{target}: cannot be written: {error.strerror}") from error
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[RunFiles]) -> str:
     """The report as HTML."""
     title = escape(", ".join(run.label for run in runs))
     numbers = iter(range(10**6))
@@ -65,7 +63,7 @@ def page(runs: Sequence[Run]) -> str:
     )
 
 
-def _together(runs: Sequence[Run], numbers: Iterator[int]) -> str:
+def _together(runs: Sequence[RunFiles], numbers: Iterator[int]) -> str:
     figures = (
         ("Loss", curves.loss(runs), ""),
         ("Throughput", curves.throughput(runs), ""),
@@ -75,7 +73,7 @@ def _together(runs: Sequence[Run], numbers: Iterator[int]) -> str:
     return tables.comparison(runs) + _grid(figures, numbers)
 
 
-def _run(run: Run, numbers: Iterator[int]) -> str:
+def _run(run: RunFiles, numbers: Iterator[int]) -> str:
     figures = (
         ("Load of the experts", maps.load_map(run), "1 is a fair share."),
         ("Busiest over mean", maps.balance(run), "Mean over layers; a rank is a place in the expert-parallel group."),

@@ -16,7 +16,7 @@ ENDINGS = ("finished", "measured", "stopped", "interrupted", "failed")
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """What a run folder holds, as far as it can be read.
 
     Attributes:
@@ -53,7 +53,7 @@ class Run:
         return f"not finished: still running, or killed after step {self.last_step}"
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
     """Reads every folder.
 
     Raises:
@@ -67,7 +67,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     ]
 
 
-def _read_run(path: Path, label: str) -> Run:
+def _read_run(path: Path, label: str) -> RunFiles:
     if not path.is_dir():
         raise ConfigError(f"{path}: is no run folder: give a folder such as runs/demo, which training has made")
     names = ("config.yaml", "metrics.jsonl", "events.jsonl", "load.jsonl", "summary.json", "traffic.json")
@@ -77,7 +77,7 @@ def _read_run(path: Path, label: str) -> Run:
     events = _read_lines(path / "events.jsonl", problems)
     if not (path / "summary.json").exists() and not any(event.get("event") == "measured" for event in events):
         problems.insert(0, "no summary.json: the run has not ended by itself")
-    return Run(
+    return RunFiles(
         label,
         path,
         config=_read_config(path / "config.yaml", problems),

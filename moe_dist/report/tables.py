@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from moe_dist.report.read import Line, Run, number
+from moe_dist.report.read import Line, RunFiles, number
 
 MISSING = "-"
 MOST_EVENTS = 200
@@ -35,7 +35,7 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-def comparison(runs: Sequence[Run]) -> str:
+def comparison(runs: Sequence[RunFiles]) -> str:
     """One row a figure, one column a run; figures that no run has are left out."""
     rows = [["ended", *(run.status for run in runs)], ["layout", *(_layout(run) for run in runs)]]
     for title, key, form in FIGURES:
@@ -45,7 +45,7 @@ def comparison(runs: Sequence[Run]) -> str:
     return table(["", *(run.label for run in runs)], rows)
 
 
-def _layout(run: Run) -> str:
+def _layout(run: RunFiles) -> str:
     kind = run.summary.get("kind") or (run.config.get("moe") or {}).get("kind") or MISSING
     world = run.summary.get("world")
     axes = ", ".join(f"{axis} {size}" for axis, size in world.items()) if isinstance(world, dict) else ""
@@ -69,7 +69,7 @@ RECLUSTER = (
 )
 
 
-def reclusterings(run: Run) -> str:
+def reclusterings(run: RunFiles) -> str:
     """Re-clusterings: what moved, how many bytes, in what time, and what it did to loss and objective; or nothing."""
     events = [event for event in run.events if event.get("event") == "recluster"]
     if not events:
@@ -79,7 +79,7 @@ def reclusterings(run: Run) -> str:
     return table([column.replace("_", " ") for column in shown], rows)
 
 
-def other_events(run: Run) -> str:
+def other_events(run: RunFiles) -> str:
     """Everything else that happened, evaluations left out: the curve shows those."""
     hidden = ("evaluation", "recluster", "placement")
     events = [event for event in run.events if event.get("event") not in hidden]

@@ -8,8 +8,8 @@ tests count again.
 from dataclasses import dataclass, fields
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape
-from moe_dist.simulator.sizes import parameters_on_rank
 from moe_dist.moe.parameter_class import ParameterClass
+from moe_dist.simulator.sizes import parameters_on_rank
 
 FLOAT32, MOMENTS = 4, 8
 ROUTING_STATE = 40  # numbers a token that do not grow with the widths, whatever the kind
@@ -87,7 +87,7 @@ def saved_elements(config: RunConfig) -> float:
     if moe.kind == "standard":
         return attention + 2 * k * d + k * 4 * f + 4 * moe.shared_expert_hidden + 12 + 9 * k
     hidden = 7 * k + 1.6 if k > 1 else 13.7  # the forms in plain torch keep all that its autograd does
-    if moe.form in ("compiled", "triton"):
+    if moe.backend in ("cpu", "triton"):
         hidden = 3.4
     thin = 11 * moe.rank * m * k
     return attention + (2.9 + 4 * (m - 1)) * d + m * hidden * f + ROUTING_STATE + thin

@@ -18,7 +18,7 @@ GIB = 2.0**30
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutOption:
     """One way to lay out the job."""
 
     shape: WorldShape
@@ -41,14 +41,14 @@ class Layout:
 class Option:
     """A layout with its predictions; `time` is None where it does not fit."""
 
-    layout: Layout
+    layout: LayoutOption
     memory: Memory
     fits: bool
     time: StepTime | None = None
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannerResult:
     """All options, the fastest first, those that do not fit last."""
 
     options: tuple[Option, ...]
@@ -61,7 +61,7 @@ class Plan:
         return self.options[0]
 
 
-def plan(config: RunConfig, fabric: Fabric, vocabulary: int, skew: float) -> Plan:
+def plan(config: RunConfig, fabric: Fabric, vocabulary: int, skew: float) -> PlannerResult:
     """Predicts every possible layout.
 
     Args:
@@ -79,10 +79,10 @@ def plan(config: RunConfig, fabric: Fabric, vocabulary: int, skew: float) -> Pla
     timed = [_timed(config, option, fabric, vocabulary, popularity_LE) for option in _without_waste(fitting)]
     timed.sort(key=lambda option: (option.time.seconds if option.time else 0.0, option.memory.total))
     too_large = sorted((option for option in options if not option.fits), key=lambda option: option.memory.total)
-    return Plan((*timed, *too_large), limit, _reason(timed, limit))
+    return PlannerResult((*timed, *too_large), limit, _reason(timed, limit))
 
 
-def layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
+def layouts(config: RunConfig, ranks: int) -> Iterator[LayoutOption]:
     """Shapes that divide experts and ranks, with every ZeRO stage, micro-batch and with or without recomputation.
 
     Raises:
@@ -98,7 +98,7 @@ def layouts(config: RunConfig, ranks: int) -> Iterator[Layout]:
         for zero_stage in (0, 1, 2):
             for micro in _divisors(batch // ranks):
                 for checkpointing in (False, True):
-                    yield Layout(shape, zero_stage, BatchShape(micro, batch // ranks // micro), checkpointing)
+                    yield LayoutOption(shape, zero_stage, BatchShape(micro, batch // ranks // micro), checkpointing)
 
 
 def _shapes(config: RunConfig, ranks: int) -> Iterator[WorldShape]:
@@ -120,7 +120,7 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def settled(config: RunConfig, layout: Layout) -> RunConfig:
+def settled(config: RunConfig, layout: LayoutOption) -> RunConfig:
     """The configuration with the layout's keys."""
     shape = layout.shape
     world = {"data": shape.data, "cluster": shape.cluster, "shard": shape.shard, "zero_stage": layout.zero_stage}
@@ -133,7 +133,7 @@ def settled(config: RunConfig, layout: Layout) -> RunConfig:
     )
 
 
-def _remembered(config: RunConfig, layout: Layout, vocabulary: int, limit: float) -> Option:
+def _remembered(config: RunConfig, layout: LayoutOption, vocabulary: int, limit: float) -> Option:
     memory = memory_of_rank(settled(config, layout), layout.shape, layout.batch, vocabulary)
     return Option(layout, memory, memory.total <= limit)
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator import memory
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.popularity import Floats, balanced_clusters
 from moe_dist.simulator.sizes import parameters_on_rank, residual_parameters, work_of
 from moe_dist.simulator.strategies import Demand, Strategy, demand
-from moe_dist.moe.parameter_class import ParameterClass
 
 FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and back again
 OPTIMIZER_BYTES = 32  # read and written for a parameter: gradient, master, two moments

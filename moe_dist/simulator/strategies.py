@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_dist.config import MoEConfig, RunConfig, WorldShape
 from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage
-from moe_dist.dispatch.traffic_model import Hop, hops
+from moe_dist.dispatch.traffic_model import HopCost, hop_costs
 from moe_dist.simulator.popularity import (
     Floats,
     Integers,
@@ -40,7 +40,7 @@ class Strategy(StrEnum):
 class Flow:
     """One hop: what a row costs on the wire, and the rows expected between ranks for one token of every rank."""
 
-    hop: Hop
+    hop: HopCost
     rows_PP: Floats
 
     def bytes(self, tokens: float) -> Floats:
@@ -88,9 +88,9 @@ def demand(
     return _node_limited(config, shape, popularity_E, generator, devices_per_node, most_nodes)
 
 
-def _hop(config: RunConfig, shape: WorldShape, stage: Stage) -> Hop:
-    found = [hop for hop in hops(config.model, config.moe, shape) if hop.stage is stage]
-    return found[0] if found else Hop(stage, 0, 0)
+def _hop(config: RunConfig, shape: WorldShape, stage: Stage) -> HopCost:
+    found = [hop for hop in hop_costs(config.model, config.moe, shape) if hop.stage is stage]
+    return found[0] if found else HopCost(stage, 0, 0)
 
 
 def _flat(config: RunConfig, shape: WorldShape, popularity_E: Floats, generator: np.random.Generator) -> Demand:

@@ -10,13 +10,13 @@ from rich.table import Table
 
 from moe_dist.simulator.calibration import DEVICE_CONSTANTS, Calibration
 from moe_dist.simulator.memory import Memory
-from moe_dist.simulator.planner import GIB, Option, Plan
+from moe_dist.simulator.planner import GIB, Option, PlannerResult
 from moe_dist.simulator.step_time import StepTime
 
 SHOWN = 8
 
 
-def render_plan(found: Plan, console: Console) -> None:
+def render_plan(found: PlannerResult, console: Console) -> None:
     """The fastest layouts, the memory of the best by kind, and the recommendation with its reason."""
     table = Table(title="layouts that fit, fastest first (predicted)", title_justify="left", box=SIMPLE, padding=0)
     axes = ("data", "cluster", "shard", "ZeRO", "micro", "recompute")
@@ -113,7 +113,7 @@ def time_to_dict(time: StepTime) -> dict[str, Any]:
     }
 
 
-def plan_to_dict(found: Plan) -> dict[str, Any]:
+def plan_to_dict(found: PlannerResult) -> dict[str, Any]:
     """All options for `--json`, the recommended one first."""
     return {
         "reason": found.reason,

@@ -18,18 +18,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.benchmarks.subruns import Summary
 from moe_dist.clustering import adjusted_rand_index
 from moe_dist.config import WorldConfig
 from moe_dist.data.domains import TRAIN, write_domains
 from moe_dist.data.files import FileSource
-from moe_dist.distributed.init import join, leave
-from moe_dist.evaluation.trained_model import open_subject
+from moe_dist.distributed.init import init_distributed, shutdown
 from moe_dist.evaluation.texts import encode_text
+from moe_dist.evaluation.trained_model import open_subject
 from moe_dist.evaluation.windows import window_batches
-from moe_dist.studies.quality import Cell, cells, require_all, run_cells
-from moe_dist.report.read import read_runs
-from moe_dist.studies.subruns import Summary
 from moe_dist.model.language_model import LanguageModel
+from moe_dist.report.read import read_runs
+from moe_dist.studies.quality import QualityCell, cells, require_all, run_cells
 
 RECIPES = ("cheap", "cheap-random", "cheap-parameter", "cheap-activation", "cheap-fused")
 BATCH = 8  # windows at a time
@@ -89,7 +89,7 @@ def run_domains(spec: DomainSpec, report: Callable[[str], None]) -> list[DomainR
     return [_measure(cell, results[cell], held, spec.folder) for cell in todo]
 
 
-def _measure(cell: Cell, summary: Summary, held: Mapping[str, Path], folder: Path) -> DomainRun:
+def _measure(cell: QualityCell, summary: Summary, held: Mapping[str, Path], folder: Path) -> DomainRun:
     run = folder / "runs" / cell.name
     count_DLE, cluster_LE = domain_counts(run, held)
     rounds = [event for event in read_runs([run])[0].events if event.get("event") == "recluster"]
@@ -112,7 +112,7 @@ def domain_counts(run: Path, held: Mapping[str, Path]) -> tuple[npt.NDArray[np.i
     Raises:
         CheckpointError: the run has no weights.
     """
-    process = join(WorldConfig(threads=1))
+    process = init_distributed(WorldConfig(threads=1))
     try:
         subject = open_subject(run, process, WorldConfig(), "float32")
         model, length = subject.model(torch.float32), subject.config.model.sequence_length
@@ -120,7 +120,7 @@ def domain_counts(run: Path, held: Mapping[str, Path]) -> tuple[npt.NDArray[np.i
         count_DLE = np.stack([_count(model, text.ids, length) for text in texts])
         return count_DLE, np.array([placement.cluster_of() for placement in model.context.placements])
     finally:
-        leave()
+        shutdown()
 
 
 def _count(model: LanguageModel, ids: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from moe_dist.benchmarks.subruns import Summary
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.studies.quality import Cell, run_cells
-from moe_dist.studies.subruns import Summary
+from moe_dist.studies.quality import QualityCell, run_cells
 
 PROBE_STEPS = 20
 PROBE = (
@@ -23,8 +23,8 @@ PROBE = (
 
 
 def steps_for_equal_time(
-    todo: Sequence[Cell], yardstick: str, folder: Path, jobs: int, report: Callable[[str], None]
-) -> list[Cell]:
+    todo: Sequence[QualityCell], yardstick: str, folder: Path, jobs: int, report: Callable[[str], None]
+) -> list[QualityCell]:
     """The same cells, with the steps that each recipe trains in the time the yardstick takes for its own.
 
     Args:
@@ -52,7 +52,7 @@ def steps_for_equal_time(
     return [_stretched(cell, speed[cell.recipe] / speed[yardstick]) for cell in todo]
 
 
-def speeds(results: Mapping[Cell, Summary]) -> dict[str, float]:
+def speeds(results: Mapping[QualityCell, Summary]) -> dict[str, float]:
     """Tokens a second of each recipe: the median over its short runs."""
     told: dict[str, list[float]] = {}
     for cell, summary in results.items():
@@ -60,10 +60,10 @@ def speeds(results: Mapping[Cell, Summary]) -> dict[str, float]:
     return {recipe: median(values) for recipe, values in told.items()}
 
 
-def _probe(cell: Cell) -> Cell:
+def _probe(cell: QualityCell) -> QualityCell:
     return replace(cell, overrides=(*cell.overrides, *PROBE))
 
 
-def _stretched(cell: Cell, factor: float) -> Cell:
+def _stretched(cell: QualityCell, factor: float) -> QualityCell:
     steps = load_config(cell.config, cell.overrides).train.steps
     return replace(cell, overrides=(*cell.overrides, f"train.steps={max(1, round(steps * factor))}"))

@@ -17,10 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.benchmarks import subruns
+from moe_dist.benchmarks.subruns import PACKAGE, Summary
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.studies import subruns
-from moe_dist.studies.subruns import PACKAGE, Summary
 from moe_dist.metrics.summary import look_up
 
 RECIPES = ("dense", "standard-aux", "standard-bias", "cheap", "good")
@@ -28,7 +28,7 @@ YARDSTICKS = ("standard-aux", "standard-bias")
 
 
 @dataclass(frozen=True)
-class Cell:
+class QualityCell:
     """One run of the comparison."""
 
     recipe: str
@@ -49,7 +49,7 @@ class Cell:
 
 def cells(
     configs: Path, corpora: Mapping[str, Sequence[str]], seeds: int, recipes: Sequence[str], overrides: Sequence[str]
-) -> list[Cell]:
+) -> list[QualityCell]:
     """All runs of the comparison, seed by seed, so that an early stop leaves whole rows.
 
     Args:
@@ -68,15 +68,17 @@ def cells(
                     raise ConfigError(f"{config}: no such recipe; give --configs, the folder that holds it")
                 words = (*selection, *overrides, f"seed={seed}", "world.threads=1", "tensorboard=false")
                 load_config(config, words)
-                found.append(Cell(recipe, corpus, seed, config, words))
+                found.append(QualityCell(recipe, corpus, seed, config, words))
     return found
 
 
-def run_cells(todo: Sequence[Cell], folder: Path, jobs: int, report: Callable[[str], None]) -> dict[Cell, Summary]:
+def run_cells(
+    todo: Sequence[QualityCell], folder: Path, jobs: int, report: Callable[[str], None]
+) -> dict[QualityCell, Summary]:
     """Runs what is not there yet, `jobs` at a time; a cell that fails is reported and the others go on."""
     folder.mkdir(parents=True, exist_ok=True)
 
-    def finish(cell: Cell) -> tuple[Cell, Summary | None]:
+    def finish(cell: QualityCell) -> tuple[QualityCell, Summary | None]:
         file = cell.result_file(folder)
         if not file.exists():
             report(f"{cell.name}: running")
@@ -91,7 +93,7 @@ def run_cells(todo: Sequence[Cell], folder: Path, jobs: int, report: Callable[[s
         return {cell: summary for cell, summary in pool.map(finish, todo) if summary is not None}
 
 
-def _train(cell: Cell, file: Path, folder: Path) -> str | None:
+def _train(cell: QualityCell, file: Path, folder: Path) -> str | None:
     """Trains one cell; returns what went wrong, in one line."""
     world = load_config(cell.config, cell.overrides).world
     alone = (world.data or 1) * (world.cluster or 1) * world.shard == 1
@@ -101,7 +103,7 @@ def _train(cell: Cell, file: Path, folder: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class Row:
+class QualityRow:
     """A recipe on a corpus, over its seeds."""
 
     recipe: str
@@ -122,9 +124,9 @@ class Row:
         return stdev(self.losses.values()) if len(self.losses) > 1 else 0.0
 
 
-def rows(results: dict[Cell, Summary]) -> list[Row]:
+def rows(results: dict[QualityCell, Summary]) -> list[QualityRow]:
     """One row for each corpus and recipe, in the order of the cells."""
-    groups: dict[tuple[str, str], list[tuple[Cell, Summary]]] = {}
+    groups: dict[tuple[str, str], list[tuple[QualityCell, Summary]]] = {}
     for cell, summary in results.items():
         groups.setdefault((cell.corpus, cell.recipe), []).append((cell, summary))
     found = []
@@ -136,11 +138,11 @@ def rows(results: dict[Cell, Summary]) -> list[Row]:
         stored = {cell.seed: loss for cell, summary in members if (loss := look_up(summary, "validation.loss_stored"))}
         variance = None if None in variances else mean(variances)
         seconds = mean(summary["seconds"] for _, summary in members)
-        found.append(Row(recipe, corpus, losses, stored, share, variance, members[0][1]["steps"], seconds))
+        found.append(QualityRow(recipe, corpus, losses, stored, share, variance, members[0][1]["steps"], seconds))
     return found
 
 
-def differences(table: Sequence[Row], row: Row, yardstick: str) -> list[float]:
+def differences(table: Sequence[QualityRow], row: QualityRow, yardstick: str) -> list[float]:
     """Loss less the yardstick's, seed by seed, on the same corpus; empty where that was not run."""
     base = next((other for other in table if (other.corpus, other.recipe) == (row.corpus, yardstick)), None)
     if base is None:
@@ -148,7 +150,7 @@ def differences(table: Sequence[Row], row: Row, yardstick: str) -> list[float]:
     return [loss - base.losses[seed] for seed, loss in row.losses.items() if seed in base.losses]
 
 
-def render(results: dict[Cell, Summary], console: Console) -> None:
+def render(results: dict[QualityCell, Summary], console: Console) -> None:
     """Prints the table."""
     table = rows(results)
     view = Table(title="validation loss, nats a token (mean ± standard deviation over seeds)", title_justify="left")
@@ -177,7 +179,7 @@ def _with_range(values: Sequence[float]) -> str:
     return f"{mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})" if values else "-"
 
 
-def to_dict(results: dict[Cell, Summary]) -> dict[str, Any]:
+def to_dict(results: dict[QualityCell, Summary]) -> dict[str, Any]:
     """The figures for `--json`: the table, and every cell's summary."""
     table = rows(results)
     return {
@@ -188,7 +190,7 @@ def to_dict(results: dict[Cell, Summary]) -> dict[str, Any]:
     }
 
 
-def require_all(results: dict[Cell, Summary], wanted: Sequence[Cell]) -> None:
+def require_all(results: dict[QualityCell, Summary], wanted: Sequence[QualityCell]) -> None:
     """Raises MoeDistError naming the cells that failed."""
     if failed := [cell.name for cell in wanted if cell not in results]:
         raise MoeDistError(f"{len(failed)} of {len(wanted)} runs failed: {', '.join(failed)}")

@@ -6,22 +6,24 @@ from typing import Self
 
 from moe_dist.checkpoint.find import agreed
 from moe_dist.checkpoint.manifest import DataRecord
-from moe_dist.checkpoint.stateful import Parts
 from moe_dist.checkpoint.random_state import RandomState
 from moe_dist.checkpoint.run_state import RunState
 from moe_dist.checkpoint.saver import CheckpointSaver, Saved
+from moe_dist.checkpoint.stateful import Parts
 from moe_dist.checkpoint.store import FINAL, step_folder
 from moe_dist.config import RunConfig
-from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.errors import CheckpointError, MoeDistError
-from moe_dist.training.recorder import Recorder
+from moe_dist.metrics.recorder import Recorder
 from moe_dist.training.resume import Resumption
 
 
 class RunCheckpoints:
     """Takes the checkpoints that `checkpoint.*` asks for; all ranks call it at the same points."""
 
-    def __init__(self, config: RunConfig, engine: Engine, data: DataRecord, parts: Parts, recorder: Recorder) -> None:
+    def __init__(
+        self, config: RunConfig, engine: DeepSpeedEngine, data: DataRecord, parts: Parts, recorder: Recorder
+    ) -> None:
         """Args: parts: what outlives a step besides the model, its optimizer, its balance and the random generators."""
         self._options, self._recorder = config.checkpoint, recorder
         run = agreed(recorder.folder and recorder.folder.absolute())
@@ -32,7 +34,7 @@ class RunCheckpoints:
         self.follow(engine, parts)
         self._last: int | None = None
 
-    def follow(self, engine: Engine, parts: Parts) -> None:
+    def follow(self, engine: DeepSpeedEngine, parts: Parts) -> None:
         """Saves the state of this model and of these parts from now on."""
         own: Parts = {"balance": engine.model.context.balance, "random": RandomState()}
         self._state = RunState(engine, self._data, {**own, **parts})

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moe_dist.checkpoint.compatibility import check_same_model
 from moe_dist.checkpoint.find import agreed, is_checkpoint
-from moe_dist.checkpoint.compatibility import require_same_model
 from moe_dist.checkpoint.manifest import read_manifest
 from moe_dist.checkpoint.store import FINAL
 from moe_dist.config import RunConfig
@@ -25,7 +25,7 @@ def show_if_finished(config: RunConfig, rank: int) -> bool:
     if run is None or summary is None:
         return False
     if is_checkpoint(run / FINAL):
-        require_same_model(read_manifest(run / FINAL), config)
+        check_same_model(read_manifest(run / FINAL), config)
     if rank == 0:
         if config.summary_copy is not None:
             write_json(Path(config.summary_copy), summary)

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_dist.config import WorldShape
-from moe_dist.metrics import LoadStatistics, load_statistics
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.metrics import LoadStatistics, load_statistics
 
 Counts = npt.NDArray[np.float64]
 

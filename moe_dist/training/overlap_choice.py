@@ -12,11 +12,11 @@ import torch
 
 from moe_dist.config import RunConfig, WorldShape
 from moe_dist.dispatch.chunked_overlap import choose_chunks
+from moe_dist.distributed.links import Links
+from moe_dist.metrics.recorder import Recorder
+from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.overlap_probe import measure_hop
-from moe_dist.model.language_model import LanguageModel
-from moe_dist.distributed.links import Links
-from moe_dist.training.recorder import Recorder
 
 
 class OverlapChoice:

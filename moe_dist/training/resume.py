@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_dist.checkpoint.find import Found, agreed, checked, is_checkpoint, newest_good
-from moe_dist.checkpoint.compatibility import require_fit
+from moe_dist.checkpoint.compatibility import check_config_compatible
+from moe_dist.checkpoint.find import Found, agreed, checked, is_checkpoint, latest_valid_checkpoint
 from moe_dist.checkpoint.manifest import DataRecord
 from moe_dist.checkpoint.store import checkpoints_of, set_aside
 from moe_dist.config import RunConfig
 from moe_dist.data import PreparedData
 from moe_dist.errors import CheckpointError
-from moe_dist.training.recorder import Recorder, RunRecorder
+from moe_dist.metrics.recorder import Recorder, RunRecorder
 
 WORDS = ("none", "auto", "requeued")
 RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
@@ -48,7 +48,7 @@ def find_resumption(config: RunConfig, data: PreparedData) -> Resumption | None:
     run, found = _wanted(config)
     if found is None:
         return None
-    changes = require_fit(found.manifest, config.phase_after(found.manifest.step), data_record(data))
+    changes = check_config_compatible(found.manifest, config.phase_after(found.manifest.step), data_record(data))
     if found.manifest.step > config.train.steps:
         raise CheckpointError(
             f"checkpoint {found.path} is of step {found.manifest.step}, beyond train.steps={config.train.steps}"
@@ -101,7 +101,7 @@ def _wanted(config: RunConfig) -> tuple[Path | None, Found | None]:
     resume = config.checkpoint.resume
     run = run_to_go_on(config)
     if run is not None:
-        return run, newest_good(run)
+        return run, latest_valid_checkpoint(run)
     if resume in WORDS:
         return None, None
     path = Path(resume)

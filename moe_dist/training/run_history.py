@@ -11,7 +11,7 @@ from moe_dist.metrics import flatten
 
 
 @dataclass
-class RunAccount:
+class RunHistory:
     """Times and loads of every step, and the validation losses; a part of every checkpoint."""
 
     step_seconds: list[float] = field(default_factory=list)

@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage, TrafficLedger
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.distributed.init import Process
+from moe_dist.distributed.init import RankInfo
+from moe_dist.distributed.links import LinkKind
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.engine.optimizer_state import MASTER
 from moe_dist.metrics import peak_rss_bytes, rss_bytes
-from moe_dist.distributed.links import LinkKind
 
 
-def all_to_all_totals(ledger: TrafficLedger, tokens: int, moe_layers: int, process: Process) -> dict[str, Any]:
+def all_to_all_totals(ledger: TrafficLedger, tokens: int, moe_layers: int, process: RankInfo) -> dict[str, Any]:
     """Bytes and messages of all ranks' all-to-alls while training, what a rank sends itself left out; collective."""
     parts = [(link, payload, way) for link in LinkKind for payload in Payload for way in Direction]
     mine = [ledger.total(link, payload, way) for link, payload, way in parts]
@@ -41,7 +41,7 @@ MATRIX_RANKS = 512
 """Up to this many ranks every pair is kept; beyond, the matrices would be larger than a model."""
 
 
-def traffic_matrices(ledger: TrafficLedger, process: Process) -> dict[str, Any]:
+def traffic_matrices(ledger: TrafficLedger, process: RankInfo) -> dict[str, Any]:
     """Bytes and messages from each rank (row) to each (column), stage by stage, and each rank's node; collective.
 
     Empty for more than `MATRIX_RANKS` ranks.
@@ -67,7 +67,7 @@ def _any(rows: list[list[int]]) -> bool:
     return any(map(any, rows))
 
 
-def memory_now(process: Process) -> dict[str, int]:
+def memory_now(process: RankInfo) -> dict[str, int]:
     """The largest and the smallest footprint of any rank at this moment, bytes; collective.
 
     On a device only what torch has allocated there counts; 0 on a CPU.
@@ -82,7 +82,7 @@ def memory_now(process: Process) -> dict[str, int]:
     return {"rss_bytes_max": largest, "rss_bytes_min": -smallest, "device_bytes_max": device}
 
 
-def model_bytes(engine: Engine) -> tuple[int, int]:
+def model_bytes(engine: DeepSpeedEngine) -> tuple[int, int]:
     """Weights, gradients and training state of a rank, counted from its tensors; and of them, what is kept in tiers."""
     state, held, away = engine.training_state(), 0, 0
     for parameter in engine.model.parameters():
@@ -106,7 +106,7 @@ class PeakMemory:
     """Largest over ranks of what torch allocated on the accelerator; 0 on a CPU."""
 
 
-def peak_memory(process: Process) -> PeakMemory:
+def peak_memory(process: RankInfo) -> PeakMemory:
     """Gathers every rank's peaks; collective."""
     device_peak = 0
     if process.device.type != "cpu":

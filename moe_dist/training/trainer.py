@@ -11,31 +11,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from moe_dist.checkpoint.stateful import Part
+from moe_dist.checkpoint.stateful import Stateful
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
 from moe_dist.data.prepare import TOKENIZER
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
-from moe_dist.engine.deepspeed_engine import Engine, StepOutcome
-from moe_dist.distributed.init import Process, join, leave
+from moe_dist.distributed.collective_errors import raise_on_all_ranks
+from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.errors import DataError, TrainingError
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics import installed_versions, process_seconds
+from moe_dist.metrics.recorder import Recorder, perplexity
 from moe_dist.model.language_model import LanguageModel, count_parameters
-from moe_dist.distributed.links import Links
-from moe_dist.distributed.mesh import Mesh
-from moe_dist.distributed.collective_errors import together
-from moe_dist.training.run_history import RunAccount
+from moe_dist.recluster.coordinator import Coordinator
 from moe_dist.training.checkpointing import RunCheckpoints
-from moe_dist.training.validation import validation_loss
 from moe_dist.training.finished_run import show_if_finished
-from moe_dist.training.preemption import StopSignals
+from moe_dist.training.learning_rate import learning_rate
 from moe_dist.training.load_metrics import LoadRecord, last_fifth
 from moe_dist.training.overlap_choice import OverlapChoice
-from moe_dist.recluster.coordinator import Coordinator
-from moe_dist.training.recorder import Recorder, perplexity
+from moe_dist.training.preemption import StopSignals
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
-from moe_dist.training.learning_rate import learning_rate
+from moe_dist.training.run_history import RunHistory
 from moe_dist.training.summary_metrics import (
     all_to_all_totals,
     memory_now,
@@ -43,6 +42,7 @@ from moe_dist.training.summary_metrics import (
     peak_memory,
     traffic_matrices,
 )
+from moe_dist.training.validation import validation_loss
 from moe_dist.training.warmup import Trained, cluster_experts
 from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
 
@@ -59,10 +59,10 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
     Raises:
         MoeDistError: the data, the launch or the training fails in a way that the user can act upon.
     """
-    process = join(config.world)
+    process = init_distributed(config.world)
     shape = resolve_world(config, process.ranks)
     if show_if_finished(config, process.rank):
-        leave()
+        shutdown()
         return False
     if process.rank == 0:
         print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
@@ -73,7 +73,7 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
     if recorder.folder is not None:
         shutil.copyfile(data.tokenizer_path, recorder.folder / TOKENIZER)  # what evaluates the run may lack its text
     with recorder, StopSignals() as signals:
-        run = TrainingRun(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
+        run = Trainer(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
 
         def hangs(error: TrainingError) -> None:
             recorder.event("failed", run.steps_done, error=str(error))
@@ -83,17 +83,17 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
             if resumption is not None:
                 run.resume(resumption)
             stopped = run.run(signals, watchdog.alive)
-    leave()
+    shutdown()
     return stopped
 
 
-class TrainingRun:
+class Trainer:
     """The loop and its account of time, loads and losses."""
 
     def __init__(
         self,
         config: RunConfig,
-        process: Process,
+        process: RankInfo,
         shape: WorldShape,
         data: PreparedData,
         recorder: Recorder,
@@ -118,7 +118,7 @@ class TrainingRun:
         self.overlap = OverlapChoice(config, shape, self.ledger.links, process.device, tokens, recorder)
         self.coordinator = Coordinator(self.engine, config, recorder)
         self.loads = self._load_record()
-        self.account, self.steps_done = RunAccount(), steps_done
+        self.account, self.steps_done = RunHistory(), steps_done
         self.first_step_seconds: float | None = None
         self.checkpoints = RunCheckpoints(config, self.engine, data_record(data), self._parts(), recorder)
 
@@ -128,21 +128,21 @@ class TrainingRun:
         return self.trained.model
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> DeepSpeedEngine:
         """The engine that trains it; as short-lived."""
         return self.trained.engine
 
-    def _build(self, config: RunConfig) -> tuple[LanguageModel, Engine]:
+    def _build(self, config: RunConfig) -> tuple[LanguageModel, DeepSpeedEngine]:
         links, accumulation = self.ledger.links, self.batch.accumulation
         self.memory = None
         try:
-            with together():  # a rank's directory or disk may fail where those of the others do not
+            with raise_on_all_ranks():  # a rank's directory or disk may fail where those of the others do not
                 self.memory = self._expert_memory(config)
-            with together():
+            with raise_on_all_ranks():
                 model = LanguageModel(
                     config, self.data.vocab_size, self.mesh, links, accumulation, self.ledger, self.memory
                 )
-            return model, Engine(model, config, self.batch, self.process)
+            return model, DeepSpeedEngine(model, config, self.batch, self.process)
         except BaseException:
             self.__exit__()
             raise
@@ -166,9 +166,9 @@ class TrainingRun:
         copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
         return LoadRecord(moe.experts, self.shape, self.tokens_per_step * layers * copies)
 
-    def _parts(self) -> dict[str, Part]:
+    def _parts(self) -> dict[str, Stateful]:
         """What checkpoints hold besides the model and its optimizer."""
-        parts: dict[str, Part] = {
+        parts: dict[str, Stateful] = {
             "account": self.account,
             "traffic": self.ledger,
             "coordinator": self.coordinator,
@@ -357,7 +357,7 @@ class TrainingRun:
         )
 
 
-def _require_same_data(data: PreparedData, process: Process) -> None:
+def _require_same_data(data: PreparedData, process: RankInfo) -> None:
     """Nodes without a shared file system prepare their own: another Python has another standard library."""
     digest = hashlib.sha256(f"{data.train.checksum} {data.validation.checksum}".encode()).digest()
     mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=process.device)

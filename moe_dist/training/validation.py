@@ -5,11 +5,11 @@ import torch.distributed as dist
 
 from moe_dist.config import RunConfig
 from moe_dist.data import TokenFile, validation_batches
-from moe_dist.distributed.init import Process
+from moe_dist.distributed.init import RankInfo
 from moe_dist.model.language_model import LanguageModel
 
 
-def validation_loss(model: LanguageModel, tokens: TokenFile, config: RunConfig, micro: int, process: Process) -> float:
+def validation_loss(model: LanguageModel, tokens: TokenFile, config: RunConfig, micro: int, process: RankInfo) -> float:
     """Mean loss in nats a token over `train.eval_sequences` held-out sequences; collective.
 
     Args:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import RunConfig
-from moe_dist.conversion.from_standard import ClusteredStart, read_clustered, write_clustered
 from moe_dist.conversion.calibration_tokens import mean_loss, sample_tokens
-from moe_dist.engine.deepspeed_engine import Engine
+from moe_dist.conversion.from_standard import ClusteredStart, read_clustered, write_clustered
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.model.language_model import LanguageModel
 
-Build = Callable[[RunConfig], tuple[LanguageModel, Engine]]
+Build = Callable[[RunConfig], tuple[LanguageModel, DeepSpeedEngine]]
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Trained:
     """A model and its engine; whoever replaces them lets go of the old ones here."""
 
     model: LanguageModel
-    engine: Engine
+    engine: DeepSpeedEngine
 
 
 def cluster_experts(

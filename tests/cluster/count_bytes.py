@@ -15,12 +15,12 @@ import torch.distributed as dist
 
 from moe_dist.config import ModelConfig, MoEConfig, WorldShape
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
-from moe_dist.moe.load_balancing import BalanceState
-from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.layer_context import LayerContext
 from moe_dist.distributed.links import LinkKind, Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.load_balancing import BalanceState
 
 HIDDEN, TOKENS, ROUNDS = 256, 2048, 3
 MOE = MoEConfig(experts=16, clusters=4, top_clusters=2, top_k=2, expert_hidden=32, rank=2)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from moe_dist.launch import rank as entry
 from moe_dist.config import RunConfig
+from moe_dist.launch import rank as entry
 
 
 def meet(config: RunConfig) -> bool:

@@ -13,15 +13,15 @@ from moe_dist.checkpoint.load_model import load_model
 from moe_dist.checkpoint.manifest import DataRecord
 from moe_dist.checkpoint.model_state import training_tensors_of, weights_of
 from moe_dist.checkpoint.run_state import RunState
-from moe_dist.checkpoint.sharded_tensor import State
 from moe_dist.checkpoint.save_and_load import write_checkpoint
+from moe_dist.checkpoint.sharded_tensor import State
 from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import WorldShape, load_config, resolve_batch
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.distributed.init import join
-from moe_dist.model.language_model import LanguageModel
+from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.model.language_model import LanguageModel
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY
 
@@ -47,20 +47,20 @@ class Half:
     members: list[object] = field(default_factory=list)
 
 
-def _engine(axes: Axes, words: list[str]) -> Engine:
+def _engine(axes: Axes, words: list[str]) -> DeepSpeedEngine:
     config = load_config(None, [*SMALL, *words])
-    process = join(config.world)
+    process = init_distributed(config.world)
     batch = resolve_batch(config, process.ranks)
     mesh = Mesh.create(WorldShape(*axes), timedelta(seconds=60))
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
-    return Engine(model, config, batch, process)
+    return DeepSpeedEngine(model, config, batch, process)
 
 
-def _run_state(engine: Engine) -> RunState:
+def _run_state(engine: DeepSpeedEngine) -> RunState:
     return RunState(engine, DATA, {"balance": engine.model.context.balance})
 
 
-def _steps(engine: Engine, first: int, count: int) -> Half:
+def _steps(engine: DeepSpeedEngine, first: int, count: int) -> Half:
     half, share = Half(), SEQUENCES // engine.process.ranks
     for step in range(first, first + count):
         data = torch.randint(VOCABULARY, (SEQUENCES, 17), generator=torch.Generator().manual_seed(step))
@@ -148,7 +148,7 @@ def test_any_other_shape_and_zero_stage_goes_on_alike(straight: Straight, axes: 
 
 
 def _load(axes: Axes, folder: Path) -> list[dict[tuple[str, int], Tensor]]:
-    process = join(load_config(None, SMALL).world)
+    process = init_distributed(load_config(None, SMALL).world)
     mesh = Mesh.create(WorldShape(*axes), timedelta(seconds=60))
     loaded = []
     for number in range(len(VARIANTS)):

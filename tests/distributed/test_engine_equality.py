@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import RunConfig, WorldShape, load_config, resolve_batch
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.distributed.init import join
-from moe_dist.moe.clustered_experts import ClusteredExperts
-from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.standard_moe import StandardMoE
+from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.standard_moe import StandardMoE
 from tests.distributed.ranks import run_ranks
 
 STEPS, SEQUENCES, VOCABULARY = 5, 8, 97
@@ -47,11 +47,11 @@ def _train(axes: tuple[int, int, int], variants: list[list[str]]) -> list[Traine
 
 
 def _train_variant(shape: WorldShape, config: RunConfig) -> Trained:
-    process = join(config.world)
+    process = init_distributed(config.world)
     mesh = Mesh.create(shape, timedelta(seconds=60))
     batch = resolve_batch(config, process.ranks)
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
-    engine, trained = Engine(model, config, batch, process), Trained()
+    engine, trained = DeepSpeedEngine(model, config, batch, process), Trained()
     data = torch.randint(VOCABULARY, (STEPS, SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
     share = SEQUENCES // process.ranks
     for step in range(STEPS):
@@ -161,7 +161,7 @@ def test_stages_and_recomputation_agree_on_one_rank() -> None:
 def _train_plainly(words: list[str]) -> Trained:
     """The same steps with nothing but torch: one process, one AdamW, torch's own clipping."""
     config = load_config(None, [*SMALL, *words])
-    process = join(config.world)
+    process = init_distributed(config.world)
     mesh = Mesh.create(WorldShape(1, 1, 1), timedelta(seconds=60))
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), SEQUENCES)
     options, trained = config.optimizer, Trained()
@@ -237,7 +237,7 @@ def _initial_weights(variants: list[list[str]]) -> list[dict[str, Tensor]]:
     weights = []
     for words in variants:
         config = load_config(None, [*SMALL, *words])
-        process = join(config.world)
+        process = init_distributed(config.world)
         mesh = Mesh.create(WorldShape(1, 1, 1), timedelta(seconds=60))
         model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device))
         weights.append({name: value.clone() for name, value in _weights_by_global_name(model).items()})

@@ -10,12 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dist.launch import rank_measure as measure
-from moe_dist.config import WorldShape, load_config
-from moe_dist.benchmarks.collective_timer import CollectiveWatch, Part, watching
-from moe_dist.report import page
-from moe_dist.report import read_runs
+from moe_dist.benchmarks.collective_timer import CollectiveTimer, StepPhase, timing_collectives
 from moe_dist.benchmarks.traffic.measure import TrafficSpec, measure_traffic, of_kind
+from moe_dist.config import WorldShape, load_config
+from moe_dist.launch import rank_measure as measure
+from moe_dist.report import page, read_runs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_traffic import HIDDEN, TOKENS, TWO_CLUSTERS, layer_of
 
@@ -60,7 +59,7 @@ def _assert_sound(found: dict[str, Any]) -> None:
     assert found["bytes_per_token_layer"] == pytest.approx(found["bytes"] / found["tokens"] / 2)
     assert len(found["profile"]["ranks"]) == 4
     for rank in found["profile"]["ranks"]:
-        assert set(rank) == set(map(str, Part))
+        assert set(rank) == set(map(str, StepPhase))
         assert all(seconds > 0 for seconds in rank.values())
 
 
@@ -86,7 +85,7 @@ def test_the_peers_own_layers_are_counted_from_outside(tmp_path: Path) -> None:
 def _watched_layer() -> tuple[int, int, int, int]:
     """All-to-all bytes and messages of a layer's two passes, by the watch and by the ledger."""
     layer = layer_of(TWO_CLUSTERS, WorldShape(1, 2, 1), nodes=(0, 1))
-    with watching() as watch:
+    with timing_collectives() as watch:
         watch.active = True
         layer(torch.randn(TOKENS, HIDDEN, requires_grad=True)).square().sum().backward()
     sent = layer.context.ledger.total()  # type: ignore[union-attr, operator]
@@ -101,7 +100,7 @@ def test_the_watch_sees_what_the_ledger_counts() -> None:
 
 def _collectives() -> tuple[dict[str, float], float, bool]:
     before = dist.all_reduce
-    with watching() as watch:
+    with timing_collectives() as watch:
         quiet = torch.ones(3)
         dist.all_reduce(quiet)
         assert not watch.seconds
@@ -138,5 +137,5 @@ def test_another_kind_is_validated() -> None:
 
 
 def test_the_watch_is_idle_until_asked() -> None:
-    watch = CollectiveWatch()
-    assert watch.wrap(Part.REDUCTION, lambda x: x + 1)(1) == 2
+    watch = CollectiveTimer()
+    assert watch.wrap(StepPhase.REDUCTION, lambda x: x + 1)(1) == 2

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.config import WorldShape
-from moe_dist.model.megatron_backbone import expert_parallel_ranks, initialize_megatron
 from moe_dist.distributed.links import LinkKind, Links
 from moe_dist.distributed.mesh import GroupKind, Mesh, coordinates_of, group_layout, rank_at
+from moe_dist.model.megatron_backbone import expert_parallel_ranks, initialize_megatron
 from tests.distributed.ranks import run_ranks
 
 SHAPES = [(1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (4, 1, 1)]

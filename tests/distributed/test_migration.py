@@ -10,17 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import WorldShape, load_config, resolve_batch
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.distributed.init import join
-from moe_dist.errors import MoeDistError
-from moe_dist.recluster import transfer
-from moe_dist.recluster.recluster_plan import Verdict, agree
-from moe_dist.model.language_model import LanguageModel
+from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.recluster.migration_executor import Move
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.errors import MoeDistError
+from moe_dist.metrics.recorder import Recorder
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.recluster import transfer
 from moe_dist.recluster.coordinator import Coordinator
-from moe_dist.training.recorder import Recorder
+from moe_dist.recluster.migration_executor import Move
+from moe_dist.recluster.recluster_plan import ReclusterPlan, broadcast_plan
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY, _weights_by_global_name
 
@@ -47,12 +47,12 @@ class Training:
 
     def __init__(self, axes: tuple[int, int, int], words: list[str]) -> None:
         config = load_config(None, [*SMALL, *RECLUSTER, *words])
-        process = join(config.world)
+        process = init_distributed(config.world)
         mesh = Mesh.create(WorldShape(*axes), timedelta(seconds=60))
         batch = resolve_batch(config, process.ranks)
         self.config, self.process = config, process
         self.model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
-        self.engine = Engine(self.model, config, batch, process)
+        self.engine = DeepSpeedEngine(self.model, config, batch, process)
         self.coordinator = Coordinator(self.engine, config, Recorder())
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -255,7 +255,7 @@ def _disagreeing(what: str) -> str:
     if what == "step" and dist.get_rank() == 1:
         step = 8
     try:
-        agree(Verdict.nothing(placements), placements, step, training.process.device)
+        broadcast_plan(ReclusterPlan.nothing(placements), placements, step, training.process.device)
     except MoeDistError as error:
         return str(error)
     return "agreed"

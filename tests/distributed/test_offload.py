@@ -12,19 +12,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moe_dist.config import WorldShape, load_config, resolve_batch
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.distributed.init import join
-from moe_dist.errors import ConfigError, MoeDistError, OffloadError
-from moe_dist.memory.block import Kind
-from moe_dist.memory.expert_memory import ExpertMemory
-from moe_dist.moe.clustered_experts import ClusteredExperts
-from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.quantized_experts import stored_sizes
+from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.recluster.migration_executor import Move
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.errors import ConfigError, MoeDistError, OffloadError
+from moe_dist.memory.block import TensorKind
+from moe_dist.memory.expert_memory import ExpertMemory
+from moe_dist.metrics.recorder import Recorder
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.quantized_experts import stored_sizes
 from moe_dist.recluster.coordinator import Coordinator
-from moe_dist.training.recorder import Recorder
+from moe_dist.recluster.migration_executor import Move
 from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY
@@ -53,14 +53,14 @@ class Story:
 def _story(axes: tuple[int, int, int], words: list[str], steps: int, directory: Path | None) -> Story:
     offload = [] if directory is None else ["memory.offload=true", f"memory.directory={directory}"]
     config = load_config(None, [*SMALL, *RECLUSTER, *words, *offload])
-    process = join(config.world)
+    process = init_distributed(config.world)
     mesh, batch = Mesh.create(WorldShape(*axes), timedelta(seconds=60)), resolve_batch(config, process.ranks)
     memory = None
     if directory is not None:
         memory = ExpertMemory(config, config.moe.clusters // axes[1], process.rank, process.device)
     links = Links.discover(process.device)
     model = LanguageModel(config, VOCABULARY, mesh, links, batch.accumulation, memory=memory)
-    engine = Engine(model, config, batch, process)
+    engine = DeepSpeedEngine(model, config, batch, process)
     coordinator, losses, norms = Coordinator(engine, config, Recorder()), [], []
     share = SEQUENCES // process.ranks
     for step in range(steps):
@@ -135,12 +135,12 @@ def _bytes_by_kind(residuals: list[str], directory: Path) -> list[tuple[dict[str
     for how in residuals:
         words = [f"precision.residuals={how}", "train.precision=bfloat16", f"memory.directory={directory}"]
         config = load_config(None, [*SMALL, TIGHT, "memory.offload=true", *words])
-        process = join(config.world)
+        process = init_distributed(config.world)
         mesh = Mesh.create(WorldShape(1, 1, 1), timedelta(seconds=60))
         memory = ExpertMemory(config, config.moe.clusters, process.rank, process.device)
         LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), 8, memory=memory)
         for cluster in memory.clusters.values():
-            memory.device.send_down(cluster.block(Kind.WEIGHT))
+            memory.device.send_down(cluster.block(TensorKind.WEIGHT))
         sizes = [cluster.sizes() for cluster in memory.clusters.values()]
         by_kind = {kind.value: sum(size[kind].bytes for size in sizes) for kind in sizes[0]}
         files = sum(file.stat().st_size for file in directory.glob("*/layer-*.bin"))
@@ -178,12 +178,12 @@ def _damaged(directory: Path) -> str:
     config = load_config(
         None, [*SMALL, TIGHT, "memory.prefetch=0", "memory.offload=true", f"memory.directory={directory}"]
     )
-    process = join(config.world)
+    process = init_distributed(config.world)
     mesh, batch = Mesh.create(WorldShape(1, 1, 1), timedelta(seconds=60)), resolve_batch(config, 1)
     memory = ExpertMemory(config, config.moe.clusters, 0, process.device)
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation, memory=memory)
-    engine = Engine(model, config, batch, process)
-    memory.device.send_down(memory.clusters[1, 2].block(Kind.WEIGHT))
+    engine = DeepSpeedEngine(model, config, batch, process)
+    memory.device.send_down(memory.clusters[1, 2].block(TensorKind.WEIGHT))
     with (directory / "rank-00000" / "layer-001.bin").open("r+b") as file:
         file.write(bytes([1]) * (1 << 20))
     with pytest.raises(OffloadError) as error:
@@ -243,7 +243,7 @@ def test_runs_with_and_without_tiers_go_on_from_each_others_checkpoints(tmp_path
 
 def _open(directory: Path) -> list[str]:
     config = load_config(None, [*SMALL, "memory.offload=true", f"memory.directory={directory}"])
-    memory = ExpertMemory(config, 4, 0, join(config.world).device)
+    memory = ExpertMemory(config, 4, 0, init_distributed(config.world).device)
     found = sorted(path.name for path in directory.rglob("*"))
     memory.close()
     return found

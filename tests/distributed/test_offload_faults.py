@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from moe_dist.checkpoint.store import check, checkpoints_of
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.launch.environment import INIT_METHOD
 from moe_dist.launch.rank import run_rank
-from moe_dist.checkpoint.store import check, checkpoints_of
-from moe_dist.engine.deepspeed_engine import Engine
 from moe_dist.memory.owned_folder import OwnedFolder
 from moe_dist.training.checkpointing import RunCheckpoints
 from tests.distributed.ranks import run_ranks, start_ranks
@@ -135,13 +135,17 @@ def test_a_run_that_meets_every_fault_of_its_tier_ends_like_one_that_meets_none(
     straight.live()
     named = rf"rank 1: {run.directory}/{TIER}/layer-00\d.bin: [a-z_]+ of layer \d, cluster [23]"
     story = [
-        (Fault(_damage, Engine, "forward_backward", 3), 2, rf"{named} is damaged: its checksum is wrong"),
+        (Fault(_damage, DeepSpeedEngine, "forward_backward", 3), 2, rf"{named} is damaged: its checksum is wrong"),
         (
-            Fault(_cut, Engine, "update", 3),
+            Fault(_cut, DeepSpeedEngine, "update", 3),
             4,
             rf"{named}: only [\d,]+ of [\d,]+ bytes are left: the file was cut short",
         ),
-        (Fault(_fill, Engine, "forward_backward", 3), 6, rf"{named} cannot be written \(.*\): File too large; give"),
+        (
+            Fault(_fill, DeepSpeedEngine, "forward_backward", 3),
+            6,
+            rf"{named} cannot be written \(.*\): File too large; give",
+        ),
         (Fault(_fill, RunCheckpoints, "restore", 1), 6, rf"{named} cannot be written \(.*\): File too large; give"),
     ]
     for fault, saved, said in story:

@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 
 from moe_dist.memory import expert_memory as experts
-from moe_dist.memory.block import Block, Kind
-from moe_dist.memory.offloaded_cluster import OffloadedCluster
+from moe_dist.memory.block import Block, TensorKind
 from moe_dist.memory.expert_memory import ExpertMemory
+from moe_dist.memory.offloaded_cluster import OffloadedCluster
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_offload import Story, _assert_same, _story
 from tests.unit.memory.stacked import LateTiers, StackedTiers
@@ -36,10 +36,10 @@ def _watched(call: Callable[..., Any]) -> Callable[..., Any]:
     return watched
 
 
-CALLS: list[Kind] = []
+CALLS: list[TensorKind] = []
 
 
-def _stacked(axes: tuple[int, int, int], words: list[str], directory: Path) -> tuple[list[Story], list[Kind]]:
+def _stacked(axes: tuple[int, int, int], words: list[str], directory: Path) -> tuple[list[Story], list[TensorKind]]:
     in_memory = _story(axes, words, 9, None)
     with (
         mock.patch.object(experts, "Tiers", StackedTiers),
@@ -54,11 +54,11 @@ def test_a_device_over_a_host_trains_the_same_and_what_migrates_never_comes_to_t
     tmp_path: Path, precision: str
 ) -> None:
     """In bfloat16 on one rank: between ranks DeepSpeed adds up gradients in fewer bits than is done here."""
-    ranks, batch, masters = (2, 1, set()) if precision == "float32" else (1, 8, {Kind.MASTER})
+    ranks, batch, masters = (2, 1, set()) if precision == "float32" else (1, 8, {TensorKind.MASTER})
     words = [*BUDGETS, f"train.precision={precision}", f"train.micro_batch_size={batch}"]
     for stories, moved in run_ranks(_stacked, ranks, (1, ranks, 1), words, tmp_path, timeout=300):
         _assert_same([stories])
-        assert set(moved) == {Kind.WEIGHT, Kind.EXP_AVG, Kind.EXP_AVG_SQ} | masters
+        assert set(moved) == {TensorKind.WEIGHT, TensorKind.EXP_AVG, TensorKind.EXP_AVG_SQ} | masters
 
 
 LEAST = ["memory.device_budget=60160", "memory.host_budget=60160"]
@@ -75,7 +75,7 @@ def _late(words: list[str], directory: Path) -> tuple[list[Story], set[Block], s
             super().close()
 
     def noted_skip(cluster: OffloadedCluster) -> None:
-        skipped.add(cluster.block(Kind.WEIGHT))
+        skipped.add(cluster.block(TensorKind.WEIGHT))
         skip(cluster)
 
     with mock.patch.object(experts, "Tiers", Tiers), mock.patch.object(OffloadedCluster, "skip", noted_skip):

@@ -12,17 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.config import MoEConfig, WorldShape, load_config
-from moe_dist.dispatch.all_to_all import Channel, Pending
+from moe_dist.dispatch.all_to_all import AllToAll, PendingAllToAll
 from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
-from moe_dist.distributed.init import join
-from moe_dist.errors import ConfigError
-from moe_dist.moe.clustered_experts import ClusteredExperts
-from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.model.language_model import LanguageModel
+from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
+from moe_dist.errors import ConfigError
+from moe_dist.metrics.recorder import Recorder
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.training.overlap_choice import OverlapChoice
-from moe_dist.training.recorder import Recorder
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_traffic import HIDDEN, layer_of
 
@@ -108,16 +108,16 @@ def _events(chunks: int) -> tuple[list[str], list[str]]:
     layer.divide(chunks)
     found: list[str] = []
     begun: dict[int, str] = {}
-    begin: Any = Channel.begin
-    finish, compute = Pending.finish, ClusteredExperts.forward
+    begin: Any = AllToAll.begin
+    finish, compute = PendingAllToAll.finish, ClusteredExperts.forward
 
-    def telling_begin(self: Channel, *args: Any) -> Pending:
-        pending: Pending = begin(self, *args)
+    def telling_begin(self: AllToAll, *args: Any) -> PendingAllToAll:
+        pending: PendingAllToAll = begin(self, *args)
         begun[id(pending)] = f"{sum(event.startswith('begin') for event in found)}"
         found.append(f"begin {begun[id(pending)]}")
         return pending
 
-    def telling_finish(self: Pending) -> Tensor:
+    def telling_finish(self: PendingAllToAll) -> Tensor:
         found.append(f"finish {begun.pop(id(self))}")
         return finish(self)
 
@@ -129,8 +129,8 @@ def _events(chunks: int) -> tuple[list[str], list[str]]:
         return y_AD
 
     with (
-        mock.patch.object(Channel, "begin", telling_begin),
-        mock.patch.object(Pending, "finish", telling_finish),
+        mock.patch.object(AllToAll, "begin", telling_begin),
+        mock.patch.object(PendingAllToAll, "finish", telling_finish),
         mock.patch.object(ClusteredExperts, "forward", telling_compute),
     ):
         y_TD = layer(torch.randn(64, HIDDEN, requires_grad=True))
@@ -182,7 +182,7 @@ def _choose(cases: list[Case]) -> list[Choice]:
     choices, shape = [], WorldShape(1, 2, 1)
     for nodes, words, state in cases:
         config = load_config(None, [*TINY, *words])
-        process, mesh = join(config.world), Mesh.create(shape, timedelta(seconds=60))
+        process, mesh = init_distributed(config.world), Mesh.create(shape, timedelta(seconds=60))
         links, recorder = Links(mesh.rank, nodes), _Events()
         model = LanguageModel(config, 97, mesh, links)
         choice = OverlapChoice(config, shape, links, process.device, 48, recorder)

@@ -19,14 +19,14 @@ from moe_dist.checkpoint.run_state import RunState
 from moe_dist.checkpoint.save_and_load import write_checkpoint
 from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import MemoryConfig, WorldShape, load_config, resolve_batch
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.distributed.init import join
-from moe_dist.memory.quantized_clusters import StoredMemory
-from moe_dist.moe.clustered_experts import ClusteredExperts
-from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.quantized_experts import StoredExperts, stored_sizes
+from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.memory.quantized_clusters import StoredMemory
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.quantized_experts import QuantizedClusterExperts, stored_sizes
 from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY
@@ -49,20 +49,20 @@ VARIANTS = [
 ]
 
 
-def _engine(axes: tuple[int, int, int], words: list[str]) -> Engine:
+def _engine(axes: tuple[int, int, int], words: list[str]) -> DeepSpeedEngine:
     config = load_config(None, [*SMALL, *words])
-    process = join(config.world)
+    process = init_distributed(config.world)
     batch = resolve_batch(config, process.ranks)
     mesh = Mesh.create(WorldShape(*axes), timedelta(seconds=60))
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
-    return Engine(model, config, batch, process)
+    return DeepSpeedEngine(model, config, batch, process)
 
 
 def _sequences(step: int) -> Tensor:
     return torch.randint(VOCABULARY, (SEQUENCES, 17), generator=torch.Generator().manual_seed(step))
 
 
-def _three_steps(engine: Engine) -> None:
+def _three_steps(engine: DeepSpeedEngine) -> None:
     rank, share = engine.process.rank, SEQUENCES // engine.process.ranks
     for step in range(3):
         mine = _sequences(step)[rank * share : (rank + 1) * share]
@@ -95,7 +95,7 @@ def _no_experts(self: ClusteredExperts, *_: Any) -> None:
 
 def _loaded(axes: tuple[int, int, int], folder: Path) -> list[tuple[Tensor, int, int]]:
     """Losses of each exported file, and bytes of a rank's experts: base, and what is each expert's own."""
-    process = join(load_config(None, SMALL).world)
+    process = init_distributed(load_config(None, SMALL).world)
     mesh = Mesh.create(WorldShape(*axes), timedelta(seconds=60))
     found = []
     for number in range(len(VARIANTS)):
@@ -103,7 +103,7 @@ def _loaded(axes: tuple[int, int, int], folder: Path) -> list[tuple[Tensor, int,
         with mock.patch.object(ClusteredExperts, "__init__", _no_experts) if weights.stored else nullcontext():
             model = load_model(weights, mesh, Links.discover(process.device), process.device)
         parts = [part for layer in model.clustered_layers() for part in layer.clusters]
-        stored = [part for part in parts if isinstance(part, StoredExperts)]
+        stored = [part for part in parts if isinstance(part, QuantizedClusterExperts)]
         assert len(stored) == (len(parts) if weights.config.precision.residuals != "none" else 0)
         assert not any(list(part.parameters()) for part in stored)
         base = sum(part.base_in_DH.nbytes + part.base_out_FD.nbytes for part in stored)
@@ -116,7 +116,7 @@ def _loaded_in_tiers(axes: tuple[int, int, int], folder: Path) -> list[tuple[Ten
 
     Blocks are aligned to 16 bytes, and pages of files to 4,096.
     """
-    process = join(load_config(None, SMALL).world)
+    process = init_distributed(load_config(None, SMALL).world)
     mesh = Mesh.create(WorldShape(*axes), timedelta(seconds=60))
     found = []
     for number in range(len(VARIANTS)):

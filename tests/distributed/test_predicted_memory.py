@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from moe_dist.config import WorldShape, load_config, resolve_batch
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.distributed.init import join
-from moe_dist.simulator.memory import memory_of_rank
-from moe_dist.model.language_model import LanguageModel
+from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.simulator.memory import memory_of_rank
 from tests.distributed.ranks import run_ranks
 
 VOCABULARY = 256
@@ -32,11 +32,11 @@ def _allocated(axes: tuple[int, int, int], variants: list[list[str]]) -> list[tu
 
 def _of_variant(shape: WorldShape, words: list[str]) -> tuple[Bytes, tuple[float, float]]:
     config = load_config(None, words)
-    process = join(config.world)
+    process = init_distributed(config.world)
     batch = resolve_batch(config, process.ranks)
     mesh = Mesh.create(shape, timedelta(seconds=60))
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
-    engine = Engine(model, config, batch, process)
+    engine = DeepSpeedEngine(model, config, batch, process)
     engine.update(engine.forward_backward(torch.randint(VOCABULARY, (2, 17))), 1e-3)
     optimizer = engine._engine.optimizer
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.config import WorldShape, load_config, resolve_batch
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.distributed.init import join
+from moe_dist.distributed.init import init_distributed
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.model.language_model import LanguageModel
 from moe_dist.simulator.memory import replicas
 from moe_dist.simulator.sizes import parameters_on_rank
 from moe_dist.simulator.step_time import reduction_rounds
-from moe_dist.model.language_model import LanguageModel
-from moe_dist.distributed.links import Links
-from moe_dist.distributed.mesh import Mesh
 from tests.distributed.ranks import run_ranks
 
 VOCABULARY = 256
@@ -56,11 +56,11 @@ def _carried(stages: list[int]) -> list[tuple[int, float]]:
 
 def _of_stage(stage: int, counted: _Counted) -> tuple[int, float]:
     config, shape = load_config(None, [*WORDS, f"world.zero_stage={stage}"]), WorldShape(2, 1, 1)
-    process = join(config.world)
+    process = init_distributed(config.world)
     batch = resolve_batch(config, process.ranks)
     mesh = Mesh.create(shape, timedelta(seconds=60))
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
-    engine = Engine(model, config, batch, process)
+    engine = DeepSpeedEngine(model, config, batch, process)
     counted.bytes = 0
     engine.update(engine.forward_backward(torch.randint(VOCABULARY, (4, 17))), 1e-3)
     held = parameters_on_rank(config, shape, VOCABULARY)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.config import RunConfig, WorldConfig
-from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
-from moe_dist.distributed.init import join
-from moe_dist.errors import ConfigError
-from moe_dist.benchmarks.rounds import inputs
+from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
 from moe_dist.benchmarks.layer.spec import PEERS, LayerShape, RanksBenchSpec, overlapped
 from moe_dist.benchmarks.on_ranks import run_bench
-from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
+from moe_dist.benchmarks.rounds import inputs
+from moe_dist.config import RunConfig, WorldConfig
+from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
+from moe_dist.distributed.init import init_distributed
+from moe_dist.errors import ConfigError
 from tests.distributed.ranks import run_ranks
 
 SMALL = LayerShape(tokens=96, hidden=32, expert_hidden=48, experts=8, clusters=4, rank=2)
@@ -68,7 +68,7 @@ def test_bytes_are_the_floor_and_the_counts(figures: dict[str, Any]) -> None:
 
 def _megatron_against_experts() -> None:
     """Megatron-core's layer behind the stand-ins computes what its own router and experts say."""
-    process = join(WorldConfig())
+    process = init_distributed(WorldConfig())
     config = SMALL.config("standard", "float32", 2)
     layer = MegatronMoE(config, process.ranks)
     x_TD, d_y_TD = inputs(16, SMALL.hidden, "float32", process, 0)

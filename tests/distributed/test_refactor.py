@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.kernels.reference import expert_weights
 from moe_dist.engine.optimizer_state import STATE_NAMES
+from moe_dist.kernels.reference import expert_weights
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_migration import MOVES, Training

@@ -21,7 +21,7 @@ from moe_dist.checkpoint.saver import CheckpointSaver
 from moe_dist.checkpoint.store import check, checkpoints_of
 from moe_dist.config import load_config
 from moe_dist.data import SequenceLoader
-from moe_dist.engine.deepspeed_engine import Engine, StepOutcome
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.errors import MoeDistError, TrainingError
 from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
@@ -129,25 +129,25 @@ def test_other_numbers_of_ranks_go_on_with_the_same_losses(folder: Path) -> None
 
 def _train_and_fall(words: list[str], fall: Callable[[], None], step: int, rank: int) -> None:
     """Trains, and calls `fall` on one rank in the backward passes of `step`."""
-    before, steps = Engine.forward_backward, iter(range(1, 100))
+    before, steps = DeepSpeedEngine.forward_backward, iter(range(1, 100))
 
-    def forward_backward(self: Engine, sequences_BS: Tensor, *args: Any) -> StepOutcome:
+    def forward_backward(self: DeepSpeedEngine, sequences_BS: Tensor, *args: Any) -> StepOutcome:
         if next(steps) == step and dist.get_rank() == rank:
             fall()
         return before(self, sequences_BS, *args)
 
-    Engine.forward_backward = forward_backward  # type: ignore[method-assign, assignment]
+    DeepSpeedEngine.forward_backward = forward_backward  # type: ignore[method-assign, assignment]
     _train(words)
 
 
 def _broken_gradient() -> None:
-    Engine.update = _update_with_nan  # type: ignore[method-assign]
+    DeepSpeedEngine.update = _update_with_nan  # type: ignore[method-assign]
 
 
-_update = Engine.update
+_update = DeepSpeedEngine.update
 
 
-def _update_with_nan(self: Engine, outcome: StepOutcome, learning_rate: float) -> float:
+def _update_with_nan(self: DeepSpeedEngine, outcome: StepOutcome, learning_rate: float) -> float:
     for values in self._engine.optimizer.averaged_gradients.values():
         values[0].fill_(math.nan)
     return _update(self, outcome, learning_rate)
@@ -240,9 +240,9 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(folder: Path) -> None:
 def _write_late(words: list[str]) -> None:
     """The checkpoint of step 3 is written only when step 5 has begun: training that waited for it would never end."""
     reached, write, steps = threading.Event(), CheckpointSaver._write, iter(range(1, 100))
-    before = Engine.forward_backward
+    before = DeepSpeedEngine.forward_backward
 
-    def forward_backward(self: Engine, sequences_BS: Tensor, *args: Any) -> StepOutcome:
+    def forward_backward(self: DeepSpeedEngine, sequences_BS: Tensor, *args: Any) -> StepOutcome:
         if next(steps) == 5:
             reached.set()
         return before(self, sequences_BS, *args)
@@ -251,7 +251,7 @@ def _write_late(words: list[str]) -> None:
         assert reached.wait(60)
         write(self, *args)
 
-    Engine.forward_backward = forward_backward  # type: ignore[method-assign, assignment]
+    DeepSpeedEngine.forward_backward = forward_backward  # type: ignore[method-assign, assignment]
     CheckpointSaver._write = late  # type: ignore[method-assign,assignment]
     _train(words)
 

@@ -4,10 +4,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_dist.config import load_config
 from moe_dist.benchmarks.on_ranks import run_bench
 from moe_dist.benchmarks.step.profiler import StepPart
 from moe_dist.benchmarks.step.spec import StepBenchSpec
+from moe_dist.config import load_config
 from tests.distributed.ranks import run_ranks
 
 SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"

@@ -13,20 +13,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig, MoEConfig, WorldShape
-from moe_dist.dispatch.all_to_all import Channel
-from moe_dist.dispatch.routing_trace import ObservedRouting
+from moe_dist.dispatch.all_to_all import AllToAll
+from moe_dist.dispatch.routing_trace import RoutingTrace
 from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage, TrafficLedger
-from moe_dist.dispatch.traffic_model import hops, ranks_of
+from moe_dist.dispatch.traffic_model import hop_costs, ranks_of
 from moe_dist.dispatch.wire_format import pack, travel, unpack
-from moe_dist.moe.load_balancing import BalanceState
-from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.layer_context import LayerContext
-from moe_dist.moe.standard_moe import StandardMoE
-from moe_dist.moe.topk_routing import choose_flat
-from moe_dist.moe.two_stage_routing import choose_clusters, router_logits
 from moe_dist.distributed.links import LinkKind, Links
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.load_balancing import BalanceState
+from moe_dist.moe.standard_moe import StandardMoE
+from moe_dist.moe.topk_routing import choose_flat
+from moe_dist.moe.two_stage_routing import choose_clusters, router_logits
 from tests.distributed.ranks import run_ranks
 
 HIDDEN, TOKENS = 32, 96
@@ -114,11 +114,11 @@ def _formulas_against_ledger(moe: MoEConfig, shape: WorldShape) -> None:
     nodes = (0, 0, 1, 1)[: shape.ranks]
     layer = layer_of(moe, shape, nodes)
     context: LayerContext = layer.context  # type: ignore[assignment]
-    observed = ObservedRouting(dist.get_rank(), nodes, keep=TOKENS)
+    observed = RoutingTrace(dist.get_rank(), nodes, keep=TOKENS)
     context.ledger.observer = observed
     torch.manual_seed(dist.get_rank())
     layer(torch.randn(TOKENS, HIDDEN, requires_grad=True)).square().sum().backward()
-    expected_hops = hops(MODEL, moe, shape)
+    expected_hops = hop_costs(MODEL, moe, shape)
     assert {key.stage for key in context.ledger.sent} == {hop.stage for hop in expected_hops}
     for hop in expected_hops:
         needs = observed.needs[0, hop.stage]
@@ -202,7 +202,7 @@ def _eight_bits_both_ways() -> tuple[Tensor, Tensor, int]:
     """What arrives of a vector sent to the other rank, what comes back of its gradient, and the bytes of both."""
     rank = dist.get_rank()
     mesh = Mesh.create(WorldShape(1, 2, 1), timedelta(seconds=60))
-    channel = Channel(mesh.group(GroupKind.STAGE_ONE), TrafficLedger(Links(rank, (0, 0))), 0, Stage.ONE)
+    channel = AllToAll(mesh.group(GroupKind.STAGE_ONE), TrafficLedger(Links(rank, (0, 0))), 0, Stage.ONE)
     x_RD = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(rank)).requires_grad_()
     send, receive = ([1, 2], [1, 2]) if rank == 0 else ([2, 1], [2, 1])
     y_RD = travel(channel, x_RD, send, receive, torch.int8)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.config import load_config
-from moe_dist.engine.deepspeed_engine import Engine, StepOutcome
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.errors import DataError, TrainingError
 from moe_dist.metrics import missing_keys
 from moe_dist.model.language_model import LanguageModel
@@ -87,13 +87,13 @@ def test_run_folder_keeps_its_contract(tmp_path: Path) -> None:
 
 def _train_and_tell_dtypes(words: list[str]) -> tuple[set[torch.dtype], set[torch.dtype]]:
     """Dtypes of the model's floating-point weights, and of what the optimizer updates with its moments."""
-    update, engines = Engine.update, []
+    update, engines = DeepSpeedEngine.update, []
 
-    def seen(self: Engine, outcome: StepOutcome, learning_rate: float) -> float:
+    def seen(self: DeepSpeedEngine, outcome: StepOutcome, learning_rate: float) -> float:
         engines.append(self)
         return update(self, outcome, learning_rate)
 
-    Engine.update = seen  # type: ignore[method-assign]
+    DeepSpeedEngine.update = seen  # type: ignore[method-assign]
     _train(words)
     optimizer = engines[-1]._engine.optimizer
     masters = [master for group in optimizer.param_groups for master in group["params"]]

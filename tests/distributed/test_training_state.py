@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import WorldShape, load_config, resolve_batch
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.distributed.init import join
-from moe_dist.engine.optimizer_state import MASTER, MOMENTS, STATE_NAMES
-from moe_dist.model.language_model import LanguageModel
+from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.engine.optimizer_state import MASTER, MOMENTS, STATE_NAMES
+from moe_dist.model.language_model import LanguageModel
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY
 
@@ -26,16 +26,16 @@ Owned = dict[str, tuple[int, int, dict[str, Tensor]]]
 Held = dict[str, Tensor]
 
 
-def _engine(axes: tuple[int, int, int], words: list[str]) -> Engine:
+def _engine(axes: tuple[int, int, int], words: list[str]) -> DeepSpeedEngine:
     config = load_config(None, [*SMALL, *words])
-    process = join(config.world)
+    process = init_distributed(config.world)
     mesh = Mesh.create(WorldShape(*axes), timedelta(seconds=60))
     batch = resolve_batch(config, process.ranks)
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
-    return Engine(model, config, batch, process)
+    return DeepSpeedEngine(model, config, batch, process)
 
 
-def _step(engine: Engine, rate: float) -> None:
+def _step(engine: DeepSpeedEngine, rate: float) -> None:
     process = engine.process
     data = torch.randint(VOCABULARY, (SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
     share = SEQUENCES // process.ranks

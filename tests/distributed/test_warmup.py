@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 from moe_dist.checkpoint.store import checkpoints_of
 from moe_dist.config import load_config
 from moe_dist.conversion.calibration_tokens import standard_layers
-from moe_dist.engine.gathered_optimizer_state import OwnedState, WholeState
+from moe_dist.engine.gathered_optimizer_state import GatheredOptimizerState, OwnedState
 from moe_dist.errors import TrainingError
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.parameter_class import ParameterClass, class_of
@@ -75,7 +75,7 @@ def test_bfloat16_goes_through_the_change(tmp_path: Path) -> None:
     assert half == pytest.approx(full, rel=0.01)
 
 
-def _states(model: LanguageModel, trained: Trained) -> dict[str, WholeState]:
+def _states(model: LanguageModel, trained: Trained) -> dict[str, GatheredOptimizerState]:
     """Everything dense, whole, under the names of the clustered model."""
     state, mesh = trained.engine.training_state(), model.context.mesh
     return {
@@ -160,7 +160,7 @@ def test_experts_that_are_not_finite_are_not_clustered(tmp_path: Path) -> None:
 
 
 def test_reclustering_goes_on_after_the_change(tmp_path: Path) -> None:
-    words = ["recluster.period=2", "recluster.start=3", "recluster.growth=1", "recluster.transition=refactor"]
+    words = ["recluster.period=2", "recluster.start=3", "recluster.growth=1", "recluster.transition=refit"]
     loose = ["recluster.threshold=0", "recluster.max_loss_increase=1", "recluster.similarity=random"]
     run_ranks(_train, 2, _words(tmp_path, *words, *loose))
     events = [json.loads(line) for line in (tmp_path / "runs" / "smoke" / "events.jsonl").read_text().splitlines()]

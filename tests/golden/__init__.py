@@ -1,1 +1,1 @@
-"""Small runs with every feature, recorded to the bit, so that a change of structure can prove that it changes nothing."""
+"""Small runs with every feature, recorded to the bit: a change of structure can prove that it changes nothing."""

@@ -1,4 +1,4 @@
-"""`python -m tests.golden record FILE` keeps every case's figures; `compare FILE` runs them again and tells differences.
+"""`python -m tests.golden record FILE` keeps the figures of all cases; `compare FILE` runs them again and compares.
 
 Figures are equal to the bit on one machine only: processor, threads and library versions enter the last digits.
 """

@@ -41,7 +41,10 @@ def _train(words: list[str]) -> None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
 def _steps(run: Path) -> list[Any]:

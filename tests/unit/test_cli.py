@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from moe_dist.launch import runners
-from moe_dist.launch.job import Job, Launcher
 from moe_dist import __version__, cli
 from moe_dist.cli import training
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import TrainingError
+from moe_dist.launch import runners
+from moe_dist.launch.job import Job, Launcher
 
 Run = tuple[int, str, str]
 
@@ -76,7 +76,7 @@ def test_it_runs_as_a_module_too() -> None:
         (["bench", "layer", "--peers", "deepspeed"], "--peers needs --ranks"),
         (["bench", "layer", "--ranks", "2", "--peers", "tutel"], "peer 'tutel' is unknown: use deepspeed or megatron"),
         (["bench", "layer", "--ranks", "3"], "experts=32 cannot be divided over 3 ranks"),
-        (["bench", "layer", "--ranks", "2", "--also-form", "mask"], "--also-form does not go with --ranks"),
+        (["bench", "layer", "--ranks", "2", "--also-backend", "masked"], "--also-backend does not go with --ranks"),
         (["bench", "growth", "--experts", "32", "--experts", "16"], "experts=32,16 must grow"),
         (["bench", "step", "CONFIG", "--kind", "sparse"], "--kind sparse: use clustered, standard, dense"),
         (["launch", "--ranks", "x", "CONFIG"], "--ranks"),
@@ -153,7 +153,7 @@ def test_slurm_is_given_no_training_in_place_of_what_was_asked(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert moe_dist(*given)[0] == 0
     assert started[0][0] == "srun"
-    assert not any(word.endswith("train.py") for word in started[0])
+    assert not any(word.endswith("launch/rank.py") for word in started[0])
 
 
 def test_config_prints_yaml_that_loads_again(moe_dist: Any, config: str, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_launch_shows_its_command(moe_dist: Any, config: str) -> None:
     code, out, err = moe_dist("launch", "--ranks", "2", "--dry-run", config, "seed=4")
     assert (code, err) == (0, "")
     assert "deepspeed.launcher.runner" in out
-    assert out.endswith(f"train.py {config} seed=4\n")
+    assert out.endswith(f"launch/rank.py {config} seed=4\n")
 
 
 TWO_SHARDS = ["world.shard=2", "moe.clusters=2", "moe.experts=8"]
@@ -280,8 +280,20 @@ def test_bench_layer_takes_what_is_given_and_writes_json(
     monkeypatch.setitem(sys.modules, bench.__name__, bench)
     monkeypatch.setattr("moe_dist.benchmarks.layer.local", bench, raising=False)
     target = tmp_path / "bench.json"
-    words = ["--tokens", "64", "--top-k", "2", "--top-k", "4", "--dtype", "float32", "--no-vectors", "--form", "mask"]
+    words = [
+        "--tokens",
+        "64",
+        "--top-k",
+        "2",
+        "--top-k",
+        "4",
+        "--dtype",
+        "float32",
+        "--no-vectors",
+        "--backend",
+        "masked",
+    ]
     code, out, _ = moe_dist("bench", "layer", *words, "--json", str(target))
     assert (code, out) == (0, "a table\n")
-    assert specs == [{"tokens": 64, "top_k": (2, 4), "dtypes": ("float32",), "vectors": False, "form": "mask"}]
+    assert specs == [{"tokens": 64, "top_k": (2, 4), "dtypes": ("float32",), "vectors": False, "backend": "masked"}]
     assert json.loads(target.read_text()) == {"ratio": None}

@@ -9,6 +9,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from moe_dist.config import RunConfig
+from moe_dist.engine.deepspeed_init import init_deepspeed
 from moe_dist.moe.dense_feed_forward import SwiGLU
 
 
@@ -22,6 +23,7 @@ class DeepSpeedMoE(nn.Module):
             capacity_factor: what an expert takes over an even share, the rest is dropped; None: dropless.
         """
         super().__init__()
+        init_deepspeed()
         moe = config.moe
         expert = SwiGLU(0, moe.expert_hidden, config.model, config.seed)
         self.layer: Any = MoE(

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_dist.config import RunConfig, resolve_batch
 from moe_dist.benchmarks.baselines.deepspeed_moe import DeepSpeedMoE
-from moe_dist.distributed.init import Process
-from moe_dist.errors import ConfigError
-from moe_dist.benchmarks.collective_timer import CollectiveWatch
 from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
+from moe_dist.benchmarks.collective_timer import CollectiveTimer
+from moe_dist.config import RunConfig, resolve_batch
+from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import LinkKind, Links
+from moe_dist.errors import ConfigError
 
 PEERS: dict[str, tuple[Callable[[RunConfig, int], nn.Module], Callable[[], AbstractContextManager[None]]]] = {
     "deepspeed": (DeepSpeedMoE, nullcontext),
@@ -26,7 +26,7 @@ PEERS: dict[str, tuple[Callable[[RunConfig, int], nn.Module], Callable[[], Abstr
 
 
 def measure_peer(
-    name: str, config: RunConfig, process: Process, watch: CollectiveWatch, steps: int, warmup: int
+    name: str, config: RunConfig, process: RankInfo, watch: CollectiveTimer, steps: int, warmup: int
 ) -> dict[str, Any]:
     """One layer, forward and backward, on random tokens in the type of `train.precision`; collective.
 
@@ -59,7 +59,7 @@ def measure_peer(
 
 
 def _figures(
-    name: str, process: Process, watch: CollectiveWatch, steps: int, tokens: int, seconds: float
+    name: str, process: RankInfo, watch: CollectiveTimer, steps: int, tokens: int, seconds: float
 ) -> dict[str, Any]:
     """The keys of `gather_figures`, as far as they can be told from outside."""
     links = Links.discover(process.device)

@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.config import WorldConfig
-from moe_dist.distributed.init import Process, join, leave
 from moe_dist.benchmarks.layer.contenders import DENSE, STANDARD, Contender, build, mesh_for
+from moe_dist.benchmarks.layer.spec import CLUSTERED, GrowthSpec, clusters_for
 from moe_dist.benchmarks.rounds import inputs, time_rounds
 from moe_dist.benchmarks.saved_bytes import saved_bytes
-from moe_dist.benchmarks.layer.spec import CLUSTERED, GrowthSpec, clusters_for
-from moe_dist.metrics.spread import Spread
+from moe_dist.config import WorldConfig
+from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.metrics import installed_versions
+from moe_dist.metrics.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,18 @@ class GrowthResult:
 
 def run_growth(spec: GrowthSpec, report: Callable[[str], None] = lambda line: None) -> GrowthResult:
     """Measures all sizes, one after the other, in this process."""
-    process = join(WorldConfig(threads=spec.threads, backend="gloo"))
+    process = init_distributed(WorldConfig(threads=spec.threads, backend="gloo"))
     result = GrowthResult(spec)
     try:
         for experts in spec.experts:
             report(f"E={experts} ...")
             result.cases.append(_measure(spec, experts, process))
     finally:
-        leave()
+        shutdown()
     return result
 
 
-def _measure(spec: GrowthSpec, experts: int, process: Process) -> GrowthCase:
+def _measure(spec: GrowthSpec, experts: int, process: RankInfo) -> GrowthCase:
     shape = replace(spec.shape, experts=experts, clusters=clusters_for(experts))
     names = (DENSE, *CLUSTERED, *((STANDARD,) if experts <= spec.standard_up_to else ()))
     mesh = mesh_for(shape, process)

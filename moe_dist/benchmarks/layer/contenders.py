@@ -7,21 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe_dist.benchmarks.baselines.deepspeed_moe import DeepSpeedMoE
+from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
+from moe_dist.benchmarks.layer.spec import CLUSTERED, LayerShape
 from moe_dist.config import RunConfig, resolve_world
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.dispatch.traffic_model import vector_bytes
-from moe_dist.benchmarks.baselines.deepspeed_moe import DeepSpeedMoE
-from moe_dist.distributed.init import Process
-from moe_dist.benchmarks.layer.spec import CLUSTERED, LayerShape
-from moe_dist.moe.load_balancing import BalanceState
-from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.layer_context import LayerContext
-from moe_dist.moe.dense_feed_forward import SwiGLU
-from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
-from moe_dist.moe.standard_moe import StandardMoE
+from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.dense_feed_forward import SwiGLU
+from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.load_balancing import BalanceState
+from moe_dist.moe.standard_moe import StandardMoE
 
 DENSE, STANDARD = "dense", "standard"
 CAPACITY_FACTOR = 1.25
@@ -55,8 +55,8 @@ class Contender:
         self.module.zero_grad(set_to_none=True)
 
 
-def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: Process, mesh: Mesh) -> Contender:
-    """The contender of that name; collective for the peers, which form process groups."""
+def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: RankInfo, mesh: Mesh) -> Contender:
+    """The contender of that name; collective for the peers, which backend process groups."""
     clustered = name.startswith("clustered")
     kind = "clustered" if clustered else DENSE if name == DENSE else STANDARD
     config = shape.config(kind, dtype, top_k, CLUSTERED.get(name, 1))
@@ -74,7 +74,7 @@ def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: Process
     return contender
 
 
-def _ours(config: RunConfig, process: Process, mesh: Mesh, ledger: TrafficLedger) -> nn.Module:
+def _ours(config: RunConfig, process: RankInfo, mesh: Mesh, ledger: TrafficLedger) -> nn.Module:
     moe = config.moe
     clustered = moe.kind == "clustered"
     placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] if clustered else []
@@ -82,7 +82,7 @@ def _ours(config: RunConfig, process: Process, mesh: Mesh, ledger: TrafficLedger
     return (ClusteredMoE if clustered else StandardMoE)(0, config.model, moe, context, 1.0)
 
 
-def mesh_for(shape: LayerShape, process: Process) -> Mesh:
+def mesh_for(shape: LayerShape, process: RankInfo) -> Mesh:
     """All experts once over all ranks; collective."""
     if process.ranks == 1:
         return Mesh.alone()

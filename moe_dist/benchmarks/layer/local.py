@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moe_dist.compression import FORMS, ClusterWeights, choose_form, clustered_experts, init_base, init_residual
+from moe_dist.compression import ClusterWeights, init_base, init_residual
 from moe_dist.errors import ConfigError
+from moe_dist.kernels import BACKENDS, choose_backend, clustered_experts
 from moe_dist.metrics.spread import Spread
 from moe_dist.moe.standard_experts import experts_grouped, experts_loop, swiglu
 
@@ -36,7 +37,7 @@ _STANDARD = ("standard/loop", "standard/grouped_mm")
 
 @dataclass(frozen=True)
 class LayerBenchSpec:
-    """What to measure; sizes are those of the design's reference layer. `forms`: further clustered forms to show."""
+    """Sizes of the layer and what to time; `backends`: further backends of the clustered layer to show."""
 
     tokens: int = 4096
     hidden: int = 512
@@ -49,8 +50,8 @@ class LayerBenchSpec:
     threads: int = 1
     repeats: int = 7
     vectors: bool = False
-    form: str = "auto"
-    forms: tuple[str, ...] = ()
+    backend: str = "auto"
+    backends: tuple[str, ...] = ()
     device: str = "cpu"
     seed: int = 0
 
@@ -66,8 +67,8 @@ class LayerBenchSpec:
                 raise ConfigError(f"top_k={top_k} must be in 1..{self.experts // self.clusters}, a cluster's experts")
         if unknown := sorted(set(self.dtypes) - set(_DTYPES)):
             raise ConfigError(f"dtype {unknown[0]!r} is unknown: use {' or '.join(_DTYPES)}")
-        if unknown := sorted({self.form, *self.forms} - set(FORMS)):
-            raise ConfigError(f"form {unknown[0]!r} is unknown: use one of {', '.join(FORMS)}")
+        if unknown := sorted({self.backend, *self.backends} - set(BACKENDS)):
+            raise ConfigError(f"backend {unknown[0]!r} is unknown: use one of {', '.join(BACKENDS)}")
         if self.device not in (here := ("cpu", *_accelerators())):
             raise ConfigError(f"device={self.device} is not here: use {' or '.join(here)}")
 
@@ -78,7 +79,7 @@ class LayerBenchCase:
 
     dtype: str
     top_k: int
-    form: str
+    backend: str
     compiled: bool
     standard: str
     seconds: dict[str, Spread]
@@ -144,7 +145,7 @@ def render(result: LayerBenchResult, console: Console) -> None:
         table.add_column(name, justify="right")
     for case in result.cases:
         for name, seconds in case.seconds.items():
-            label = f"{name} ({case.form})" if name == "clustered" else name
+            label = f"{name} ({case.backend})" if name == "clustered" else name
             speedup = case.speedup if name == "clustered" else None
             floor = {"clustered": case.over_floor, case.standard: case.standard_over_floor}.get(name)
             table.add_row(
@@ -160,17 +161,17 @@ def render(result: LayerBenchResult, console: Console) -> None:
 
 def _measure(spec: LayerBenchSpec, dtype: str, top_k: int) -> LayerBenchCase:
     layer = _draw_layer(spec, _DTYPES[dtype], top_k)
-    form = spec.form
-    if form == "auto":
-        form = choose_form(layer.x_TD.device, layer.x_TD.dtype, layer.clustered[0])
-    rounds = _time_rounds(layer, _contenders(layer, form, spec.forms), spec.repeats)
+    backend = spec.backend
+    if backend == "auto":
+        backend = choose_backend(layer.x_TD.device, layer.x_TD.dtype, layer.clustered[0])
+    rounds = _time_rounds(layer, _contenders(layer, backend, spec.backends), spec.repeats)
     standard = min(_STANDARD, key=lambda name: statistics.median(rounds[name]))
 
     return LayerBenchCase(
         dtype=dtype,
         top_k=top_k,
-        form=form,
-        compiled=form == "compiled",
+        backend=backend,
+        compiled=backend == "cpu",
         standard=standard,
         seconds={name: Spread.of(seconds) for name, seconds in rounds.items()},
         speedup=Spread.of_ratios(rounds[standard], rounds["clustered"]),
@@ -179,14 +180,14 @@ def _measure(spec: LayerBenchSpec, dtype: str, top_k: int) -> LayerBenchCase:
     )
 
 
-def _contenders(layer: _Layer, form: str, more_forms: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
+def _contenders(layer: _Layer, backend: str, more_backends: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
     contenders: dict[str, Callable[[], Tensor]] = {
         "dense": lambda: swiglu(layer.x_TD @ layer.dense[0]) @ layer.dense[1],
-        "clustered": lambda: _clustered(layer, form),
+        "clustered": lambda: _clustered(layer, backend),
         _STANDARD[0]: lambda: _standard(layer, grouped=False),
         _STANDARD[1]: lambda: _standard(layer, grouped=True),
     }
-    return contenders | {f"clustered/{name}": functools.partial(_clustered, layer, name) for name in more_forms}
+    return contenders | {f"clustered/{name}": functools.partial(_clustered, layer, name) for name in more_backends}
 
 
 def _time_rounds(layer: _Layer, contenders: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
@@ -233,13 +234,13 @@ def _standard(layer: _Layer, grouped: bool) -> Tensor:
     return torch.zeros_like(layer.x_TD).index_add_(0, token_P, y_PD * gate_P1)
 
 
-def _clustered(layer: _Layer, form: str) -> Tensor:
+def _clustered(layer: _Layer, backend: str) -> Tensor:
     order_T = torch.argsort(layer.cluster_T, stable=True)
     counts = torch.bincount(layer.cluster_T, minlength=len(layer.clustered)).tolist()
     routed = (layer.x_TD, layer.slot_TK, layer.gate_TK)
     parts = (torch.split(t.index_select(0, order_T), counts) for t in routed)
     outputs = [
-        clustered_experts(x, slot, gate, weights, form)
+        clustered_experts(x, slot, gate, weights, backend)
         for x, slot, gate, weights in zip(*parts, layer.clustered, strict=True)
     ]
     return torch.empty_like(layer.x_TD).index_copy(0, order_T, torch.cat(outputs))

@@ -18,20 +18,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moe_dist.benchmarks.collective_timer import CollectiveTimer, timing_collectives
+from moe_dist.benchmarks.layer.contenders import DENSE, STANDARD, Contender, build, mesh_for
+from moe_dist.benchmarks.layer.spec import CLUSTERED, RanksBenchSpec, overlapped
+from moe_dist.benchmarks.rounds import inputs, time_rounds
 from moe_dist.config import RunConfig
 from moe_dist.console import wide_console
-from moe_dist.dispatch.routing_trace import ObservedRouting
 from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
-from moe_dist.distributed.init import Process, join, leave
-from moe_dist.benchmarks.collective_timer import CollectiveWatch, watching
-from moe_dist.benchmarks.layer.contenders import DENSE, STANDARD, Contender, build, mesh_for
-from moe_dist.benchmarks.rounds import inputs, time_rounds
-from moe_dist.benchmarks.layer.spec import CLUSTERED, RanksBenchSpec, overlapped
-from moe_dist.metrics.spread import Spread
+from moe_dist.dispatch.routing_trace import RoutingTrace
+from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
+from moe_dist.distributed.mesh import Mesh
 from moe_dist.metrics import installed_versions, write_json
+from moe_dist.metrics.spread import Spread
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.overlap_probe import measure_hop
-from moe_dist.distributed.mesh import Mesh
 
 _WIDTH = 120  # columns of the table, also where the output goes to a file
 PASSES = 4  # there and back, in the forward and in the backward pass
@@ -47,7 +47,7 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class Hop:
+class MeasuredHop:
     """Into how many chunks a layer's tokens are divided on their way; where that was chosen, by which speeds."""
 
     chunks: int
@@ -66,7 +66,7 @@ class RanksBenchCase:
     """The fastest of the peers (standard, where there is none) over each clustered layer."""
     fastest_peer: str
     bytes_per_token: dict[str, Bytes]
-    hops: dict[str, Hop]
+    hops: dict[str, MeasuredHop]
     """Of the layers that were asked to overlap."""
 
 
@@ -91,8 +91,8 @@ def bench_ranks(config: RunConfig, spec: RanksBenchSpec) -> None:
     Raises:
         ConfigError: the layer cannot be had on so many ranks.
     """
-    with watching() as watch:  # before DeepSpeed and Megatron-core are initialised
-        process = join(config.world)
+    with timing_collectives() as watch:  # before DeepSpeed and Megatron-core are initialised
+        process = init_distributed(config.world)
         spec.check(process.ranks)
         mesh = mesh_for(spec.shape, process)
         result = RanksBenchResult(spec, process.ranks, torch.get_num_threads())
@@ -104,11 +104,11 @@ def bench_ranks(config: RunConfig, spec: RanksBenchSpec) -> None:
         render(result, console)
         if spec.json_file is not None:
             write_json(Path(spec.json_file), result.to_dict())
-    leave()
+    shutdown()
 
 
 def _measure(
-    spec: RanksBenchSpec, dtype: str, top_k: int, process: Process, mesh: Mesh, watch: CollectiveWatch
+    spec: RanksBenchSpec, dtype: str, top_k: int, process: RankInfo, mesh: Mesh, watch: CollectiveTimer
 ) -> RanksBenchCase:
     shape, ours = spec.shape, (*CLUSTERED, *map(overlapped, spec.overlap))
     names = (DENSE, *ours, STANDARD, *spec.peers)
@@ -130,28 +130,28 @@ def _measure(
     )
 
 
-def _divide(contender: Contender, asked: str, tokens: int) -> Hop:
+def _divide(contender: Contender, asked: str, tokens: int) -> MeasuredHop:
     """Has the layer work in the chunks of that value of `moe.overlap_chunks`; collective."""
     layer = contender.module
     assert isinstance(layer, ClusteredMoE)
     if layer.one.alone:
-        hop = Hop(1)
+        hop = MeasuredHop(1)
     elif asked == "auto":
         speed = measure_hop(layer, tokens)
-        hop = Hop(choose_chunks(speed), speed)
+        hop = MeasuredHop(choose_chunks(speed), speed)
     else:
-        hop = Hop(int(asked))
+        hop = MeasuredHop(int(asked))
     layer.divide(hop.chunks)
     return hop
 
 
 def count_bytes(
-    contenders: Mapping[str, Contender], x_TD: Tensor, d_y_TD: Tensor, process: Process, watch: CollectiveWatch
+    contenders: Mapping[str, Contender], x_TD: Tensor, d_y_TD: Tensor, process: RankInfo, watch: CollectiveTimer
 ) -> dict[str, Bytes]:
     """One more pass of each contender, watched; collective."""
     counted = torch.zeros(len(contenders), 2, dtype=torch.int64)
     for row, contender in zip(counted, contenders.values(), strict=True):
-        observed = ObservedRouting(process.rank, [0] * process.ranks)
+        observed = RoutingTrace(process.rank, [0] * process.ranks)
         if contender.ledger is not None:
             contender.ledger.observer = observed
         watch.clear()
@@ -170,7 +170,7 @@ def count_bytes(
     return found
 
 
-def _rows_needed_elsewhere(observed: ObservedRouting) -> int:
+def _rows_needed_elsewhere(observed: RoutingTrace) -> int:
     return sum(
         int(rows)
         for needs in observed.needs.values()

@@ -29,7 +29,7 @@ class LayerShape:
     clusters: int = 4
     rank: int = 8
     vectors: bool = False
-    form: str = "auto"
+    backend: str = "auto"
     wire_dtype: str | None = None
     seed: int = 0
 
@@ -49,7 +49,7 @@ class LayerShape:
             "dense_hidden": self.expert_hidden,
             "rank": self.rank,
             "expert_vectors": self.vectors,
-            "form": self.form,
+            "backend": self.backend,
             "wire_dtype": self.wire_dtype or dtype,
         }
         model = {"layers": 1, "heads": 1, "hidden_size": self.hidden}

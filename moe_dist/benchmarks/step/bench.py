@@ -17,18 +17,18 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.benchmarks.step.parts import clock_attention, step_clock
+from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
+from moe_dist.benchmarks.step.spec import StepBenchSpec
 from moe_dist.config import RunConfig, resolve_world
 from moe_dist.console import wide_console
 from moe_dist.data import PreparedData, prepare_data
-from moe_dist.distributed.init import Process, join, leave
-from moe_dist.training.null_recorder import SilentRecorder
-from moe_dist.metrics.spread import Spread
-from moe_dist.benchmarks.step.profiler import PartClock, StepPart
-from moe_dist.benchmarks.step.parts import clock_attention, step_clock
-from moe_dist.benchmarks.step.spec import StepBenchSpec
+from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.metrics import installed_versions, write_json
+from moe_dist.metrics.recorder import NullRecorder
+from moe_dist.metrics.spread import Spread
 from moe_dist.training.preemption import StopSignals
-from moe_dist.training.trainer import TrainingRun
+from moe_dist.training.trainer import Trainer
 
 OF_MOE_LAYERS = (StepPart.ROUTING, StepPart.PERMUTE, StepPart.ALL_TO_ALL, StepPart.EXPERTS, StepPart.COUNTERS)
 OVERHEAD = (StepPart.ROUTING, StepPart.PERMUTE, StepPart.COUNTERS, StepPart.METRICS)
@@ -74,9 +74,12 @@ def bench_step(config: RunConfig, spec: StepBenchSpec) -> None:
         ConfigError: a kind does not fit the configuration or the number of ranks.
     """
     with step_clock() as clock, TemporaryDirectory() as folder:  # before DeepSpeed is initialised
-        process = join(config.world)
+        process = init_distributed(config.world)
         data = prepare_data(config.corpus, config.tokenizer)
-        runs = {kind: _Run(single, process, data, clock, Path(folder)) for kind, single in spec.configs(config).items()}
+        runs = {
+            kind: _TimedTraining(single, process, data, clock, Path(folder))
+            for kind, single in spec.configs(config).items()
+        }
         for run in runs.values():
             run.steps(spec.warmup)
         seconds = {kind: _slowest(values) for kind, values in _rounds(runs, spec).items()}
@@ -92,15 +95,17 @@ def bench_step(config: RunConfig, spec: StepBenchSpec) -> None:
         render(result, wide_console())
         if spec.json_file is not None:
             write_json(Path(spec.json_file), result.to_dict())
-    leave()
+    shutdown()
 
 
-class _Run:
+class _TimedTraining:
     """A model of one kind under training; it writes nothing."""
 
-    def __init__(self, config: RunConfig, process: Process, data: PreparedData, clock: PartClock, folder: Path) -> None:
+    def __init__(
+        self, config: RunConfig, process: RankInfo, data: PreparedData, clock: StepProfiler, folder: Path
+    ) -> None:
         self.clock, self.signals, self.done = clock, StopSignals(), 0  # not entered: signals end a measurement
-        self.run = TrainingRun(config, process, resolve_world(config, process.ranks), data, SilentRecorder(folder))
+        self.run = Trainer(config, process, resolve_world(config, process.ranks), data, NullRecorder(folder))
         self.run.overlap.apply(self.run.model, 0)
         self.run.engine.wrap_reduction(partial(clock.wrap, StepPart.REDUCTION))
         for layer in self.run.model.gpt.decoder.layers:  # type: ignore[union-attr]
@@ -127,7 +132,7 @@ class _Run:
         return dict(zip(map(str, StepPart), (mine / dist.get_world_size()).tolist(), strict=True))
 
 
-def _rounds(runs: dict[str, _Run], spec: StepBenchSpec) -> dict[str, list[float]]:
+def _rounds(runs: dict[str, _TimedTraining], spec: StepBenchSpec) -> dict[str, list[float]]:
     """Mean seconds of a step of each kind in each round; each kind starts a round in turn."""
     names, seconds = list(runs), {name: list[float]() for name in runs}
     for index in range(spec.rounds):

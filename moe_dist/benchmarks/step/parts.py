@@ -7,24 +7,24 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moe_dist.dispatch.all_to_all import Channel, Pending
-from moe_dist.dispatch.flat_dispatcher import FlatDispatch
+from moe_dist.benchmarks.collective_timer import CollectiveTimer, StepPhase, timing_collectives
+from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
+from moe_dist.dispatch.all_to_all import AllToAll, PendingAllToAll
 from moe_dist.dispatch.cluster_dispatcher import StageOne
+from moe_dist.dispatch.flat_dispatcher import FlatDispatch
 from moe_dist.dispatch.shard_dispatcher import StageTwo
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
-from moe_dist.engine.deepspeed_engine import Engine
-from moe_dist.benchmarks.collective_timer import CollectiveWatch, Part, watching
-from moe_dist.benchmarks.step.profiler import PartClock, StepPart
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.moe import clustered_moe as clustered_layer
 from moe_dist.moe import standard_moe as standard_layer
-from moe_dist.moe.load_balancing import BalanceState
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.dense_feed_forward import SwiGLU
+from moe_dist.moe.load_balancing import BalanceState
 from moe_dist.moe.router import Router
 from moe_dist.moe.routing_statistics import RoutingStatistics
 from moe_dist.moe.standard_experts import StandardExperts
 from moe_dist.training.load_metrics import LoadRecord
-from moe_dist.training.trainer import TrainingRun
+from moe_dist.training.trainer import Trainer
 
 PARTS: dict[StepPart, list[tuple[Any, str]]] = {
     StepPart.ROUTING: [
@@ -36,7 +36,7 @@ PARTS: dict[StepPart, list[tuple[Any, str]]] = {
         (BalanceState, "update"),
     ],
     StepPart.PERMUTE: [(StageOne, "run_single"), (StageOne, "run_several"), (StageTwo, "run"), (FlatDispatch, "run")],
-    StepPart.ALL_TO_ALL: [(Channel, "begin"), (Pending, "finish"), (Channel, "exchange_counts")],
+    StepPart.ALL_TO_ALL: [(AllToAll, "begin"), (PendingAllToAll, "finish"), (AllToAll, "exchange_counts")],
     StepPart.EXPERTS: [(ClusteredExperts, "forward"), (StandardExperts, "forward"), (SwiGLU, "forward")],
     StepPart.COUNTERS: [
         (BalanceState, "count"),
@@ -45,20 +45,20 @@ PARTS: dict[StepPart, list[tuple[Any, str]]] = {
         (RoutingStatistics, "give"),
         (RoutingStatistics, "choose_clusters"),
     ],
-    StepPart.METRICS: [(LoadRecord, "add"), (TrainingRun, "_figures"), (TrainingRun, "_record_loads")],
-    StepPart.OPTIMIZER: [(Engine, "update")],
+    StepPart.METRICS: [(LoadRecord, "add"), (Trainer, "_figures"), (Trainer, "_record_loads")],
+    StepPart.OPTIMIZER: [(DeepSpeedEngine, "update")],
 }
 """The innermost function that runs decides: experts inside a dispatch are experts."""
 
 
-class _Timed(CollectiveWatch):
+class _Timed(CollectiveTimer):
     """Collectives as parts of the step: the time until all ranks have come, then the exchange."""
 
-    def __init__(self, clock: PartClock) -> None:
+    def __init__(self, clock: StepProfiler) -> None:
         super().__init__()
         self.clock = clock
 
-    def _run(self, part: Part, function: Any, given: inspect.BoundArguments) -> None:
+    def _run(self, part: StepPhase, function: Any, given: inspect.BoundArguments) -> None:
         arguments = {**given.arguments, "async_op": False}
         group = arguments.get("group")
         around = self.clock.enter(StepPart.WAITING)
@@ -70,15 +70,15 @@ class _Timed(CollectiveWatch):
 
 
 @contextmanager
-def step_clock() -> Iterator[PartClock]:
+def step_clock() -> Iterator[StepProfiler]:
     """A clock to which every part of `PARTS` and every collective reports; entered before DeepSpeed is initialised."""
-    clock = PartClock()
+    clock = StepProfiler()
     before = [(owner, name, getattr(owner, name)) for members in PARTS.values() for owner, name in members]
     for part, members in PARTS.items():
         for owner, name in members:
             setattr(owner, name, clock.wrap(part, getattr(owner, name)))
     try:
-        with watching(_Timed(clock)) as watch:
+        with timing_collectives(_Timed(clock)) as watch:
             clock.on_switch = lambda running: setattr(watch, "active", running)
             yield clock
     finally:
@@ -86,6 +86,6 @@ def step_clock() -> Iterator[PartClock]:
             setattr(owner, name, function)
 
 
-def clock_attention(clock: PartClock, attention: Any) -> None:
+def clock_attention(clock: StepProfiler, attention: Any) -> None:
     """Its projections and rotary positions are part of attention too."""
     attention.forward = clock.wrap(StepPart.ATTENTION, attention.forward)

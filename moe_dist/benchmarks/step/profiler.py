@@ -39,7 +39,7 @@ class StepPart(StrEnum):
 
 
 @dataclass
-class PartClock:
+class StepProfiler:
     """Seconds by part since `clear`, while `running`."""
 
     running: bool = False

@@ -6,19 +6,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.dispatch.routing_trace import ObservedRouting
+from moe_dist.dispatch.routing_trace import RoutingTrace
 from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage
-from moe_dist.dispatch.traffic_model import hops
-from moe_dist.distributed.init import Process
+from moe_dist.dispatch.traffic_model import hop_costs
+from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import LinkKind
-from moe_dist.training.trainer import TrainingRun
 from moe_dist.training.summary_metrics import traffic_matrices
+from moe_dist.training.trainer import Trainer
 
 BYTES, MESSAGES = 0, 1
 PASSES = 4  # there and back, in the forward and in the backward pass
 
 
-def gather_figures(run: TrainingRun, observed: ObservedRouting, steps: int) -> dict[str, Any]:
+def gather_figures(run: Trainer, observed: RoutingTrace, steps: int) -> dict[str, Any]:
     """Figures of the `steps` steps that the ledger holds (docs/metrics.md); collective."""
     layers, tokens = run.config.model.layers, steps * run.tokens_per_step
     ledger = run.model.context.ledger
@@ -52,13 +52,13 @@ def gather_figures(run: TrainingRun, observed: ObservedRouting, steps: int) -> d
     }
 
 
-def _lower_bound(run: TrainingRun, observed: ObservedRouting, token_layers: int) -> dict[str, Any]:
+def _lower_bound(run: Trainer, observed: RoutingTrace, token_layers: int) -> dict[str, Any]:
     """The least that hidden vectors could cost for the same routing, hop by hop.
 
     One vector of each token to each other rank that holds something it needs, and one back, in both passes; between
     nodes, one to each other node, wherever there its experts are.
     """
-    vector = {hop.stage: hop.hidden for hop in hops(run.config.model, run.config.moe, run.shape)}
+    vector = {hop.stage: hop.hidden for hop in hop_costs(run.config.model, run.config.moe, run.shape)}
     mine = torch.zeros(2, dtype=torch.int64)
     for (_, stage), needs in observed.needs.items():
         if stage in vector:
@@ -74,7 +74,7 @@ def _lower_bound(run: TrainingRun, observed: ObservedRouting, token_layers: int)
     }
 
 
-def gather_seconds(mine: list[float], process: Process) -> list[list[float]]:
+def gather_seconds(mine: list[float], process: RankInfo) -> list[list[float]]:
     """Every rank's row; collective."""
     row = torch.tensor(mine, device=process.device)
     rows = [torch.empty_like(row) for _ in range(process.ranks)]

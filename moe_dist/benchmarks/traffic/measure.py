@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_dist.benchmarks.baselines import traffic as peer
+from moe_dist.benchmarks.collective_timer import CollectiveTimer, StepPhase, timing_collectives
+from moe_dist.benchmarks.traffic import tables as traffic_view
+from moe_dist.benchmarks.traffic.figures import gather_figures, gather_seconds
 from moe_dist.config import RunConfig, dump_config, resolve_batch, resolve_world
 from moe_dist.console import wide_console
 from moe_dist.data import PreparedData, prepare_data
-from moe_dist.dispatch.routing_trace import ObservedRouting
-from moe_dist.distributed.init import Process, join, leave
+from moe_dist.dispatch.routing_trace import RoutingTrace
+from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.errors import ConfigError
-from moe_dist.benchmarks.baselines import traffic as peer
-from moe_dist.benchmarks.traffic import tables as traffic_view
-from moe_dist.benchmarks.collective_timer import CollectiveWatch, Part, watching
-from moe_dist.training.null_recorder import SilentRecorder
-from moe_dist.benchmarks.traffic.figures import gather_figures, gather_seconds
 from moe_dist.metrics import RunFolder, write_json
+from moe_dist.metrics.recorder import NullRecorder
 from moe_dist.training.preemption import StopSignals
-from moe_dist.training.trainer import TrainingRun
+from moe_dist.training.trainer import Trainer
 
 KEPT_ROWS = 4096
 Figures = dict[str, Any]
@@ -77,8 +77,8 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
     Raises:
         MoeDistError: a kind cannot be run with this configuration and number of ranks.
     """
-    with watching() as watch:  # before DeepSpeed is initialised
-        process = join(config.world)
+    with timing_collectives() as watch:  # before DeepSpeed is initialised
+        process = init_distributed(config.world)
         kinds = spec.kinds_for(config)
         configs = {kind: of_kind(config, kind, spec) for kind in kinds if kind not in peer.PEERS}
         data = prepare_data(config.corpus, config.tokenizer)
@@ -89,13 +89,13 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
         traffic_view.render(results, wide_console())
         if spec.json_file is not None:
             write_json(Path(spec.json_file), results)
-    leave()
+    shutdown()
 
 
 class _Measurement:
     """One kind of layer under measurement."""
 
-    def __init__(self, config: RunConfig, process: Process, data: PreparedData, watch: CollectiveWatch) -> None:
+    def __init__(self, config: RunConfig, process: RankInfo, data: PreparedData, watch: CollectiveTimer) -> None:
         self.config, self.process, self.watch = config, process, watch
         shape = resolve_world(config, process.ranks)
         resolve_batch(config, process.ranks)
@@ -105,7 +105,7 @@ class _Measurement:
             name = f"{config.name}-traffic-{config.moe.kind}"
             self.folder = RunFolder.create(config.runs_dir, name, dump_config(config), tensorboard=False)
             print(f"{name}: {shape}", flush=True)
-        self.run = TrainingRun(config, process, shape, data, SilentRecorder(self.folder.path if self.folder else None))
+        self.run = Trainer(config, process, shape, data, NullRecorder(self.folder.path if self.folder else None))
         self.ledger = self.run.model.context.ledger
 
     def take(self, spec: TrafficSpec) -> Figures:
@@ -113,7 +113,7 @@ class _Measurement:
         self._steps(spec.warmup)
         seconds = self._steps(spec.steps)
         self.ledger.clear()
-        observed = ObservedRouting(self.process.rank, self.ledger.links.node_of_rank, KEPT_ROWS)
+        observed = RoutingTrace(self.process.rank, self.ledger.links.node_of_rank, KEPT_ROWS)
         self.ledger.observer = observed
         self._steps(spec.steps)
         self.ledger.observer, self.ledger.recording = None, False
@@ -141,11 +141,11 @@ class _Measurement:
         self.watch.active = True
         total = sum(self._steps(steps))
         parts = dict(self.watch.seconds)
-        parts[Part.COMPUTE] = total - sum(parts.values())
-        mine = [parts.get(part, 0.0) / steps for part in Part]
+        parts[StepPhase.COMPUTE] = total - sum(parts.values())
+        mine = [parts.get(part, 0.0) / steps for part in StepPhase]
         self._trace()
         self.watch.active = False
-        ranks = [dict(zip(map(str, Part), row, strict=True)) for row in gather_seconds(mine, self.process)]
+        ranks = [dict(zip(map(str, StepPhase), row, strict=True)) for row in gather_seconds(mine, self.process)]
         return {"steps": steps, "ranks": ranks}
 
     def _trace(self) -> None:
@@ -159,7 +159,7 @@ class _Measurement:
             self._steps(1)
         profiler.export_chrome_trace(str(self.folder.path / "trace.json.gz"))
 
-    def _write(self, folder: RunFolder, figures: Figures, observed: ObservedRouting) -> None:
+    def _write(self, folder: RunFolder, figures: Figures, observed: RoutingTrace) -> None:
         with folder:
             folder.write_traffic(figures)
             if "profile" in figures:

@@ -39,7 +39,7 @@ class MoEConfig(Section):
         "share; null: all",
     )
     gate_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on a layer's gates, else of sum 1")
-    form: Literal["auto", "mask", "sort", "compiled", "triton", "reference"] = Field(
+    backend: Literal["auto", "masked", "sorted", "cpu", "triton", "reference"] = Field(
         "auto", description="how clustered experts are computed"
     )
     wire_dtype: WireDtype = Field(

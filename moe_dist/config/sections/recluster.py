@@ -17,7 +17,7 @@ class ReclusterConfig(Section):
     start: Positive = Field(20, description="step after which the first round comes")
     growth: Annotated[float, Field(ge=1)] = Field(2.0, description="each interval over the one before")
     stop: Positive | None = Field(None, description="step after which the structure is frozen; null: never")
-    transition: Literal["adopt", "refactor"] = Field(
+    transition: Literal["adopt", "refit"] = Field(
         "adopt", description="a mover takes its new cluster's base as it is, or keeps its weights by new factors"
     )
     similarity: Literal["fused", "random"] = Field("fused", description="random: a control that regroups by chance")

@@ -9,8 +9,8 @@ import yaml
 
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ConfigError
-from moe_dist.studies.reproduction.scales import KINDS, Kind, Scale
-from moe_dist.studies.scaling.cells import Cell
+from moe_dist.studies.reproduction.scales import KINDS, RecipeKind, Scale
+from moe_dist.studies.scaling.cells import StudyCell
 
 GRID_SEED = 1000
 """Of the grid's runs: none of those that are reported."""
@@ -43,7 +43,7 @@ class Setting:
         return load_config(self.base, self.overrides)
 
 
-def grid_cells(setting: Setting, kinds: Sequence[Kind]) -> list[Cell]:
+def grid_cells(setting: Setting, kinds: Sequence[RecipeKind]) -> list[StudyCell]:
     """Short runs of the first kind of each family at each learning rate."""
     families = dict.fromkeys(kind.family for kind in kinds if kind.is_available)
     highest = setting.load().optimizer.learning_rate
@@ -67,7 +67,9 @@ def grid_cells(setting: Setting, kinds: Sequence[Kind]) -> list[Cell]:
     ]
 
 
-def main_cells(setting: Setting, kinds: Sequence[Kind], seeds: int, rates: Mapping[str, float]) -> list[Cell]:
+def main_cells(
+    setting: Setting, kinds: Sequence[RecipeKind], seeds: int, rates: Mapping[str, float]
+) -> list[StudyCell]:
     """The trainings that are reported, seed by seed, so that an early stop leaves a whole table.
 
     Args:
@@ -80,28 +82,28 @@ def main_cells(setting: Setting, kinds: Sequence[Kind], seeds: int, rates: Mappi
     ]
 
 
-def kind_of(cell: Cell) -> str:
+def kind_of(cell: StudyCell) -> str:
     """The name of a cell's kind."""
     return dict(cell.values)["kind"]
 
 
 def _cell(
-    setting: Setting, kind: Kind, seed: int, words: tuple[str, ...], further: tuple[tuple[str, str], ...] = ()
-) -> Cell:
+    setting: Setting, kind: RecipeKind, seed: int, words: tuple[str, ...], further: tuple[tuple[str, str], ...] = ()
+) -> StudyCell:
     values = (("kind", kind.name), *further)
     if not kind.is_available:
-        return Cell(values, setting.scale.ranks, seed, setting.base, (), UNAVAILABLE)
+        return StudyCell(values, setting.scale.ranks, seed, setting.base, (), UNAVAILABLE)
     online = setting.scale.recluster if kind.online else ()
     overrides = (*COMMON, *online, *kind.words, *setting.overrides, *words, f"seed={seed}")
-    cell = Cell(values, setting.scale.ranks, seed, _config_of(setting, kind), overrides)
+    cell = StudyCell(values, setting.scale.ranks, seed, _config_of(setting, kind), overrides)
     try:
         cell.load()
     except ConfigError as error:
-        return Cell(values, setting.scale.ranks, seed, cell.config, overrides, str(error))
+        return StudyCell(values, setting.scale.ranks, seed, cell.config, overrides, str(error))
     return cell
 
 
-def _config_of(setting: Setting, kind: Kind) -> Path:
+def _config_of(setting: Setting, kind: RecipeKind) -> Path:
     """A file that joins the scale's configuration and the kind's."""
     target = setting.folder / "configs" / f"{kind.name}.yaml"
     includes = [str(path.resolve()) for path in (setting.base, setting.configs / "model" / f"{kind.model}.yaml")]

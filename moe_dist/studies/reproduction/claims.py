@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from moe_dist.studies.reproduction.figures import Row, row_of
+from moe_dist.studies.reproduction.figures import KindRow, row_of
 from moe_dist.studies.reproduction.scales import CLASSIC, STRONG
 
 DENSE = "dense"
@@ -55,7 +55,7 @@ CLAIMS = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ClaimVerdict:
     """A claim for one kind against one baseline.
 
     Attributes:
@@ -87,7 +87,7 @@ class Verdict:
         return "reached" if all(map(self.claim.reached, self.values)) else "reached on average, not in every seed"
 
 
-def verdicts(table: Sequence[Row], kind: str) -> list[Verdict]:
+def verdicts(table: Sequence[KindRow], kind: str) -> list[ClaimVerdict]:
     """All claims for which `kind` and the baseline have figures of the same seeds."""
     ours, found = row_of(table, kind), []
     for claim in CLAIMS:
@@ -99,5 +99,5 @@ def verdicts(table: Sequence[Row], kind: str) -> list[Verdict]:
             pairs = [(mine[seed], base[seed]) for seed in sorted(mine) if seed in base]
             values = tuple(claim.compare(a, b) for a, b in pairs if a and b)
             if values:
-                found.append(Verdict(claim, kind, baseline, values))
+                found.append(ClaimVerdict(claim, kind, baseline, values))
     return found

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.errors import ConfigError
-from moe_dist.studies.reproduction.cells import kind_of
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.planner import GIB, plan
-from moe_dist.studies.scaling.cells import Cell
+from moe_dist.studies.reproduction.cells import kind_of
+from moe_dist.studies.scaling.cells import StudyCell
 
 SKEW = 0.2
 FINE_TUNING_TOKENS = 150e6
@@ -34,12 +34,12 @@ class Cost:
     problem: str | None = None
 
 
-def costs(cells: Sequence[Cell], fabric: Fabric) -> list[Cost]:
+def costs(cells: Sequence[StudyCell], fabric: Fabric) -> list[Cost]:
     """Of each cell, by the fastest layout that fits; evaluation as if fine-tuning were as fast as training."""
     return [_cost(cell, fabric) for cell in cells]
 
 
-def _cost(cell: Cell, fabric: Fabric) -> Cost:
+def _cost(cell: StudyCell, fabric: Fabric) -> Cost:
     if cell.refusal:
         return Cost(kind_of(cell), problem=cell.refusal)
     config = cell.load()

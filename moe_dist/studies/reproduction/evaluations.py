@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_dist.studies import subruns
+from moe_dist.benchmarks import subruns
 from moe_dist.studies.reproduction.scales import Scale
-from moe_dist.studies.scaling.cells import Cell
+from moe_dist.studies.scaling.cells import StudyCell
 from moe_dist.studies.scaling.run import run_name
 
 Figures = dict[str, Any]
@@ -55,31 +55,33 @@ def choose(scale: Scale, text: str, test_text: Path | None, glue: str | None, su
     return Evaluations(held, folder, subset)
 
 
-def result_file(cell: Cell, folder: Path, words: list[str]) -> Path:
+def result_file(cell: StudyCell, folder: Path, words: list[str]) -> Path:
     """Where the figures are kept: another training or other options have another file."""
     key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
     return folder / f"eval_{run_name(cell, folder)}-{key}.json"
 
 
-def trained_run(cell: Cell, folder: Path) -> Path:
+def trained_run(cell: StudyCell, folder: Path) -> Path:
     """The folder of the cell's finished run; a start that was cut short may have taken the plain name."""
     name, runs = run_name(cell, folder), folder / "runs"
     found = [path for path in runs.glob(f"{name}*") if (path / "summary.json").is_file()]
     return max(found, key=lambda path: (len(path.name), path.name), default=runs / name)
 
 
-def command_words(cell: Cell, folder: Path, words: list[str]) -> list[str]:
+def command_words(cell: StudyCell, folder: Path, words: list[str]) -> list[str]:
     """What follows `moe-dist eval`."""
     target = result_file(cell, folder, words)
     return [str(trained_run(cell, folder).absolute()), "world.threads=1", *words, f"--json={target.absolute()}"]
 
 
-def known(cell: Cell, folder: Path, words: list[str]) -> Figures | None:
+def known(cell: StudyCell, folder: Path, words: list[str]) -> Figures | None:
     """Figures that are there already."""
     return subruns.read_summary(result_file(cell, folder, words))
 
 
-def evaluate(cell: Cell, folder: Path, words: list[str], seconds: float | None) -> tuple[Figures | None, str | None]:
+def evaluate(
+    cell: StudyCell, folder: Path, words: list[str], seconds: float | None
+) -> tuple[Figures | None, str | None]:
     """The figures, or what went wrong in one line."""
     if figures := known(cell, folder, words):
         return figures, None

@@ -7,8 +7,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from moe_dist.config import RunConfig
-from moe_dist.simulator.sizes import PROJECTIONS, work_of
 from moe_dist.metrics.summary import look_up
+from moe_dist.simulator.sizes import PROJECTIONS, work_of
 
 Tree = dict[str, Any]
 FROM_SUMMARY = {
@@ -63,7 +63,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Row:
+class KindRow:
     """A kind over its seeds.
 
     Attributes:
@@ -92,21 +92,21 @@ def active_work(config: RunConfig) -> float:
     return work.rows * work.row
 
 
-def rows(results: Sequence[Result]) -> list[Row]:
+def rows(results: Sequence[Result]) -> list[KindRow]:
     """One row for each kind, in the results' order."""
     kinds = dict.fromkeys(result.kind for result in results)
     return [_row(kind, [result for result in results if result.kind == kind]) for kind in kinds]
 
 
-def _row(kind: str, members: Sequence[Result]) -> Row:
+def _row(kind: str, members: Sequence[Result]) -> KindRow:
     values: dict[str, dict[int, float]] = {}
     for member in members:
         for name, value in member.figures().items():
             values.setdefault(name, {})[member.seed] = value
     problems = tuple(dict.fromkeys(problem for member in members for problem in member.problems))
-    return Row(kind, values, problems)
+    return KindRow(kind, values, problems)
 
 
-def row_of(table: Sequence[Row], kind: str) -> Row | None:
+def row_of(table: Sequence[KindRow], kind: str) -> KindRow | None:
     """The row of a kind, if anything of it was measured."""
     return next((row for row in table if row.kind == kind and row.values), None)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from moe_dist.report.maps import load_counts, membership_history
 from moe_dist.report.read import read_runs
-from moe_dist.studies.reproduction.figures import Result, Row
+from moe_dist.studies.reproduction.figures import KindRow, Result
 
 FRONTIERS = {  # file name -> figure on the x-axis, its label
     "loss-parameters": ("parameters", "parameters of the whole model"),
@@ -23,7 +23,7 @@ FRONTIERS = {  # file name -> figure on the x-axis, its label
 }
 
 
-def plot_all(results: Sequence[Result], table: Sequence[Row], folder: Path) -> list[Path]:
+def plot_all(results: Sequence[Result], table: Sequence[KindRow], folder: Path) -> list[Path]:
     """Writes every plot for which there is something to show; returns the files."""
     bytes_label, variance_label = "all-to-all, bytes a token and layer", "load variance (log)"
     makers: dict[str, Callable[[Any], bool]] = {
@@ -64,7 +64,7 @@ def _loss_curves(figure: Any, results: Sequence[Result]) -> bool:
     return _finished(panel, "tokens", "validation loss, nats a token")
 
 
-def _frontier(figure: Any, table: Sequence[Row], name: str, label: str) -> bool:
+def _frontier(figure: Any, table: Sequence[KindRow], name: str, label: str) -> bool:
     """One point a kind, with its spread; left and below is better."""
     panel = figure.subplots()
     for row in table:
@@ -76,7 +76,7 @@ def _frontier(figure: Any, table: Sequence[Row], name: str, label: str) -> bool:
     return _finished(panel, label, "validation loss, nats a token")
 
 
-def _bars(figure: Any, table: Sequence[Row], name: str, label: str, log: bool = False) -> bool:
+def _bars(figure: Any, table: Sequence[KindRow], name: str, label: str, log: bool = False) -> bool:
     panel = figure.subplots()
     shown = [(row.kind, middle, row.spread(name) or 0.0) for row in table if (middle := row.middle(name))]
     if not shown:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from statistics import mean
 
 
-class Progress:
+class StudyProgress:
     """Counts down parts of several sorts.
 
     Attributes:

@@ -8,24 +8,24 @@ from moe_dist.data import prepare_data
 from moe_dist.errors import DataError, MoeDistError
 from moe_dist.evaluation.glue_data import is_there, load_task
 from moe_dist.evaluation.glue_tasks import TASKS
+from moe_dist.metrics import installed_versions, write_json
 from moe_dist.studies.reproduction import evaluations as evaluate
 from moe_dist.studies.reproduction import tables
 from moe_dist.studies.reproduction.cells import Setting, grid_cells, kind_of, main_cells
 from moe_dist.studies.reproduction.evaluations import Evaluations
 from moe_dist.studies.reproduction.figures import Result, rows
 from moe_dist.studies.reproduction.plots import plot_all
-from moe_dist.studies.reproduction.progress import Progress
-from moe_dist.studies.reproduction.scales import KINDS, Kind
+from moe_dist.studies.reproduction.progress import StudyProgress
+from moe_dist.studies.reproduction.scales import KINDS, RecipeKind
 from moe_dist.studies.reproduction.tables import Rates
-from moe_dist.studies.scaling.cells import Cell
-from moe_dist.studies.scaling.run import Outcome, finish, known
-from moe_dist.metrics import installed_versions, write_json
+from moe_dist.studies.scaling.cells import StudyCell
+from moe_dist.studies.scaling.run import StudyOutcome, finish, known
 
 RATE, RESULTS = "rate", "results.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReproductionPlan:
     """What a reproduction consists of.
 
     Attributes:
@@ -33,7 +33,7 @@ class Plan:
     """
 
     setting: Setting
-    kinds: Sequence[Kind]
+    kinds: Sequence[RecipeKind]
     seeds: int
     grid: bool
     evaluations: Evaluations
@@ -66,12 +66,12 @@ class Plan:
         ]
 
     @property
-    def grid_cells(self) -> list[Cell]:
+    def grid_cells(self) -> list[StudyCell]:
         """The short runs that choose learning rates; none unless a grid is asked for."""
         return grid_cells(self.setting, self.kinds) if self.grid else []
 
 
-def reproduce(plan: Plan, say: Callable[[str], None]) -> list[Result]:
+def reproduce(plan: ReproductionPlan, say: Callable[[str], None]) -> list[Result]:
     """Runs everything; a part that fails is reported and the others go on. Results are written after every seed."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     progress = _progress(plan, say)
@@ -86,7 +86,7 @@ def reproduce(plan: Plan, say: Callable[[str], None]) -> list[Result]:
     return results
 
 
-def require_data(plan: Plan) -> None:
+def require_data(plan: ReproductionPlan) -> None:
     """Prepares the text and reads GLUE's local data once, so that what is wrong with them is said before any run.
 
     Raises:
@@ -104,7 +104,7 @@ def require_data(plan: Plan) -> None:
         load_task(task, folder)
 
 
-def gather(plan: Plan) -> list[Result]:
+def gather(plan: ReproductionPlan) -> list[Result]:
     """What there is by now, nothing run."""
     grid = known_grid(plan)
     cells = main_cells(plan.setting, plan.kinds, plan.seeds, best_rates(grid))
@@ -121,7 +121,7 @@ def gather(plan: Plan) -> list[Result]:
     return results
 
 
-def require_all(plan: Plan, results: Sequence[Result]) -> None:
+def require_all(plan: ReproductionPlan, results: Sequence[Result]) -> None:
     """Refuses to call it done.
 
     Raises:
@@ -133,7 +133,7 @@ def require_all(plan: Plan, results: Sequence[Result]) -> None:
         raise MoeDistError(f"{len(failed)} of {len(results)} runs are not whole: {', '.join(failed)}")
 
 
-def known_grid(plan: Plan) -> dict[str, dict[str, float]]:
+def known_grid(plan: ReproductionPlan) -> dict[str, dict[str, float]]:
     """The grid's losses by family and learning rate, as far as it has been run."""
     return _rates_of_grid([known(cell, plan.folder) or _missing(cell) for cell in plan.grid_cells])
 
@@ -143,7 +143,7 @@ def best_rates(grid: Rates) -> dict[str, float]:
     return {family: float(min(losses, key=lambda rate: losses[rate])) for family, losses in grid.items() if losses}
 
 
-def write_results(plan: Plan, results: Sequence[Result], grid: Rates) -> None:
+def write_results(plan: ReproductionPlan, results: Sequence[Result], grid: Rates) -> None:
     """`results.json`, `runs.csv`, `results.md` and the plots."""
     table = rows(results)
     claimed = [kind.name for kind in plan.kinds if kind.name.startswith("clustered") and kind.is_available]
@@ -153,7 +153,7 @@ def write_results(plan: Plan, results: Sequence[Result], grid: Rates) -> None:
     plot_all(results, table, plan.folder)
 
 
-def _progress(plan: Plan, say: Callable[[str], None]) -> Progress:
+def _progress(plan: ReproductionPlan, say: Callable[[str], None]) -> StudyProgress:
     """What is left to run; the trainings' own cells depend on what the grid will find."""
     grid = [cell for cell in plan.grid_cells if known(cell, plan.folder) is None]
     available = sum(kind.is_available for kind in plan.kinds) * plan.seeds
@@ -165,16 +165,16 @@ def _progress(plan: Plan, say: Callable[[str], None]) -> Progress:
             left["evaluation"] = sum(
                 not cell.refusal and evaluate.known(cell, plan.folder, plan.words) is None for cell in cells
             )
-    progress = Progress(left, dict(zip(left, plan.setting.scale.seconds, strict=True)), say)
+    progress = StudyProgress(left, dict(zip(left, plan.setting.scale.seconds, strict=True)), say)
     sorts = ", ".join(f"{count} {sort}" for sort, count in left.items())
     say(f"{sum(left.values())} parts to run ({sorts}): {progress.remaining()}")
     return progress
 
 
-def _train(plan: Plan, cell: Cell, sort: str, progress: Progress) -> Outcome:
+def _train(plan: ReproductionPlan, cell: StudyCell, sort: str, progress: StudyProgress) -> StudyOutcome:
     if outcome := known(cell, plan.folder):
         return outcome
-    found: list[Outcome] = []
+    found: list[StudyOutcome] = []
 
     def work() -> str:
         found.append(finish(cell, plan.folder, plan.launcher, plan.limit))
@@ -185,7 +185,7 @@ def _train(plan: Plan, cell: Cell, sort: str, progress: Progress) -> Outcome:
     return found[0]
 
 
-def _evaluated(plan: Plan, outcome: Outcome, progress: Progress) -> Result:
+def _evaluated(plan: ReproductionPlan, outcome: StudyOutcome, progress: StudyProgress) -> Result:
     result, cell = _result(outcome, plan.folder), outcome.cell
     if result.summary is None or not plan.words:
         if plan.words and not cell.refusal:
@@ -205,7 +205,7 @@ def _evaluated(plan: Plan, outcome: Outcome, progress: Progress) -> Result:
     return found[0]
 
 
-def _result(outcome: Outcome, folder: Path) -> Result:
+def _result(outcome: StudyOutcome, folder: Path) -> Result:
     cell = outcome.cell
     problems = () if outcome.problem is None else (cell.refusal or f"seed {cell.repeat}: {outcome.problem}",)
     if outcome.summary is None:
@@ -214,11 +214,11 @@ def _result(outcome: Outcome, folder: Path) -> Result:
     return Result(kind_of(cell), cell.repeat, cell.load(), outcome.summary, None, run, problems)
 
 
-def _missing(cell: Cell) -> Outcome:
-    return Outcome(cell, None, "not run yet")
+def _missing(cell: StudyCell) -> StudyOutcome:
+    return StudyOutcome(cell, None, "not run yet")
 
 
-def _rates_of_grid(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+def _rates_of_grid(outcomes: Sequence[StudyOutcome]) -> dict[str, dict[str, float]]:
     """Validation losses by family and learning rate; runs that failed or diverged have none."""
     grid: dict[str, dict[str, float]] = {}
     for outcome in outcomes:
@@ -229,5 +229,5 @@ def _rates_of_grid(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
     return {family: losses for family, losses in grid.items() if losses}
 
 
-def _shown(cell: Cell) -> str:
+def _shown(cell: StudyCell) -> str:
     return " ".join([*(value for _, value in cell.values), f"seed {cell.repeat}"])

@@ -6,7 +6,7 @@ from moe_dist.config import RunConfig
 
 
 @dataclass(frozen=True)
-class Kind:
+class RecipeKind:
     """One kind of layer in the comparison.
 
     Attributes:
@@ -36,14 +36,14 @@ _INT4 = ("precision.residuals=qat",)
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("dense", "dense", "dense", words=_SLOWER),
-        Kind(CLASSIC, "standard-aux", CLASSIC),
-        Kind(STRONG, "standard-bias", STRONG, words=_SLOWER),
-        Kind("clustered-cheap", "cheap", "clustered-cheap"),
-        Kind("clustered-fixed", "good", "clustered-fixed"),
-        Kind(OURS, "good", "clustered-fixed", online=True),
-        Kind("clustered-int4", "good", "clustered-fixed", online=True, words=_INT4, needs=("precision",)),
-        Kind(
+        RecipeKind("dense", "dense", "dense", words=_SLOWER),
+        RecipeKind(CLASSIC, "standard-aux", CLASSIC),
+        RecipeKind(STRONG, "standard-bias", STRONG, words=_SLOWER),
+        RecipeKind("clustered-cheap", "cheap", "clustered-cheap"),
+        RecipeKind("clustered-fixed", "good", "clustered-fixed"),
+        RecipeKind(OURS, "good", "clustered-fixed", online=True),
+        RecipeKind("clustered-int4", "good", "clustered-fixed", online=True, words=_INT4, needs=("precision",)),
+        RecipeKind(
             "clustered-int4-offload",
             "good",
             "clustered-fixed",

@@ -5,18 +5,18 @@ from collections.abc import Callable
 from rich.console import Console
 
 from moe_dist.errors import ConfigError
+from moe_dist.simulator.hardware import Fabric, device_named
 from moe_dist.studies.reproduction import estimate
 from moe_dist.studies.reproduction import evaluations as evaluate
 from moe_dist.studies.reproduction.cells import main_cells
-from moe_dist.studies.reproduction.run import Plan, best_rates, known_grid
-from moe_dist.simulator.hardware import Fabric, device_named
+from moe_dist.studies.reproduction.run import ReproductionPlan, best_rates, known_grid
 from moe_dist.studies.scaling.run import known
 from moe_dist.studies.scaling.slurm import array_job, array_jobs
 
 MOST_NODES_IN_A_POD = 32
 
 
-def show_cost(plan: Plan, gpu: str, nodes: int, console: Console) -> None:
+def show_cost(plan: ReproductionPlan, gpu: str, nodes: int, console: Console) -> None:
     """Predicts the cost of one training of each kind, and of all.
 
     Raises:
@@ -28,7 +28,7 @@ def show_cost(plan: Plan, gpu: str, nodes: int, console: Console) -> None:
     estimate.render(found, plan.seeds, f"{nodes} node(s) of {per_node} {gpu}", console)
 
 
-def write_arrays(plan: Plan, nodes: int, say: Callable[[str], None], gpus: bool = False) -> None:
+def write_arrays(plan: ReproductionPlan, nodes: int, say: Callable[[str], None], gpus: bool = False) -> None:
     """Writes what is still to do as sbatch scripts, the next ones to submit: the grid, then trainings, evaluations.
 
     A training that is started again goes on from its newest checkpoint.
@@ -65,7 +65,7 @@ def write_arrays(plan: Plan, nodes: int, say: Callable[[str], None], gpus: bool 
         )
 
 
-def _ranks_per_node(plan: Plan, nodes: int) -> int:
+def _ranks_per_node(plan: ReproductionPlan, nodes: int) -> int:
     per_node, left = divmod(plan.setting.scale.ranks, nodes)
     if left:
         raise ConfigError(

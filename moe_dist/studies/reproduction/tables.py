@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_dist.studies.reproduction.claims import CLAIMS, verdicts
-from moe_dist.studies.reproduction.figures import NAMES, Result, Row
 from moe_dist.metrics import installed_versions
+from moe_dist.studies.reproduction.claims import CLAIMS, verdicts
+from moe_dist.studies.reproduction.figures import NAMES, KindRow, Result
 
 COLUMNS = {  # figure -> heading, format, factor
     "loss": ("validation loss", ".4f", 1.0),
@@ -26,7 +26,7 @@ Rates = Mapping[str, Mapping[str, float]]
 """Family -> learning rate -> validation loss of the grid."""
 
 
-def markdown(table: Sequence[Row], claimed: Sequence[str], grid: Rates, facts: Sequence[str]) -> str:
+def markdown(table: Sequence[KindRow], claimed: Sequence[str], grid: Rates, facts: Sequence[str]) -> str:
     """The whole report.
 
     Args:
@@ -53,7 +53,7 @@ def markdown(table: Sequence[Row], claimed: Sequence[str], grid: Rates, facts: S
     return "\n".join(parts) + "\n"
 
 
-def _figures(table: Sequence[Row]) -> list[str]:
+def _figures(table: Sequence[KindRow]) -> list[str]:
     shown = {name: column for name, column in COLUMNS.items() if any(row.values.get(name) for row in table)}
     lines = _head(["kind", *(heading for heading, _, _ in shown.values()), "seeds"])
     for row in table:
@@ -62,14 +62,14 @@ def _figures(table: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _cell(row: Row, name: str, form: str, factor: float) -> str:
+def _cell(row: KindRow, name: str, form: str, factor: float) -> str:
     middle, spread = row.middle(name), row.spread(name)
     if middle is None:
         return "-"
     return f"{middle * factor:{form}}" + (f" ± {spread * factor:{form}}" if spread else "")
 
 
-def _claims(table: Sequence[Row], kind: str) -> list[str]:
+def _claims(table: Sequence[KindRow], kind: str) -> list[str]:
     found = verdicts(table, kind)
     lines = [f"## The paper's claims: {kind}", ""]
     if not found:
@@ -111,7 +111,7 @@ def write_csv(results: Sequence[Result], target: Path) -> None:
 
 
 def to_dict(
-    results: Sequence[Result], table: Sequence[Row], claimed: Sequence[str], grid: Rates, scale: str
+    results: Sequence[Result], table: Sequence[KindRow], claimed: Sequence[str], grid: Rates, scale: str
 ) -> dict[str, Any]:
     """Everything, for JSON."""
     return {

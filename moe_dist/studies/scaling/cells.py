@@ -6,9 +6,9 @@ from enum import StrEnum
 from itertools import product
 from pathlib import Path
 
+from moe_dist.benchmarks.subruns import result_file
 from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
 from moe_dist.errors import ConfigError
-from moe_dist.studies.subruns import result_file
 
 RANKS = "ranks"
 SHORT = {
@@ -49,7 +49,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Cell:
+class StudyCell:
     """One run of a study.
 
     Attributes:
@@ -103,7 +103,7 @@ def parse_axis(word: str) -> Axis:
 
 def build_cells(
     config: Path, axes: Sequence[Axis], mode: Mode, repeats: int, ranks: int, overrides: Sequence[str]
-) -> list[Cell]:
+) -> list[StudyCell]:
     """All cells, one round of repeats after the other, so that an early stop leaves a whole table.
 
     Combinations that cannot run carry their refusal.
@@ -138,9 +138,9 @@ def _cell(
     ranks: int,
     smallest: int,
     overrides: Sequence[str],
-) -> Cell:
+) -> StudyCell:
     words = [f"{SHORT.get(axis, axis)}={value}" for axis, value in values if axis != RANKS]
-    cell = Cell(values, ranks, repeat, config, (*QUIET, *overrides, *words))
+    cell = StudyCell(values, ranks, repeat, config, (*QUIET, *overrides, *words))
     try:
         if mode is Mode.WEAK:
             cell = replace(cell, overrides=(*cell.overrides, _weak_batch(cell.load(), ranks, smallest)))

@@ -8,12 +8,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from moe_dist.studies.scaling.cells import RANKS
-from moe_dist.studies.scaling.tables import Row
+from moe_dist.studies.scaling.tables import StudyRow
 
-Value = Callable[[Row], float | None]
+Value = Callable[[StudyRow], float | None]
 
 
-def plot(rows: Sequence[Row], target: Path) -> None:
+def plot(rows: Sequence[StudyRow], target: Path) -> None:
     """Writes a PNG of four panels; combinations without a result have no point."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -39,7 +39,7 @@ def plot(rows: Sequence[Row], target: Path) -> None:
     figure.savefig(target, dpi=120)
 
 
-def _panel(panel: Any, rows: Sequence[Row], value: Value, over_ranks: bool) -> None:
+def _panel(panel: Any, rows: Sequence[StudyRow], value: Value, over_ranks: bool) -> None:
     for label, members in _lines(rows, over_ranks).items():
         points = [(_place(row, over_ranks), y) for row in members if (y := value(row)) is not None]
         if points:
@@ -49,19 +49,19 @@ def _panel(panel: Any, rows: Sequence[Row], value: Value, over_ranks: bool) -> N
     panel.set_xlabel("ranks" if over_ranks else rows[0].values[0][0] if rows[0].values else "")
 
 
-def _lines(rows: Sequence[Row], over_ranks: bool) -> dict[str, list[Row]]:
-    lines: dict[str, list[Row]] = {}
+def _lines(rows: Sequence[StudyRow], over_ranks: bool) -> dict[str, list[StudyRow]]:
+    lines: dict[str, list[StudyRow]] = {}
     for row in rows:
         others = row.others if over_ranks else row.values[1:]
         lines.setdefault(", ".join(f"{axis} {value}" for axis, value in others) or "measured", []).append(row)
     return lines
 
 
-def _place(row: Row, over_ranks: bool) -> int | str:
+def _place(row: StudyRow, over_ranks: bool) -> int | str:
     return row.ranks if over_ranks else (row.values[0][1] if row.values else "")
 
 
-def _ideal(panel: Any, rows: Sequence[Row]) -> None:
+def _ideal(panel: Any, rows: Sequence[StudyRow]) -> None:
     """From the fewest ranks of each line, as many times faster as there are ranks."""
     for index, members in enumerate(_lines(rows, over_ranks=True).values()):
         measured = [(row.ranks, speed) for row in members if (speed := row.middle("tokens_per_second")) is not None]

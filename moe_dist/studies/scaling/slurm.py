@@ -5,12 +5,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_dist.studies.scaling.cells import Cell
+from moe_dist.benchmarks.subruns import read_summary
+from moe_dist.studies.scaling.cells import StudyCell
 from moe_dist.studies.scaling.run import train_words
-from moe_dist.studies.subruns import read_summary
 
 
-def array_jobs(cells: Sequence[Cell], folder: Path, python: str = sys.executable) -> dict[str, str]:
+def array_jobs(cells: Sequence[StudyCell], folder: Path, python: str = sys.executable) -> dict[str, str]:
     """File name -> text of the sbatch scripts that run what `folder` still lacks.
 
     Tasks of one array run one at a time (`%1`), so that cells do not disturb each other; ranks meet through a file in
@@ -18,7 +18,7 @@ def array_jobs(cells: Sequence[Cell], folder: Path, python: str = sys.executable
     beyond the number of tasks (partition, GPUs, time) is given on its command line, which wins over the file.
     """
     missing = [cell for cell in cells if not cell.refusal and read_summary(cell.result_file(folder)) is None]
-    by_ranks: dict[int, list[Cell]] = {}
+    by_ranks: dict[int, list[StudyCell]] = {}
     for cell in missing:
         by_ranks.setdefault(cell.ranks, []).append(cell)
     return {

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.studies.scaling.cells import RANKS
-from moe_dist.studies.scaling.run import Outcome
 from moe_dist.metrics.summary import look_up
+from moe_dist.studies.scaling.cells import RANKS
+from moe_dist.studies.scaling.run import StudyOutcome
 
 FIGURES = {
     "tokens_per_second": "tokens_per_second",
@@ -25,7 +25,7 @@ FIGURES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """One combination of the axes' values over its repeats.
 
     Attributes:
@@ -51,26 +51,26 @@ class Row:
         return tuple((axis, value) for axis, value in self.values if axis != RANKS)
 
 
-def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+def rows(outcomes: Sequence[StudyOutcome]) -> list[StudyRow]:
     """One row for each combination, in the cells' order."""
-    groups: dict[tuple[tuple[str, str], ...], list[Outcome]] = {}
+    groups: dict[tuple[tuple[str, str], ...], list[StudyOutcome]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.cell.values, []).append(outcome)
     found = [_row(values, members) for values, members in groups.items()]
-    return [Row(**{**vars(row), "efficiency": _efficiency(row, found)}) for row in found]
+    return [StudyRow(**{**vars(row), "efficiency": _efficiency(row, found)}) for row in found]
 
 
-def _row(values: tuple[tuple[str, str], ...], members: Sequence[Outcome]) -> Row:
+def _row(values: tuple[tuple[str, str], ...], members: Sequence[StudyOutcome]) -> StudyRow:
     summaries = [outcome.summary for outcome in members if outcome.summary]
     figures = {
         name: [float(value) for summary in summaries if (value := look_up(summary, key)) is not None]
         for name, key in FIGURES.items()
     }
     problems = tuple(dict.fromkeys(outcome.problem for outcome in members if outcome.problem))
-    return Row(values, members[0].cell.ranks, figures, problems)
+    return StudyRow(values, members[0].cell.ranks, figures, problems)
 
 
-def _efficiency(row: Row, found: Sequence[Row]) -> float | None:
+def _efficiency(row: StudyRow, found: Sequence[StudyRow]) -> float | None:
     speed = row.middle("tokens_per_second")
     peers = [other for other in found if other.others == row.others and other.middle("tokens_per_second")]
     if speed is None or len({other.ranks for other in peers}) < 2:
@@ -81,7 +81,7 @@ def _efficiency(row: Row, found: Sequence[Row]) -> float | None:
     return speed / (base * row.ranks / first.ranks)
 
 
-def render(table_rows: Sequence[Row], console: Console) -> None:
+def render(table_rows: Sequence[StudyRow], console: Console) -> None:
     """Prints the table; a combination without results shows why."""
     axes = [axis for axis, _ in table_rows[0].values]
     view = Table(title="medians over repeats", title_justify="left")
@@ -110,11 +110,11 @@ def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _name(row: Row) -> str:
+def _name(row: StudyRow) -> str:
     return ", ".join(f"{axis}={value}" for axis, value in row.values) or "the one cell"
 
 
-def write_csv(outcomes: Sequence[Outcome], table_rows: Sequence[Row], folder: Path) -> None:
+def write_csv(outcomes: Sequence[StudyOutcome], table_rows: Sequence[StudyRow], folder: Path) -> None:
     """`cells.csv`, a line for each run, failed ones too, and `table.csv`, a line for each combination."""
     axes = [axis for axis, _ in outcomes[0].cell.values]
     with (folder / "cells.csv").open("w", newline="", encoding="utf-8") as file:
@@ -140,6 +140,6 @@ def _ends(values: list[float]) -> list[float | str]:
     return [median(values), min(values), max(values)] if values else ["", "", ""]
 
 
-def to_dict(table_rows: Sequence[Row]) -> dict[str, Any]:
+def to_dict(table_rows: Sequence[StudyRow]) -> dict[str, Any]:
     """The figures for `--json`."""
     return {"rows": [{**vars(row), "values": dict(row.values)} for row in table_rows]}

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from moe_dist.errors import ConfigError
 from moe_dist.benchmarks.growth.bench import render, run_growth
 from moe_dist.benchmarks.growth.plot import plot_growth
-from moe_dist.benchmarks.saved_bytes import saved_bytes
 from moe_dist.benchmarks.layer.spec import GrowthSpec, LayerShape, clusters_for
+from moe_dist.benchmarks.saved_bytes import saved_bytes
+from moe_dist.errors import ConfigError
 
 TOY = GrowthSpec(
     LayerShape(tokens=32, hidden=16, expert_hidden=32, rank=2), experts=(4, 8), repeats=1, standard_up_to=4

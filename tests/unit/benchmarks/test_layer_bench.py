@@ -7,7 +7,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from moe_dist.errors import ConfigError
 from moe_dist.benchmarks.layer.local import (
     LayerBenchSpec,
     _contenders,
@@ -15,6 +14,7 @@ from moe_dist.benchmarks.layer.local import (
     render,
     run_layer_bench,
 )
+from moe_dist.errors import ConfigError
 from moe_dist.metrics.spread import Spread
 
 TOY = LayerBenchSpec(
@@ -36,14 +36,14 @@ def test_result_is_complete_and_consistent() -> None:
         assert set(case.seconds) == {"dense", "clustered", "standard/loop", "standard/grouped_mm"}
         fastest = min(case.seconds[name].median for name in ("standard/loop", "standard/grouped_mm"))
         assert case.seconds[case.standard].median == fastest
-        assert case.compiled == (case.form == "compiled")
+        assert case.compiled == (case.backend == "cpu")
         assert case.speedup.smallest <= case.speedup.lower <= case.speedup.median <= case.speedup.upper
     json.dumps(result.to_dict())
 
 
 def test_table_shows_every_contender() -> None:
     console = Console(file=io.StringIO(), width=160)
-    render(run_layer_bench(LayerBenchSpec(**{**vars(TOY), "forms": ("mask",), "repeats": 1})), console)
+    render(run_layer_bench(LayerBenchSpec(**{**vars(TOY), "backends": ("masked",), "repeats": 1})), console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     for name in ("dense", "clustered (", "clustered/mask", "standard/loop", "standard/grouped_mm", "bfloat16"):
@@ -52,11 +52,11 @@ def test_table_shows_every_contender() -> None:
 
 def test_contenders_of_a_kind_compute_the_same() -> None:
     layer = _draw_layer(TOY, torch.float32, 3)
-    contenders = _contenders(layer, "mask", ("reference", "sort"))
+    contenders = _contenders(layer, "masked", ("reference", "sorted"))
     y = {name: run() for name, run in contenders.items()}
     torch.testing.assert_close(y["standard/loop"], y["standard/grouped_mm"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y["clustered"], y["clustered/reference"], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(y["clustered"], y["clustered/sort"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y["clustered"], y["clustered/sorted"], rtol=1e-4, atol=1e-4)
 
 
 def test_impossible_specs_are_refused() -> None:
@@ -71,13 +71,13 @@ def test_impossible_specs_are_refused() -> None:
             LayerBenchSpec(**{**vars(TOY), name: 0})
     with pytest.raises(ConfigError, match=r"top_k=0 must be in 1\.\.8"):
         LayerBenchSpec(top_k=(2, 0))
-    forms = "auto, mask, sort, compiled, triton, reference"
-    with pytest.raises(ConfigError, match=f"form 'foo' is unknown: use one of {forms}"):
-        LayerBenchSpec(form="foo")
+    backends = "auto, masked, sorted, cpu, triton, reference"
+    with pytest.raises(ConfigError, match=f"backend 'foo' is unknown: use one of {backends}"):
+        LayerBenchSpec(backend="foo")
     with pytest.raises(ConfigError, match=r"device=tpu is not here: use cpu"):
         LayerBenchSpec(device="tpu")
-    with pytest.raises(ConfigError, match="form 'bar' is unknown"):
-        LayerBenchSpec(forms=("mask", "bar"))
+    with pytest.raises(ConfigError, match="backend 'bar' is unknown"):
+        LayerBenchSpec(backends=("masked", "bar"))
 
 
 def test_spread() -> None:

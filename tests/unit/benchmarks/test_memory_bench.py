@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_dist.errors import ConfigError
 from moe_dist.benchmarks.memory import (
     OFFLOAD,
     MemoryBenchCase,
@@ -15,6 +14,7 @@ from moe_dist.benchmarks.memory import (
     render,
     run_memory_bench,
 )
+from moe_dist.errors import ConfigError
 from moe_dist.metrics import write_json
 
 

@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.cli import main
-from moe_dist.compression import GroupFormat, StoredForm, init_base, init_residual
-from moe_dist.errors import ConfigError
 from moe_dist.benchmarks import precision as precision_table
-from moe_dist.benchmarks.precision import LayerShape, count
+from moe_dist.benchmarks.precision import PublishedShape, count
+from moe_dist.cli import main
+from moe_dist.compression import GroupFormat, StorageFormat, init_base, init_residual
+from moe_dist.errors import ConfigError
 from moe_dist.moe.init_generator import generator
 
-FORM = StoredForm(GroupFormat(), torch.bfloat16)
+FORM = StorageFormat(GroupFormat(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("vectors", [True, False])
 def test_tensors_have_the_shapes_of_a_model_s(vectors: bool) -> None:
-    shape = LayerShape("small", experts=6, hidden=24, expert_hidden=32, clusters=2, rank=3)
+    shape = PublishedShape("small", experts=6, hidden=24, expert_hidden=32, clusters=2, rank=3)
     draw = generator(0, 0, "any", 0)
     base = init_base(24, 32, 0.02, 0.02, draw)
     own = [value for value in vars(init_residual(24, 32, 3, vectors, draw)).values() if value is not None]
@@ -32,7 +32,9 @@ def test_tensors_have_the_shapes_of_a_model_s(vectors: bool) -> None:
 
 
 def test_bytes_by_hand() -> None:
-    row = count(LayerShape("hand", experts=4, hidden=128, expert_hidden=256, clusters=2, rank=2), FORM, vectors=False)
+    row = count(
+        PublishedShape("hand", experts=4, hidden=128, expert_hidden=256, clusters=2, rank=2), FORM, vectors=False
+    )
     numbers = 2 * 2 * (128 + 256) + 2 * (256 + 128)
     assert row.own == numbers / 2 + 2 * numbers / 64
     assert row.packed == row.own + 2 * 3 * 128 * 256 / 2
@@ -47,9 +49,9 @@ def test_four_bits_are_the_smallest_at_every_published_shape() -> None:
 
 def test_impossible_shapes_are_refused() -> None:
     with pytest.raises(ConfigError, match="8 experts cannot be divided over 3 clusters"):
-        LayerShape("odd", 8, 64, 64, clusters=3, rank=4)
+        PublishedShape("odd", 8, 64, 64, clusters=3, rank=4)
     with pytest.raises(ConfigError, match="rank 65 must be in 1 to 64"):
-        LayerShape("odd", 8, 64, 128, clusters=2, rank=65)
+        PublishedShape("odd", 8, 64, 128, clusters=2, rank=65)
 
 
 def test_the_command_shows_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dist.benchmarks.step import profiler as module
+from moe_dist.benchmarks.step.parts import PARTS, step_clock
+from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
+from moe_dist.benchmarks.step.spec import StepBenchSpec
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError
-from moe_dist.benchmarks.step import profiler as module
-from moe_dist.benchmarks.step.profiler import PartClock, StepPart
-from moe_dist.benchmarks.step.parts import PARTS, step_clock
-from moe_dist.benchmarks.step.spec import StepBenchSpec
 
 SEEN: list[tuple[str, StepPart]] = []
 
@@ -20,7 +20,7 @@ class _Spy(torch.autograd.Function):
     """Tells in which part its forward and backward run."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, clock: PartClock, name: str) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, clock: StepProfiler, name: str) -> Tensor:
         ctx.clock, ctx.name = clock, name  # type: ignore[attr-defined]
         SEEN.append((f"{name} forward", clock.part))
         return x.clone()
@@ -32,7 +32,7 @@ class _Spy(torch.autograd.Function):
 
 
 def test_parts_are_the_same_backwards() -> None:
-    clock = PartClock()
+    clock = StepProfiler()
 
     def spy(x: Tensor, name: str) -> Tensor:
         y: Tensor = _Spy.apply(x, clock, name)  # type: ignore[no-untyped-call]
@@ -60,7 +60,7 @@ def test_parts_are_the_same_backwards() -> None:
 
 def test_what_is_handed_on_stays_with_its_maker() -> None:
     """A part's result that goes straight into the next part, or out of the one around it."""
-    clock = PartClock()
+    clock = StepProfiler()
 
     def spy(x: Tensor, name: str) -> Tensor:
         y: Tensor = _Spy.apply(x, clock, name)  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ def test_what_is_handed_on_stays_with_its_maker() -> None:
 def test_all_time_belongs_to_some_part(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(module, "_now", lambda: float(next(ticks)))
-    clock = PartClock()
+    clock = StepProfiler()
     clock.start()  # 0
     inner = clock.wrap(StepPart.ROUTING, lambda: None)
     clock.wrap(StepPart.PERMUTE, lambda: inner())()  # 1 2 3 4
@@ -89,7 +89,7 @@ def test_all_time_belongs_to_some_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_part_that_fails_gives_its_time_back() -> None:
-    clock = PartClock()
+    clock = StepProfiler()
     clock.start()
     with pytest.raises(ZeroDivisionError):
         clock.wrap(StepPart.EXPERTS, lambda: 1 / 0)()
@@ -97,7 +97,7 @@ def test_a_part_that_fails_gives_its_time_back() -> None:
 
 
 def test_an_idle_clock_leaves_no_marks() -> None:
-    clock = PartClock()
+    clock = StepProfiler()
     y = clock.wrap(StepPart.EXPERTS, lambda: torch.ones(1, requires_grad=True) * 2)()
     assert clock.part is StepPart.ELSE
     assert not clock.seconds

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from moe_dist.checkpoint.manifest import DataRecord, Manifest
+from moe_dist.checkpoint.save_and_load import write_checkpoint
 from moe_dist.checkpoint.sharded_tensor import ShardedTensor, State
 from moe_dist.checkpoint.store import step_folder
-from moe_dist.checkpoint.save_and_load import write_checkpoint
 from moe_dist.config import RunConfig
 
 DATA = DataRecord(train_checksum=1, validation_checksum=2, vocab_size=300, next_step=0)

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from moe_dist.checkpoint.compatibility import require_fit
+from moe_dist.checkpoint.compatibility import check_config_compatible
 from moe_dist.checkpoint.manifest import PlacementRecord
 from moe_dist.checkpoint.placement_record import placement_from_record, placement_to_record
 from moe_dist.config import WorldShape, load_config
-from moe_dist.errors import CheckpointError
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.errors import CheckpointError
 from tests.unit.checkpoint.samples import DATA, manifest
 
 
@@ -28,7 +28,7 @@ from tests.unit.checkpoint.samples import DATA, manifest
 )
 def test_other_tensors_another_model_or_other_batches_are_refused(words: list[str]) -> None:
     with pytest.raises(CheckpointError, match="of step 1 does not fit the configuration") as caught:
-        require_fit(manifest(), load_config(None, [*words, "train.steps=900"]), DATA)
+        check_config_compatible(manifest(), load_config(None, [*words, "train.steps=900"]), DATA)
     assert all(word.partition("=")[0] in str(caught.value) for word in words)
     assert "train.steps" not in str(caught.value)
 
@@ -44,7 +44,7 @@ def test_other_tensors_another_model_or_other_batches_are_refused(words: list[st
     ],
 )
 def test_what_may_differ_is_said(words: list[str], said: list[str]) -> None:
-    assert sorted(require_fit(manifest(), load_config(None, words), DATA)) == said
+    assert sorted(check_config_compatible(manifest(), load_config(None, words), DATA)) == said
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_what_may_differ_is_said(words: list[str], said: list[str]) -> None:
 def test_other_tokens_are_refused(words: list[str], why: str) -> None:
     other = DATA.model_copy(update={"train_checksum": 99})
     with pytest.raises(CheckpointError, match="trained on other tokens") as caught:
-        require_fit(manifest(), load_config(None, words), other)
+        check_config_compatible(manifest(), load_config(None, words), other)
     assert str(caught.value).endswith(why)
 
 

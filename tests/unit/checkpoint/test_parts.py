@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.checkpoint.manifest import read_index, read_manifest
-from moe_dist.checkpoint.stateful import Part, hand_back, room_for, tensors_of, values_of
 from moe_dist.checkpoint.random_state import RandomState
-from moe_dist.checkpoint.sharded_tensor import Shard, ShardedTensor, State
 from moe_dist.checkpoint.save_and_load import read_checkpoint, write_checkpoint
+from moe_dist.checkpoint.sharded_tensor import Shard, ShardedTensor, State
+from moe_dist.checkpoint.stateful import Stateful, allocate_like, load_state, tensors_of, values_of
 from tests.unit.checkpoint.samples import manifest, state
 
 
@@ -35,7 +35,7 @@ class Keeper:
         self.state = dict(state)
 
 
-def write(folder: Path, ranks: list[Part]) -> None:
+def write(folder: Path, ranks: list[Stateful]) -> None:
     """What ranks with these parts would write together, by one process."""
     together: State = {}
     for rank, part in enumerate(ranks):
@@ -47,11 +47,11 @@ def write(folder: Path, ranks: list[Part]) -> None:
     write_checkpoint(folder, filled, together, rank=0)
 
 
-def read(folder: Path, part: Part, rank: int, ranks: int) -> None:
+def read(folder: Path, part: Stateful, rank: int, ranks: int) -> None:
     parts = {"p": part}
-    room = room_for(parts, read_index(folder), rank, ranks)
+    room = allocate_like(parts, read_index(folder), rank, ranks)
     read_checkpoint(folder, room)
-    hand_back(parts, room, read_manifest(folder))
+    load_state(parts, room, read_manifest(folder))
 
 
 def keeper(rank: int) -> Keeper:

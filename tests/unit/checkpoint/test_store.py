@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.checkpoint import storage
-from moe_dist.checkpoint.find import checked, newest_good
+from moe_dist.checkpoint.find import checked, latest_valid_checkpoint
 from moe_dist.checkpoint.manifest import Manifest
-from moe_dist.checkpoint.store import check, checkpoints_of, prune, remove_partial, set_aside, step_of
 from moe_dist.checkpoint.save_and_load import write_checkpoint
+from moe_dist.checkpoint.store import check, checkpoints_of, prune, remove_partial, set_aside, step_of
 from moe_dist.config import CheckpointConfig
 from moe_dist.errors import CheckpointError
 from tests.unit.checkpoint.samples import manifest, saved, state
@@ -40,12 +40,12 @@ def test_any_damage_is_found_and_the_one_before_is_used(
     damage(newer / name)
     with pytest.raises(CheckpointError, match=r"checkpoint .*step-00000002"):
         check(newer)
-    found = newest_good(tmp_path)
+    found = latest_valid_checkpoint(tmp_path)
     assert found is not None
     assert (found.path, found.manifest.step, list(found.damaged)) == (older, 1, [newer])
     damage(older / name)
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
-        newest_good(tmp_path)
+        latest_valid_checkpoint(tmp_path)
 
 
 def test_ranks_share_the_reading(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_ranks_share_the_reading(tmp_path: Path) -> None:
 
 
 def test_a_run_without_checkpoints_is_no_error(tmp_path: Path) -> None:
-    assert newest_good(tmp_path) is None
+    assert latest_valid_checkpoint(tmp_path) is None
     with pytest.raises(CheckpointError, match=r"manifest.json cannot be read"):
         checked(tmp_path)
 
@@ -126,7 +126,7 @@ def test_the_manifest_is_a_table_for_people_too(tmp_path: Path) -> None:
 
 def test_weights_come_from_the_latest_step(tmp_path: Path) -> None:
     def latest() -> str:
-        found = newest_good(tmp_path, weights=True)
+        found = latest_valid_checkpoint(tmp_path, weights=True)
         assert found is not None
         return found.path.name
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moe_dist.checkpoint import storage
 from moe_dist.checkpoint.manifest import read_index
-from moe_dist.checkpoint.sharded_tensor import AwayShard, Shard, ShardedTensor, Staging, State
-from moe_dist.checkpoint.store import check
 from moe_dist.checkpoint.save_and_load import read_checkpoint, write_checkpoint
+from moe_dist.checkpoint.sharded_tensor import OffloadedShard, Shard, ShardedTensor, Staging, State
+from moe_dist.checkpoint.store import check
 from moe_dist.errors import CheckpointError
 from tests.unit.checkpoint.samples import manifest, saved, state
 
@@ -52,13 +52,13 @@ def test_what_is_away_is_written_in_several_files_and_read_back(
     monkeypatch.setattr(storage, "AWAY_FILE_BYTES", 40)  # two of four pieces, of 16 bytes each
     values, target = torch.arange(16.0), torch.zeros(16)
 
-    def away(piece: int) -> AwayShard:
+    def away(piece: int) -> OffloadedShard:
         kept, goal = values[4 * piece :][:4], target[4 * piece :][:4]
 
         def write(start: int, part: Tensor) -> None:
             goal[start : start + len(part)] = part
 
-        return AwayShard(4 * piece, 4, torch.float32, kept.clone, write)
+        return OffloadedShard(4 * piece, 4, torch.float32, kept.clone, write)
 
     pieces_away: State = {"x": ShardedTensor((16,), torch.float32, [away(piece) for piece in range(4)])}
     write_checkpoint(tmp_path / "c", manifest(), {**state(), **pieces_away}, rank=0)

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from moe_dist.checkpoint.export import export_weights
-from moe_dist.checkpoint.find import newest_good
+from moe_dist.checkpoint.find import latest_valid_checkpoint
 from moe_dist.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from moe_dist.checkpoint.save_and_load import read_checkpoint
 from moe_dist.checkpoint.storage import recorded
 from moe_dist.checkpoint.store import check
-from moe_dist.checkpoint.save_and_load import read_checkpoint
 from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.errors import CheckpointError
 from tests.unit.checkpoint.samples import saved, state
@@ -109,7 +109,7 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str) -> Non
     (checkpoint,) = saved(tmp_path, 1)
     (checkpoint / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError):
-        newest_good(tmp_path)
+        latest_valid_checkpoint(tmp_path)
 
 
 def test_files_outside_the_checkpoint_cannot_be_listed(tmp_path: Path) -> None:

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from moe_dist.compression import (
     ExpertMatrices,
-    InputRoots,
     UnitOrder,
+    WhiteningRoots,
     align_hidden_units,
-    factorise_cluster,
-    factorise_expert,
+    factorize_cluster,
+    factorize_expert,
     relative_error,
     usage_weighted_mean,
 )
-from moe_dist.compression.whitening import apply_root
 from moe_dist.compression.low_rank import leading_right_vectors
+from moe_dist.compression.whitening import apply_root
 from moe_dist.kernels.reference import expert as run_expert
 from moe_dist.kernels.reference import expert_weights
 
@@ -34,9 +34,9 @@ def draw_experts(seed: int, experts: int) -> tuple[Tensor, Tensor]:
     return draw(seed, experts, HIDDEN, 2 * WIDTH), draw(seed + 1, experts, WIDTH, HIDDEN)
 
 
-def draw_inputs(seed: int, experts: int, tokens: int) -> list[InputRoots]:
+def draw_inputs(seed: int, experts: int, tokens: int) -> list[WhiteningRoots]:
     x_NTD, hidden_NTF = draw(seed + 2, experts, tokens, HIDDEN), draw(seed + 3, experts, tokens, WIDTH)
-    return [InputRoots.of_tokens(x, h) for x, h in zip(x_NTD, hidden_NTF, strict=True)]
+    return [WhiteningRoots.of_tokens(x, h) for x, h in zip(x_NTD, hidden_NTF, strict=True)]
 
 
 @settings(deadline=None)
@@ -49,7 +49,7 @@ def test_exact_where_residuals_are_of_that_rank(seed: int, experts: int, rank: i
     left, right = draw(seed + 4, HIDDEN, rank), draw(seed + 5, rank, WIDTH)
     w_in = base_in + torch.cat([left @ change_N @ right, -left @ change_N @ right], dim=2)
     w_out = base_out + right.T @ change_N @ left.T
-    found = factorise_cluster(w_in, w_out, usage_N, rank).weights
+    found = factorize_cluster(w_in, w_out, usage_N, rank).weights
     for e in range(experts):
         for mine, true in zip(expert_weights(found, e), (w_in[e], w_out[e]), strict=True):
             assert (mine - true).abs().max() <= 1e-9 * true.abs().max()
@@ -61,7 +61,7 @@ def test_never_worse_than_the_mean_alone(seed: int, experts: int, rank: int, whi
     inputs = draw_inputs(seed, experts, 5) if whitened else None
     w_in, w_out = draw_experts(seed, experts)
     usage_N = torch.ones(experts)
-    found = factorise_cluster(w_in, w_out, usage_N, rank, inputs=inputs, seed=None if exact else 1)
+    found = factorize_cluster(w_in, w_out, usage_N, rank, inputs=inputs, seed=None if exact else 1)
     for one in found.experts:
         assert all(error <= base + 1e-9 for error, base in zip(one.errors, one.base_errors, strict=True))
 
@@ -74,11 +74,11 @@ def test_whitening_never_loses_by_its_own_measure(seed: int, rank: int, tokens: 
     if not full:
         assert inputs.x is not None
         assert inputs.hidden is not None
-        inputs = InputRoots.of_moments((inputs.x**2).sum(0), (inputs.hidden**2).sum(0))
+        inputs = WhiteningRoots.of_moments((inputs.x**2).sum(0), (inputs.hidden**2).sum(0))
     w_in, w_out = draw_experts(seed, 2)
     expert, base = ExpertMatrices(w_in[0], w_out[0]), ExpertMatrices(w_in[1], w_out[1])
-    whitened = factorise_expert(expert, base, rank, inputs=inputs)
-    plain = factorise_expert(expert, base, rank, check=inputs)
+    whitened = factorize_expert(expert, base, rank, inputs=inputs)
+    plain = factorize_expert(expert, base, rank, check=inputs)
     assert not any(plain.whitened)
     for found, other in zip(whitened.errors, plain.errors, strict=True):
         assert found <= other + 1e-9
@@ -89,8 +89,8 @@ def test_errors_are_those_of_the_tokens(seed: int, rank: int) -> None:
     """The error of the gate by moments is that of its outputs on the tokens the moments are of."""
     x_TD, h_TF = draw(seed, 30, HIDDEN), draw(seed + 1, 30, WIDTH)
     w_in, w_out = draw_experts(seed, 3)
-    inputs = [InputRoots.of_moments(x_TD.T @ x_TD / 30, h_TF.T @ h_TF / 30)] * 3
-    found = factorise_cluster(w_in, w_out, torch.ones(3), rank, inputs=inputs)
+    inputs = [WhiteningRoots.of_moments(x_TD.T @ x_TD / 30, h_TF.T @ h_TF / 30)] * 3
+    found = factorize_cluster(w_in, w_out, torch.ones(3), rank, inputs=inputs)
     for e, one in enumerate(found.experts):
         mine_in, mine_out = expert_weights(found.weights, e)
         for number, (told, mine, true) in enumerate(
@@ -107,11 +107,11 @@ def test_errors_are_those_of_the_tokens(seed: int, rank: int) -> None:
 def test_whitening_helps_where_inputs_lie_in_few_directions() -> None:
     direction = draw(0, 3, HIDDEN)
     x_TD = draw(1, 400, 3) @ direction + 0.05 * draw(2, 400, HIDDEN)
-    fit, check = (InputRoots.of_moments(x.T @ x, torch.ones(WIDTH, dtype=torch.float64)) for x in x_TD.chunk(2))
+    fit, check = (WhiteningRoots.of_moments(x.T @ x, torch.ones(WIDTH, dtype=torch.float64)) for x in x_TD.chunk(2))
     w_in, w_out = draw_experts(3, 2)
     expert, base = ExpertMatrices(w_in[0], w_out[0]), ExpertMatrices(w_in[1], w_out[1])
-    whitened = factorise_expert(expert, base, 3, inputs=fit, check=check)
-    plain = factorise_expert(expert, base, 3, check=check)
+    whitened = factorize_expert(expert, base, 3, inputs=fit, check=check)
+    plain = factorize_expert(expert, base, 3, check=check)
     assert whitened.whitened == (True, True, False)
     assert whitened.errors[0] < 0.2 * plain.errors[0]
 
@@ -119,17 +119,17 @@ def test_whitening_helps_where_inputs_lie_in_few_directions() -> None:
 def test_tokens_held_back_refuse_a_whitening_that_does_not_generalise() -> None:
     x_TD, h_TF = torch.zeros(1, HIDDEN, dtype=torch.float64), torch.zeros(1, WIDTH, dtype=torch.float64)
     x_TD[0, 0] = h_TF[0, 0] = 1.0  # as if tokens had nothing but their first entry
-    fit = InputRoots.of_tokens(x_TD, h_TF)
-    check = InputRoots.of_moments(torch.eye(HIDDEN, dtype=torch.float64), torch.ones(WIDTH, dtype=torch.float64))
+    fit = WhiteningRoots.of_tokens(x_TD, h_TF)
+    check = WhiteningRoots.of_moments(torch.eye(HIDDEN, dtype=torch.float64), torch.ones(WIDTH, dtype=torch.float64))
     w_in, w_out = draw_experts(3, 2)
     expert, base = ExpertMatrices(w_in[0], w_out[0]), ExpertMatrices(w_in[1], w_out[1])
-    assert not any(factorise_expert(expert, base, 2, inputs=fit, check=check).whitened)
+    assert not any(factorize_expert(expert, base, 2, inputs=fit, check=check).whitened)
 
 
 @pytest.mark.parametrize("tokens", [3, 50])
 def test_tokens_are_a_root_of_their_moments(tokens: int) -> None:
     x_TD, h_TF, w_DF = draw(0, tokens, HIDDEN), draw(1, tokens, WIDTH), draw(2, HIDDEN, 5)
-    for root in (InputRoots.of_tokens(x_TD, h_TF), InputRoots.of_moments(x_TD.T @ x_TD, h_TF.T @ h_TF)):
+    for root in (WhiteningRoots.of_tokens(x_TD, h_TF), WhiteningRoots.of_moments(x_TD.T @ x_TD, h_TF.T @ h_TF)):
         torch.testing.assert_close(apply_root(root.x, w_DF).norm(), (x_TD @ w_DF).norm())
         assert root.x is not None
         assert len(root.x) <= HIDDEN
@@ -153,7 +153,7 @@ def test_the_randomised_search_is_as_good_as_the_exact_one(seed: int, rank: int,
 def test_what_equals_its_base_can_still_learn() -> None:
     """Else U and V would both be zero, and without a gradient for ever."""
     w_in, w_out = draw_experts(0, 1)
-    residual = factorise_cluster(w_in, w_out, torch.ones(1), 2).weights
+    residual = factorize_cluster(w_in, w_out, torch.ones(1), 2).weights
     assert residual.in_u_NDR.abs().max() < 1e-12
     assert residual.in_v_NRH.std() == pytest.approx(0.02, rel=0.3)
     assert residual.out_v_NRD.std() == pytest.approx(0.02, rel=0.3)
@@ -162,8 +162,8 @@ def test_what_equals_its_base_can_still_learn() -> None:
 def test_vectors_start_at_zero_and_change_nothing() -> None:
     w_in, w_out = draw_experts(0, 3)
     x_TD = draw(5, 7, HIDDEN)
-    plain = factorise_cluster(w_in, w_out, torch.ones(3), 2).weights
-    with_vectors = factorise_cluster(w_in, w_out, torch.ones(3), 2, vectors=True).weights
+    plain = factorize_cluster(w_in, w_out, torch.ones(3), 2).weights
+    with_vectors = factorize_cluster(w_in, w_out, torch.ones(3), 2, vectors=True).weights
     assert plain.vectors() is None
     assert torch.equal(run_expert(x_TD, plain, 1), run_expert(x_TD, with_vectors, 1))
 
@@ -199,7 +199,7 @@ def test_alignment_keeps_the_function_and_comes_no_farther(seed: int) -> None:
 @given(seed=seeds, rank=ranks)
 def test_with_residual_is_the_experts_effective_weight(seed: int, rank: int) -> None:
     w_in, w_out = draw_experts(seed, 3)
-    found = factorise_cluster(w_in, w_out, torch.ones(3), rank)
+    found = factorize_cluster(w_in, w_out, torch.ones(3), rank)
     base = ExpertMatrices(found.weights.base_in_DH, found.weights.base_out_FD)
     x_TD = draw(seed + 9, 6, HIDDEN)
     for e, one in enumerate(found.experts):
@@ -221,4 +221,4 @@ def _distance(a: ExpertMatrices, b: ExpertMatrices) -> float:
 def test_a_rank_that_cannot_be_is_refused(rank: int, why: str) -> None:
     w_in, w_out = draw_experts(0, 2)
     with pytest.raises(ValueError, match=f"rank={rank} {why}"):
-        factorise_cluster(w_in, w_out, torch.ones(2), rank)
+        factorize_cluster(w_in, w_out, torch.ones(2), rank)

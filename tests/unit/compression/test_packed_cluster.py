@@ -10,26 +10,26 @@ from torch import Tensor
 from moe_dist.compression import (
     ClusterWeights,
     GroupFormat,
-    PackedCluster,
-    PackedExperts,
-    StoredForm,
-    as_stored,
-    clustered_experts,
+    QuantizedCluster,
+    QuantizedExperts,
+    StorageFormat,
+    fake_quantize,
     long_axis,
 )
-from tests.unit.compression.test_clustered_experts import needs_interpreter
+from moe_dist.kernels import clustered_experts
+from tests.unit.kernels.test_shared_base_experts import needs_interpreter
 
 FORMS = [
-    "mask",
-    "sort",
+    "masked",
+    "sorted",
     "reference",
     pytest.param("triton", marks=needs_interpreter),
-    pytest.param("compiled", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")),
+    pytest.param("cpu", marks=pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")),
 ]
 STORED = [
-    StoredForm(GroupFormat(), torch.bfloat16),
-    StoredForm(GroupFormat(symmetric=False, group_size=32, scale_dtype=torch.float16), torch.float16),
-    StoredForm(GroupFormat(bits=8, group_size=128), torch.float32),
+    StorageFormat(GroupFormat(), torch.bfloat16),
+    StorageFormat(GroupFormat(symmetric=False, group_size=32, scale_dtype=torch.float16), torch.float16),
+    StorageFormat(GroupFormat(bits=8, group_size=128), torch.float32),
 ]
 
 
@@ -54,11 +54,11 @@ def outputs(weights: ClusterWeights, dtype: torch.dtype, form: str) -> Tensor:
 @pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vectors", [True, False])
-def test_training_sees_what_is_stored_bit_by_bit(stored: StoredForm, dtype: torch.dtype, vectors: bool) -> None:
+def test_training_sees_what_is_stored_bit_by_bit(stored: StorageFormat, dtype: torch.dtype, vectors: bool) -> None:
     weights = drawn(dtype, vectors)
-    seen, packed = tensors(as_stored(weights, stored)), PackedCluster.of(weights, stored)
+    seen, packed = tensors(fake_quantize(weights, stored)), QuantizedCluster.of(weights, stored)
     again = packed.experts.with_bytes(packed.experts.to_bytes())
-    kept = tensors(PackedCluster(packed.base_in_DH, packed.base_out_FD, again).weights(dtype))
+    kept = tensors(QuantizedCluster(packed.base_in_DH, packed.base_out_FD, again).weights(dtype))
     assert seen.keys() == kept.keys() == tensors(weights).keys()
     for name, value in seen.items():
         assert value.dtype == dtype, name
@@ -71,33 +71,33 @@ def test_training_sees_what_is_stored_bit_by_bit(stored: StoredForm, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_form_computes_the_same_bits_of_both(form: str, dtype: torch.dtype) -> None:
     weights, stored = drawn(dtype), STORED[0]
-    seen = outputs(as_stored(weights, stored), dtype, form)
-    kept = outputs(PackedCluster.of(weights, stored).weights(dtype), dtype, form)
+    seen = outputs(fake_quantize(weights, stored), dtype, form)
+    kept = outputs(QuantizedCluster.of(weights, stored).weights(dtype), dtype, form)
     assert torch.equal(seen, kept)
     assert not torch.equal(seen, outputs(weights, dtype, form))
 
 
 def test_gradients_go_straight_through() -> None:
     weights, stored = drawn(torch.float32), STORED[1]
-    leaves = tensors(PackedCluster.of(weights, stored).weights(torch.float32))
+    leaves = tensors(QuantizedCluster.of(weights, stored).weights(torch.float32))
     kept = ClusterWeights(**{name: value.detach().requires_grad_() for name, value in leaves.items()})
     found = torch.autograd.grad(
-        outputs(as_stored(weights, stored), torch.float32, "sort").sum(), list(vars(weights).values())
+        outputs(fake_quantize(weights, stored), torch.float32, "sorted").sum(), list(vars(weights).values())
     )
-    expected = torch.autograd.grad(outputs(kept, torch.float32, "sort").sum(), list(vars(kept).values()))
+    expected = torch.autograd.grad(outputs(kept, torch.float32, "sorted").sum(), list(vars(kept).values()))
     assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("stored", STORED, ids=str)
-def test_experts_travel_as_rows_of_bytes(stored: StoredForm) -> None:
-    packed = PackedCluster.of(drawn(torch.bfloat16), stored).experts
+def test_experts_travel_as_rows_of_bytes(stored: StorageFormat) -> None:
+    packed = QuantizedCluster.of(drawn(torch.bfloat16), stored).experts
     rows = packed.to_bytes()
     assert rows.dtype == torch.uint8
     assert rows.numel() == packed.nbytes
     swapped = packed.with_bytes(rows[[1, 0, 2, 3]]).parts()
     for name, part in packed.parts().items():
         assert torch.equal(swapped[name], part[[1, 0, 2, 3]]), name
-    built = PackedExperts.of(
+    built = QuantizedExperts.of(
         {name: value.to("meta") for name, value in own(drawn(torch.bfloat16)).items()}, stored.factors
     )
     assert all(map(torch.equal, built.with_bytes(rows).parts().values(), packed.parts().values()))
@@ -115,6 +115,6 @@ def test_four_bits_take_little_more_than_a_quarter_of_sixteen() -> None:
     shapes = [(128, 512), (256, 128), (4, 128, 8), (4, 2, 4, 256), (4, 256, 4), (4, 4, 128)]
     weights = ClusterWeights(*(torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes))
     plain = sum(value.nbytes for value in own(weights).values())
-    packed = PackedCluster.of(weights, STORED[0])
+    packed = QuantizedCluster.of(weights, STORED[0])
     assert packed.experts.nbytes == plain * (4 + 16 / 64) / 16
     assert packed.nbytes == packed.experts.nbytes + 2 * (128 * 512 + 256 * 128)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.compression import GroupFormat, PackedFactor
+from moe_dist.compression import GroupFormat, QuantizedFactor
 
 formats = st.builds(
     GroupFormat,
@@ -24,7 +24,7 @@ def drawn(seed: int, shape: tuple[int, ...], magnitude: float, shift: float) -> 
     return magnitude * (values + shift)
 
 
-def step_of(packed: PackedFactor) -> Tensor:
+def step_of(packed: QuantizedFactor) -> Tensor:
     """The scale of each number, in the factor's shape."""
     length = packed.shape[packed.axis]
     scale = packed.scales_XG.float().repeat_interleave(packed.format.group_size, dim=-1)
@@ -62,7 +62,7 @@ def test_every_number_is_within_half_a_step(
 ) -> None:
     shape = (2, others, length) if axis == -1 else (2, length, others)
     value = drawn(seed, shape, magnitude, shift)
-    packed = PackedFactor.of(value, axis, form)
+    packed = QuantizedFactor.of(value, axis, form)
     found = packed.unpacked(torch.float32)
     assert found.shape == value.shape
     assert ((found - value).abs() <= 0.50001 * step_of(packed)).all()
@@ -73,7 +73,7 @@ def test_every_number_is_within_half_a_step(
 @given(form=formats, seed=st.integers(0, 2**31), length=st.integers(1, 200), shift=st.sampled_from([0.0, 1.0]))
 def test_agrees_with_the_readable_reference(form: GroupFormat, seed: int, length: int, shift: float) -> None:
     value = drawn(seed, (2, length, 3), 0.1, shift)
-    packed = PackedFactor.of(value, -2, form)
+    packed = QuantizedFactor.of(value, -2, form)
     found, step = packed.unpacked(torch.float32), step_of(packed)
     for n in range(2):
         for r in range(3):
@@ -85,9 +85,9 @@ def test_agrees_with_the_readable_reference(form: GroupFormat, seed: int, length
 def test_groups_do_not_share_anything() -> None:
     value = drawn(0, (2, 100, 3), 0.1, 0.0)
     form = GroupFormat(group_size=32)
-    before = PackedFactor.of(value, -2, form).unpacked(torch.float32)
+    before = QuantizedFactor.of(value, -2, form).unpacked(torch.float32)
     value[1, 32:64, 2] *= 1000
-    changed = PackedFactor.of(value, -2, form).unpacked(torch.float32) != before
+    changed = QuantizedFactor.of(value, -2, form).unpacked(torch.float32) != before
     assert changed[1, 32:64, 2].any()
     changed[1, 32:64, 2] = False
     assert not changed.any()
@@ -97,9 +97,9 @@ def test_groups_do_not_share_anything() -> None:
 def test_experts_are_packed_one_by_one(length: int) -> None:
     value = drawn(0, (4, length, 6), 0.1, 0.0)
     for form in (GroupFormat(), GroupFormat(symmetric=False)):
-        whole = PackedFactor.of(value, -2, form)
+        whole = QuantizedFactor.of(value, -2, form)
         for e in range(4):
-            own = PackedFactor.of(value[e], -2, form)
+            own = QuantizedFactor.of(value[e], -2, form)
             assert all(part.is_contiguous() for part in own.parts().values())  # files take no others
             assert all(torch.equal(part[e], own.parts()[name]) for name, part in whole.parts().items())
 
@@ -108,11 +108,11 @@ def test_experts_are_packed_one_by_one(length: int) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_sizes_are_what_the_format_says(bits: int, symmetric: bool) -> None:
     form = GroupFormat(bits, 64, symmetric)
-    packed = PackedFactor.of(torch.randn(3, 130, 8), -2, form)
+    packed = QuantizedFactor.of(torch.randn(3, 130, 8), -2, form)
     codes, scales = 130 * bits // 8, 3 * 2
     zeros = 0 if symmetric else -(-3 * bits // 8)
     assert packed.nbytes == 3 * 8 * (codes + scales + zeros)
-    built = PackedFactor.of(torch.empty(3, 130, 8, device="meta"), -2, form)
+    built = QuantizedFactor.of(torch.empty(3, 130, 8, device="meta"), -2, form)
     assert built.nbytes == packed.nbytes
     assert {n: (p.shape, p.dtype) for n, p in built.parts().items()} == {
         n: (p.shape, p.dtype) for n, p in packed.parts().items()
@@ -122,19 +122,19 @@ def test_sizes_are_what_the_format_says(bits: int, symmetric: bool) -> None:
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
 def test_extreme_numbers(scale_dtype: torch.dtype) -> None:
     form = GroupFormat(scale_dtype=scale_dtype)
-    zeros = PackedFactor.of(torch.zeros(1, 64, 2), -2, form).unpacked(torch.float32)
+    zeros = QuantizedFactor.of(torch.zeros(1, 64, 2), -2, form).unpacked(torch.float32)
     assert torch.equal(zeros, torch.zeros(1, 64, 2))
     broken = torch.zeros(1, 64, 2)
     broken[0, 3, 1] = torch.nan
-    found = PackedFactor.of(broken, -2, form).unpacked(torch.float32)
+    found = QuantizedFactor.of(broken, -2, form).unpacked(torch.float32)
     assert found[..., 1].isnan().all()  # a factor that is not finite shows, and only in its own group
     assert torch.equal(found[..., 0], zeros[..., 0])
-    huge = PackedFactor.of(torch.full((1, 64, 2), 1e7), -2, form).unpacked(torch.float32)
+    huge = QuantizedFactor.of(torch.full((1, 64, 2), 1e7), -2, form).unpacked(torch.float32)
     assert huge.isfinite().all()
 
 
 def test_parts_of_another_form_are_refused() -> None:
-    packed = PackedFactor.of(torch.randn(2, 64, 3), -2, GroupFormat())
+    packed = QuantizedFactor.of(torch.randn(2, 64, 3), -2, GroupFormat())
     assert torch.equal(packed.with_parts(packed.parts()).unpacked(torch.float32), packed.unpacked(torch.float32))
     with pytest.raises(ValueError, match="scales: missing"):
         packed.with_parts({"codes": packed.codes_XB})

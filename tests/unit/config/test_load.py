@@ -109,7 +109,7 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
         (["moe.warmup_standard=0.5", "moe.kind=dense"], ["moe.warmup_standard=0.5", "moe.kind=clustered", "dense"]),
         (["moe.warmup_standard=0.001"], ["moe.warmup_standard=0.001", "train.steps=400", "0 steps"]),
         (["moe.warmup_standard=0.5", "moe.rank=200"], ["moe.rank=200", "model.hidden_size=128", "at most 128"]),
-        (["recluster.transition=refactor", "moe.rank=200"], ["moe.rank=200", "recluster.transition=refactor"]),
+        (["recluster.transition=refit", "moe.rank=200"], ["moe.rank=200", "recluster.transition=refit"]),
         (["world.zero_stage=3"], ["world.zero_stage=3", "0, 1 or 2"]),
         (["model.hidden_size=130"], ["model.hidden_size=130", "model.heads=4"]),
         (["model.heads=4", "model.kv_heads=3"], ["model.heads=4", "model.kv_heads=3"]),

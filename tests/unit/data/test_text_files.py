@@ -8,13 +8,13 @@ import pytest
 
 from moe_dist.config import CorpusConfig
 from moe_dist.data.corpora import open_corpus
-from moe_dist.data.documents import Split
+from moe_dist.data.documents import HeldOutSplit
 from moe_dist.data.files import FileSource
 from moe_dist.errors import DataError
 from tests.unit.data.samples import documents_of
 
 
-def read(paths: list[Path | str], **keys: Any) -> Split:
+def read(paths: list[Path | str], **keys: Any) -> HeldOutSplit:
     return open_corpus(CorpusConfig(kind="text", paths=[str(path) for path in paths], **keys)).documents()
 
 

@@ -2,15 +2,15 @@
 
 import torch
 
-from moe_dist.dispatch.routing_trace import ObservedRouting
+from moe_dist.dispatch.routing_trace import RoutingTrace
 from moe_dist.dispatch.traffic_ledger import Stage
 
 CHOICE = torch.tensor([[0, 1], [1, 6], [6, 7], [-1, 3]])
 HOME = CHOICE // 2  # four ranks of two experts each
 
 
-def _seen(stage: Stage, keep: int = 0) -> ObservedRouting:
-    observed = ObservedRouting(rank=0, node_of_rank=(0, 0, 1, 1), keep=keep)
+def _seen(stage: Stage, keep: int = 0) -> RoutingTrace:
+    observed = RoutingTrace(rank=0, node_of_rank=(0, 0, 1, 1), keep=keep)
     observed.see(2, stage, (0, 1, 2, 3), CHOICE, HOME)
     return observed
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_dist.config import WorldShape
-from moe_dist.distributed.node_layout import crossings, nodes_of_ranks
 from moe_dist.distributed.mesh import GroupKind, coordinates_of
+from moe_dist.distributed.node_layout import crossings, nodes_of_ranks
 
 SIZES = st.integers(1, 4)
 SHAPES = st.builds(WorldShape, SIZES, SIZES, SIZES)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config import load_config
-from moe_dist.errors import MoeDistError
+from moe_dist.distributed.links import LinkKind, Links
 from moe_dist.doctor import checks as doctor
 from moe_dist.doctor.checks import Facts, examine
 from moe_dist.doctor.link_speed import Speed
-from moe_dist.distributed.links import LinkKind, Links
+from moe_dist.errors import MoeDistError
 from tests.distributed.ranks import run_ranks
 
 GIB = 2**30

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import RunConfig, WorldConfig
-from moe_dist.distributed.init import Process, join, leave
+from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.evaluation.perplexity import Perplexity, perplexity
 from moe_dist.evaluation.texts import EncodedText
 from moe_dist.model.language_model import LanguageModel
@@ -33,13 +33,13 @@ class Bigrams:
 
 
 @pytest.fixture
-def process() -> Iterator[Process]:
-    yield join(WorldConfig(backend="gloo", timeout_seconds=60))
-    leave()
+def process() -> Iterator[RankInfo]:
+    yield init_distributed(WorldConfig(backend="gloo", timeout_seconds=60))
+    shutdown()
 
 
 @pytest.mark.parametrize(("length", "stride", "batch"), [(2, 1, 1), (2, 2, 3), (4, 2, 2), (9, 3, 1)])
-def test_by_hand_whatever_the_windows(process: Process, length: int, stride: int, batch: int) -> None:
+def test_by_hand_whatever_the_windows(process: RankInfo, length: int, stride: int, batch: int) -> None:
     ids = np.array([0, 1, 2, 3, 5, 4, 5, 0])
     text = EncodedText(ids, documents=1, words=4, lines=1, bytes=20, source="by hand")
     found = perplexity(cast(LanguageModel, Bigrams()), text, length, stride, batch, process)

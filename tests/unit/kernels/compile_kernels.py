@@ -10,8 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moe_dist.kernels import lowrank_swiglu_triton_kernels as hidden_kernels
 from moe_dist.kernels import lowrank_swiglu_triton as hidden_triton
+from moe_dist.kernels import lowrank_swiglu_triton_kernels as hidden_kernels
 
 RANK, SLOTS = 8, 2
 FLOATS = ("gate", "scale", "bias", "thin", "d_z", "d_gate", "d_in_v", "d_out_u", "d_scale", "d_bias", "d_thin")

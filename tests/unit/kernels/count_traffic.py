@@ -1,6 +1,6 @@
-"""Bytes that the hidden step reads and writes for each token, form by form.
+"""Bytes that the hidden step reads and writes for each token, backend by backend.
 
-    python -m tests.unit.compression.count_traffic
+    python -m tests.unit.kernels.count_traffic
 
 Every tensor that an operation takes or gives is counted once, views not at all; a kernel counts as one operation, and
 what it adds to as read and written. So caches are assumed to hold what an operation reads twice, and nothing between
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moe_dist.kernels import lowrank_swiglu_triton as hidden_triton
 from moe_dist.compression import ClusterWeights
-from moe_dist.kernels.shared_base_experts import HIDDEN_STEPS
+from moe_dist.kernels import lowrank_swiglu_triton as hidden_triton
+from moe_dist.kernels.shared_base_experts import KERNELS
 
 T, F, N, R = 4096, 1408, 8, 8
 ADDED_TO = {"forward": 1, "backward": 6}  # the last of the kernels' tensors
@@ -48,7 +48,7 @@ class Traffic(TorchDispatchMode):
         self.bytes += sum(x.nbytes for x in tensors) + sum(x.nbytes for x in tensors[-ADDED_TO[name] :])
 
 
-def counted(form: str, slots: int, dtype: torch.dtype) -> tuple[float, float, float]:
+def counted(backend: str, slots: int, dtype: torch.dtype) -> tuple[float, float, float]:
     """Bytes a token: forward, backward, saved."""
     shapes = {"pre": (T, 2 * F), "z": (T, N, 2 * R), "gate": (T, slots), "in_v_NRH": (N, 2, R, F)}
     shapes |= {"out_u_NFR": (N, F, R), "hidden_gate_NF": (N, F), "hidden_bias_NH": (N, 2 * F)}
@@ -65,7 +65,7 @@ def counted(form: str, slots: int, dtype: torch.dtype) -> tuple[float, float, fl
     forward, backward = Traffic(), Traffic()
     weights, keeping = ClusterWeights(**own, **unused), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     with mock.patch.object(hidden_triton, "_launch", forward.launched), forward, keeping:
-        outputs = HIDDEN_STEPS[form](leaves["pre"], leaves["z"], slot_TK, leaves["gate"], weights)
+        outputs = KERNELS[backend](leaves["pre"], leaves["z"], slot_TK, leaves["gate"], weights)
     d_outputs = [torch.zeros_like(x) for x in outputs]
     with mock.patch.object(hidden_triton, "_launch", backward.launched), backward:
         torch.autograd.grad(outputs, list(leaves.values()), d_outputs)
@@ -74,9 +74,9 @@ def counted(form: str, slots: int, dtype: torch.dtype) -> tuple[float, float, fl
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print("form      k  dtype      forward  backward     saved   bytes a token")
+    print("backend      k  dtype      forward  backward     saved   bytes a token")
     for dtype in (torch.bfloat16, torch.float32):
         for slots in (2, 4):
-            for form in ("mask", "triton"):
-                figures = "".join(f"{x:10,.0f}" for x in counted(form, slots, dtype))
-                print(f"{form:9} {slots}  {str(dtype)[6:]:8}{figures}")
+            for backend in ("masked", "triton"):
+                figures = "".join(f"{x:10,.0f}" for x in counted(backend, slots, dtype))
+                print(f"{backend:9} {slots}  {str(dtype)[6:]:8}{figures}")

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.kernels import lowrank_swiglu_cpu as hidden_compiled
 from moe_dist.kernels import c_compiler as native
-from moe_dist.kernels.kernel_selftest import trial
+from moe_dist.kernels import lowrank_swiglu_cpu as hidden_compiled
+from moe_dist.kernels.kernel_selftest import kernel_selftest
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -115,7 +115,7 @@ def test_kernels_of_older_processors_agree_with_the_masked_one(isa: str, monkeyp
     try:
         for dtype, rank in ((torch.float32, 4), (torch.bfloat16, 3)):
             assert hidden_compiled.available(torch.device("cpu"), dtype, rank, 48)
-            assert trial(hidden_compiled.hidden_compiled, torch.device("cpu"), dtype, rank) is None
+            assert kernel_selftest(hidden_compiled.lowrank_swiglu_cpu, torch.device("cpu"), dtype, rank) is None
     finally:
         hidden_compiled._library.cache_clear()
 

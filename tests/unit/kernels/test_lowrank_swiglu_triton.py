@@ -16,24 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.compression import (
-    GroupFormat,
-    PackedCluster,
-    StoredForm,
-    choose_form,
-    clustered_experts,
-    hidden_triton,
-    stored_experts,
-)
+from moe_dist.compression import GroupFormat, QuantizedCluster, StorageFormat
 from moe_dist.compression.cluster_weights import ClusterWeights
-from moe_dist.kernels.lowrank_swiglu_masked import hidden_mask
-from moe_dist.kernels.lowrank_swiglu_sorted import hidden_sort
-from moe_dist.kernels.lowrank_swiglu import HiddenStep
-from moe_dist.kernels.kernel_selftest import trial
-from moe_dist.compression.quantization import PackedFactor
+from moe_dist.compression.quantization import QuantizedFactor
 from moe_dist.errors import ConfigError
-from tests.unit.compression import count_traffic
-from tests.unit.compression.test_clustered_experts import (
+from moe_dist.kernels import choose_backend, clustered_experts, lowrank_swiglu_triton, packed_experts
+from moe_dist.kernels.kernel_selftest import kernel_selftest
+from moe_dist.kernels.lowrank_swiglu import LowRankSwiGLU
+from moe_dist.kernels.lowrank_swiglu_masked import lowrank_swiglu_masked
+from moe_dist.kernels.lowrank_swiglu_sorted import lowrank_swiglu_sorted
+from tests.unit.kernels import count_traffic
+from tests.unit.kernels.test_shared_base_experts import (
     assert_agree,
     draw_routing,
     draw_weights,
@@ -49,18 +42,18 @@ def small_tiles() -> Iterator[None]:
     """Several blocks, runs and splits in small problems: the interpreter takes its time."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("B", "L"):
-            patch.setitem(hidden_triton._TILE, name, 16)
-        patch.setattr(hidden_triton, "_RUN", 32)
-        patch.setattr(hidden_triton, "_SPLIT", 32)
+            patch.setitem(lowrank_swiglu_triton._TILE, name, 16)
+        patch.setattr(lowrank_swiglu_triton, "_RUN", 32)
+        patch.setattr(lowrank_swiglu_triton, "_SPLIT", 32)
         yield
 
 
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """What is remembered of trials is forgotten, before and after."""
-    hidden_triton._works.cache_clear()
+    lowrank_swiglu_triton._works.cache_clear()
     yield
-    hidden_triton._works.cache_clear()
+    lowrank_swiglu_triton._works.cache_clear()
 
 
 @needs_interpreter
@@ -114,28 +107,32 @@ def test_stored_factors_are_unpacked_in_the_kernel_to_the_bit(
 ) -> None:
     """An odd width: half a byte and a part of a group are left over in each row."""
     torch.manual_seed(0)
-    packed = PackedCluster.of(draw_weights(3, 8, 45, 5, dtype == torch.float32, dtype), StoredForm(packing, dtype))
+    packed = QuantizedCluster.of(
+        draw_weights(3, 8, 45, 5, dtype == torch.float32, dtype), StorageFormat(packing, dtype)
+    )
     (slot, gate), x = draw_routing(40, 2, 3, 0.1, torch.float32), torch.randn(40, 8).to(dtype)
     expected = clustered_experts(x, slot, gate.detach(), packed.weights(dtype), "triton")
     unpacked: list[int] = []
-    unpack = PackedFactor.unpacked
+    unpack = QuantizedFactor.unpacked
 
-    def counted(self: PackedFactor, to: torch.dtype) -> Tensor:
+    def counted(self: QuantizedFactor, to: torch.dtype) -> Tensor:
         unpacked.append(self.shape[-1])
         return unpack(self, to)
 
-    monkeypatch.setattr(PackedFactor, "unpacked", counted)
-    assert torch.equal(stored_experts(x, slot, gate.detach(), packed, "triton"), expected)
+    monkeypatch.setattr(QuantizedFactor, "unpacked", counted)
+    assert torch.equal(packed_experts(x, slot, gate.detach(), packed, "triton"), expected)
     assert len(unpacked) == 2  # the factors around the hidden step
 
 
 @needs_interpreter
 def test_gradients_pass_through_stored_experts() -> None:
     torch.manual_seed(0)
-    packed = PackedCluster.of(draw_weights(3, 8, 32, 4, True, torch.float32), StoredForm(GroupFormat(), torch.float32))
+    packed = QuantizedCluster.of(
+        draw_weights(3, 8, 32, 4, True, torch.float32), StorageFormat(GroupFormat(), torch.float32)
+    )
     (slot, gate), x = draw_routing(20, 2, 3, 0.1, torch.float32), torch.randn(20, 8).requires_grad_()
-    found = torch.autograd.grad(stored_experts(x, slot, gate, packed, "triton").sum(), [x, gate])
-    expected = torch.autograd.grad(stored_experts(x, slot, gate, packed, "reference").sum(), [x, gate])
+    found = torch.autograd.grad(packed_experts(x, slot, gate, packed, "triton").sum(), [x, gate])
+    expected = torch.autograd.grad(packed_experts(x, slot, gate, packed, "reference").sum(), [x, gate])
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
@@ -150,21 +147,21 @@ def test_a_slot_beyond_the_cluster_is_refused() -> None:
 @needs_interpreter
 def test_a_cpu_takes_it_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = draw_weights(2, 4, 16, 1, False, torch.float32)
-    assert hidden_triton.available(CPU, torch.float32, 1, 16)
-    assert choose_form(CPU, torch.float32, weights) != "triton"
-    assert not hidden_triton.available(CPU, torch.float64, 1, 16)
-    assert not hidden_triton.available(CPU, torch.float32, 65, 16)
+    assert lowrank_swiglu_triton.available(CPU, torch.float32, 1, 16)
+    assert choose_backend(CPU, torch.float32, weights) != "triton"
+    assert not lowrank_swiglu_triton.available(CPU, torch.float64, 1, 16)
+    assert not lowrank_swiglu_triton.available(CPU, torch.float32, 65, 16)
     monkeypatch.delenv("TRITON_INTERPRET")
-    refused = r"moe\.form=triton is not available for torch\.float32 on cpu .* use moe\.form=auto"
+    refused = r"moe\.backend=triton is not available for torch\.float32 on cpu .* use moe\.backend=auto"
     with pytest.raises(ConfigError, match=refused):
         clustered_experts(torch.randn(1, 4), torch.tensor([[1]]), torch.ones(1, 1), weights, "triton")
 
 
-def scaled(part: str) -> HiddenStep:
-    """'mask' with one of its outputs, or the gradients behind them, off by a tenth."""
+def scaled(part: str) -> LowRankSwiGLU:
+    """'masked' with one of its outputs, or the gradients behind them, off by a tenth."""
 
     def step(pre: Tensor, z: Tensor, slot: Tensor, gate: Tensor, weights: ClusterWeights) -> tuple[Tensor, Tensor]:
-        hidden, thin = hidden_mask(pre, z, slot, gate, weights)
+        hidden, thin = lowrank_swiglu_masked(pre, z, slot, gate, weights)
         if part == "gradient":
             return hidden + 0.1 * (hidden - hidden.detach()), thin
         return (hidden * 1.1, thin) if part == "hidden" else (hidden, thin * 1.1)
@@ -181,10 +178,10 @@ def test_a_trial_tells_right_from_wrong(dtype: torch.dtype) -> None:
         raise AssertionError("a hook around the trial saw a tensor of it")
 
     with torch.inference_mode(), torch.autograd.graph.saved_tensors_hooks(untouched, untouched):
-        assert trial(hidden_sort, CPU, dtype, 8) is None
+        assert kernel_selftest(lowrank_swiglu_sorted, CPU, dtype, 8) is None
     for part in ("hidden", "thin"):
-        assert f"{part} differs from form 'mask' by" in str(trial(scaled(part), CPU, dtype, 8))
-    assert "the gradient of" in str(trial(scaled("gradient"), CPU, dtype, 8))
+        assert f"{part} differs from backend 'masked' by" in str(kernel_selftest(scaled(part), CPU, dtype, 8))
+    assert "the gradient of" in str(kernel_selftest(scaled("gradient"), CPU, dtype, 8))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -201,7 +198,7 @@ def test_no_tensor_is_as_large_as_the_hidden_units_of_all_slots() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [1, 8, 32])
 def test_the_kernels_agree_on_a_gpu(dtype: torch.dtype, rank: int) -> None:
-    assert trial(hidden_triton.hidden_triton, torch.device("cuda"), dtype, rank) is None
+    assert kernel_selftest(lowrank_swiglu_triton.lowrank_swiglu_triton, torch.device("cuda"), dtype, rank) is None
 
 
 @pytest.mark.usefixtures("forgetful")
@@ -212,13 +209,13 @@ def test_kernels_that_fail_their_trial_are_not_used(
     def broken(*_: object) -> tuple[Tensor, Tensor]:
         raise RuntimeError("ptxas: no such target\nmore")
 
-    monkeypatch.setattr(hidden_triton, "hidden_triton", broken if fault == "broken" else scaled("thin"))
-    monkeypatch.setattr(hidden_triton, "_capable", lambda device: True)  # as if it were a GPU
+    monkeypatch.setattr(lowrank_swiglu_triton, "lowrank_swiglu_triton", broken if fault == "broken" else scaled("thin"))
+    monkeypatch.setattr(lowrank_swiglu_triton, "_capable", lambda device: True)  # as if it were a GPU
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     for _ in range(2):
-        assert not hidden_triton.available(CPU, torch.float32, 4, 16)
+        assert not lowrank_swiglu_triton.available(CPU, torch.float32, 4, 16)
     (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
-    assert warning.startswith("form 'triton' is not used on cpu, torch is: ")
+    assert warning.startswith("backend 'triton' is not used on cpu, torch is: ")
     assert warning.endswith("RuntimeError: ptxas: no such target" if fault == "broken" else "of the largest entry")
 
 

@@ -1,4 +1,4 @@
-"""Every form of clustered experts against the reference: values and all gradients."""
+"""Every backend of clustered experts against the reference: values and all gradients."""
 
 import importlib.metadata
 import importlib.util
@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.compression import ClusterWeights, choose_form, clustered_experts
-from moe_dist.kernels.lowrank_swiglu_cpu import available
+from moe_dist.compression import ClusterWeights
 from moe_dist.errors import ConfigError
+from moe_dist.kernels import choose_backend, clustered_experts
+from moe_dist.kernels.lowrank_swiglu_cpu import available
 
 
 def interpreter() -> bool:
@@ -26,7 +27,7 @@ def interpreter() -> bool:
 
 needs_interpreter = pytest.mark.skipif(not interpreter(), reason="no triton 3.9, or a GPU that would run its kernels")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-SOON = ["mask", "sort", pytest.param("compiled", marks=needs_compiler)]
+SOON = ["masked", "sorted", pytest.param("cpu", marks=needs_compiler)]
 FORMS = [*SOON, pytest.param("triton", marks=needs_interpreter)]
 CPU = torch.device("cpu")
 
@@ -54,11 +55,11 @@ def draw_routing(tokens: int, slots: int, experts: int, absent: float, dtype: to
     return slot_TK, torch.rand(tokens, slots, dtype=dtype).requires_grad_()
 
 
-def outputs(x: Tensor, slot: Tensor, gate: Tensor, weights: ClusterWeights, form: str) -> dict[str, Tensor]:
+def outputs(x: Tensor, slot: Tensor, gate: Tensor, weights: ClusterWeights, backend: str) -> dict[str, Tensor]:
     """y and the gradients of a fixed weighted sum of y, by name."""
     leaves = {"x": x, "gate": gate}
     leaves |= {f.name: getattr(weights, f.name) for f in fields(weights) if getattr(weights, f.name) is not None}
-    y = clustered_experts(x, slot, gate, weights, form)
+    y = clustered_experts(x, slot, gate, weights, backend)
     d_y = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
     gradients = torch.autograd.grad(y, list(leaves.values()), d_y, allow_unused=True, materialize_grads=True)
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
@@ -74,7 +75,7 @@ def assert_agree(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("form", SOON)  # triton: test_hidden_triton.py
+@pytest.mark.parametrize("backend", SOON)  # triton: test_hidden_triton.py
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -88,7 +89,7 @@ def assert_agree(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     absent=st.sampled_from([0.0, 0.3, 1.0]),
 )
 def test_agrees_with_reference_in_float32(
-    form: str,
+    backend: str,
     seed: int,
     tokens: int,
     experts: int,
@@ -103,21 +104,21 @@ def test_agrees_with_reference_in_float32(
     weights = draw_weights(experts, hidden, expert_hidden, rank, vectors, torch.float32)
     slot, gate = draw_routing(tokens, min(slots, experts), experts, absent, torch.float32)
     x = torch.randn(tokens, hidden).requires_grad_()
-    assert_agree(outputs(x, slot, gate, weights, form), outputs(x, slot, gate, weights, "reference"), 1e-5)
+    assert_agree(outputs(x, slot, gate, weights, backend), outputs(x, slot, gate, weights, "reference"), 1e-5)
 
 
-@pytest.mark.parametrize("form", ["mask", "sort"])
+@pytest.mark.parametrize("backend", ["masked", "sorted"])
 @pytest.mark.parametrize("vectors", [False, True])
-def test_agrees_with_reference_in_float64(form: str, vectors: bool) -> None:
+def test_agrees_with_reference_in_float64(backend: str, vectors: bool) -> None:
     torch.manual_seed(0)
     weights = draw_weights(6, 12, 20, 3, vectors, torch.float64)
     slot, gate = draw_routing(50, 3, 6, 0.2, torch.float64)
     x = torch.randn(50, 12, dtype=torch.float64).requires_grad_()
-    assert_agree(outputs(x, slot, gate, weights, form), outputs(x, slot, gate, weights, "reference"), 1e-12)
+    assert_agree(outputs(x, slot, gate, weights, backend), outputs(x, slot, gate, weights, "reference"), 1e-12)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_bfloat16_is_as_close_as_its_precision_allows(form: str) -> None:
+@pytest.mark.parametrize("backend", FORMS)
+def test_bfloat16_is_as_close_as_its_precision_allows(backend: str) -> None:
     """Inputs are the same numbers, so the float32 reference on them is what bfloat16 approximates (2^-8 a rounding)."""
     torch.manual_seed(0)
     weights = draw_weights(6, 16, 64, 4, True, torch.bfloat16)
@@ -125,18 +126,18 @@ def test_bfloat16_is_as_close_as_its_precision_allows(form: str) -> None:
     x = torch.randn(100, 16).bfloat16().requires_grad_()
     exact_weights = ClusterWeights(*(w.detach().float().requires_grad_() for w in vars(weights).values()))
     expected = outputs(x.detach().float().requires_grad_(), slot, gate, exact_weights, "reference")
-    found = outputs(x, slot, gate, weights, form)
+    found = outputs(x, slot, gate, weights, backend)
     assert found["y"].dtype == found["x"].dtype == torch.bfloat16
     assert found["gate"].dtype == torch.float32
     assert_agree({name: value.float() for name, value in found.items()}, expected, 0.03)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_experts_without_tokens_get_zero_gradients(form: str) -> None:
+@pytest.mark.parametrize("backend", FORMS)
+def test_experts_without_tokens_get_zero_gradients(backend: str) -> None:
     torch.manual_seed(0)
     weights = draw_weights(4, 8, 32, 2, True, torch.float32)
     slot, gate = torch.full((10, 1), 2), torch.rand(10, 1).requires_grad_()
-    found = outputs(torch.randn(10, 8).requires_grad_(), slot, gate, weights, form)
+    found = outputs(torch.randn(10, 8).requires_grad_(), slot, gate, weights, backend)
     for name in (
         "in_u_NDR",
         "in_v_NRH",
@@ -150,18 +151,18 @@ def test_experts_without_tokens_get_zero_gradients(form: str) -> None:
         assert found[name][2].abs().max() > 0, name
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_extreme_and_broken_inputs_come_through(form: str) -> None:
+@pytest.mark.parametrize("backend", FORMS)
+def test_extreme_and_broken_inputs_come_through(backend: str) -> None:
     """Saturated gates stay exact; NaN in one token stays in that token and is not hidden."""
     torch.manual_seed(0)
     weights = draw_weights(3, 4, 16, 1, False, torch.float32)
     slot, gate = draw_routing(20, 2, 3, 0.0, torch.float32)
     x = (torch.randn(20, 4) * 300).requires_grad_()
     expected = outputs(x, slot, gate, weights, "reference")
-    assert_agree(outputs(x, slot, gate, weights, form), expected, 1e-5)
+    assert_agree(outputs(x, slot, gate, weights, backend), expected, 1e-5)
     broken = x.detach().clone()
     broken[5] = torch.nan
-    y = clustered_experts(broken, slot, gate, weights, form)
+    y = clustered_experts(broken, slot, gate, weights, backend)
     assert y[5].isnan().all()
     assert y[[0, 4, 6, 19]].isfinite().all()
 
@@ -175,9 +176,9 @@ def test_threads_agree() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = outputs(x, slot, gate, weights, "compiled")
+        one = outputs(x, slot, gate, weights, "cpu")
         torch.set_num_threads(3)
-        assert_agree(outputs(x, slot, gate, weights, "compiled"), one, 1e-6)
+        assert_agree(outputs(x, slot, gate, weights, "cpu"), one, 1e-6)
     finally:
         torch.set_num_threads(before)
 
@@ -188,15 +189,15 @@ def test_where_there_is_a_compiler_the_operator_is_used(dtype: torch.dtype) -> N
     """The others are slower and agree, so that nothing else would notice a hidden.c that does not compile."""
     weights = draw_weights(4, 8, 32, 2, True, dtype)
     assert available(CPU, dtype, weights.rank, weights.expert_hidden)
-    assert choose_form(CPU, dtype, weights) == "compiled"
+    assert choose_backend(CPU, dtype, weights) == "cpu"
 
 
 def test_the_operator_asked_for_by_name_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_DIST_NATIVE", "0")
     weights = draw_weights(4, 8, 32, 2, False, torch.float32)
     routed = (torch.randn(1, 8), torch.tensor([[3]]), torch.ones(1, 1))
-    with pytest.raises(ConfigError, match=r"moe\.form=compiled is not available for torch\.float32 on cpu"):
-        clustered_experts(*routed, weights, "compiled")
+    with pytest.raises(ConfigError, match=r"moe\.backend=cpu is not available for torch\.float32 on cpu"):
+        clustered_experts(*routed, weights, "cpu")
     assert clustered_experts(*routed, weights, "auto").shape == (1, 8)
 
 
@@ -210,9 +211,9 @@ def test_a_slot_beyond_the_cluster_is_refused() -> None:
 def test_choice_of_form(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow, wide = (draw_weights(n, 8, 32, 4, False, torch.float32) for n in (8, 16))
     odd = draw_weights(4, 8, 20, 4, False, torch.float32)
-    assert choose_form(CPU, torch.float64, narrow) == "mask"
-    assert choose_form(CPU, torch.float64, wide) == "sort"
-    assert choose_form(CPU, torch.float32, odd) == "mask"
-    assert choose_form(torch.device("cuda"), torch.bfloat16, wide) == "mask"
+    assert choose_backend(CPU, torch.float64, narrow) == "masked"
+    assert choose_backend(CPU, torch.float64, wide) == "sorted"
+    assert choose_backend(CPU, torch.float32, odd) == "masked"
+    assert choose_backend(torch.device("cuda"), torch.bfloat16, wide) == "masked"
     monkeypatch.setenv("MOE_DIST_NATIVE", "0")
-    assert choose_form(CPU, torch.float32, narrow) == "mask"
+    assert choose_backend(CPU, torch.float32, narrow) == "masked"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from moe_dist.launch import rank as entry
 from moe_dist.config import RunConfig
 from moe_dist.errors import TrainingError
+from moe_dist.launch import rank as entry
 from moe_dist.training.preemption import StopSignals
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.errors import LaunchError
 from moe_dist.launch import environment
 from moe_dist.launch.environment import RankEnvironment, discover, prepare_process
-from moe_dist.errors import LaunchError
 
 PLACE = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 DEEPSPEED = {**PLACE, "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2"}

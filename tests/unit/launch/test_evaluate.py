@@ -2,8 +2,8 @@
 
 import pytest
 
-from moe_dist.launch.rank_evaluate import EvalOptions, only_of_the_job, parse, parse_tasks
 from moe_dist.errors import LaunchError
+from moe_dist.launch.rank_evaluate import EvalOptions, only_of_the_job, parse, parse_tasks
 
 
 def test_options_reach_a_rank_as_they_were_given() -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_dist.errors import ConfigError, DataError, TrainingError
 from moe_dist.launch import faults
 from moe_dist.launch.faults import Fault, root_cause
-from moe_dist.errors import ConfigError, DataError, TrainingError
 
 
 def test_the_first_fault_that_is_no_consequence_is_the_cause() -> None:

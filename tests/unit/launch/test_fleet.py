@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.errors import LaunchError
 from moe_dist.launch import agent
 from moe_dist.launch import ssh_runner as fleet
 from moe_dist.launch.commands import node_command
 from moe_dist.launch.faults import Fault
 from moe_dist.launch.hostfile import Node
 from moe_dist.launch.job import Job, Launcher
-from moe_dist.launch.supervisor import STOPPED, Outcome
-from moe_dist.errors import LaunchError
-from tests.unit.launcher.test_supervise import JOB, LIMIT, assert_none_left, wait_for_ranks
+from moe_dist.launch.supervisor import STOPPED, JobOutcome
+from tests.unit.launch.test_supervise import JOB, LIMIT, assert_none_left, wait_for_ranks
 
 HERE = Path(__file__).parent
 
@@ -146,7 +146,7 @@ def test_an_agent_obeys_what_it_is_told_before_its_job_has_begun(
     command = (
         asleep if how is None else node_command(Job.here(Launcher.LOCAL, 1, (str(config),), HERE / "fake_rank.py"), 0)
     )
-    part = agent.Part(command, str(config.parent), {"RANK_0": how or ""}, 0, 1, 1)
+    part = agent.NodeJob(command, str(config.parent), {"RANK_0": how or ""}, 0, 1, 1)
     with subprocess.Popen(
         [sys.executable, "-m", "moe_dist.launch.agent"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
@@ -160,30 +160,30 @@ def test_an_agent_obeys_what_it_is_told_before_its_job_has_begun(
 
 
 def test_what_an_agent_says_last_is_read_back() -> None:
-    outcome = Outcome(1, "rank 3 failed: x", Fault(3, 1.5, "x", 1))
+    outcome = JobOutcome(1, "rank 3 failed: x", Fault(3, 1.5, "x", 1))
     said = agent.say_outcome(outcome)
     assert agent.read_outcome(said) == outcome
     assert agent.read_outcome("anything else") is None
 
 
-FAILED = Outcome(3, "rank 3 failed: x", Fault(3, 9.0, "x", 3))
-LOST = Outcome(1, "rank 0 failed: lost", Fault(0, 1.0, "lost", 1, consequence=True))
-GONE = Outcome(1, "error: ssh to b ended without its ranks")
-INTERRUPTED = Outcome(129, "interrupted")
-ASKED = Outcome(75, STOPPED)
+FAILED = JobOutcome(3, "rank 3 failed: x", Fault(3, 9.0, "x", 3))
+LOST = JobOutcome(1, "rank 0 failed: lost", Fault(0, 1.0, "lost", 1, consequence=True))
+GONE = JobOutcome(1, "error: ssh to b ended without its ranks")
+INTERRUPTED = JobOutcome(129, "interrupted")
+ASKED = JobOutcome(75, STOPPED)
 
 
 @pytest.mark.parametrize(
     ("outcomes", "heard", "found"),
     [
-        ([Outcome(0), Outcome(0)], [], Outcome(0)),
+        ([JobOutcome(0), JobOutcome(0)], [], JobOutcome(0)),
         ([LOST, FAILED], [], FAILED),
         ([LOST, GONE], [], GONE),
         ([INTERRUPTED, FAILED], [], FAILED),
-        ([INTERRUPTED, FAILED], [signal.SIGINT], Outcome(130, "interrupted")),
+        ([INTERRUPTED, FAILED], [signal.SIGINT], JobOutcome(130, "interrupted")),
         ([ASKED, ASKED], [signal.SIGTERM], ASKED),
-        ([ASKED, Outcome(0)], [], ASKED),
+        ([ASKED, JobOutcome(0)], [], ASKED),
     ],
 )
-def test_what_the_parts_mean_for_the_job(outcomes: list[Outcome], heard: list[int], found: Outcome) -> None:
+def test_what_the_parts_mean_for_the_job(outcomes: list[JobOutcome], heard: list[int], found: JobOutcome) -> None:
     assert fleet.conclude(outcomes, heard) == found

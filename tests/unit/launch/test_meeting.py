@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.launch.environment import INIT_METHOD, RankEnvironment
-from moe_dist.launch.rendezvous import HIGHEST_PORT, LOWEST_PORT, describe, first_host, settle
 from moe_dist.errors import LaunchError
+from moe_dist.launch.environment import INIT_METHOD, RankEnvironment
+from moe_dist.launch.rendezvous import HIGHEST_PORT, LOWEST_PORT, describe, first_host, resolve
 
 SLURM = RankEnvironment("slurm", 3, 4, 1, 2)
 MPI = RankEnvironment("mpi", 2, 4, 0, 2)
@@ -37,12 +37,12 @@ def test_first_host_of_slurms_lists(nodes: str, first: str) -> None:
 
 def test_slurm_says_where_its_steps_meet() -> None:
     variables = dict(STEP)
-    settle(SLURM, variables)
+    resolve(SLURM, variables)
     assert variables["MASTER_ADDR"] == "gpu003"
     assert LOWEST_PORT <= int(variables["MASTER_PORT"]) <= HIGHEST_PORT
     assert describe(SLURM, variables).startswith("started by srun: 4 ranks, 2 on this node; they meet at gpu003:")
     reserved = {**STEP, "SLURM_STEP_RESV_PORTS": "12001-12004"}
-    settle(SLURM, reserved)
+    resolve(SLURM, reserved)
     assert reserved["MASTER_PORT"] == "12001"
 
 
@@ -51,7 +51,7 @@ def test_steps_of_a_job_meet_at_different_ports(job: int, step: int) -> None:
     ports = set()
     for number in (step, step + 1, step + 2):
         variables = {**STEP, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(number)}
-        settle(SLURM, variables)
+        resolve(SLURM, variables)
         ports.add(int(variables["MASTER_PORT"]))
     assert len(ports) == 3
     assert all(LOWEST_PORT <= port <= HIGHEST_PORT for port in ports)
@@ -59,10 +59,10 @@ def test_steps_of_a_job_meet_at_different_ports(job: int, step: int) -> None:
 
 def test_what_is_given_wins() -> None:
     variables = {**STEP, "MASTER_ADDR": "other", "MASTER_PORT": "5"}
-    settle(SLURM, variables)
+    resolve(SLURM, variables)
     assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("other", "5")
     half = {**STEP, "MASTER_PORT": "5"}
-    settle(SLURM, half)
+    resolve(SLURM, half)
     assert (half["MASTER_ADDR"], half["MASTER_PORT"]) == ("gpu003", "5")
 
 
@@ -78,7 +78,7 @@ def test_what_is_given_wins() -> None:
 )
 def test_no_place_to_meet_is_one_line(place: RankEnvironment, variables: dict[str, str], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
-        settle(place, variables)
+        resolve(place, variables)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_no_place_to_meet_is_one_line(place: RankEnvironment, variables: dict[st
 )
 def test_where_nothing_is_needed_nothing_is_set(place: RankEnvironment, variables: dict[str, str]) -> None:
     before = dict(variables)
-    settle(place, variables)
+    resolve(place, variables)
     assert variables == before
 
 
@@ -106,7 +106,7 @@ def _fake_mpi(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, **more: Any
 
 def test_mpi_ranks_learn_the_place_from_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     mpi, variables = _fake_mpi(monkeypatch, 2, 4), dict[str, str]()
-    settle(MPI, variables)
+    resolve(MPI, variables)
     assert variables == {"MASTER_ADDR": "n1", "MASTER_PORT": "4321"}
     assert mpi.finalized
 
@@ -114,7 +114,7 @@ def test_mpi_ranks_learn_the_place_from_rank_0(monkeypatch: pytest.MonkeyPatch) 
 def test_rank_0_of_one_machine_names_the_loopback_and_a_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
     _fake_mpi(monkeypatch, 0, 2)
     variables: dict[str, str] = {}
-    settle(RankEnvironment("mpi", 0, 2, 0, 2), variables)
+    resolve(RankEnvironment("mpi", 0, 2, 0, 2), variables)
     assert variables["MASTER_ADDR"] == "127.0.0.1"
     assert int(variables["MASTER_PORT"]) > 0
 
@@ -122,7 +122,7 @@ def test_rank_0_of_one_machine_names_the_loopback_and_a_free_port(monkeypatch: p
 def test_an_mpi_that_is_not_mpiruns_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _fake_mpi(monkeypatch, 0, 1)
     with pytest.raises(LaunchError, match="mpi4py sees rank 0 of 1 in rank 2 of 4: it uses another MPI"):
-        settle(MPI, {})
+        resolve(MPI, {})
 
 
 def test_without_mpi4py_one_is_told_what_to_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,4 +131,4 @@ def test_without_mpi4py_one_is_told_what_to_export(tmp_path: Path, monkeypatch: 
     (tmp_path / "mpi4py.py").write_text("raise RuntimeError('cannot load MPI library')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(LaunchError, match=r"MASTER_ADDR is not set.*mpi4py.*fails: cannot load MPI library"):
-        settle(MPI, dict(os.environ) | {"MASTER_ADDR": "", "MASTER_PORT": ""})
+        resolve(MPI, dict(os.environ) | {"MASTER_ADDR": "", "MASTER_PORT": ""})

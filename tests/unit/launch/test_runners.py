@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.launch import commands
-from moe_dist.launch import runners
+from moe_dist.errors import ConfigError, LaunchError
+from moe_dist.launch import commands, runners
 from moe_dist.launch import job as jobs
 from moe_dist.launch.commands import node_command
 from moe_dist.launch.environment import free_port
-from moe_dist.launch.job import ENTRY, Job, Launcher, Size, plan
-from moe_dist.errors import ConfigError, LaunchError
+from moe_dist.launch.job import ENTRY, Job, JobSize, Launcher, plan
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def config(tmp_path: Path) -> str:
 
 
 def test_deepspeed_command(config: str) -> None:
-    words = node_command(plan(Launcher.DEEPSPEED, Size(), config, ["seed=1"]), 0)
+    words = node_command(plan(Launcher.DEEPSPEED, JobSize(), config, ["seed=1"]), 0)
     assert words[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert "--num_gpus=4" in words  # data 2 x cluster 2
     assert "--master_addr=127.0.0.1" in words
@@ -36,7 +35,7 @@ def test_deepspeed_command(config: str) -> None:
 
 
 def test_torchrun_command_names_no_port(config: str) -> None:
-    words = node_command(plan(Launcher.TORCHRUN, Size(4), config, []), 0)
+    words = node_command(plan(Launcher.TORCHRUN, JobSize(4), config, []), 0)
     assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert {"--standalone", "--nproc-per-node=4", "--local-addr=127.0.0.1"} < set(words)
     assert not any("port" in word for word in words)
@@ -55,7 +54,7 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     config: str, ranks: int, overrides: list[str], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        plan(Launcher.DEEPSPEED, Size(ranks), config, overrides)
+        plan(Launcher.DEEPSPEED, JobSize(ranks), config, overrides)
 
 
 @pytest.fixture
@@ -83,8 +82,8 @@ def test_deepspeed_takes_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("gpus_2_and_5")
 def test_more_ranks_than_visible_gpus_are_refused(config: str) -> None:
     with pytest.raises(LaunchError, match="4 ranks are more than the 2 GPUs of CUDA_VISIBLE_DEVICES=2,5"):
-        plan(Launcher.DEEPSPEED, Size(4), config, [])
-    assert plan(Launcher.DEEPSPEED, Size(4), config, ["world.backend=gloo"]).ranks == 4
+        plan(Launcher.DEEPSPEED, JobSize(4), config, [])
+    assert plan(Launcher.DEEPSPEED, JobSize(4), config, ["world.backend=gloo"]).ranks == 4
 
 
 HOSTS = """
@@ -114,7 +113,7 @@ FREE = ["world.data=null", "world.cluster=1", "train.global_batch_size=60"]  # f
     ],
 )
 def test_machines_come_from_the_host_file(config: str, hostfile: Path, size: dict[str, int], ranks: list[int]) -> None:
-    job = plan(Launcher.DEEPSPEED, Size(hostfile=hostfile, **size), config, FREE)
+    job = plan(Launcher.DEEPSPEED, JobSize(hostfile=hostfile, **size), config, FREE)
     assert [(node.host, node.ranks) for node in job.nodes] == list(zip(("n1", "n2"), ranks, strict=False))
     assert [rank for node in range(len(ranks)) for rank in job.ranks_of(node)] == list(range(sum(ranks)))
 
@@ -142,14 +141,14 @@ def test_sizes_that_make_no_sense_are_one_line(
     if text is not None:
         file.write_text(text)
     with pytest.raises(LaunchError) as caught:
-        plan(Launcher(launcher), Size(hostfile=file if text else None, **size), config, FREE)
+        plan(Launcher(launcher), JobSize(hostfile=file if text else None, **size), config, FREE)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_each_machine_gets_its_part(config: str, hostfile: Path) -> None:
     def words(launcher: Launcher) -> list[str]:
-        return node_command(plan(launcher, Size(hostfile=hostfile), config, FREE, port=1234), 1)
+        return node_command(plan(launcher, JobSize(hostfile=hostfile), config, FREE, port=1234), 1)
 
     assert {"--nnodes=2", "--node-rank=1", "--nproc-per-node=3", "--master-addr=n1", "--master-port=1234"} < set(
         words(Launcher.TORCHRUN)
@@ -162,7 +161,7 @@ def test_each_machine_gets_its_part(config: str, hostfile: Path) -> None:
 
 
 def test_mpirun_command(config: str, hostfile: Path) -> None:
-    job = plan(Launcher.MPI, Size(hostfile=hostfile), config, FREE, options=["--mca", "a", "b"])
+    job = plan(Launcher.MPI, JobSize(hostfile=hostfile), config, FREE, options=["--mca", "a", "b"])
     words = commands.mpirun(job, ["PATH"])
     assert words[:5] == ["mpirun", "-n", "5", "--host", "n1:2,n2:3"]
     assert words[words.index("-x") :][:5] == ["-x", "PATH", "--mca", "a", "b"]
@@ -173,7 +172,7 @@ def test_slurm_submits_the_template_or_steps_into_an_allocation(config: str, mon
     for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(os.environ, "VENV", "")
-    job = plan(Launcher.SLURM, Size(nodes=2), config, ["seed=1"], options=["--partition=gpu"])
+    job = plan(Launcher.SLURM, JobSize(nodes=2), config, ["seed=1"], options=["--partition=gpu"])
     template = str(commands.TRAIN_SBATCH)
     assert runners.dry_run(job) == shlex.join(
         ["sbatch", "--nodes=2", "--ntasks-per-node=2", "--partition=gpu", template, config, "seed=1"]
@@ -196,7 +195,7 @@ def test_a_submitted_job_finds_this_python_unless_another_is_given(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$VENV" "$PWD" >submitted\n')
     (tmp_path / "sbatch").chmod(0o755)
-    job = plan(Launcher.SLURM, Size(nodes=2), config, [])
+    job = plan(Launcher.SLURM, JobSize(nodes=2), config, [])
     assert runners.launch(job) == 0
     python = "/its own/venv" if given is None else given
     assert (tmp_path / "submitted").read_text() == f"{python}\n{tmp_path}\n"
@@ -208,14 +207,14 @@ def test_dry_run_shows_every_machine_and_no_secret(
 ) -> None:
     monkeypatch.setitem(os.environ, "HF_TOKEN", "a-secret")
     monkeypatch.setitem(os.environ, "NCCL_DEBUG", "INFO")
-    shown = runners.dry_run(plan(Launcher.TORCHRUN, Size(hostfile=hostfile), config, FREE))
+    shown = runners.dry_run(plan(Launcher.TORCHRUN, JobSize(hostfile=hostfile), config, FREE))
     assert "a-secret" not in shown
     assert "NCCL_DEBUG=INFO" in shown
     assert [line.split(",")[0] for line in shown.splitlines()[::2]] == ["# on n1", "# on n2"]
 
 
 def test_dry_run_quotes_words(config: str) -> None:
-    assert f"'{config}'" in runners.dry_run(plan(Launcher.TORCHRUN, Size(4), config, []))
+    assert f"'{config}'" in runners.dry_run(plan(Launcher.TORCHRUN, JobSize(4), config, []))
 
 
 def test_ranks_do_not_inherit_our_own_place(monkeypatch: pytest.MonkeyPatch) -> None:

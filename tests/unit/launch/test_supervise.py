@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.errors import LaunchError
 from moe_dist.launch import supervisor as supervise
 from moe_dist.launch.processes import wait_status
-from moe_dist.errors import LaunchError
 
 JOB = Path(__file__).with_name("run_fake_job.py")
 LIMIT = 120.0  # seconds; a busy machine is slow to start ranks

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.launch import environment
-from moe_dist.launch import faults
-from moe_dist.launch import rank as entry
 from moe_dist.config import RunConfig
 from moe_dist.errors import LaunchError
+from moe_dist.launch import environment, faults
+from moe_dist.launch import rank as entry
 
 SCRIPT = Path(entry.__file__)
 

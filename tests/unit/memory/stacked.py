@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_dist.memory.arena import Account, Arena
 from moe_dist.memory.block import Block
-from moe_dist.memory.block_cache import Residency
+from moe_dist.memory.block_cache import BlockCache
 from moe_dist.memory.copy_streams import Transfers
 from moe_dist.memory.tiers import Tiers
 from tests.unit.memory.late_worker import LateWorker
@@ -23,7 +23,7 @@ class StackedTiers(Tiers):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.below.arena.account = Account(args[0].memory.host_budget, "host", "memory.host_budget")
-        self.device = Residency(self.below, Arena(Account(self.budget, "device"), CPU), Transfers(CPU), args[3])
+        self.device = BlockCache(self.below, Arena(Account(self.budget, "device"), CPU), Transfers(CPU), args[3])
 
 
 class LateTiers(StackedTiers):

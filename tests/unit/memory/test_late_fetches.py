@@ -11,16 +11,16 @@ from torch import Tensor
 
 from moe_dist.memory.arena import Account, Arena
 from moe_dist.memory.block import Block
-from moe_dist.memory.block_cache import Residency
+from moe_dist.memory.block_cache import BlockCache
 from moe_dist.memory.copy_streams import Transfers
 from tests.unit.memory.late_worker import LateWorker
 from tests.unit.memory.test_tiers import BLOCKS, CPU, SIZE, residency, values_of
 
 
-def stacked(path: Path, on_device: int, on_host: int) -> tuple[Residency, Residency, LateWorker]:
+def stacked(path: Path, on_device: int, on_host: int) -> tuple[BlockCache, BlockCache, LateWorker]:
     """A device over a host, and the thread that fetches for the device, which waits to be told."""
     host, worker = residency(path, on_host), LateWorker()
-    device = Residency(host, Arena(Account(on_device * SIZE.bytes, "device"), CPU), Transfers(CPU))
+    device = BlockCache(host, Arena(Account(on_device * SIZE.bytes, "device"), CPU), Transfers(CPU))
     device._worker = worker  # type: ignore[assignment]
     for block in BLOCKS:
         device.register(block, SIZE)
@@ -49,7 +49,7 @@ def test_what_is_being_fetched_has_arrived_before_it_is_sent_down(
 ) -> None:
     """The thread is in the middle of its copy when the host's memory is to be written: it is waited for."""
     host = residency(tmp_path, 3)
-    device = Residency(host, Arena(Account(2 * SIZE.bytes, "device"), CPU), Transfers(CPU))
+    device = BlockCache(host, Arena(Account(2 * SIZE.bytes, "device"), CPU), Transfers(CPU))
     device.register(BLOCKS[0], SIZE)
     host.write(BLOCKS[0], values_of(1))
     read, begun, waited_for = host.read, threading.Event(), threading.Event()

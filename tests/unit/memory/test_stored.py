@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.compression import ClusterWeights, GroupFormat, PackedCluster, StoredForm
+from moe_dist.compression import ClusterWeights, GroupFormat, QuantizedCluster, StorageFormat
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ConfigError, OffloadError
 from moe_dist.memory.quantized_clusters import StoredBlock, StoredMemory
-from moe_dist.moe.quantized_experts import StoredExperts
+from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 
 CPU = torch.device("cpu")
 LAYERS, CLUSTERS, BYTES = 2, 3, 1000
-FORM = StoredForm(GroupFormat(group_size=32), torch.bfloat16)
+FORM = StorageFormat(GroupFormat(group_size=32), torch.bfloat16)
 
 
 def config(path: Path, budget: int, prefetch: int = 0) -> RunConfig:
@@ -98,13 +98,13 @@ def test_experts_compute_the_same_wherever_their_bytes_are(tmp_path: Path, vecto
     drawn = {
         name: None if value is None else torch.randn(value.shape, generator=draw) for name, value in vars(sizes).items()
     }
-    packed = PackedCluster.of(ClusterWeights(**drawn), FORM)  # type: ignore[arg-type]
-    experts = StoredExperts(packed, torch.float32)
+    packed = QuantizedCluster.of(ClusterWeights(**drawn), FORM)  # type: ignore[arg-type]
+    experts = QuantizedClusterExperts(packed, torch.float32)
     inputs = (torch.randn(9, 40, generator=draw), torch.randint(4, (9, 2), generator=draw), torch.rand(9, 2))
     expected, weights = experts(*inputs), experts.weights()
     memory = StoredMemory(config(tmp_path, packed.nbytes + 48), 1, 0, CPU)
     experts.keep_in(memory, 0, 0)
-    other = StoredExperts(packed, torch.float32)
+    other = QuantizedClusterExperts(packed, torch.float32)
     other.keep_in(memory, 1, 0)  # there is room for one of the two
     assert all(buffer.is_meta for buffer in (*experts.buffers(), *other.buffers()))
     for _ in range(2):

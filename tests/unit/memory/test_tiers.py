@@ -13,26 +13,31 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.errors import OffloadError
-from moe_dist.memory.eviction import Activity, Use, leaving_order
 from moe_dist.memory.arena import Account, Arena
-from moe_dist.memory.block import ALIGN, Block, Kind, Layout, Size
-from moe_dist.memory.disk_tier import DiskTier
-from moe_dist.memory.owned_folder import OwnedFolder
-from moe_dist.memory.block_cache import Residency
+from moe_dist.memory.block import ALIGN, Block, BlockLayout, BlockSize, TensorKind
+from moe_dist.memory.block_cache import BlockCache
 from moe_dist.memory.copy_streams import Transfers
+from moe_dist.memory.disk_tier import DiskTier
+from moe_dist.memory.eviction import Activity, Use, leaving_order
+from moe_dist.memory.owned_folder import OwnedFolder
 
 CPU = torch.device("cpu")
-SIZE = Size(1000, torch.float32)
-BLOCKS = [Block(layer, local, kind) for layer in (0, 1) for local in (0, 1) for kind in (Kind.WEIGHT, Kind.GRADIENT)]
+SIZE = BlockSize(1000, torch.float32)
+BLOCKS = [
+    Block(layer, local, kind)
+    for layer in (0, 1)
+    for local in (0, 1)
+    for kind in (TensorKind.WEIGHT, TensorKind.GRADIENT)
+]
 
 
 def disk(path: Path) -> DiskTier:
     return DiskTier(OwnedFolder(path), lambda block: f"layer {block.layer}, cluster {block.local}")
 
 
-def residency(path: Path, blocks_at_once: int, activity: Activity | None = None) -> Residency:
+def residency(path: Path, blocks_at_once: int, activity: Activity | None = None) -> BlockCache:
     arena = Arena(Account(blocks_at_once * SIZE.bytes, "the test's memory"), CPU)
-    tier = Residency(disk(path), arena, Transfers(CPU), activity)
+    tier = BlockCache(disk(path), arena, Transfers(CPU), activity)
     for block in BLOCKS:
         tier.register(block, SIZE)
     return tier
@@ -44,7 +49,7 @@ def values_of(number: int) -> Tensor:
 
 @given(st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=6), st.data())
 def test_parameters_lie_apart_and_aligned(shapes: list[list[int]], data: st.DataObject) -> None:
-    layout = Layout.of({str(index): torch.Size(shape) for index, shape in enumerate(shapes)})
+    layout = BlockLayout.of({str(index): torch.Size(shape) for index, shape in enumerate(shapes)})
     flat = torch.zeros(layout.elements)
     for view in layout.views(flat).values():
         assert (view == 0).all()
@@ -82,7 +87,7 @@ def test_cold_clusters_leave_first_then_the_least_recently_used() -> None:
     activity = Activity(1, 3)
     for local, rows in enumerate((100, 1, 100)):
         activity.note(0, local, rows)
-    hot, cold, other = (Block(0, local, Kind.WEIGHT) for local in range(3))
+    hot, cold, other = (Block(0, local, TensorKind.WEIGHT) for local in range(3))
     assert leaving_order([(hot, Use(1)), (cold, Use(3)), (other, Use(2))], activity) == [cold, hot, other]
     assert leaving_order([(hot, Use(1)), (cold, Use(3, wanted=True)), (other, Use(2, idle=True))], activity) == [
         other,
@@ -140,7 +145,7 @@ def test_blocks_read_as_they_were_left(
 def test_tiers_stack(tmp_path: Path) -> None:
     """As device -> host -> disk: both budgets hold, and values come back through both."""
     host = residency(tmp_path, 3)
-    device = Residency(host, Arena(Account(2 * SIZE.bytes, "device"), CPU), Transfers(CPU))
+    device = BlockCache(host, Arena(Account(2 * SIZE.bytes, "device"), CPU), Transfers(CPU))
     for number, block in enumerate(BLOCKS, 1):
         device.register(block, SIZE)
         with device.held(block, changed=True) as values:
@@ -263,8 +268,8 @@ def test_a_device_over_pinned_host_memory(tmp_path: Path) -> None:
     device = torch.accelerator.current_accelerator()
     assert device is not None
     arena = Arena(Account(3 * SIZE.bytes, "host"), CPU, pinned=True)
-    host = Residency(disk(tmp_path), arena, Transfers(CPU))
-    above = Residency(host, Arena(Account(2 * SIZE.bytes, "device"), device), Transfers(device))
+    host = BlockCache(disk(tmp_path), arena, Transfers(CPU))
+    above = BlockCache(host, Arena(Account(2 * SIZE.bytes, "device"), device), Transfers(device))
     for number, block in enumerate(BLOCKS, 1):
         above.register(block, SIZE)
         with above.held(block, changed=True) as values:
@@ -288,7 +293,7 @@ def test_two_threads_that_write_a_layer_first_open_one_file(tmp_path: Path, monk
 
     monkeypatch.setattr(OwnedFolder, "open", slow_open)
     tier = disk(tmp_path / "disk")
-    first, second = (block for block in BLOCKS if block.layer == 0 and block.kind is Kind.WEIGHT)
+    first, second = (block for block in BLOCKS if block.layer == 0 and block.kind is TensorKind.WEIGHT)
     for block in (first, second):
         tier.register(block, SIZE)
     threads = [

@@ -6,9 +6,9 @@ import pytest
 
 from moe_dist.clustering import adjusted_rand_index, cluster_quality
 from moe_dist.config import ReclusterConfig, WorldShape
+from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.recluster.decision import decide_blocks, decide_layer
 from moe_dist.recluster.exchange import apply_exchanges
-from moe_dist.distributed.placement import ExpertPlacement
 
 EVERYTHING = ReclusterConfig(period=1, threshold=0.0, max_moved=1.0)
 

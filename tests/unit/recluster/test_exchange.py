@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_dist.config import WorldShape
-from moe_dist.recluster.exchange import apply_exchanges, cycles_of, exchanges, successors
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.recluster.exchange import apply_exchanges, cycles_of, exchanges, successors
 
 
 @st.composite

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.config import WorldShape
-from moe_dist.recluster.migration_plan import Cell, Holdings, Kind, Plan, plan_layer
 from moe_dist.distributed.mesh import Coordinates, coordinates_of, rank_at
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.recluster.migration_plan import Holdings, MigrationPlan, PieceKind, TensorKey, plan_layer
 
 Array = npt.NDArray[np.float64]
 RESIDUALS, BASES = {"u": 3, "v": 5}, {"b": 7}
-ITEMSIZE = {Kind.WEIGHT: 2, Kind.MASTER: 4}
+ITEMSIZE = {PieceKind.WEIGHT: 2, PieceKind.MASTER: 4}
 
 
 def _cut(length: int, parts: int, shift: int) -> tuple[tuple[int, int], ...]:
@@ -25,20 +25,20 @@ def _cut(length: int, parts: int, shift: int) -> tuple[tuple[int, int], ...]:
 
 
 def _holdings(shape: WorldShape, placement: ExpertPlacement, partitioned: bool, shift: int) -> Holdings:
-    runs: dict[bool, dict[Cell, Any]] = {True: {}, False: {}}
+    runs: dict[bool, dict[TensorKey, Any]] = {True: {}, False: {}}
     for shared, widths in ((False, RESIDUALS), (True, BASES)):
         replicas = shape.data * (shape.shard if shared else 1)
         for local in range(placement.clusters_per_block):
             for name, width in widths.items():
                 length = width if shared else width * placement.slots_per_shard
                 for kind in ITEMSIZE:
-                    whole = kind is Kind.WEIGHT or not partitioned
+                    whole = kind is PieceKind.WEIGHT or not partitioned
                     owned = ((0, length),) * replicas if whole else _cut(length, replicas, shift)
-                    runs[shared][Cell(0, local, name, kind)] = owned
+                    runs[shared][TensorKey(0, local, name, kind)] = owned
     return Holdings(RESIDUALS, BASES, ITEMSIZE, runs[False], runs[True])
 
 
-def _contents(rank: int, shape: WorldShape, placement: ExpertPlacement, holdings: Holdings) -> dict[Cell, Array]:
+def _contents(rank: int, shape: WorldShape, placement: ExpertPlacement, holdings: Holdings) -> dict[TensorKey, Array]:
     """What a rank should hold: numbers that tell expert (or cluster), name, kind and element."""
     at, held = coordinates_of(shape, rank), {}
     for cell, owned in {**holdings.residual_runs, **holdings.base_runs}.items():
@@ -56,7 +56,7 @@ def _contents(rank: int, shape: WorldShape, placement: ExpertPlacement, holdings
     return held
 
 
-def _first(cell: Cell, rank: int, shape: WorldShape, holdings: Holdings) -> int:
+def _first(cell: TensorKey, rank: int, shape: WorldShape, holdings: Holdings) -> int:
     at = coordinates_of(shape, rank)
     if cell.name in BASES:
         return holdings.base_runs[cell][at.data * shape.shard + at.shard][0]
@@ -86,10 +86,10 @@ def test_carrying_all_pieces_makes_every_rank_right(
 ) -> None:
     shape, old, new = change
     holdings = _holdings(shape, old, partitioned, shift)
-    plan = Plan(tuple(plan_layer(0, old, new, shape, holdings)), ITEMSIZE)
+    plan = MigrationPlan(tuple(plan_layer(0, old, new, shape, holdings)), ITEMSIZE)
     before = [_contents(rank, shape, old, holdings) for rank in range(shape.ranks)]
     after = [{cell: values.copy() for cell, values in held.items()} for held in before]
-    written: set[tuple[int, Cell, int]] = set()
+    written: set[tuple[int, TensorKey, int]] = set()
     for p in plan.pieces:
         start = p.start - _first(p.source, p.source_rank, shape, holdings)
         target = p.target_start - _first(p.target, p.target_rank, shape, holdings)
@@ -118,7 +118,7 @@ def test_every_rank_finds_its_part_and_the_bytes_add_up() -> None:
     shape = WorldShape(2, 2, 1)
     old = ExpertPlacement.contiguous(8, 2, shape)
     new = old.with_members(((0, 1, 2, 4), (3, 5, 6, 7)))
-    plan = Plan(tuple(plan_layer(0, old, new, shape, _holdings(shape, old, False, 0))), ITEMSIZE)
+    plan = MigrationPlan(tuple(plan_layer(0, old, new, shape, _holdings(shape, old, False, 0))), ITEMSIZE)
     one_expert = sum(RESIDUALS.values()) * sum(ITEMSIZE.values())
     assert plan.bytes == 4 * one_expert, "two experts, two replicas; a base stays"
     for data in range(2):

@@ -8,20 +8,20 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape, load_config
-from moe_dist.simulator.memory import bytes_an_element, memory_of_rank, replicas, saved_elements
-from moe_dist.simulator.sizes import parameters_on_rank, work_of
-from moe_dist.model import megatron_backbone as megatron_gpt
-from moe_dist.model import language_model
-from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.parameter_class import ParameterClass, class_of
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Coordinates, GroupKind, Mesh, RankGroup, group_layout, rank_at
+from moe_dist.model import language_model
+from moe_dist.model import megatron_backbone as megatron_gpt
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.parameter_class import ParameterClass, class_of
+from moe_dist.simulator.memory import bytes_an_element, memory_of_rank, replicas, saved_elements
+from moe_dist.simulator.sizes import parameters_on_rank, work_of
 from tests.distributed.ranks import run_ranks
 
 VOCABULARY = 96
 SMALL = [
     "model.hidden_size=32", "model.heads=4", "model.sequence_length=16", "moe.experts=16", "moe.clusters=4",
-    "moe.expert_hidden=48", "moe.rank=2", "train.precision=float32", "model.layers=2", "moe.form=mask",
+    "moe.expert_hidden=48", "moe.rank=2", "train.precision=float32", "model.layers=2", "moe.backend=masked",
 ]  # fmt: skip
 KINDS = [
     ["moe.kind=clustered"],
@@ -75,7 +75,7 @@ def _flops(variants: list[list[str]]) -> list[tuple[float, float]]:
 
 
 def test_flops_are_those_that_torch_counts() -> None:
-    variants = [*KINDS[2:], ["moe.kind=clustered", "moe.form=sort", "moe.rank=8"]]
+    variants = [*KINDS[2:], ["moe.kind=clustered", "moe.backend=sorted", "moe.rank=8"]]
     (found,) = run_ranks(_flops, 1, variants)
     for words, (counted, formula) in zip(variants, found, strict=True):
         assert formula == pytest.approx(counted, rel=0.05), words

@@ -8,8 +8,7 @@ import pytest
 
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.studies import equal_time
-from moe_dist.studies import quality
+from moe_dist.studies import equal_time, quality
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiment"
 CORPORA = {"stdlib": ("corpus.kind=stdlib",)}
@@ -21,7 +20,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the short runs that were trained; they are as fast as SPEED tells, by seed."""
     seen: list[str] = []
 
-    def fake(cell: quality.Cell, file: Path, folder: Path) -> str | None:
+    def fake(cell: quality.QualityCell, file: Path, folder: Path) -> str | None:
         assert load_config(cell.config, cell.overrides).train.steps == equal_time.PROBE_STEPS
         seen.append(cell.name)
         summary: dict[str, Any] = {"tokens_per_second": SPEED[cell.recipe][cell.seed], "validation": {"loss": 9.0}}

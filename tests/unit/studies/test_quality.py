@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moe_dist.benchmarks.subruns import source_digest
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.studies import quality
-from moe_dist.studies.subruns import source_digest
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiment"
 CORPORA = {"stdlib": ("corpus.kind=stdlib",)}
@@ -59,7 +59,7 @@ def test_finished_cells_are_read_and_failed_ones_do_not_stop_the_others(
 ) -> None:
     trained: list[str] = []
 
-    def fake(cell: quality.Cell, file: Path, folder: Path) -> str | None:
+    def fake(cell: quality.QualityCell, file: Path, folder: Path) -> str | None:
         trained.append(cell.name)
         if cell.recipe == "dense":
             return "out of luck"
@@ -79,8 +79,8 @@ def test_finished_cells_are_read_and_failed_ones_do_not_stop_the_others(
 
 
 def test_rows_compare_seed_by_seed_with_the_yardstick() -> None:
-    def cell(recipe: str, seed: int) -> quality.Cell:
-        return quality.Cell(recipe, "stdlib", seed, CONFIGS / "quality.yaml", ())
+    def cell(recipe: str, seed: int) -> quality.QualityCell:
+        return quality.QualityCell(recipe, "stdlib", seed, CONFIGS / "quality.yaml", ())
 
     results = {
         cell("standard-aux", 0): _summary(4.0, 100),

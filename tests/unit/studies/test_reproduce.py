@@ -9,19 +9,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moe_dist.benchmarks import subruns
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, DataError, MoeDistError
-from moe_dist.studies import subruns
-from moe_dist.studies.reproduction import cells
-from moe_dist.studies.reproduction import run
+from moe_dist.metrics.summary import look_up
+from moe_dist.studies.reproduction import cells, run
 from moe_dist.studies.reproduction.claims import verdicts
 from moe_dist.studies.reproduction.evaluations import choose
 from moe_dist.studies.reproduction.figures import Result, active_work, rows
 from moe_dist.studies.reproduction.plots import plot_all
-from moe_dist.studies.reproduction.progress import Progress
-from moe_dist.studies.reproduction.scales import CLASSIC, KINDS, OURS, SCALES, STRONG, Kind, Scale
+from moe_dist.studies.reproduction.progress import StudyProgress
+from moe_dist.studies.reproduction.scales import CLASSIC, KINDS, OURS, SCALES, STRONG, RecipeKind, Scale
 from moe_dist.studies.reproduction.submit import show_cost, write_arrays
-from moe_dist.metrics.summary import look_up
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FREE = {"moe", "recluster", "precision", "memory", "optimizer"}
@@ -31,10 +30,12 @@ def _setting(folder: Path, scale: str = "tiny") -> cells.Setting:
     return cells.Setting(SCALES[scale], CONFIGS, folder, cells.text_words("stdlib"))
 
 
-def _plan(folder: Path, scale: str = "tiny", kinds: tuple[str, ...] = ("dense", CLASSIC, STRONG, OURS)) -> run.Plan:
+def _plan(
+    folder: Path, scale: str = "tiny", kinds: tuple[str, ...] = ("dense", CLASSIC, STRONG, OURS)
+) -> run.ReproductionPlan:
     chosen = SCALES[scale]
     evaluations = choose(chosen, "stdlib", None, "/glue", None)
-    return run.Plan(
+    return run.ReproductionPlan(
         _setting(folder, scale), [KINDS[name] for name in kinds], 2, bool(chosen.grid), evaluations, "local"
     )
 
@@ -55,7 +56,7 @@ def test_kinds_differ_in_nothing_but_what_is_compared(tmp_path: Path, scale: str
 
 
 def test_what_this_version_lacks_is_said_and_not_run(tmp_path: Path) -> None:
-    lacking = Kind("future", "good", "clustered-fixed", needs=("telepathy",))
+    lacking = RecipeKind("future", "good", "clustered-fixed", needs=("telepathy",))
     (cell,) = cells.main_cells(_setting(tmp_path), [lacking], 1, {})
     assert cell.refusal == "not available in this version"
 
@@ -191,7 +192,7 @@ def test_claims_by_hand() -> None:
 
 def test_progress_tells_by_what_has_been_measured() -> None:
     said: list[str] = []
-    progress = Progress({"training": 3, "evaluation": 1}, {"training": 600, "evaluation": 60}, said.append)
+    progress = StudyProgress({"training": 3, "evaluation": 1}, {"training": 600, "evaluation": 60}, said.append)
     assert progress.remaining() == "about 31 min left"
     progress.run("training", "dense", lambda: "done")
     assert said == ["1/4 training dense: done; about 60 s left"]  # it took no time

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moe_dist.benchmarks import subruns
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError
-from moe_dist.studies import subruns
-from moe_dist.studies.scaling.cells import Axis, Cell, Mode, build_cells, parse_axis
+from moe_dist.studies.scaling.cells import Axis, Mode, StudyCell, build_cells, parse_axis
 from moe_dist.studies.scaling.plots import plot
-from moe_dist.studies.scaling.run import Outcome, gather, run_study
+from moe_dist.studies.scaling.run import StudyOutcome, gather, run_study
 from moe_dist.studies.scaling.slurm import array_jobs
 from moe_dist.studies.scaling.tables import render, rows, to_dict, write_csv
 
-SMOKE = Path(__file__).parents[4] / "configs" / "test" / "smoke.yaml"
+SMOKE = Path(__file__).parents[3] / "configs" / "test" / "smoke.yaml"
 AXES = [Axis("ranks", ("2", "4")), Axis("experts", ("16", "32"))]
 
 
@@ -105,10 +105,10 @@ def test_a_cell_that_hangs_is_ended() -> None:
     assert subruns.run([sys.executable, "-c", "import sys; sys.exit('boom')"]) == "boom"
 
 
-def _outcomes(speeds: dict[int, list[float]]) -> list[Outcome]:
-    cells = {ranks: Cell((("ranks", str(ranks)),), ranks, 0, SMOKE, ()) for ranks in speeds}
+def _outcomes(speeds: dict[int, list[float]]) -> list[StudyOutcome]:
+    cells = {ranks: StudyCell((("ranks", str(ranks)),), ranks, 0, SMOKE, ()) for ranks in speeds}
     return [
-        Outcome(cells[ranks], _summary(speed) if speed else None, None if speed else "failed")
+        StudyOutcome(cells[ranks], _summary(speed) if speed else None, None if speed else "failed")
         for ranks, values in speeds.items()
         for speed in values
     ]

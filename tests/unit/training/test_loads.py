@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from moe_dist.config import WorldShape
-from moe_dist.metrics import load_statistics
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.metrics import load_statistics
 from moe_dist.training.load_metrics import LoadRecord, experts_of_ranks, last_fifth
 
 SHAPE = WorldShape(1, 2, 2)

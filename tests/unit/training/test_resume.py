@@ -9,8 +9,8 @@ import pytest
 from moe_dist.config import load_config
 from moe_dist.errors import CheckpointError
 from moe_dist.training import resume
-from moe_dist.training.run_history import RunAccount
 from moe_dist.training.finished_run import show_if_finished
+from moe_dist.training.run_history import RunHistory
 from tests.unit.checkpoint.samples import saved
 from tests.unit.metrics.example import summary
 
@@ -105,10 +105,10 @@ def test_a_finished_run_shows_its_summary_again(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_account_returns_as_it_was() -> None:
-    account = RunAccount(
+    account = RunHistory(
         [0.5, 0.25], [{"cv2": 0.1, "rank": {"cv2": i}} for i in (0.5, 2.0)], [{"step": 2, "loss": 1.5}]
     )
-    for original in (account, RunAccount()):
-        again = RunAccount()
+    for original in (account, RunHistory()):
+        again = RunHistory()
         again.load_state_dict(original.state_dict())
         assert again == original

@@ -48,6 +48,18 @@ class Recorder:
         """The run is complete."""
 
 
+class NullRecorder(Recorder):
+    """Recorder of a model that is trained to be measured: has a folder, on rank 0, and writes nothing there."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder it was given."""
+        return self._path
+
+
 class RunRecorder(Recorder):
     """Writes the run folder and shows progress and summary.
 

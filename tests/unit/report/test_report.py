@@ -12,12 +12,8 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.report import curves
-from moe_dist.report import maps
-from moe_dist.report import page
-from moe_dist.report import tables
-from moe_dist.report import read_runs, write_report
-from tests.unit.measurement.report.example import EXPERTS, LAYERS, STEPS, write_run
+from moe_dist.report import curves, maps, page, read_runs, tables, write_report
+from tests.unit.report.example import EXPERTS, LAYERS, STEPS, write_run
 
 FILES = ("config.yaml", "metrics.jsonl", "load.jsonl", "events.jsonl", "summary.json", "traffic.json", "profile.json")
 

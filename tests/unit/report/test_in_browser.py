@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.report import read_runs, write_report
-from tests.unit.measurement.report.example import write_run
+from tests.unit.report.example import write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(

@@ -6,15 +6,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.engine.optimizer_state import TrainingState
-from moe_dist.memory.block import Kind as BlockKind
-from moe_dist.memory.offloaded_cluster import OffloadedCluster
+from moe_dist.distributed.mesh import Coordinates, Mesh, coordinates_of, rank_at
+from moe_dist.engine.optimizer_state import OptimizerState
+from moe_dist.memory.block import TensorKind as BlockKind
 from moe_dist.memory.expert_memory import ExpertMemory
-from moe_dist.recluster.migration_plan import Cell, Holdings, Kind, Run
+from moe_dist.memory.offloaded_cluster import OffloadedCluster
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.parameter_class import ParameterClass, class_of
-from moe_dist.distributed.mesh import Coordinates, Mesh, coordinates_of, rank_at
+from moe_dist.recluster.migration_plan import Holdings, PieceKind, Run, TensorKey
 
 NOTHING: Run = (0, 0)
 
@@ -22,15 +22,17 @@ NOTHING: Run = (0, 0)
 class ExpertTensors:
     """Reads and writes this rank's expert tensors in place, and knows who owns what of them."""
 
-    def __init__(self, layers: list[ClusteredMoE], state: TrainingState, mesh: Mesh) -> None:
+    def __init__(self, layers: list[ClusteredMoE], state: OptimizerState, mesh: Mesh) -> None:
         """Collective: ranks tell each other which runs of the training state they own."""
         self._parameters = dict(_parameters_of(layers))
         self._state, self._mesh = state, mesh
         # without separate masters the weight is its own master, and travels once
-        self.kinds = tuple(kind for kind in Kind if kind is not Kind.MASTER or state.separate_masters_of_experts)
+        self.kinds = tuple(
+            kind for kind in PieceKind if kind is not PieceKind.MASTER or state.separate_masters_of_experts
+        )
         self.holdings = self._gather_holdings()
 
-    def read(self, cell: Cell, start: int, length: int) -> Tensor:
+    def read(self, cell: TensorKey, start: int, length: int) -> Tensor:
         """A copy of a run of elements that this rank owns; what is offloaded is read where it is."""
         if (offloaded := self._offloaded(cell)) is not None:
             memory, cluster, name = offloaded
@@ -38,7 +40,7 @@ class ExpertTensors:
         tensor, first = self.owned(cell)
         return tensor[start - first : start - first + length].clone()
 
-    def write(self, cell: Cell, start: int, values: Tensor) -> None:
+    def write(self, cell: TensorKey, start: int, values: Tensor) -> None:
         """Replaces such a run."""
         if (offloaded := self._offloaded(cell)) is not None:
             memory, cluster, name = offloaded
@@ -47,21 +49,21 @@ class ExpertTensors:
         tensor, first = self.owned(cell)
         tensor[start - first : start - first + len(values)].copy_(values)
 
-    def dtype(self, cell: Cell) -> torch.dtype:
+    def dtype(self, cell: TensorKey) -> torch.dtype:
         """Of a cell's elements."""
         return self._dtype(cell.kind)
 
-    def _offloaded(self, cell: Cell) -> tuple[ExpertMemory, OffloadedCluster, str] | None:
+    def _offloaded(self, cell: TensorKey) -> tuple[ExpertMemory, OffloadedCluster, str] | None:
         if self._state.offloaded is None:
             return None
         memory = self._state.offloaded.memory
         found = memory.of(self._parameters[cell.layer, cell.local, cell.name])
         return None if found is None else (memory, *found)
 
-    def owned(self, cell: Cell) -> tuple[Tensor, int]:
+    def owned(self, cell: TensorKey) -> tuple[Tensor, int]:
         """This rank's run of a cell, one-dimensional, in place, and the element at which it begins."""
         parameter = self._parameters[cell.layer, cell.local, cell.name]
-        if cell.kind is Kind.WEIGHT:
+        if cell.kind is PieceKind.WEIGHT:
             return parameter.detach().view(-1), 0
         fragment = self._state.fragment(parameter)
         if fragment is None:
@@ -71,14 +73,14 @@ class ExpertTensors:
     def _gather_holdings(self) -> Holdings:
         tables = self._gather_runs()
         widths: dict[bool, dict[str, int]] = {False: {}, True: {}}
-        runs: dict[bool, dict[Cell, tuple[Run, ...]]] = {False: {}, True: {}}
+        runs: dict[bool, dict[TensorKey, tuple[Run, ...]]] = {False: {}, True: {}}
         for row, ((layer, local, name), parameter) in enumerate(self._parameters.items()):
             shared = class_of(parameter) is ParameterClass.BASE
             widths[shared][name] = parameter.numel() if shared else parameter[0].numel()
             owned = tuple(tables[rank][row] for rank in self._replicas(shared))
             for kind in self.kinds:
                 whole = ((0, parameter.numel()),) * len(owned)
-                runs[shared][Cell(layer, local, name, kind)] = whole if kind is Kind.WEIGHT else owned
+                runs[shared][TensorKey(layer, local, name, kind)] = whole if kind is PieceKind.WEIGHT else owned
         itemsize = {kind: self._dtype(kind).itemsize for kind in self.kinds}
         return Holdings(widths[False], widths[True], itemsize, runs[False], runs[True])
 
@@ -108,8 +110,8 @@ class ExpertTensors:
         fragment = self._state.fragment(parameter)
         return NOTHING if fragment is None else (fragment.start, fragment.end)
 
-    def _dtype(self, kind: Kind) -> torch.dtype:
-        return next(iter(self._parameters.values())).dtype if kind is Kind.WEIGHT else torch.float32
+    def _dtype(self, kind: PieceKind) -> torch.dtype:
+        return next(iter(self._parameters.values())).dtype if kind is PieceKind.WEIGHT else torch.float32
 
     @property
     def _device(self) -> torch.device:
