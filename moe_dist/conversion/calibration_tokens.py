@@ -75,8 +75,7 @@ def sample_tokens(model: LanguageModel, batches_BS: Sequence[Tensor]) -> tuple[l
 
 
 def _standard_posts(layer: StandardMoE, mesh: Mesh) -> list[_Post]:
-    group, local = layer.dispatch.channel.group, len(layer.experts.w_in)
-    first = group.ranks.index(mesh.rank) * local
+    first, local = layer.first_expert, len(layer.experts.w_in)
 
     def divide(x_PD: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
         return torch.split(x_PD, list(counts))

@@ -95,7 +95,7 @@ class DeepSpeedEngine:
             self._offloaded.step(learning_rate, factor)
         context, moe = self.model.context, self.config.moe
         if moe.kind != "dense":
-            context.balance.update(outcome.count_LE.to(self.process.device), moe, context.placements)
+            context.balance.update(outcome.count_LE.to(self.process.device), context.placements)
         return float(self._engine.optimizer._global_grad_norm)
 
     def training_state(self) -> OptimizerState:

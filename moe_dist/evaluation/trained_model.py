@@ -61,7 +61,7 @@ def as_kept(model: LanguageModel) -> AbstractContextManager[None]:
     """While it holds the model computes with what is kept of its experts (`precision`), if that is not all of them."""
     if model.config.precision.residuals == "none" or is_packed(model):
         return nullcontext()
-    return model.with_stored_experts()
+    return model.with_quantized_experts()
 
 
 def is_packed(model: LanguageModel) -> bool:

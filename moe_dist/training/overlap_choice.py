@@ -16,7 +16,7 @@ from moe_dist.distributed.links import Links
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.overlap_probe import measure_hop
+from moe_dist.moe.overlap_probe import measure_exchange_speed
 
 
 class OverlapChoice:
@@ -39,15 +39,15 @@ class OverlapChoice:
         if self.chunks is None:
             self.chunks = self._choose(layers[0], step)
         for layer in layers:
-            layer.divide(self.chunks)
+            layer.set_chunks(self.chunks)
 
     def _choose(self, layer: ClusteredMoE, step: int) -> int:
         config = self._config
-        if layer.one.alone or config.memory.offload or config.moe.needs_whole_batches:
+        if layer.stage_one.alone or config.memory.offload or config.moe.needs_whole_batches:
             return 1
         if self._device.type == "cpu" and self._nodes == 1:
             return 1
-        speed = measure_hop(layer, self._tokens)
+        speed = measure_exchange_speed(layer, self._tokens)
         chunks = choose_chunks(speed)
         self._recorder.event("overlap", step, chunks=chunks, **asdict(speed))
         self._recorder.note(

@@ -285,7 +285,7 @@ class Trainer:
         """With what would be stored of the experts; None where their factors are not stored in few bits."""
         if self.config.precision.residuals == "none":
             return None
-        with self.model.with_stored_experts():
+        with self.model.with_quantized_experts():
             return self._validation_loss()
 
     def _evaluate(self, step: int) -> None:

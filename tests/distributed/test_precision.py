@@ -83,7 +83,7 @@ def _trained_and_stored(axes: tuple[int, int, int], folder: Path) -> list[tuple[
         manifest, state = RunState(engine, DATA, {}).weights(3)
         write_checkpoint(folder / f"{number}", manifest, state, engine.process.rank)
         seen = _losses(engine.model)
-        with engine.model.with_stored_experts():
+        with engine.model.with_quantized_experts():
             found.append((seen, _losses(engine.model)))
         assert torch.equal(_losses(engine.model), seen)  # what is trained is back
     return found
@@ -190,7 +190,7 @@ def _moved(axes: tuple[int, int, int]) -> list[tuple[list[float], Tensor, Tensor
         crossed += training.coordinator.mover.relocate(BLOCKS[axes[1]])
         training.step()
         seen = _losses(training.model)
-        with training.model.with_stored_experts():
+        with training.model.with_quantized_experts():
             found.append((training.losses, seen, _losses(training.model), crossed))
     return found
 

@@ -13,7 +13,7 @@ from moe_dist.benchmarks.layer.spec import PEERS, LayerShape, RanksBenchSpec, ov
 from moe_dist.benchmarks.on_ranks import run_bench
 from moe_dist.benchmarks.rounds import inputs
 from moe_dist.config import RunConfig, WorldConfig
-from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
+from moe_dist.dispatch.chunked_overlap import ExchangeSpeed, choose_chunks
 from moe_dist.distributed.init import init_distributed
 from moe_dist.errors import ConfigError
 from tests.distributed.ranks import run_ranks
@@ -45,7 +45,7 @@ def test_every_contender_is_measured(figures: dict[str, Any]) -> None:
     assert case["fastest_peer"] in PEERS
     assert case["hops"][overlapped("2")] == {"chunks": 2, "speed": None}
     assert (
-        choose_chunks(HopSpeed(**case["hops"][overlapped("auto")]["speed"]))
+        choose_chunks(ExchangeSpeed(**case["hops"][overlapped("auto")]["speed"]))
         == case["hops"][overlapped("auto")]["chunks"]
     )
     assert figures["ranks"] == 2

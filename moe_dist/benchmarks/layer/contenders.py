@@ -17,11 +17,10 @@ from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
-from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.dense_feed_forward import SwiGLU
 from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.layer_kinds import LAYER_KINDS
 from moe_dist.moe.load_balancing import BalanceState
-from moe_dist.moe.standard_moe import StandardMoE
 
 DENSE, STANDARD = "dense", "standard"
 CAPACITY_FACTOR = 1.25
@@ -79,7 +78,7 @@ def _ours(config: RunConfig, process: RankInfo, mesh: Mesh, ledger: TrafficLedge
     clustered = moe.kind == "clustered"
     placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] if clustered else []
     context = LayerContext(mesh, placements, BalanceState.create(1, moe, process.device), ledger, config.seed)
-    return (ClusteredMoE if clustered else StandardMoE)(0, config.model, moe, context, 1.0)
+    return LAYER_KINDS[moe.kind](0, config.model, moe, context, 1.0)
 
 
 def mesh_for(shape: LayerShape, process: RankInfo) -> Mesh:

@@ -24,14 +24,14 @@ from moe_dist.benchmarks.layer.spec import CLUSTERED, RanksBenchSpec, overlapped
 from moe_dist.benchmarks.rounds import inputs, time_rounds
 from moe_dist.config import RunConfig
 from moe_dist.console import wide_console
-from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
+from moe_dist.dispatch.chunked_overlap import ExchangeSpeed, choose_chunks
 from moe_dist.dispatch.routing_trace import RoutingTrace
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.metrics import installed_versions, write_json
 from moe_dist.metrics.spread import Spread
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.overlap_probe import measure_hop
+from moe_dist.moe.overlap_probe import measure_exchange_speed
 
 _WIDTH = 120  # columns of the table, also where the output goes to a file
 PASSES = 4  # there and back, in the forward and in the backward pass
@@ -51,7 +51,7 @@ class MeasuredHop:
     """Into how many chunks a layer's tokens are divided on their way; where that was chosen, by which speeds."""
 
     chunks: int
-    speed: HopSpeed | None = None
+    speed: ExchangeSpeed | None = None
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,14 @@ def _divide(contender: Contender, asked: str, tokens: int) -> MeasuredHop:
     """Has the layer work in the chunks of that value of `moe.overlap_chunks`; collective."""
     layer = contender.module
     assert isinstance(layer, ClusteredMoE)
-    if layer.one.alone:
+    if layer.stage_one.alone:
         hop = MeasuredHop(1)
     elif asked == "auto":
-        speed = measure_hop(layer, tokens)
+        speed = measure_exchange_speed(layer, tokens)
         hop = MeasuredHop(choose_chunks(speed), speed)
     else:
         hop = MeasuredHop(int(asked))
-    layer.divide(hop.chunks)
+    layer.set_chunks(hop.chunks)
     return hop
 
 

@@ -9,14 +9,15 @@ import torch.distributed as dist
 
 from moe_dist.benchmarks.collective_timer import CollectiveTimer, StepPhase, timing_collectives
 from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
+from moe_dist.dispatch import top1_dispatcher
 from moe_dist.dispatch.all_to_all import AllToAll, PendingAllToAll
-from moe_dist.dispatch.cluster_dispatcher import StageOne
-from moe_dist.dispatch.flat_dispatcher import FlatDispatch
-from moe_dist.dispatch.shard_dispatcher import StageTwo
+from moe_dist.dispatch.flat_dispatcher import FlatDispatcher
+from moe_dist.dispatch.shard_dispatcher import ShardDispatcher
+from moe_dist.dispatch.top1_dispatcher import Top1Dispatcher
+from moe_dist.dispatch.topm_dispatcher import TopMDispatcher
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
-from moe_dist.moe import clustered_moe as clustered_layer
-from moe_dist.moe import standard_moe as standard_layer
+from moe_dist.moe import clustered_moe, stage_two, standard_moe
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.dense_feed_forward import SwiGLU
 from moe_dist.moe.load_balancing import BalanceState
@@ -26,17 +27,20 @@ from moe_dist.moe.standard_experts import StandardExperts
 from moe_dist.training.load_metrics import LoadRecord
 from moe_dist.training.trainer import Trainer
 
+DISPATCHERS = (Top1Dispatcher, TopMDispatcher, ShardDispatcher, FlatDispatcher)
 PARTS: dict[StepPart, list[tuple[Any, str]]] = {
     StepPart.ROUTING: [
         (Router, "cluster_logits"),
         (Router, "local_embeddings"),
-        *((clustered_layer, name) for name in ("choose_clusters", "choose_experts", "router_logits", "advantage_gate")),
-        (clustered_layer, "attach_router_losses"),
-        *((standard_layer, name) for name in ("router_logits", "choose_flat", "attach_router_losses")),
+        (Router, "logits"),
+        (top1_dispatcher, "advantage_gate"),
+        *((clustered_moe, name) for name in ("choose_clusters", "attach_router_losses")),
+        *((stage_two, name) for name in ("choose_experts", "router_logits", "attach_router_losses")),
+        *((standard_moe, name) for name in ("choose_flat", "attach_router_losses")),
         (BalanceState, "update"),
     ],
-    StepPart.PERMUTE: [(StageOne, "run_single"), (StageOne, "run_several"), (StageTwo, "run"), (FlatDispatch, "run")],
-    StepPart.ALL_TO_ALL: [(AllToAll, "begin"), (PendingAllToAll, "finish"), (AllToAll, "exchange_counts")],
+    StepPart.PERMUTE: [(dispatcher, name) for dispatcher in DISPATCHERS for name in ("dispatch", "combine")],
+    StepPart.ALL_TO_ALL: [(AllToAll, "launch"), (PendingAllToAll, "wait"), (AllToAll, "exchange_counts")],
     StepPart.EXPERTS: [(ClusteredExperts, "forward"), (StandardExperts, "forward"), (SwiGLU, "forward")],
     StepPart.COUNTERS: [
         (BalanceState, "count"),

@@ -23,9 +23,8 @@ def build(moe: MoEConfig, seed: int = 0) -> ClusteredMoE:
     mesh = Mesh.alone()
     placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)
     balance = BalanceState.create(model.layers, moe, torch.device("cpu"))
-    layer = ClusteredMoE(
-        1, model, moe, LayerContext(mesh, [placement] * 2, balance, TrafficLedger(Links.alone()), seed)
-    )
+    context = LayerContext(mesh, [placement] * 2, balance, TrafficLedger(Links.alone()), seed)
+    layer = ClusteredMoE.in_model(1, model, moe, context, 1.0)
     draw = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():  # large enough that every part of the formula shows
         parameter.data = torch.randn(parameter.shape, generator=draw) * 0.5

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_dist.moe.advantage_gate import advantage, advantage_gate
+from moe_dist.dispatch.advantage_gate import advantage, advantage_gate
 
 
 def _gradient(logits_TG: Tensor, cluster_T1: Tensor, sequences: int, gain_T: Tensor) -> Tensor:
