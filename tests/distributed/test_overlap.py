@@ -188,7 +188,8 @@ def _choose(cases: list[Case]) -> list[Choice]:
         choice = OverlapChoice(config, shape, links, process.device, 48, recorder)
         if state:
             choice.load_state_dict(state)
-        choice.apply(model, 3)
+        choice._layers = model.clustered_layers()
+        choice.start(3)
         assert model.context.ledger.total().bytes == 0
         assert int(model.context.balance.count_LE.sum()) == 0
         assert all(parameter.grad is None for parameter in model.parameters())

@@ -184,10 +184,10 @@ def _moved(axes: tuple[int, int, int]) -> list[tuple[list[float], Tensor, Tensor
         training = Training(axes, ["precision.residuals=qat", *words])
         training.step()
         training.step()
-        moved, crossed, _ = training.coordinator.mover.exchange(MOVES, training.sequences(1))
+        moved, crossed, _ = training.coordinator.executor.exchange(MOVES, training.sequences(1))
         assert moved == MOVES
         training.step()
-        crossed += training.coordinator.mover.relocate(BLOCKS[axes[1]])
+        crossed += training.coordinator.executor.relocate(BLOCKS[axes[1]])
         training.step()
         seen = _losses(training.model)
         with training.model.with_quantized_experts():

@@ -106,7 +106,7 @@ class _TimedTraining:
     ) -> None:
         self.clock, self.signals, self.done = clock, StopSignals(), 0  # not entered: signals end a measurement
         self.run = Trainer(config, process, resolve_world(config, process.ranks), data, NullRecorder(folder))
-        self.run.overlap.apply(self.run.model, 0)
+        self.run.start()
         self.run.engine.wrap_reduction(partial(clock.wrap, StepPart.REDUCTION))
         for layer in self.run.model.gpt.decoder.layers:  # type: ignore[union-attr]
             clock_attention(clock, layer.self_attention)

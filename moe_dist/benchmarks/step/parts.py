@@ -24,8 +24,7 @@ from moe_dist.moe.load_balancing import BalanceState
 from moe_dist.moe.router import Router
 from moe_dist.moe.routing_statistics import RoutingStatistics
 from moe_dist.moe.standard_experts import StandardExperts
-from moe_dist.training.load_metrics import LoadRecord
-from moe_dist.training.trainer import Trainer
+from moe_dist.training.metrics_logger import MetricsLogger
 
 DISPATCHERS = (Top1Dispatcher, TopMDispatcher, ShardDispatcher, FlatDispatcher)
 PARTS: dict[StepPart, list[tuple[Any, str]]] = {
@@ -49,7 +48,7 @@ PARTS: dict[StepPart, list[tuple[Any, str]]] = {
         (RoutingStatistics, "give"),
         (RoutingStatistics, "choose_clusters"),
     ],
-    StepPart.METRICS: [(LoadRecord, "add"), (Trainer, "_figures"), (Trainer, "_record_loads")],
+    StepPart.METRICS: [(MetricsLogger, "after_update"), (MetricsLogger, "after_step")],
     StepPart.OPTIMIZER: [(DeepSpeedEngine, "update")],
 }
 """The innermost function that runs decides: experts inside a dispatch are experts."""

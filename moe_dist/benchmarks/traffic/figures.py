@@ -20,7 +20,7 @@ PASSES = 4  # there and back, in the forward and in the backward pass
 
 def gather_figures(run: Trainer, observed: RoutingTrace, steps: int) -> dict[str, Any]:
     """Figures of the `steps` steps that the ledger holds (docs/metrics.md); collective."""
-    layers, tokens = run.config.model.layers, steps * run.tokens_per_step
+    layers, tokens = run.config.model.layers, steps * run.logger.tokens_per_step
     ledger = run.model.context.ledger
     axes: tuple[Sequence[Any], ...] = (range(layers), list(Stage), list(Payload), list(Direction), list(LinkKind))
     mine = torch.zeros(*(len(axis) for axis in axes), 2, dtype=torch.int64)
