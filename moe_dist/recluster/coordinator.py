@@ -23,7 +23,7 @@ from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.recluster.decision import LayerDecision, decide_blocks, decide_layer, objective_of
-from moe_dist.recluster.migration_executor import MigrationExecutor, executors_of
+from moe_dist.recluster.migration_executor import MigrationExecutor, movers_of
 from moe_dist.recluster.recluster_plan import ReclusterPlan, broadcast_plan
 from moe_dist.recluster.schedule import is_due, last_round
 from moe_dist.recluster.similarity_gather import GatheredSimilarity, gather_similarity
@@ -138,11 +138,11 @@ class Coordinator(Callback):
         if self._config.recluster.transition == "adopt":
             made, exchanged, increase = self.executor.exchange(moves, held_BS)
         else:
-            made, done, increase = self.executor.refactor(moves, sequences_BS, held_BS)
+            made, done, increase = self.executor.refit(moves, sequences_BS, held_BS)
             exchanged, errors = done.bytes, {"output_errors": done.errors}
         fields = {
-            "moved_experts": len(executors_of(made)),
-            "dropped_experts": len(executors_of(moves)) - len(executors_of(made)),
+            "moved_experts": len(movers_of(made)),
+            "dropped_experts": len(movers_of(moves)) - len(movers_of(made)),
             "bytes": relocated + exchanged,
             "relocation_bytes": relocated,
             "guard_loss_increase": increase,

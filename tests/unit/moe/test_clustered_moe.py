@@ -11,11 +11,11 @@ from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
-from moe_dist.model.reference import clustered_moe_reference
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.load_balancing import BalanceState
 from moe_dist.moe.router_losses import balance_loss, z_loss
+from tests.oracles.clustered_moe import clustered_moe_reference
 
 
 def build(moe: MoEConfig, seed: int = 0) -> ClusteredMoE:

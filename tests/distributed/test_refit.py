@@ -35,9 +35,7 @@ def _refactored(axes: tuple[int, int, int], variants: list[list[str]]) -> list[S
         training = Training(axes, [*words, "recluster.guard_sequences=8"])  # all there are, on any number of ranks
         training.step()
         training.step()
-        moved, done, increase = training.coordinator.executor.refactor(
-            MOVES, training.sequences(1), training.sequences(2)
-        )
+        moved, done, increase = training.coordinator.executor.refit(MOVES, training.sequences(1), training.sequences(2))
         assert moved == MOVES
         for _ in range(3):
             training.step()
@@ -90,7 +88,7 @@ def _around_a_refactoring(words: list[str]) -> tuple[list[float], list[str]]:
     training.step()
     training.step()
     before = _weights(training)
-    training.coordinator.executor.refactor(MOVES, training.sequences(1), training.sequences(2))
+    training.coordinator.executor.refit(MOVES, training.sequences(1), training.sequences(2))
     after = _weights(training)
     changes = [
         float((a - b).abs().max()) for key in before[0] for a, b in zip(before[0][key], after[0][key], strict=True)
@@ -127,7 +125,7 @@ def _with_a_strict_guard(words: list[str]) -> bool:
     before, placements = _everything(training), list(training.model.context.placements)
     losses = [1.0, *[2.0] * 50]  # before, then with whatever is tried
     with mock.patch.object(training.coordinator.executor, "_loss_of", side_effect=losses) as tried:
-        moved, done, _ = training.coordinator.executor.refactor(MOVES, training.sequences(1), training.sequences(2))
+        moved, done, _ = training.coordinator.executor.refit(MOVES, training.sequences(1), training.sequences(2))
     assert moved == []
     assert done.errors == {}
     assert training.model.context.placements == placements
