@@ -1,4 +1,4 @@
-"""A trained model's weights as one safetensors file, under names that do not depend on the layout."""
+"""Export of a trained model's weights to one safetensors file, under names that do not depend on the layout."""
 
 import json
 from contextlib import suppress
@@ -20,13 +20,13 @@ from moe_dist.moe.quantized_experts import storage_format
 
 PREFIX = f"{WEIGHT}/"
 BALANCE = "part/balance/"
-"""Selection biases, without which tokens would go to other experts; `balance.<name>` in the file."""
+"""Prefix of selection biases in the file (`balance.<name>`); routing depends on them."""
 
 
 def export_weights(
     weights: TrainedWeights, file: Path, dtype: torch.dtype | None = None, *, stored: bool = False
 ) -> int:
-    """Writes all weights to `file`, whole or not at all, and returns their number; in one process.
+    """Write all weights to `file`, atomically, and return their number. Runs in one process.
 
     The file's metadata holds `config`, `placements` and `data` as JSON, the step, and whether clusters are stored.
 
@@ -64,7 +64,7 @@ def _form(weights: TrainedWeights) -> StorageFormat:
 
 
 def _room(index: Index, dtype: torch.dtype | None, of_clusters: torch.dtype | None) -> State:
-    """Tensors to be read: what is quantised comes as the model computes with it, and biases as they are."""
+    """Return empty tensors to read into: those that are quantized in the training type, biases as they are."""
     state: State = {}
     for key, tensor in index.tensors.items():
         if not key.startswith((PREFIX, BALANCE)):

@@ -1,4 +1,4 @@
-"""A trained model, on any number of ranks."""
+"""Loading of a trained model on any number of ranks."""
 
 import torch
 
@@ -27,7 +27,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     memory: StoredMemory | None = None,
 ) -> LanguageModel:
-    """The trained model, laid out over the ranks of `mesh`, which need not be as many as trained it; collective.
+    """Load a trained model, laid out over the ranks of `mesh`; their number may differ from training. Collective.
 
     Clusters that an exported file holds in few bits stay so in memory, and cannot be trained.
 

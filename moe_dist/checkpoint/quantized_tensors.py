@@ -1,7 +1,7 @@
-"""Clusters in their stored form as tensors of an exported file: names, values, and the way back.
+"""Quantized clusters as tensors of an exported file: names, values, and their reader.
 
-A factor `...expert.17.in_u_DR` is kept as its parts, `...expert.17.in_u_DR.codes`, `.scales` and, unless it is
-symmetric, `.zeros`, with its long axis last. Everything else keeps its name.
+A factor `...expert.17.in_u_DR` is stored as its parts, `...expert.17.in_u_DR.codes`, `.scales` and, unless it is
+symmetric, `.zeros`, with its long axis last. Other tensors keep their names.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ Get = Callable[[str], Tensor]
 
 
 def is_of_cluster(name: str) -> bool:
-    """Whether a tensor is one that a stored form changes: a factor or a base."""
+    """Return True if quantization changes a tensor of this name: a factor or a base."""
     leaf = name.rpartition(".")[2]
     return (".expert." in name and long_axis(leaf) is not None) or (".cluster." in name and leaf in _BASES)
 
 
 def stored_tensors(name: str, value: Tensor, form: StorageFormat) -> dict[str, Tensor]:
-    """What an exported file holds for a tensor of a model, by name."""
+    """Return the tensors, by name, that an exported file holds for one tensor of a model."""
     if not is_of_cluster(name):
         return {name: value}
     axis = long_axis(name.rpartition(".")[2])
@@ -35,7 +35,7 @@ def stored_tensors(name: str, value: Tensor, form: StorageFormat) -> dict[str, T
 def read_stored_cluster(
     like: QuantizedCluster, path: str, cluster: int, experts: Sequence[int], get: Get
 ) -> QuantizedCluster:
-    """A cluster's part with values of an exported file.
+    """Read this rank's part of a quantized cluster from an exported file.
 
     Args:
         like: its form and sizes, on `meta`.
@@ -59,7 +59,7 @@ def read_stored_cluster(
 
 
 def _checked(name: str, get: Get, own: Tensor) -> Tensor:
-    """A tensor of the file; packed parts have the type that they have in the model."""
+    """Return a tensor of the file after checking its shape and, for packed parts, its type."""
     value = get(name)
     exact = own.dtype == torch.uint8 or name.endswith(".scales")
     if value.shape != own.shape or (exact and value.dtype != own.dtype):

@@ -1,4 +1,4 @@
-"""All of a run that a checkpoint holds, gathered from its model, its optimizer and its other parts."""
+"""Complete state of a run: model, optimizer, and other stateful parts."""
 
 from moe_dist.checkpoint.find import Found
 from moe_dist.checkpoint.manifest import DataRecord, Manifest, read_index
@@ -14,7 +14,7 @@ from moe_dist.metrics import installed_versions
 
 
 class RunState:
-    """The state of a run between two steps.
+    """State of a run between two steps.
 
     Args:
         data: which tokens it learns from; the position in them is its step.
@@ -25,7 +25,7 @@ class RunState:
         self._engine, self._data, self._parts = engine, data, parts
 
     def checkpoint(self, step: int) -> tuple[Manifest, State]:
-        """Everything, after `step` steps, to go on from. The tensors are the live ones."""
+        """Return the complete state after `step` steps, for resuming. Its tensors alias the live ones."""
         process = self._engine.process
         optimizer = self._engine.training_state()
         manifest = self._manifest(step).model_copy(
@@ -35,13 +35,13 @@ class RunState:
         return manifest, {**tensors, **tensors_of(self._parts, process.rank, process.ranks)}
 
     def weights(self, step: int) -> tuple[Manifest, State]:
-        """The weights and the parts that the model computes with, for evaluation and export."""
+        """Return the weights and the parts that the model computes with, for evaluation and export."""
         process = self._engine.process
         tensors = training_tensors_of(self._engine.model, self._engine.training_state(), (MASTER,))
         return self._manifest(step), {**tensors, **tensors_of(self._model_parts(), process.rank, process.ranks)}
 
     def restore(self, found: Found) -> None:
-        """Puts the run back into the state of a checkpoint, written by any number of ranks; collective.
+        """Restore the run from a checkpoint that any number of ranks wrote; collective.
 
         Raises:
             CheckpointError: it holds no training state, or does not fit.

@@ -1,10 +1,10 @@
-"""Balanced assignment: E experts into G clusters of exactly E/G, alike within and equal in load.
+"""Balanced assignment of E experts to G clusters of exactly E/G, by similarity and load.
 
-Each start is drawn as spherical k-means++ would, then experts are assigned anew by their mean similarity to each
-cluster (Hungarian method on replicated slots) while that helps, then swaps lead to a local optimum of the whole
-objective, loads included; the best start wins. A given clustering is improved by swaps alone, so that few move.
+Each start is drawn as in spherical k-means++. Experts are then reassigned by their mean similarity to each cluster
+(Hungarian method on replicated slots) while the objective grows, and swaps reach a local optimum of the whole
+objective, loads included; the best start wins. A given clustering is improved by swaps alone, so that few experts move.
 
-Nothing is read but the matrix, so any similarity of pairs will do, co-activation as well.
+Only the matrix is read, so any pairwise similarity works, co-activation as well.
 
 Shapes: E experts, G clusters, N = E/G slots of a cluster.
 """
@@ -22,19 +22,19 @@ from moe_dist.clustering.swaps import ROUNDING, refine_by_swaps
 
 RESTARTS = 8
 REASSIGNMENTS = 4
-"""Rounds at most: the first gain most, and swaps gain the rest in less time."""
+"""Limit of reassignment rounds: the first gain most, and swaps gain the rest in less time."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A balanced clustering: `groups[c]` are the experts of cluster c, ascending."""
+    """Balanced clustering: `groups[c]` are the experts of cluster c, ascending."""
 
     groups: tuple[tuple[int, ...], ...]
     quality: ClusterQuality
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The cluster of each expert."""
+        """Cluster of each expert."""
         cluster_of = {expert: cluster for cluster, group in enumerate(self.groups) for expert in group}
         return tuple(cluster_of[expert] for expert in range(len(cluster_of)))
 
@@ -49,7 +49,7 @@ def assign_balanced(
     loads: npt.ArrayLike | None = None,
     load_weight: float = 0.0,
 ) -> Assignment:
-    """Maximises mean within-cluster similarity - load_weight * imbalance of the clusters' loads.
+    """Maximize mean within-cluster similarity - load_weight * imbalance of the clusters' loads.
 
     Args:
         similarity: S [E, E]; made symmetric, its diagonal is not read.
@@ -80,7 +80,7 @@ def assign_balanced(
 
 
 def balanced_argmax(score_EG: Matrix) -> Labels:
-    """The balanced labels with the largest sum of scores, by the Hungarian method on N replicas of each cluster."""
+    """Return the balanced labels with the largest sum of scores (Hungarian method on N replicas of each cluster)."""
     slots = score_EG.shape[0] // score_EG.shape[1]
     _, column_E = linear_sum_assignment(np.repeat(score_EG, slots, axis=1), maximize=True)
     labels_E: Labels = column_E // slots
@@ -105,7 +105,7 @@ def _checked_start(start: npt.ArrayLike, experts: int, clusters: int) -> Labels:
 
 
 def _draw_start(weights_EE: Matrix, clusters: int, rng: np.random.Generator) -> Labels:
-    """k-means++: further centres are drawn in proportion to their distance from those there are.
+    """Draw a start by k-means++: further centers are drawn in proportion to their distance from the present ones.
 
     On the unit sphere the squared distance is 2 (1 - cosine); here it is counted from the largest weight, so that any
     matrix serves, whatever its scale.
@@ -124,7 +124,7 @@ def _draw_start(weights_EE: Matrix, clusters: int, rng: np.random.Generator) -> 
 
 
 def _reassign(weights_EE: Matrix, labels_E: Labels, clusters: int) -> Labels:
-    """Assigns all experts anew by their mean weight to each cluster, itself left out, while the objective grows."""
+    """Reassign all experts by their mean weight to each cluster, themselves excluded, while the objective grows."""
     everyone, others = np.arange(len(labels_E)), len(labels_E) // clusters
     affinity_EG = affinities(weights_EE, labels_E, clusters)
     for _ in range(REASSIGNMENTS):

@@ -1,7 +1,7 @@
-"""What the similarity of weights reads: experts as a base they share with their cluster and a low-rank residual.
+"""Factored projections: experts as a shared base of their cluster and a low-rank residual.
 
-Shapes: C bases (clusters), E experts, I rows of a projection, O its columns, R rank; D model width, F hidden width,
-H = 2 F (gate | up).
+Shapes: C bases (clusters), E experts, I rows of a projection, O its columns, R rank; D model width, F hidden width, H =
+2 F (gate | up).
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FactoredProjection:
-    """One projection of every expert: `W_e = bases[base_of[e]] + u[e] v[e]`, never materialised."""
+    """One projection of every expert: `W_e = bases[base_of[e]] + u[e] v[e]`, never materialized."""
 
     bases_CIO: Tensor
     base_of_E: Tensor  # int64: the base of each expert
@@ -36,7 +36,7 @@ def gated_projections(
     out_u_EFR: Tensor,
     out_v_ERD: Tensor,
 ) -> tuple[FactoredProjection, ...]:
-    """Gate, up and output projection of gated experts, as views of the tensors that experts are kept in.
+    """Return gate, up and output projection of gated experts, as views of the experts' tensors.
 
     Args:
         base_in_CDH: gate | up of each base, [C, D, 2F].

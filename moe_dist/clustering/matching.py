@@ -1,4 +1,4 @@
-"""New clusters given the names and slots of old ones, so that as few experts as possible move."""
+"""Matching of new clusters to old ones, so that as few experts as possible move."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Members = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Match:
-    """New members by cluster and slot, fit for `ExpertPlacement.with_members`, and who changes cluster."""
+    """New members by cluster and slot, for `ExpertPlacement.with_members`, and the experts that change cluster."""
 
     members: Members
     movers: tuple[int, ...]
@@ -23,7 +23,7 @@ class Match:
 
 
 def match_clusters(old: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> Match:
-    """Names each new group after the old cluster it takes over; who stays keeps the slot, movers fill what is free.
+    """Match each new group to an old cluster; experts that stay keep their slots, the others fill the free ones.
 
     The Hungarian method on the overlaps makes the number of movers the least possible.
 

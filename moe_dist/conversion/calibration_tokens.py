@@ -1,4 +1,4 @@
-"""Real tokens of every expert, caught on their way through the model.
+"""Calibration tokens of every expert, captured in the model's forward pass.
 
 Shapes: P rows sorted by local expert, A rows at a shard, L rows of one expert, D hidden, K chosen experts.
 """
@@ -18,15 +18,15 @@ from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.standard_moe import StandardMoE
 
 LARGEST_SAMPLE = 4096
-"""Tokens of an expert that are kept at most; more would not change second moments much."""
+"""Limit of the tokens kept per expert; more would not change second moments much."""
 
 LayerTokens = dict[int, Tensor]
-"""x_LD of each local expert by its number, float32."""
+"""Tokens x_LD of each local expert by its number, float32."""
 
 
 @dataclass(frozen=True)
 class _Post:
-    """Where the tokens of some experts come by, and how the module's inputs divide among them."""
+    """Hook on a module that receives the tokens of some experts, and the split of its inputs among them."""
 
     module: nn.Module
     experts: tuple[int, ...]
@@ -34,13 +34,13 @@ class _Post:
 
 
 def standard_layers(model: LanguageModel) -> list[StandardMoE]:
-    """The layers of standard experts, in order."""
+    """Return the layers of standard experts, in order."""
     return [module for module in model.modules() if isinstance(module, StandardMoE)]
 
 
 @torch.no_grad()
 def mean_loss(model: LanguageModel, batches_BS: Sequence[Tensor]) -> float:
-    """Over all ranks' micro-batches, as many on every rank; collective."""
+    """Return the mean loss over all ranks' micro-batches, whose number is the same on every rank; collective."""
     with model.evaluating():
         losses = torch.stack([model(batch_BS).double() for batch_BS in batches_BS])
     mean = losses.mean()
@@ -49,7 +49,8 @@ def mean_loss(model: LanguageModel, batches_BS: Sequence[Tensor]) -> float:
 
 
 def sample_tokens(model: LanguageModel, batches_BS: Sequence[Tensor]) -> tuple[list[LayerTokens], float]:
-    """What each local expert of each layer is given on some batches, and their mean loss over all ranks; collective.
+    """Return the tokens of each local expert of each layer on some batches, and the mean loss over all ranks;
+    collective.
 
     Replicas of an expert share what they saw, so that they go on alike.
 
@@ -112,7 +113,7 @@ def _watch(post: _Post, caught: dict[int, list[Tensor]]) -> Iterator[None]:
 
 
 def _shared(x_LD: Tensor, replicas: RankGroup) -> Tensor:
-    """The rows of all replicas, in the order of their ranks."""
+    """Gather the rows of all replicas, in the order of their ranks."""
     if replicas.size == 1:
         return x_LD
     count = torch.tensor([len(x_LD)], device=x_LD.device)

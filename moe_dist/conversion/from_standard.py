@@ -1,7 +1,7 @@
-"""A standard model under training becomes a clustered one: its state read out, and put into a new model.
+"""Conversion of a standard model under training into a clustered one.
 
-Two halves, so that the standard model and its optimizer can be freed in between: `read_clustered` gives what a
-clustered model of the same shape starts from, this rank's share of it alone; `write_clustered` puts it there.
+It has two halves, so that the standard model and its optimizer can be freed in between: `read_clustered` computes this
+rank's share of a clustered model's initial state; `write_clustered` writes it into the new model.
 
 Shapes: L layers, E experts, G clusters, D hidden.
 """
@@ -28,15 +28,15 @@ from moe_dist.moe.parameter_class import ParameterClass, class_of
 
 @dataclass(frozen=True)
 class ClusteredStart:
-    """What a clustered model starts from, as this rank's share."""
+    """Initial state of a clustered model, this rank's share."""
 
     steps: int
     dense: dict[str, OwnedState]
-    """By the name that the parameter has in the clustered model; routers among them."""
+    """Parameters outside of the experts, routers included, by name in the clustered model."""
     layers: list[CompressedLayer]
     expert_bias_LE: Tensor
     similarity: dict[str, float]
-    """Mean over the layers of the clusters' similarity, as clustered and by its parts."""
+    """Mean similarity within clusters over the layers, fused and by its parts."""
 
 
 def read_clustered(
@@ -46,7 +46,7 @@ def read_clustered(
     fit: Sequence[LayerTokens],
     check: Sequence[LayerTokens],
 ) -> ClusteredStart:
-    """Clusters and compresses the experts of a standard model, layer by layer; collective.
+    """Cluster and compress the experts of a standard model, layer by layer; collective.
 
     Args:
         config: of the clustered model.
@@ -71,7 +71,7 @@ def read_clustered(
 
 
 def write_clustered(start: ClusteredStart, model: LanguageModel, state: OptimizerState) -> None:
-    """Puts all of it into a clustered model and its optimizer; collective."""
+    """Write the initial state into a clustered model and its optimizer; collective."""
     context, device = model.context, model.context.balance.expert_bias_LE.device
     for number, layer in enumerate(model.clustered_layers()):
         context.placements[number] = start.layers[number].placement
@@ -85,7 +85,7 @@ def write_clustered(start: ClusteredStart, model: LanguageModel, state: Optimize
 
 
 def _within(similarity: FusedSimilarity, members: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Mean similarity within clusters, fused and by its parts."""
+    """Return the mean similarity within clusters, fused and by its parts."""
     cluster_of = {expert: cluster for cluster, group in enumerate(members) for expert in group}
     labels = [cluster_of[expert] for expert in range(len(cluster_of))]
     parts = {"fused": similarity.fused_EE, **similarity.parts}
@@ -93,12 +93,12 @@ def _within(similarity: FusedSimilarity, members: Sequence[Sequence[int]]) -> di
 
 
 def _clustered_name(name: str) -> str:
-    """A standard layer's router is a linear module, a clustered one's holds the same rows itself."""
+    """Return the name in a clustered model: its router holds the rows that a standard layer's linear module holds."""
     return f"{name}_ED" if name.endswith(".router.weight") else name
 
 
 def _write_biases(start: ClusteredStart, model: LanguageModel) -> None:
-    """Experts keep their selection biases; a cluster's are to its prototype's scores as its members' to theirs."""
+    """Copy the experts' selection biases; a cluster's is the mean of its members'."""
     balance = model.context.balance
     balance.expert_bias_LE.copy_(start.expert_bias_LE)
     for number, compressed in enumerate(start.layers):

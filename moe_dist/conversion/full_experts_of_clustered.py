@@ -1,4 +1,4 @@
-"""Reads clustered experts as the full experts that they stand for."""
+"""Full experts of a clustered layer, from their effective weights."""
 
 from collections.abc import Collection
 from dataclasses import fields
@@ -18,7 +18,7 @@ from moe_dist.moe.clustered_moe import ClusteredMoE
 def hold_clustered(
     layer: ClusteredMoE, state: OptimizerState, fit: LayerTokens, check: LayerTokens, clusters: Collection[int]
 ) -> FullExpertLayer:
-    """Reads the local experts of some clusters with their effective weights `B + U V`; collective.
+    """Read the local experts of some clusters with their effective weights `B + U V`; collective.
 
     Args:
         clusters: those of the layer's present placement that matter, the same on all ranks.

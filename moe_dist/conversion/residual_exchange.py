@@ -1,4 +1,4 @@
-"""Experts' thin states on their way from the ranks that made them to the ranks of their new clusters.
+"""Exchange of low-rank expert states between the ranks that computed them and the ranks of their new clusters.
 
 Shapes: W float32 entries of one expert's state, N experts here.
 """
@@ -24,10 +24,10 @@ STACKED = {
     "hidden_bias_H": "hidden_bias_NH",
     "output_bias_D": "output_bias_ND",
 }
-"""What holds an expert's tensor together with those of its cluster."""
+"""Name of the tensor that stacks an expert's tensor for all experts of its cluster."""
 
 ResidualState = dict[str, ExpertResidual]
-"""By those of `STATE_NAMES` that come along."""
+"""Residuals by the names of `STATE_NAMES` that are present."""
 
 
 def exchange_residuals(
@@ -38,13 +38,13 @@ def exchange_residuals(
     group: RankGroup,
     rank: int,
 ) -> dict[int, ResidualState]:
-    """Every expert's state on the rank that owns it from now on; collective.
+    """Send every expert's state to the rank that owns it; collective.
 
     Args:
-        made: by expert, what this rank made.
+        made: states that this rank computed, by expert.
         like: any expert's state, for shapes.
-        maker_of: index into the group of the rank that made each expert that is delivered.
-        owner_of: of the rank that will own it.
+        maker_of: rank that computed each expert, as an index into the group.
+        owner_of: rank that will own each expert, as an index into the group.
     """
     me = group.ranks.index(rank)
     leaving = sorted(made, key=lambda expert: (owner_of[expert], expert))
@@ -59,7 +59,7 @@ def exchange_residuals(
 
 
 def owners(placement: ExpertPlacement) -> dict[int, int]:
-    """The rank of every expert, as an index into the group that together holds all experts once."""
+    """Return the rank of every expert, as an index into the group that together holds all experts once."""
     return {
         expert: block * placement.shards + shard
         for cluster, block in enumerate(placement.block_of_cluster)
@@ -69,7 +69,7 @@ def owners(placement: ExpertPlacement) -> dict[int, int]:
 
 
 def stacked(states: list[ResidualState]) -> dict[str, GatheredOptimizerState]:
-    """By the names of `ClusterWeights`: the states of a cluster's experts here, in the order of their slots."""
+    """Stack the states of a cluster's local experts, in slot order, by the names of `ClusterWeights`."""
     return {
         STACKED[name]: {kind: torch.stack([getattr(state[kind], name) for state in states]) for kind in states[0]}
         for name, value in vars(states[0][MASTER]).items()
@@ -78,7 +78,7 @@ def stacked(states: list[ResidualState]) -> dict[str, GatheredOptimizerState]:
 
 
 def crossing(like: ResidualState, maker_of: Mapping[int, int], owner_of: Mapping[int, int]) -> int:
-    """Bytes of the states that change ranks."""
+    """Return the bytes of the states that change ranks."""
     return sum(owner_of[e] != maker for e, maker in maker_of.items()) * _packed(like).numel() * 4
 
 

@@ -1,4 +1,4 @@
-"""Puts what a compressed layer gave this rank into the parameters and the optimizer's state."""
+"""Writing of a compressed layer into parameters and optimizer state."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from moe_dist.moe.clustered_moe import ClusteredMoE
 
 
 def write_layer(compressed: CompressedLayer, layer: ClusteredMoE, state: OptimizerState) -> None:
-    """Writes the bases and residuals of the clusters that were made and live here."""
+    """Write the new bases and residuals of this rank's clusters."""
     placement, at = compressed.placement, layer.context.mesh.at
     for cluster, parameters in parameters_of(compressed, layer):
         base = compressed.bases[cluster]
@@ -24,7 +24,7 @@ def write_layer(compressed: CompressedLayer, layer: ClusteredMoE, state: Optimiz
 
 
 def parameters_of(compressed: CompressedLayer, layer: ClusteredMoE) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
-    """What `write_layer` writes: by cluster, its parameters on this rank."""
+    """Yield the parameters that `write_layer` writes, by cluster."""
     here = compressed.placement.clusters_of_block(layer.context.mesh.at.cluster)
     for cluster, part in zip(here, layer.clusters, strict=True):
         if cluster in compressed.bases:

@@ -1,4 +1,4 @@
-"""`moe-dist eval`: all tasks that were asked for on one trained model, as one of the job's ranks."""
+"""`moe-dist eval` on one rank: runs all requested tasks on one trained model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """What to evaluate and how; fields as in `launcher/evaluate.py`."""
+    """Options of an evaluation; fields as in `moe_dist/launch/rank_evaluate.py`."""
 
     run: Path
     tasks: tuple[str, ...]
@@ -46,7 +46,7 @@ class EvalSpec:
     max_steps: int | None
 
     def glue_spec(self) -> GlueSpec:
-        """What of it concerns GLUE."""
+        """Return the options of GLUE."""
         names = tuple(task.removeprefix("glue:") for task in self.tasks if task.startswith("glue:"))
         return GlueSpec(
             None if "glue" in self.tasks else names,
@@ -59,7 +59,7 @@ class EvalSpec:
 
 
 def evaluate(world: WorldConfig, spec: EvalSpec, memory: MemoryConfig | None = None) -> Figures:
-    """Does every task, and shows and writes the figures on rank 0; collective.
+    """Run every task, and show and write the figures on rank 0; collective.
 
     Args:
         memory: as `open_subject` takes it.
@@ -94,7 +94,7 @@ def _say(line: str) -> None:
 
 
 def _silent(line: str) -> None:
-    """The other ranks know the same."""
+    """Discard output on ranks other than 0."""
 
 
 def _facts(subject: Subject, spec: EvalSpec) -> Figures:

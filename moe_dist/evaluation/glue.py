@@ -1,4 +1,4 @@
-"""GLUE: every task is learnt from the same trained weights, once for each seed, and scored by its own metrics."""
+"""GLUE: each task is fine-tuned from the same trained weights, once per seed, and scored by its metrics."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +24,14 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class GlueSpec:
-    """Which tasks, from where, how often, how much.
+    """Options of GLUE.
 
     Attributes:
         tasks: names; None: all that the folder holds.
-        folder: of local data; None: the hub.
-        seeds: fine-tunings of each task.
-        max_train, max_eval: rows at most.
+        folder: local data; None: the hub.
+        seeds: one fine-tuning per seed and task.
+        max_train: limit of training rows.
+        max_eval: limit of validation rows.
     """
 
     tasks: tuple[str, ...] | None = None
@@ -42,7 +43,7 @@ class GlueSpec:
 
 
 def evaluate_glue(subject: Subject, spec: GlueSpec, dtype: str, say: Callable[[str], None]) -> Figures:
-    """Figures of all tasks and their averages; collective. All data are read before anything is trained.
+    """Evaluate all tasks and return their figures and averages; collective. All data are read before any training.
 
     Raises:
         DataError: a task's data are missing or wrong.
@@ -65,7 +66,7 @@ def evaluate_glue(subject: Subject, spec: GlueSpec, dtype: str, say: Callable[[s
 
 
 def summary(tasks: Mapping[str, Figures]) -> Figures:
-    """Averages over tasks, seed by seed; also without WNLI, as much of the literature has it."""
+    """Average over tasks, seed by seed, with and without WNLI, which the literature often leaves out."""
     found: Figures = {"average": spread(_over_tasks(tasks))}
     others = {name: task for name, task in tasks.items() if name != "wnli"}
     found["average_without_wnli"] = spread(_over_tasks(others)) if others else None
@@ -77,7 +78,7 @@ def _over_tasks(tasks: Mapping[str, Figures]) -> list[float]:
 
 
 def spread(values: Sequence[float]) -> Figures:
-    """Mean, sample standard deviation (null for one value), and the values by seed."""
+    """Return mean, sample standard deviation (None for one value), and the values by seed."""
     return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "values": list(values)}
 
 
@@ -107,7 +108,7 @@ def _one(
     seed: int,
     dtype: str,
 ) -> dict[str, float]:
-    """Metrics in percent after one fine-tuning."""
+    """Return the metrics of one fine-tuning, in percent."""
     config, process = _tuning_config(subject.config, spec, dtype), subject.process
     language = subject.model(torch.float32)
     if is_packed(language):

@@ -1,4 +1,4 @@
-"""Rows of a GLUE task, from a local folder of JSON lines or from the hub, checked before anything is trained."""
+"""Rows of a GLUE task from a local folder of JSON lines or from the hub, validated before any training."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ class Example:
 
 @dataclass(frozen=True)
 class GlueData:
-    """A task's rows; `validation` by the suffix of its metrics' names."""
+    """Rows of a task; `validation` is keyed by the suffix of its metrics' names."""
 
     train: list[Example]
     validation: dict[str, list[Example]]
@@ -34,7 +34,7 @@ class GlueData:
 def load_task(
     task: GlueTask, folder: Path | None, max_train: int | None = None, max_eval: int | None = None
 ) -> GlueData:
-    """Reads and checks all splits of a task.
+    """Read and validate all splits of a task.
 
     Args:
         folder: holds `<task>/train.jsonl` and `<task>/validation.jsonl` (MNLI: also `validation_matched.jsonl` and
@@ -52,12 +52,14 @@ def load_task(
 
 
 def is_there(task: GlueTask, folder: Path | None) -> bool:
-    """Whether a local folder holds the task at all; the hub does."""
+    """Return True if a local folder holds the task; the hub holds all."""
     return folder is None or (folder / task.name).is_dir()
 
 
 def _validation_splits(task: GlueTask, folder: Path | None) -> tuple[tuple[str, str], ...]:
-    """A local `validation.jsonl` of MNLI is the matched one; the mismatched one may be missing there."""
+    """Return the validation splits; a local `validation.jsonl` of MNLI is the matched one, and the mismatched one is
+    optional.
+    """
     if folder is None or len(task.validation) == 1:
         return task.validation
     named = tuple((split, suffix) for split, suffix in task.validation if _file(task, split, folder).is_file())
@@ -69,7 +71,7 @@ def _file(task: GlueTask, split: str, folder: Path) -> Path:
 
 
 def _open(task: GlueTask, split: str, folder: Path | None) -> tuple[str, Iterable[Mapping[str, Any]]]:
-    """Where the rows are from, and the rows."""
+    """Return the name of the source of a split, and its rows."""
     if folder is None:
         source = HubSource(HUB_NAME, task.name, split, "label", "split", "", "--glue with a local folder")
         return f"{HUB_NAME} {task.name}/{split}", source.table

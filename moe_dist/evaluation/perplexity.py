@@ -1,4 +1,4 @@
-"""Perplexity of a language model on a text, the same for any number of ranks."""
+"""Perplexity of a language model on a text, equal for any number of ranks."""
 
 from dataclasses import dataclass
 from math import exp, inf, log
@@ -15,7 +15,7 @@ from moe_dist.model.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a text costs a model: `nats` in all, and the same by token, word and byte.
+    """Loss of a text: `nats` in total, and per token, word and byte.
 
     The end-of-document marks are predicted too: nothing tells the model where an article ends. The literature of
     WikiText is word-level, with a mark at each line's end that is predicted like a word: `word_perplexity` divides by
@@ -31,11 +31,11 @@ class Perplexity:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Loss in nats per token."""
         return self.nats / self.tokens
 
     def figures(self) -> dict[str, float]:
-        """By name, as docs/metrics.md defines them."""
+        """Return the figures by name, as docs/metrics.md defines them."""
         return {
             "nats": self.nats,
             "tokens": self.tokens,
@@ -53,7 +53,7 @@ class Perplexity:
 def perplexity(
     model: LanguageModel, text: EncodedText, length: int, stride: int, batch: int, process: RankInfo
 ) -> Perplexity:
-    """Scores a text by sliding windows; collective.
+    """Score a text by sliding windows; collective.
 
     Args:
         length: tokens that a window predicts.

@@ -1,4 +1,4 @@
-"""The text that a perplexity is taken on: WikiText's validation or test split, from files or from the hub."""
+"""Text of a perplexity: WikiText's validation or test split, from files or from the hub."""
 
 import glob
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ NAMES = {"validation": ("validation", "valid"), "test": ("test",), "train": ("tr
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text as tokens, and what it is measured in.
+    """A text as tokens, and its units.
 
     Attributes:
-        ids: token numbers, int64; an end-of-document mark stands before the first document and after each.
+        ids: token numbers, int64, with an end-of-document token before the first document and after each.
         words: runs of characters other than white space.
         lines: line ends.
-        bytes: of its UTF-8.
+        bytes: length in UTF-8.
     """
 
     ids: npt.NDArray[np.int64]
@@ -37,7 +37,7 @@ class EncodedText:
 
 
 def open_text(path: Path | None, split: str, subset: str = HUB_SUBSET) -> FileSource | HubSource:
-    """The text of a split.
+    """Open the text of a split.
 
     Args:
         path: a file, or a folder that holds the split under a name as WikiText has it (`validation.txt`,
@@ -61,7 +61,7 @@ def open_text(path: Path | None, split: str, subset: str = HUB_SUBSET) -> FileSo
 
 
 def encode_text(source: FileSource | HubSource, tokenizer: Tokenizer) -> EncodedText:
-    """Reads and encodes a whole text.
+    """Read and encode a whole text.
 
     Raises:
         DataError: it cannot be read, or holds no words.

@@ -1,4 +1,4 @@
-"""The trained model under evaluation: its weights over any number of ranks, and the tokenizer it was trained with."""
+"""Model under evaluation: its weights over any number of ranks, and its tokenizer."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,11 +24,11 @@ from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated; the weights are read anew for each `model()`.
+    """Model to be evaluated; each `model()` reads the weights anew.
 
     Attributes:
-        weights: with the configuration that the evaluation uses.
-        memory: keeps the clusters of a model that is loaded, in their stored form (`memory.offload`).
+        weights: weights, with the configuration of the evaluation.
+        memory: storage of the quantized clusters of a loaded model (`memory.offload`).
     """
 
     run: Path
@@ -40,11 +40,11 @@ class Subject:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration that the evaluation uses."""
+        """Configuration of the evaluation."""
         return self.weights.config
 
     def model(self, dtype: torch.dtype) -> LanguageModel:
-        """The trained model on this rank; collective."""
+        """Load the trained model on this rank; collective."""
         device = self.process.device
         return load_model(self.weights, self.mesh, Links.discover(device), device, dtype, self.memory)
 
@@ -52,20 +52,20 @@ class Subject:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives up what is kept outside of memory."""
+        """Release the memory tiers."""
         if self.memory is not None:
             self.memory.close()
 
 
 def as_kept(model: LanguageModel) -> AbstractContextManager[None]:
-    """While it holds the model computes with what is kept of its experts (`precision`), if that is not all of them."""
+    """Compute with experts quantized as stored (`precision`) for the length of a `with`, if they are to be quantized."""
     if model.config.precision.residuals == "none" or is_packed(model):
         return nullcontext()
     return model.with_stored_experts()
 
 
 def is_packed(model: LanguageModel) -> bool:
-    """Whether its experts are in few bits already, and cannot be trained: it is from an export with --stored."""
+    """Return True if the experts are quantized already and cannot be trained: from an export with --stored."""
     return any(
         isinstance(part, QuantizedClusterExperts) for layer in model.clustered_layers() for part in layer.clusters
     )
@@ -74,7 +74,7 @@ def is_packed(model: LanguageModel) -> bool:
 def open_subject(
     run: Path, process: RankInfo, world: WorldConfig, dtype: str, memory: MemoryConfig | None = None
 ) -> Subject:
-    """Finds a run's weights and tokenizer; collective.
+    """Find a run's weights and tokenizer; collective.
 
     Args:
         world: how this job's ranks are laid out; the run's own layout does not matter.
@@ -103,13 +103,13 @@ def open_subject(
 
 
 def _stored_memory(run: Path, config: RunConfig, mesh: Mesh, process: RankInfo) -> StoredMemory:
-    """Its files are beside the exported file where `memory.directory` says nothing."""
+    """Create the memory tiers, beside the exported file unless `memory.directory` is set."""
     beside = config.model_copy(update={"runs_dir": str(run.parent), "name": run.name})
     return StoredMemory(beside, config.moe.clusters // mesh.shape.cluster, process.rank, process.device)
 
 
 def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory: MemoryConfig) -> RunConfig:
-    """The run's configuration without what would make figures depend on how many ranks and sequences come together.
+    """Return the run's configuration, changed so that figures do not depend on ranks and batch size.
 
     No token is dropped for want of capacity, nothing is balanced, and nothing is regrouped.
     """
@@ -122,7 +122,7 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory:
 
 
 def _tokenizer(run: Path, weights: TrainedWeights) -> Tokenizer:
-    """From the run's folder; where an earlier version has kept none there, from the cache or the corpus again."""
+    """Load the tokenizer of the run's folder, or for earlier versions from the cache or the corpus."""
     folders = (run, *weights.path.parents[:2])  # RUN, RUN/final, RUN/checkpoints/step-...
     kept = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
     tokenizer = Tokenizer(kept or _prepared_again(weights))

@@ -1,4 +1,4 @@
-"""Memory within a budget: an accountant that every buffer passes, and buffers that are used again."""
+"""Memory within a budget: accounting of all buffers, and their reuse."""
 
 from collections import defaultdict
 
@@ -9,20 +9,26 @@ from moe_dist.errors import OffloadError
 
 
 class Account:
-    """Counts bytes in and out; to exceed the budget is an error at that moment, not a drift."""
+    """Byte counter of one memory; exceeding its budget raises at once."""
 
     def __init__(self, budget: int | None, what: str, key: str = "memory.device_budget") -> None:
-        """Args: budget: bytes; None: as much as there is. what: names the memory in errors. key: sets the budget."""
+        """Open an account.
+
+        Args:
+            budget: bytes; None: unlimited.
+            what: name of the memory in errors.
+            key: configuration key of the budget in errors.
+        """
         self.budget, self.in_use, self.peak = budget, 0, 0
         self._what, self._key = what, key
 
     @property
     def room(self) -> float:
-        """Bytes that may still come in."""
+        """Bytes left in the budget."""
         return float("inf") if self.budget is None else self.budget - self.in_use
 
     def enter(self, size: int) -> None:
-        """Lets a tensor in.
+        """Count bytes that are allocated.
 
         Raises:
             OffloadError: there is no room for it; nothing is changed.
@@ -36,24 +42,24 @@ class Account:
         self.peak = max(self.peak, self.in_use)
 
     def leave(self, size: int) -> None:
-        """Takes bytes off the account, which must have been let in."""
+        """Count bytes that are freed."""
         assert 0 <= size <= self.in_use, f"{size} bytes leave, {self.in_use} are in"
         self.in_use -= size
 
 
 class Arena:
-    """Buffers on one device; those given back are kept for the next block of their size while nobody needs the room."""
+    """Buffers on one device; released ones are reused for blocks of the same size until their room is needed."""
 
     def __init__(self, account: Account, device: torch.device, pinned: bool = False) -> None:
         self.account, self._device, self._pinned = account, device, pinned
         self._free: dict[int, list[Tensor]] = defaultdict(list)
 
     def fits(self, size: int) -> bool:
-        """Whether `take` would succeed."""
+        """Return True if `take` would succeed."""
         return bool(self._free[size]) or self.account.room + self._idle >= size
 
     def take(self, size: int) -> Tensor:
-        """A buffer of so many bytes, uint8, its content undefined.
+        """Return a uint8 buffer of `size` bytes, its content undefined.
 
         Raises:
             OffloadError: the budget does not allow it.
@@ -66,7 +72,7 @@ class Arena:
         return torch.empty(size, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
 
     def give_back(self, buffer: Tensor) -> None:
-        """Keeps a buffer for the next one of its size."""
+        """Keep a buffer for the next block of its size."""
         self._free[len(buffer)].append(buffer)
 
     def _give_up(self, size: int) -> None:

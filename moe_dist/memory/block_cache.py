@@ -1,17 +1,17 @@
-"""Which blocks are in an arena, over a tier below it.
+"""Write-back cache of blocks in an arena over a lower tier.
 
-A block is *acquired* for use, which brings it in, and *released*; between the two it stays. What is not in use leaves
-when room is needed, in the order of `activity.py`, and is written below only if it has changed. A thread of its own
-brings in what is said to come next, and makes the room for it. A residency is itself a tier to one above it, so that
-device -> host -> disk are two of them over a `DiskTier`.
+A block is *acquired* for use, which loads it, and *released*; in between it is pinned. Blocks that are not pinned are
+evicted when room is needed, in the order of `eviction.py`, and written to the lower tier only if they have changed. A
+thread prefetches the blocks that are announced, and evicts for them. A cache is itself a tier, so that device -> host
+-> disk are two caches over a `DiskTier`.
 
-A fetch ahead is void once its block has been used, sent down, dropped or called unwanted since it was asked for: one
-that is late must not bring up what the tier below is just being given anew. One that is under way is waited for. So,
-from `send_down` to the next `acquire` or `prefetch`, nothing here touches the block, and the tier below may write it.
+A prefetch is cancelled if its block was acquired, evicted or dropped, or the prefetch itself cancelled, since it was
+requested: a late one must not load a block that is being written to the lower tier. One that has begun is waited for.
+So, from `evict` to the next `acquire` or `prefetch`, the cache does not touch the block, and its owner may write the
+lower tier.
 
 Locking: one condition guards the table of residents. While a block is read or written it is *busy* and the lock is not
-held. Only whoever demands a block waits for room; who brings one in ahead gives up where there is none, so that the two
-cannot wait for each other.
+held. Only `acquire` waits for room; a prefetch without room is dropped, so that the two cannot deadlock.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ from moe_dist.memory.eviction import Activity, Use, leaving_order
 
 @dataclass
 class _Resident:
-    """A block in the arena."""
+    """Entry of a block in the arena."""
 
     buffer: Tensor | None = None
     values: Tensor | None = None
@@ -43,7 +43,7 @@ class _Resident:
 
 
 class BlockCache:
-    """Blocks in a budgeted arena over a tier below."""
+    """Cache of blocks in a budgeted arena over a lower tier."""
 
     def __init__(self, below: Tier, arena: Arena, transfers: Transfers, activity: Activity | None = None) -> None:
         self.arena, self._below, self._activity, self._transfers = arena, below, activity, transfers
@@ -57,18 +57,18 @@ class BlockCache:
         self.bytes_in = self.bytes_out = 0
 
     def register(self, block: Block, size: BlockSize) -> None:
-        """Makes a block known, here and in the tier below."""
+        """Declare a block, here and in the lower tier."""
         self._sizes[block] = size
         self._below.register(block, size)
 
     def acquire(self, block: Block, *, blank: bool = False) -> Tensor:
-        """The block's values, one-dimensional, to be used until it is released; may be acquired several times.
+        """Pin a block and return its values, one-dimensional; may be nested.
 
         Args:
-            blank: zeros will do if it is not here: what the tier below has of it is not wanted.
+            zero_init: initialize with zeros instead of reading the lower tier, if the block is not cached.
 
         Raises:
-            OffloadError: there is no room among blocks in use, or the tier below fails.
+            OffloadError: blocks in use leave no room, or the lower tier fails.
         """
         with self._condition:
             found = self._settled(block)
@@ -84,7 +84,12 @@ class BlockCache:
         return resident.values
 
     def release(self, block: Block, *, changed: bool = False, idle: bool = False) -> None:
-        """Ends one use. `changed`: the values have been written to; `idle`: it will not be needed soon."""
+        """Unpin a block.
+
+        Args:
+            changed: the values have been written to.
+            idle: the block will not be needed soon.
+        """
         with self._condition:
             resident = self._residents[block]
             assert resident.pins, f"{block} is released more often than it was acquired"
@@ -95,7 +100,7 @@ class BlockCache:
 
     @contextmanager
     def held(self, block: Block, *, changed: bool = False, idle: bool = False, blank: bool = False) -> Iterator[Tensor]:
-        """The block for the length of a `with`."""
+        """Pin the block for the length of a `with`."""
         values = self.acquire(block, blank=blank)
         try:
             yield values
@@ -103,7 +108,7 @@ class BlockCache:
             self.release(block, changed=changed, idle=idle)
 
     def prefetch(self, blocks: Sequence[Block], *, blank: bool = False) -> None:
-        """Begins to bring blocks in, as far as there is room that nobody wants sooner; errors come with `acquire`."""
+        """Start to load blocks as far as there is room; errors are raised by `acquire`."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._ahead = [future for future in self._ahead if not future.done()]
@@ -124,7 +129,7 @@ class BlockCache:
                 resident.use.wanted = False
 
     def drop(self, block: Block) -> None:
-        """Forgets a block that nobody uses, here and below: it reads as zeros."""
+        """Forget a block that is not in use, here and in the lower tier: it reads as zeros."""
         with self._condition:
             if (resident := self._settled(block)) is not None:
                 self._require_unused(block, resident)
@@ -141,7 +146,7 @@ class BlockCache:
                 self._evict(block, resident)
 
     def read(self, block: Block, into: Tensor) -> None:
-        """As a tier: a copy of a block. It does not pass through the arena unless it is there already."""
+        """Copy a block into `into` (as a tier), past the arena unless it is cached."""
         if self.holds(block):
             with self.held(block) as values:
                 into.copy_(values)
@@ -149,25 +154,25 @@ class BlockCache:
             self._below.read(block, into)
 
     def write(self, block: Block, values: Tensor) -> None:
-        """As a tier: replaces a block; in the arena if it is there or fits, else below."""
+        """Replace a block (as a tier), in the arena."""
         resident = self.acquire(block, blank=True)
         resident.copy_(values)
         self.release(block, changed=True)
 
     def holds(self, block: Block) -> bool:
-        """Whether a block is in the arena, or on its way."""
+        """Return True if a block is cached or being loaded."""
         with self._condition:
             return block in self._residents
 
     def close(self) -> None:
-        """Forgets everything, here and below."""
+        """Forget everything, here and in the lower tier."""
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
         self._residents.clear()
         self._below.close()
 
     def _settled(self, block: Block) -> _Resident | None:
-        """What is here of a block once no copy of it is under way; what was asked for of it is void."""
+        """Cancel prefetches of a block, wait for a copy in progress, and return its entry, if any."""
         self._turns[block] += 1
         while (resident := self._residents.get(block)) is not None and resident.busy:
             self._condition.wait()
@@ -178,7 +183,7 @@ class BlockCache:
         return resident
 
     def _bring_in(self, block: Block, resident: _Resident, blank: bool, demanded: bool) -> bool:
-        """Finds room and values for a block that has begun; False where it is not demanded and there is no room."""
+        """Allocate and load a block whose entry exists; return False if a prefetch found no room."""
         size = self._sizes[block]
         try:
             with self._condition:
@@ -234,7 +239,7 @@ class BlockCache:
         return not resident.pins and not resident.busy
 
     def _evict(self, block: Block, resident: _Resident) -> None:
-        """Writes a block below if it has changed, without the lock, and takes it out."""
+        """Write a changed block to the lower tier, without the lock, and remove it."""
         assert resident.values is not None
         if resident.changed:
             resident.busy = True

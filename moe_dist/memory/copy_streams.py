@@ -1,4 +1,4 @@
-"""Copies between tiers beside the computation: on a stream of their own where the device has streams."""
+"""Copies between tiers concurrent with computation, on a side stream where the device has streams."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Transfers:
-    """Orders copies and computation on one device; on a CPU both are done when the call returns."""
+    """Ordering of copies and computation on one device; on a CPU both are synchronous."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: Any = None
@@ -20,10 +20,10 @@ class Transfers:
 
     @contextmanager
     def beside(self, values: Tensor, leaving: bool = False) -> Iterator[None]:
-        """Runs copies on the side stream, after what the computation has done to the values so far.
+        """Run copies on the side stream, after the computation that is queued so far.
 
         Args:
-            leaving: the buffer may be used again when this returns, so the copy is waited for.
+            leaving: wait for the copies, because the buffer may be reused on return.
         """
         if self._stream is None:
             yield
@@ -36,7 +36,7 @@ class Transfers:
             self._stream.synchronize()
 
     def await_arrival(self, values: Tensor) -> None:
-        """The computation that follows waits for the values, without stopping the host."""
+        """Make the computation that follows wait for the values, without blocking the host."""
         event = self._arrived.pop(values.data_ptr(), None) if self._stream is not None else None
         if event is not None:
             self._module.current_stream(values.device).wait_event(event)

@@ -1,7 +1,7 @@
-"""Clusters that are not being updated: each is one block, the bytes that it is stored as, in every tier.
+"""Tiers of quantized clusters, for evaluation: each cluster is one block of bytes in every tier.
 
-A block comes to the device as it is; what is computed with is unpacked there, for one cluster at a time and beside the
-budget. Nothing is written but when a model is loaded.
+A block is loaded onto the device as bytes. It is dequantized there, one cluster at a time and outside of the budget.
+Blocks are written only when a model is loaded.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +17,15 @@ from moe_dist.memory.tiers import Tiers
 
 
 class StoredMemory:
-    """Where the stored clusters of this rank are.
+    """Storage of this rank's quantized clusters.
 
     Attributes:
-        describe: names a block's cluster in errors.
+        describe: returns the name of a block's cluster for errors.
     """
 
     def __init__(self, config: RunConfig, clusters_per_layer: int, rank: int, device: torch.device) -> None:
-        """
+        """Create the tiers.
+
         Raises:
             OffloadError: the directory is used by another run, or cannot be made.
         """
@@ -35,7 +36,7 @@ class StoredMemory:
         self.tiers = Tiers(config, rank, device, self._activity, lambda block: self.describe(block))
 
     def adopt(self, layer: int, local: int, values: Tensor) -> "StoredBlock":
-        """Takes a cluster's bytes (uint8, one-dimensional); nothing of them comes to an accelerator before its use.
+        """Store a cluster's bytes (uint8, one-dimensional), below an accelerator until their first use.
 
         Raises:
             ConfigError: a budget is less than one cluster.
@@ -51,13 +52,13 @@ class StoredMemory:
 
     @contextmanager
     def held(self, block: Block, rows: int) -> Iterator[Tensor]:
-        """A cluster's bytes on the device, to be computed with for so many rows; those after it are fetched."""
+        """Load a cluster's bytes onto the device, for a pass with this number of rows, and prefetch the next ones."""
         self._use(block, rows)
         with self.tiers.device.held(block) as flat:
             yield flat
 
     def skip(self, block: Block) -> None:
-        """Says that a pass had no rows for a cluster: its bytes stay where they are."""
+        """Record a pass without rows for a cluster: its bytes are not loaded."""
         self._use(block, 0)
         self.tiers.device.unwant(block)
 
@@ -68,20 +69,20 @@ class StoredMemory:
         self.tiers.device.prefetch([other for other in following if other in self._known])
 
     def close(self) -> None:
-        """Gives up all tiers and their files."""
+        """Release all tiers and their files."""
         self.tiers.close()
 
 
 class StoredBlock:
-    """One cluster's place in a `StoredMemory`."""
+    """One cluster's block in the memory of quantized clusters."""
 
     def __init__(self, memory: StoredMemory, block: Block) -> None:
         self._memory, self._block = memory, block
 
     def held(self, rows: int) -> AbstractContextManager[Tensor]:
-        """Its bytes on the device."""
+        """Load its bytes onto the device."""
         return self._memory.held(self._block, rows)
 
     def skip(self) -> None:
-        """It is not computed with in this pass."""
+        """Record a pass that does not use it."""
         self._memory.skip(self._block)

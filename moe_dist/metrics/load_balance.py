@@ -1,4 +1,4 @@
-"""How evenly the routed copies fall on the experts.
+"""Balance of the experts' loads.
 
 Legend: L layers, E experts.
 """
@@ -13,7 +13,7 @@ Figures = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LoadStatistics:
-    """Balance of one step, each figure a mean over the layers that routed anything (formulas: docs/metrics.md).
+    """Balance of one step, each figure a mean over the layers that routed tokens (formulas: docs/metrics.md).
 
     Attributes:
         variance: Var_e(s_e) of the shares s_e = n_e / sum(n), in share squared; 0 is perfect balance.
@@ -29,7 +29,7 @@ class LoadStatistics:
 
 
 def load_statistics(counts: npt.ArrayLike) -> LoadStatistics:
-    """Balance of the copies routed to each expert.
+    """Compute the balance of the copies routed to each expert.
 
     Args:
         counts: copies per layer and expert, [L, E], or [E] for one layer; summed over ranks, not negative.

@@ -1,4 +1,4 @@
-"""The table that ends a run: the figures of `summary.json` as a person reads them."""
+"""Final table of a run: the figures of `summary.json` for reading."""
 
 from collections.abc import Mapping, Sequence
 from math import exp
@@ -18,7 +18,7 @@ MISSING = "-"
 
 
 def render_summary(summary: Mapping[str, Any], console: Console, folder: Path | None = None) -> None:
-    """Prints a run's figures: the curve of its evaluations, then speed, size, traffic, balance, memory, files.
+    """Print a run's figures: the evaluation curve, then speed, size, traffic, balance, memory, files.
 
     Args:
         summary: the tree of `summary.json`; a figure that is missing or null is shown as a dash.
@@ -72,7 +72,7 @@ def _curve_table(curve: Sequence[Mapping[str, Any]], width: int) -> Table:
 
 
 def _spread(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
-    """At most `most` points, evenly spread, the first and the last among them."""
+    """Return at most `most` points, evenly spaced, including the first and the last."""
     if len(points) <= most:
         return list(points)
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
