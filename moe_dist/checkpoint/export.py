@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.manifest import WEIGHT, Index, read_index
-from moe_dist.checkpoint.quantized_tensors import is_of_cluster, stored_tensors
+from moe_dist.checkpoint.quantized_tensors import is_of_cluster, quantized_tensors_of
 from moe_dist.checkpoint.save_and_load import read_checkpoint
 from moe_dist.checkpoint.sharded_tensor import ShardedTensor, State
 from moe_dist.checkpoint.trained_weights import TrainedWeights
@@ -28,19 +28,19 @@ def export_weights(
 ) -> int:
     """Write all weights to `file`, atomically, and return their number. Runs in one process.
 
-    The file's metadata holds `config`, `placements` and `data` as JSON, the step, and whether clusters are stored.
+    The file's metadata holds `config`, `placements` and `data` as JSON, the step, and whether clusters are quantized.
 
     Args:
-        weights: of a run or a checkpoint.
-        dtype: None: float32, as they are kept; where clusters are stored, what the run trained with.
-        stored: clusters in the form of the run's `precision` section: factors in few bits, bases in their type.
+        weights: weights of a run or a checkpoint.
+        dtype: type of the values; None: float32, or with `stored` the type that the run trained with.
+        stored: quantize clusters as the run's `precision` section configures.
 
     Raises:
-        CheckpointError: the weights are those of an exported file, there are no clusters to be stored, or the file
-            cannot be written.
+        CheckpointError: the weights are an exported file, there are no clusters to quantize, or the file cannot be
+            written.
     """
     if weights.path.is_file():
-        raise CheckpointError(f"{weights.path} is an exported file already: give the run or checkpoint that it is from")
+        raise CheckpointError(f"{weights.path} is an exported file already: give its run or checkpoint")
     form = _form(weights) if stored else None
     trained = getattr(torch, weights.config.train.precision)
     index = read_index(weights.path)
@@ -49,7 +49,7 @@ def export_weights(
     tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name, value = _name(key), tensor.shards[0].values.view(tensor.shape)
-        tensors |= {name: value} if form is None else stored_tensors(name, value, form)
+        tensors |= {name: value} if form is None else quantized_tensors_of(name, value, form)
     _write(file, tensors, _metadata(weights, stored))
     return sum(tensor.numel for key, tensor in state.items() if key.startswith(PREFIX))
 
@@ -57,8 +57,7 @@ def export_weights(
 def _form(weights: TrainedWeights) -> StorageFormat:
     if weights.config.moe.kind != "clustered":
         raise CheckpointError(
-            f"{weights.path}: only clustered experts have factors to store in few bits, not "
-            f"moe.kind={weights.config.moe.kind}"
+            f"{weights.path}: only clustered experts can be quantized, not moe.kind={weights.config.moe.kind}"
         )
     return storage_format(weights.config)
 
@@ -98,7 +97,7 @@ def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         partial.touch()
         readable_by = partial.stat().st_mode
         save_file(tensors, partial, metadata)
-        partial.chmod(readable_by)  # safetensors lets only its user read it
+        partial.chmod(readable_by)  # safetensors creates files that only their owner can read
         partial.replace(file)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):

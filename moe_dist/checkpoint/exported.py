@@ -31,7 +31,7 @@ class ExportedFile:
         """Read one tensor.
 
         Raises:
-            CheckpointError: the file has none of that name.
+            CheckpointError: the file has no tensor of that name.
         """
         if name not in self._names:
             raise CheckpointError(f"{self._path} has no tensor {name}")
@@ -39,10 +39,10 @@ class ExportedFile:
         return found
 
     def fill(self, name: str, target: Tensor) -> None:
-        """Read a tensor into `into`, which has the same shape, converting its type.
+        """Read a tensor into `target`, which has the same shape, converting its type.
 
         Raises:
-            CheckpointError: there is none, or its shape is another.
+            CheckpointError: the tensor is missing or has another shape.
         """
         value = self.tensor(name)
         if value.shape != target.shape:
@@ -56,7 +56,7 @@ class ExportedFile:
         """Return configuration, step and placements in the form of a checkpoint's manifest.
 
         Raises:
-            CheckpointError: it is no file of `moe-dist export`.
+            CheckpointError: `moe-dist export` did not write the file.
         """
         metadata = self._metadata()
         try:
@@ -82,7 +82,7 @@ def open_exported(path: Path) -> Iterator[ExportedFile]:
     """Open a file that `moe-dist export` wrote.
 
     Raises:
-        CheckpointError: it cannot be read, or is no safetensors file.
+        CheckpointError: it cannot be read, or is not a safetensors file.
     """
     try:
         with safe_open(path, "pt") as opened:

@@ -26,10 +26,10 @@ def latest_valid_checkpoint(run: Path, *, weights: bool = False) -> Found | None
     """Return the newest undamaged checkpoint of a run, or None if the run has no checkpoint. Collective.
 
     Args:
-        weights: the weights of the run's end will do, and are preferred.
+        weights: accept the final weights, and prefer them.
 
     Raises:
-        CheckpointError: there are checkpoints, but every one is damaged.
+        CheckpointError: every checkpoint is damaged.
     """
     damaged: dict[Path, str] = {}
     for candidate in agreed(_candidates(run, weights)):
@@ -46,7 +46,7 @@ def checked(checkpoint: Path) -> Found:
     """Verify this checkpoint and no other; collective.
 
     Raises:
-        CheckpointError: it is damaged, or none.
+        CheckpointError: it is damaged or not a checkpoint.
     """
     problem = first_problem(checkpoint)
     if problem is not None:
@@ -75,14 +75,14 @@ def first_problem(checkpoint: Path) -> str | None:
 
 
 def _candidates(run: Path, weights: bool) -> list[Path]:
-    """Return the folders that may be read, latest step first; final weights come before a checkpoint of the same step."""
+    """Return the candidate folders, latest step first; final weights precede a checkpoint of the same step."""
     found = [(step_of(path), 0, path) for path in checkpoints_of(run)]
     final = run / FINAL
     if weights and is_checkpoint(final):
         try:
             found.append((read_manifest(final).step, 1, final))
         except CheckpointError:
-            found.append((0, 1, final))  # damaged: named as such if nothing else is whole
+            found.append((0, 1, final))  # damaged: reported if nothing else is valid
     return [path for _, _, path in sorted(found, reverse=True)]
 
 

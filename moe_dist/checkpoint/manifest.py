@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: two JSON files, read strictly, since anyone could have written them.
+"""Metadata of a checkpoint: two JSON files, parsed strictly because their origin is not trusted.
 
 manifest.json   step, configuration, data, placement, small values, and size and SHA-256 of every other file
-index.json      every tensor: dtype, shape, and which run of its elements is in which file
+index.json      every tensor: dtype, shape, and the file of each run of its elements
 """
 
 import hashlib
@@ -122,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, or no manifest of this format.
+        CheckpointError: it is missing, damaged, or of another format.
     """
     content = _read_json(folder / MANIFEST)
     if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):

@@ -50,7 +50,7 @@ def _of_clusters(path: str, layer: ClusteredMoE) -> Iterator[tuple[nn.Parameter,
         experts = placement.experts_of(cluster, at.shard)
         for name, parameter in held.residuals.named_parameters():
             shape, one = tuple(parameter.shape[1:]), parameter[0].numel()
-            leaf = name.replace("_N", "_", 1)  # without the axis over the experts: in_u_NDR holds each one's in_u_DR
+            leaf = name.replace("_N", "_", 1)  # without the axis over experts: in_u_NDR stacks their in_u_DR
             yield (
                 parameter,
                 [NamedRun(f"{path}.expert.{e}.{leaf}", shape, slot * one) for slot, e in enumerate(experts)],

@@ -21,10 +21,10 @@ def placement_to_record(placement: ExpertPlacement) -> PlacementRecord:
 def placement_from_record(record: PlacementRecord, shape: WorldShape) -> ExpertPlacement:
     """Return the placement for ranks of `shape`: clusters keep their members in their slots for any number of ranks.
 
-    Where the cluster axis has another size, clusters are dealt out over its blocks in the order of their numbers.
+    If the cluster axis has another size, clusters are distributed over its blocks in the order of their numbers.
 
     Raises:
-        CheckpointError: the record is no placement, or cannot be laid out on that shape.
+        CheckpointError: the record is invalid, or does not divide over that shape.
     """
     blocks = list(record.block_of_cluster)
     if record.blocks != shape.cluster:
@@ -41,7 +41,7 @@ def adopt_placements(model: LanguageModel, manifest: Manifest) -> None:
     """Set a model's placements to those of a checkpoint, before its weights are loaded.
 
     Raises:
-        CheckpointError: they are not of this model, or cannot be laid out on its ranks.
+        CheckpointError: they belong to another model, or do not divide over its ranks.
     """
     context, records = model.context, manifest.placements
     placements = [placement_from_record(record, context.mesh.shape) for record in records]

@@ -29,7 +29,7 @@ from moe_dist.checkpoint.sharded_tensor import OffloadedShard, Shard, ShardedTen
 class ShardSavePlanner(DefaultSavePlanner):
     """Save planner for the shards of a `State`; of shards that several ranks hold alike, one rank writes each.
 
-    torch's own planner refuses shards that overlap otherwise.
+    torch's own planner rejects shards that overlap.
     """
 
     state_dict: State

@@ -17,8 +17,8 @@ class RunState:
     """State of a run between two steps.
 
     Args:
-        data: which tokens it learns from; the position in them is its step.
-        parts: what else outlives a step, by name.
+        data: training tokens; the position in them is the step.
+        parts: other state that must be restored, by name.
     """
 
     def __init__(self, engine: DeepSpeedEngine, data: DataRecord, parts: Parts) -> None:
@@ -44,11 +44,11 @@ class RunState:
         """Restore the run from a checkpoint that any number of ranks wrote; collective.
 
         Raises:
-            CheckpointError: it holds no training state, or does not fit.
+            CheckpointError: it holds no training state, or is incompatible.
         """
         engine, manifest = self._engine, found.manifest
         if manifest.kind != "training":
-            raise CheckpointError(f"{found.path} holds weights only: training cannot go on from it")
+            raise CheckpointError(f"{found.path} holds weights only: training cannot resume from it")
         index, process = read_index(found.path), engine.process
         adopt_placements(engine.model, manifest)
         optimizer = engine.training_state()

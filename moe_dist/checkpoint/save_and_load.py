@@ -20,12 +20,12 @@ def write_checkpoint(
     """Write a checkpoint and commit it to `target`; collective over `group`, whose first rank coordinates.
 
     Raises:
-        CheckpointError: a rank could not write its part (the same on all ranks); what was there before is untouched.
+        CheckpointError: a rank could not write its part (raised on all ranks); an earlier checkpoint is untouched.
     """
     writer = ShardWriter(target, manifest, state, rank)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one process without a group is what some callers are
+            warnings.simplefilter("ignore")  # some callers are one process without a process group
             dcp.save(state, storage_writer=writer, planner=ShardSavePlanner(), process_group=group)
     except CheckpointException as error:
         raise CheckpointError(f"checkpoint {target} could not be written: {_first_cause(error)}") from error
@@ -37,12 +37,12 @@ def read_checkpoint(checkpoint: Path, state: State, group: dist.ProcessGroup | N
     """Fill the shards of `state` in place from a verified checkpoint; collective.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape, or a file is damaged (the same on all ranks).
-        OffloadError: a tier that it is read into fails, on any rank.
+        CheckpointError: a tensor is missing or has another shape, or a file is damaged (raised on all ranks).
+        OffloadError: a tier fails on any rank.
     """
     index = read_index(checkpoint)
     _require_fits(checkpoint, state, index)
-    wanted = {name: state.get(name, _nothing_of(index, name)) for name in index.tensors}
+    wanted = {name: state.get(name, _empty_state(index, name)) for name in index.tensors}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -65,7 +65,7 @@ def _require_fits(checkpoint: Path, state: State, index: Index) -> None:
             )
 
 
-def _nothing_of(index: Index, name: str) -> ShardedTensor:
+def _empty_state(index: Index, name: str) -> ShardedTensor:
     """Return a state with the names of all ranks, which torch requires even of a rank that needs none of a tensor."""
     tensor = index.tensors[name]
     return ShardedTensor(tuple(tensor.shape), tensor.torch_dtype)

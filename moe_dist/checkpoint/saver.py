@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from moe_dist.checkpoint.manifest import Manifest
 from moe_dist.checkpoint.save_and_load import write_checkpoint
-from moe_dist.checkpoint.sharded_tensor import Staging, State, is_away
+from moe_dist.checkpoint.sharded_tensor import Staging, State, is_offloaded
 from moe_dist.checkpoint.store import prune, remove_partial
 from moe_dist.config import CheckpointConfig
 from moe_dist.distributed.init import RankInfo
@@ -50,10 +50,10 @@ class CheckpointSaver:
     def save(self, target: Path, manifest: Manifest, state: State) -> Saved | None:
         """Start to save `state` as `target`; return the result of the save before it, unless already returned.
 
-        With `checkpoint.asynchronous` this returns as soon as the state is copied, unless some of it is offloaded: that
-        is written before training goes on, since a copy of it may fit nowhere. Collective, except for the writing.
+        With `checkpoint.asynchronous` this returns when the state is copied. Offloaded state is written before this
+        returns, since memory may not hold a copy of it. Collective, except for the writing.
         """
-        asynchronous = self._options.asynchronous and not is_away(state)
+        asynchronous = self._options.asynchronous and not is_offloaded(state)
         started = time.perf_counter()
         before = self.wait()
         copied = self._staging.copy(state)

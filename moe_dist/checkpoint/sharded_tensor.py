@@ -72,7 +72,7 @@ class ShardedTensor:
 State = dict[str, ShardedTensor]
 
 
-def is_away(state: State) -> bool:
+def is_offloaded(state: State) -> bool:
     """Return True if some of the state is offloaded, so that it must be written before training changes it."""
     return any(isinstance(shard, OffloadedShard) for tensor in state.values() for shard in tensor.shards)
 

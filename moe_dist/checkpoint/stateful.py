@@ -13,11 +13,11 @@ from moe_dist.checkpoint.sharded_tensor import Shard, ShardedTensor, State
 class Stateful(Protocol):
     """Object with a state: tensors and JSON values, by name.
 
-    They are the same on all ranks, unless the class names them in one of two attributes:
+    They are equal on all ranks, unless the class names them in one of two attributes:
 
-    - `summed_over_ranks`: every rank has its own addend, and only their sum means something. On the same number of
-      ranks each gets its own back; on another one they are dealt out so that the sum stays.
-    - `own_of_rank`: every rank has its own, and gets it back on the same number of ranks; else the name is missing.
+    - `summed_over_ranks`: every rank has its own addend, and only their sum is meaningful. On the same number of
+      ranks each gets its own back; on another number they are distributed so that the sum is preserved.
+    - `own_of_rank`: every rank has its own value, restored on the same number of ranks; else the name is missing.
     """
 
     def state_dict(self) -> Mapping[str, Any]:

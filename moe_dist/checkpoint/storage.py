@@ -46,7 +46,7 @@ from moe_dist.checkpoint.sharded_tensor import OffloadedShard, State
 from moe_dist.errors import CheckpointError
 
 PARTIAL = ".partial"
-AWAY_FILE_BYTES = 64 << 20
+OFFLOADED_FILE_BYTES = 64 << 20
 """Target size of one file of offloaded tensors, and so of the memory that writing them takes, bytes."""
 
 
@@ -65,7 +65,7 @@ class ShardWriter(StorageWriter):
     def __init__(self, target: Path, manifest: Manifest, state: State, rank: int) -> None:
         self._target, self._folder, self._manifest, self._rank = target, partial_name(target), manifest, rank
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
-        self._away_bytes = {
+        self._offloaded_bytes = {
             (name, shard.start): shard.length * shard.dtype.itemsize
             for name, tensor in state.items()
             for shard in tensor.shards
@@ -100,7 +100,7 @@ class ShardWriter(StorageWriter):
         """Write this rank's files before returning; each result holds name, size and checksum of its file.
 
         Raises:
-            CheckpointError: this rank does not see the folder that rank 0 made.
+            CheckpointError: this rank does not see the folder that rank 0 created.
         """
         done: Future[list[WriteResult]] = Future()
         done.set_result(self._write(plan, planner) if plan.items else [])
@@ -109,7 +109,7 @@ class ShardWriter(StorageWriter):
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         if not self._folder.is_dir():
             raise CheckpointError(
-                f"rank {self._rank} does not see {self._folder}, which rank 0 has made: runs_dir must be on a file "
+                f"rank {self._rank} does not see {self._folder}, which rank 0 created: runs_dir must be on a file "
                 "system that all nodes share"
             )
         results = []
@@ -121,19 +121,21 @@ class ShardWriter(StorageWriter):
     def _by_file(self, items: Sequence[WriteItem]) -> list[list[WriteItem]]:
         """Group tensors in memory into one file, and offloaded ones into files small enough to buffer one by one."""
         files: list[list[WriteItem]] = [[]]
-        room = AWAY_FILE_BYTES
-        for item in sorted(items, key=lambda item: self._bytes_away(item) > 0):  # stable: in the order of clusters
-            size = self._bytes_away(item)
+        room = OFFLOADED_FILE_BYTES
+        for item in sorted(
+            items, key=lambda item: self._offloaded_bytes_of(item) > 0
+        ):  # stable: in the order of clusters
+            size = self._offloaded_bytes_of(item)
             if size > room and files[-1]:
                 files.append([])
-                room = AWAY_FILE_BYTES
+                room = OFFLOADED_FILE_BYTES
             files[-1].append(item)
             room -= size
         return files
 
-    def _bytes_away(self, item: WriteItem) -> int:
+    def _offloaded_bytes_of(self, item: WriteItem) -> int:
         assert item.index.offset is not None
-        return self._away_bytes.get((item.index.fqn, item.index.offset[0]), 0)
+        return self._offloaded_bytes.get((item.index.fqn, item.index.offset[0]), 0)
 
     def _write_file(self, path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         tensors = {}
@@ -142,7 +144,7 @@ class ShardWriter(StorageWriter):
             assert isinstance(values, torch.Tensor)
             tensors[key_of(item.index)] = values
         save_file(tensors, path)
-        path.chmod(self._folder.stat().st_mode & 0o666)  # safetensors lets only its user read it
+        path.chmod(self._folder.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
         written = (path.name, recorded(path))
         return [WriteResult(item.index, tensors[key_of(item.index)].nbytes, written) for item in items]
 
@@ -151,7 +153,7 @@ class ShardWriter(StorageWriter):
         wrote.
 
         Raises:
-            CheckpointError: some elements of a tensor were on no rank.
+            CheckpointError: some elements of a tensor are on no rank.
         """
         files: dict[str, FileRecord] = dict(result.storage_data for rank in results for result in rank)
         where = {result.index: result.storage_data[0] for rank in results for result in rank}
@@ -172,7 +174,7 @@ class ShardWriter(StorageWriter):
         ]
         record = TensorRecord(dtype=dtype, shape=list(self._shapes[name]), chunks=chunks)
         if sum(length for _, length, _ in chunks) != record.numel:
-            raise CheckpointError(f"{name} of shape {record.shape} is not whole: no rank has some of its elements")
+            raise CheckpointError(f"{name} of shape {record.shape} is incomplete: some of its elements are on no rank")
         return record
 
 

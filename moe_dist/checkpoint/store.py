@@ -40,7 +40,7 @@ def check(checkpoint: Path, part: int = 0, parts: int = 1) -> Manifest:
     on.
 
     Raises:
-        CheckpointError: something is missing, damaged or not as the manifest says.
+        CheckpointError: a file is missing or damaged, or differs from the manifest.
     """
     manifest = read_manifest(checkpoint)
     for number, (name, record) in enumerate(sorted(manifest.files.items())):
@@ -78,14 +78,14 @@ def remove_partial(run: Path) -> None:
 def prune(run: Path, options: CheckpointConfig) -> list[Path]:
     """Delete the checkpoints beyond the retention limits, oldest first, and return them.
 
-    The newest `keep_last` that are complete are kept, and every one that `keep_every` asks for. One that lacks a file
-    does not count, so that the last good one is never deleted.
+    The newest `keep_last` complete checkpoints are kept, and every one whose step `keep_every` divides. One that lacks
+    a file does not count, so that the last valid checkpoint is never deleted.
     """
     complete = [path for path in checkpoints_of(run) if _is_complete(path)]
     kept = options.keep_every
     doomed = [path for path in complete[options.keep_last :] if not kept or step_of(path) % kept]
     for path in reversed(doomed):
-        shutil.rmtree(path.rename(partial_name(path)))  # what a crash leaves of it is no checkpoint any more
+        shutil.rmtree(path.rename(partial_name(path)))  # a crash in between leaves a temporary folder, not a checkpoint
     return doomed
 
 
@@ -105,7 +105,7 @@ def _require_consistent(checkpoint: Path, manifest: Manifest) -> None:
         if any(file not in manifest.files for _, _, file in tensor.chunks):
             raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json: {name} is in a file not listed")
         if sum(length for _, length, _ in tensor.chunks) != tensor.numel:
-            raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json: {name} is not whole")
+            raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json: {name} is incomplete")
         size += tensor.numel * tensor.torch_dtype.itemsize
     if size > sum(record.bytes for record in manifest.files.values()):
-        raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json tells of more than its files hold")
+        raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json lists more data than its files hold")

@@ -27,11 +27,11 @@ def find_weights(run: Path) -> TrainedWeights:
     """Find the final weights of a run, or its newest valid checkpoint if it has not ended; or the weights at `run`
     itself.
 
-    `run` may also be a file that `moe-dist export` wrote. Collective where a process group exists. All files of a
-    checkpoint have been checked.
+    `run` may also be a file that `moe-dist export` wrote. Collective if a process group exists. All files of a
+    checkpoint are verified.
 
     Raises:
-        CheckpointError: there are none, or every one is damaged.
+        CheckpointError: there are none, or all are damaged.
     """
     if run.is_file():
         with open_exported(run) as file:
@@ -41,6 +41,6 @@ def find_weights(run: Path) -> TrainedWeights:
     if found is None:
         what = "holds no weights" if run.exists() else "does not exist"
         raise CheckpointError(
-            f"{run} {what}: give the folder of a run that has ended or saved a checkpoint, such as runs/NAME"
+            f"{run} {what}: give the folder of a run that has finished or saved a checkpoint, such as runs/NAME"
         )
     return TrainedWeights(found.path, found.manifest, config_of(found.manifest))

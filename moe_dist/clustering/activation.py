@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FADED = 1e-30
+UNUSED_MASS = 1e-30
 """Mass below which an expert counts as unused: decayed sums end in rounding noise, not in zero."""
 
 
@@ -23,7 +23,7 @@ class ActivationStatistics:
 
     weighted_ED: Tensor  # sum of weight * token, float32
     mass_E: Tensor  # sum of weight, float32
-    steps: Tensor  # sum of 1 = (1 - b^t) / (1 - b), what corrects the start from zero; float64, no dimensions
+    steps: Tensor  # sum of 1 = (1 - b^t) / (1 - b), for bias correction; float64 scalar
     decay: float
 
     @classmethod
@@ -48,7 +48,7 @@ class ActivationStatistics:
         """Add up the statistics of all ranks, as a sum over ranks of `weighted_ED` and `mass_E` does.
 
         Raises:
-            ValueError: they do not cover the same steps with the same decay.
+            ValueError: their steps or decays differ.
         """
         first = ranks[0]
         if any(not torch.equal(one.steps, first.steps) or one.decay != first.decay for one in ranks):
@@ -67,10 +67,10 @@ class ActivationStatistics:
         """Add tokens of the current step.
 
         Args:
-            x_RD: rows that were routed, any floating type.
-            slot_RK: the experts of each row, as indices of `expert_N`, int64; -1 is absent.
-            weight_RK: the router's weight of each.
-            expert_N: the experts that the rows chose among, int64; None: all.
+            x_RD: routed rows, any floating type.
+            slot_RK: experts of each row, as indices into `expert_N`, int64; -1: none.
+            weight_RK: router weight of each.
+            expert_N: candidate experts of the rows, int64; None: all.
         """
         weight_RK = weight_RK.float().masked_fill(slot_RK < 0, 0.0)
         if expert_N is None:
@@ -88,7 +88,7 @@ class ActivationStatistics:
     @property
     def seen(self) -> Tensor:
         """Mask [E] of experts whose tokens have not decayed away; NaN counts as seen."""
-        return ~(self.mass_E < FADED)
+        return ~(self.mass_E < UNUSED_MASS)
 
     def mean_mass(self) -> Tensor:
         """Return the bias-corrected moving average of the router's weight per step, sum / ((1 - b^t) / (1 - b)),

@@ -54,19 +54,19 @@ def assign_balanced(
     Args:
         similarity: S [E, E]; made symmetric, its diagonal is not read.
         clusters: G, a divisor of E.
-        seed: of the starts; equal arguments give equal answers.
-        restarts: random starts.
-        start: a clustering to start from as well (the present one), [E]; kept unless something is truly better.
+        seed: seed of the starts; equal arguments give equal results.
+        restarts: number of random starts.
+        start: additional start (the present clustering), [E]; kept unless another is better beyond rounding.
         loads: work of each expert, [E]; None: equal.
         load_weight: price of imbalance (`ClusterQuality.imbalance`).
 
     Raises:
-        ValueError: bad shapes, values that are not finite, a start that is not balanced, or nothing to start from.
+        ValueError: invalid shapes, values that are not finite, an unbalanced start, or no start.
     """
     alike_EE = pair_weights(similarity, clusters)
     weights_EE = pair_weights(similarity, clusters, loads, load_weight)
     if restarts < (start is None):
-        raise ValueError(f"restarts={restarts} without a start leaves nothing to begin with")
+        raise ValueError(f"restarts={restarts} without a start leaves no start")
     best_E: Labels | None = None
     best = -np.inf
     for labels_E in _starts(alike_EE, clusters, seed, restarts, start):
@@ -108,19 +108,19 @@ def _draw_start(weights_EE: Matrix, clusters: int, rng: np.random.Generator) -> 
     """Draw a start by k-means++: further centers are drawn in proportion to their distance from the present ones.
 
     On the unit sphere the squared distance is 2 (1 - cosine); here it is counted from the largest weight, so that any
-    matrix serves, whatever its scale.
+    matrix works, whatever its scale.
     """
     others_EE = ~np.eye(len(weights_EE), dtype=bool)
     near_EE = np.where(others_EE, weights_EE, weights_EE.max(where=others_EE, initial=weights_EE.min()))
-    centres = [int(rng.integers(len(weights_EE)))]
-    while len(centres) < clusters:
-        far_E = near_EE.max() - near_EE[:, centres].max(axis=1)
-        far_E[centres] = 0.0
-        if not far_E.sum() > 0:  # all alike: any will do
+    centers = [int(rng.integers(len(weights_EE)))]
+    while len(centers) < clusters:
+        far_E = near_EE.max() - near_EE[:, centers].max(axis=1)
+        far_E[centers] = 0.0
+        if not far_E.sum() > 0:  # all equal: draw any
             far_E = np.ones(len(weights_EE))
-            far_E[centres] = 0.0
-        centres.append(int(rng.choice(len(far_E), p=far_E / far_E.sum())))
-    return balanced_argmax(near_EE[:, centres])
+            far_E[centers] = 0.0
+        centers.append(int(rng.choice(len(far_E), p=far_E / far_E.sum())))
+    return balanced_argmax(near_EE[:, centers])
 
 
 def _reassign(weights_EE: Matrix, labels_E: Labels, clusters: int) -> Labels:

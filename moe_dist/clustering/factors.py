@@ -24,7 +24,7 @@ class FactoredProjection:
             shapes = [tuple(t.shape) for t in (self.bases_CIO, self.base_of_E, self.u_EIR, self.v_ERO)]
             raise ValueError(f"a projection takes [C, I, O], [E], [E, I, R] and [E, R, O], not {shapes}")
         if experts and not 0 <= int(self.base_of_E.min()) <= int(self.base_of_E.max()) < bases:
-            raise ValueError(f"experts must name bases 0 to {bases - 1}, name {self.base_of_E.unique().tolist()}")
+            raise ValueError(f"base_of_E must be in 0 to {bases - 1}, got {self.base_of_E.unique().tolist()}")
 
 
 def gated_projections(
@@ -41,7 +41,7 @@ def gated_projections(
     Args:
         base_in_CDH: gate | up of each base, [C, D, 2F].
         base_out_CFD: output of each base, [C, F, D].
-        base_of_E: which of them an expert has, [E].
+        base_of_E: index of an expert's base, [E].
         in_u_EDR: U of gate | U of up, [E, D, 2R].
         in_v_ERH: V of gate, V of up, [E, 2, R, F].
         out_u_EFR: [E, F, R].

@@ -70,7 +70,7 @@ def fuse(
         router_weight: rho, weight of the router's embeddings within S_act, in [0, 1].
 
     Raises:
-        ValueError: a weight outside [0, 1], or a part that has weight but is missing.
+        ValueError: a weight outside [0, 1], or a part with weight that is missing.
     """
     for name, value in (("alpha", alpha), ("router_weight", router_weight)):
         if not 0 <= value <= 1:

@@ -31,13 +31,13 @@ def sketch_weights(
     """Compute the sketches of any experts at hand; no communication.
 
     Args:
-        projections: the experts' projections, in the same order on every rank.
+        projections: projections of the experts, in the same order on every rank.
         seed: the same on all ranks; it may change from round to round.
         size: rows and columns of a sketch, at most; a narrower side is kept whole.
-        dtype: of the result. Sketches contain what experts share, so a 16-bit type would drown what they do not.
+        dtype: type of the result. In a 16-bit type the experts' common part would hide their differences.
 
     Returns:
-        [E, S], all projections' sketches of an expert in a row: 3 x 64 x 64 float32 are 48 KiB an expert.
+        [E, S], one row per expert with the sketches of all projections: 3 x 64 x 64 float32 are 48 KiB.
     """
     if size < 1:
         raise ValueError(f"a sketch needs at least 1 row and column, not {size}")

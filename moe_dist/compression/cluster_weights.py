@@ -35,7 +35,7 @@ class ClusterWeights:
     in_v_NRH: Tensor  # [n, 2, r, f]: V of gate, V of up
     out_u_NFR: Tensor  # [n, f, r]
     out_v_NRD: Tensor  # [n, r, d]
-    hidden_gate_NF: Tensor | None = None  # [n, f]; the three vectors come together or not at all
+    hidden_gate_NF: Tensor | None = None  # [n, f]; the three vectors are all present or all None
     hidden_bias_NH: Tensor | None = None  # [n, 2f]
     output_bias_ND: Tensor | None = None  # [n, d]
 
@@ -69,7 +69,7 @@ class ClusterWeights:
         return OuterWeights(self.base_in_DH, self.base_out_FD, self.in_u_NDR, self.out_v_NRD, self.output_bias_ND)
 
     def vectors(self) -> tuple[Tensor, Tensor] | None:
-        """Return the multiplier of the hidden units, `1 + tanh(hidden_gate)` [n, f], and the bias before them [n, 2f]."""
+        """Return the hidden units' multiplier `1 + tanh(hidden_gate)`, [n, f], and pre-activation bias, [n, 2f]."""
         return hidden_vectors(self.hidden_gate_NF, self.hidden_bias_NH)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_dist.compression.initialisation import ExpertResidual
+from moe_dist.compression.initialization import ExpertResidual
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_dist.compression.cluster_weights import ClusterWeights
 from moe_dist.compression.expert_matrices import ExpertMatrices
-from moe_dist.compression.initialisation import V_STD, ExpertResidual
+from moe_dist.compression.initialization import V_STD, ExpertResidual
 from moe_dist.compression.low_rank import leading_right_vectors
 from moe_dist.compression.whitening import Root, WhiteningRoots, apply_root
 
@@ -77,7 +77,7 @@ def factorize_expert(
     fit = (inputs or nothing).projections()
     judge = (check or inputs or nothing).projections()
     parts = zip(expert.projections(), base.projections(), fit, judge, strict=True)
-    gate, up, out = (_factorise(w_IO, base_IO, rank, fits, judges, seed) for w_IO, base_IO, fits, judges in parts)
+    gate, up, out = (_factorize(w_IO, base_IO, rank, fits, judges, seed) for w_IO, base_IO, fits, judges in parts)
     hidden, width = expert.w_out_FD.shape[1], expert.w_out_FD.shape[0]
     zeros = expert.w_out_FD.new_zeros
     residual = ExpertResidual(
@@ -121,10 +121,10 @@ def factorize_cluster(
     Args:
         w_in_NDH: gate | up of each member, [N, D, 2F].
         w_out_NFD: output projections, [N, F, D].
-        usage_N: weight of each in the base.
+        usage_N: weight of each member in the base.
     """
     base = ExpertMatrices(usage_weighted_mean(w_in_NDH, usage_N), usage_weighted_mean(w_out_NFD, usage_N))
-    factorised = tuple(
+    factorized = tuple(
         factorize_expert(
             ExpertMatrices(w_in_NDH[e], w_out_NFD[e]),
             base,
@@ -136,10 +136,10 @@ def factorize_cluster(
         )
         for e in range(len(w_in_NDH))
     )
-    residuals = [vars(one.residual) for one in factorised]
+    residuals = [vars(one.residual) for one in factorized]
     columns: list[Any] = [[residual[name] for residual in residuals] for name in residuals[0]]
-    stacked: list[Any] = [None if column[0] is None else torch.stack(column) for column in columns]  # in their order
-    return FactorizedCluster(ClusterWeights(base.w_in_DH, base.w_out_FD, *stacked), factorised)
+    stacked: list[Any] = [None if column[0] is None else torch.stack(column) for column in columns]  # in order
+    return FactorizedCluster(ClusterWeights(base.w_in_DH, base.w_out_FD, *stacked), factorized)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class _Factors:
     whitened: bool
 
 
-def _factorise(w_IO: Tensor, base_IO: Tensor, rank: int, fit: Root, judge: Root, seed: int | None) -> _Factors:
+def _factorize(w_IO: Tensor, base_IO: Tensor, rank: int, fit: Root, judge: Root, seed: int | None) -> _Factors:
     """Factorize one matrix; `fit` and `judge` weight its rows."""
     left_IO = w_IO - base_IO
     whole = _norm(judge, w_IO)

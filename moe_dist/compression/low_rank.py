@@ -19,7 +19,7 @@ def leading_right_vectors(a_IO: Tensor, rank: int, seed: int | None = None) -> T
 
     Args:
         rank: from 0 to min(I, O).
-        seed: of the randomised range finder (Halko, Martinsson and Tropp 2011), the same on all ranks; None: exact.
+        seed: seed of the randomized range finder (Halko et al. 2011), the same on all ranks; None: exact.
 
     Raises:
         ValueError: the rank is not in 0 to min(I, O).

@@ -65,7 +65,7 @@ class QuantizedFactor:
         """Quantize a factor of any floating-point type, on its device; on `meta` for the sizes alone."""
         value_XL = value.float().movedim(axis, -1)
         group_MS = _grouped(value_XL, form.group_size)
-        codes_MS, scale_M, zero_M = _quantise(group_MS, form)
+        codes_MS, scale_M, zero_M = _quantize(group_MS, form)
         groups = (*value_XL.shape[:-1], form.groups(value_XL.shape[-1]))
         codes_XL = codes_MS.view(*groups[:-1], -1)[..., : value_XL.shape[-1]]
         zeros_XB = None if form.symmetric else pack(zero_M.view(groups), form.bits)
@@ -100,7 +100,7 @@ class QuantizedFactor:
             found = parts.get(name)
             if found is None or (found.dtype, found.shape) != (own.dtype, own.shape):
                 is_ = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-                raise ValueError(f"{name}: {is_}, where {own.dtype} {tuple(own.shape)} is right")
+                raise ValueError(f"{name}: {is_}, expected {own.dtype} {tuple(own.shape)}")
         return replace(self, codes_XB=parts["codes"], scales_XG=parts["scales"], zeros_XB=parts.get("zeros"))
 
     @property
@@ -112,10 +112,10 @@ class QuantizedFactor:
 def _grouped(value_XL: Tensor, size: int) -> Tensor:
     """Reshape to [M, S]; zeros pad the last group, whose range includes 0 anyway."""
     padded_XL = functional.pad(value_XL, (0, -value_XL.shape[-1] % size))
-    return padded_XL.reshape(-1, size).contiguous()  # a transposed view would give parts its strides
+    return padded_XL.reshape(-1, size).contiguous()  # torchao would keep the strides of a transposed view
 
 
-def _quantise(group_MS: Tensor, form: GroupFormat) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize(group_MS: Tensor, form: GroupFormat) -> tuple[Tensor, Tensor, Tensor]:
     """Compute codes [M, S], scales [M] in their storage type, and unsigned zero points [M]."""
     torchao, block, bounds = _torchao(), (1, group_MS.shape[1]), _range(form)
     mapping = torchao.MappingType.SYMMETRIC_NO_CLIPPING_ERR if form.symmetric else torchao.MappingType.ASYMMETRIC

@@ -83,7 +83,7 @@ class QuantizedExperts:
         """Deserialize experts of the same format and number.
 
         Raises:
-            ValueError: they are too many or too few.
+            ValueError: wrong number of bytes or experts.
         """
         parts = self.parts()
         experts = len(next(iter(parts.values())))
@@ -93,7 +93,7 @@ class QuantizedExperts:
             raise ValueError(f"{experts} packed experts are torch.uint8 {(experts, sum(sizes))}, not {found}")
         values = {}
         for (name, part), row_NB in zip(parts.items(), rows_NB.split(sizes, dim=1), strict=True):
-            own_NB = row_NB.clone(memory_format=torch.contiguous_format)  # other types need their alignment
+            own_NB = row_NB.clone(memory_format=torch.contiguous_format)  # views of other types need aligned storage
             values[name] = own_NB.view(part.dtype).view(part.shape)
         return self.with_parts(values)
 

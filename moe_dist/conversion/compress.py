@@ -22,7 +22,7 @@ from moe_dist.compression import (
 )
 from moe_dist.config import MoEConfig
 from moe_dist.conversion.full_experts import VECTORS, FullExpert, FullExpertLayer
-from moe_dist.conversion.residual_exchange import ResidualState, crossing, exchange_residuals, owners
+from moe_dist.conversion.residual_exchange import ResidualState, bytes_moved, exchange_residuals, owner_ranks
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.optimizer_state import MASTER
@@ -66,8 +66,8 @@ def compress_layer(
 
     Args:
         usage_E: weight of every expert in its cluster's base.
-        seed: of the randomised decomposition of wide matrices.
-        clusters: only these; None: all.
+        seed: seed of the randomized decomposition of wide matrices.
+        clusters: clusters to compress; None: all.
     """
     local = {expert.number: expert for expert in layer.experts}
     chosen = [c for c in range(placement.clusters) if clusters is None or c in clusters]
@@ -80,14 +80,14 @@ def compress_layer(
         if placement.block_of_cluster[cluster] == mesh.at.cluster:
             bases[cluster] = base
         for expert in (local[e] for e in members if e in local):
-            factorised = _factorise(expert, base, moe, seed)
-            made[expert.number] = _residual_state(expert, factorised, layer.kinds)
-            figures_E3[expert.number] = _figures(expert, base, factorised)
+            factorized = _factorize(expert, base, moe, seed)
+            made[expert.number] = _residual_state(expert, factorized, layer.kinds)
+            figures_E3[expert.number] = _figures(expert, base, factorized)
     if layer.group.size > 1:
         dist.all_reduce(figures_E3, group=layer.group.handle)
-    maker_of = {e: layer.holder_of[e] for c in chosen for e in placement.members[c]}
+    source_of = {e: layer.holder_of[e] for c in chosen for e in placement.members[c]}
     like = _template(layer, moe)
-    residuals = exchange_residuals(made, like, maker_of, owners(placement), layer.group, mesh.rank)
+    residuals = exchange_residuals(made, like, source_of, owner_ranks(placement), layer.group, mesh.rank)
     error_E, base_error_E, whitened_E = figures_E3.unbind(1)
     return CompressedLayer(
         placement,
@@ -95,8 +95,8 @@ def compress_layer(
         residuals,
         error_E,
         base_error_E,
-        whitened=float(whitened_E.sum()) / len(maker_of),
-        bytes=crossing(like, maker_of, owners(placement)) + len(chosen) * _sum_bytes(layer),
+        whitened=float(whitened_E.sum()) / len(source_of),
+        bytes=bytes_moved(like, source_of, owner_ranks(placement)) + len(chosen) * _sum_bytes(layer),
     )
 
 
@@ -128,7 +128,7 @@ def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:
     return share_E / share_E.sum()
 
 
-def _factorise(expert: FullExpert, base: ExpertMatrices, moe: MoEConfig, seed: int) -> FactorizedExpert:
+def _factorize(expert: FullExpert, base: ExpertMatrices, moe: MoEConfig, seed: int) -> FactorizedExpert:
     exact = min(expert.matrices.w_out_FD.shape) <= EXACT_UP_TO
     matrices = expert.matrices.double()
     fit, check = (
@@ -146,9 +146,9 @@ def _factorise(expert: FullExpert, base: ExpertMatrices, moe: MoEConfig, seed: i
     )
 
 
-def _residual_state(expert: FullExpert, factorised: FactorizedExpert, kinds: tuple[str, ...]) -> ResidualState:
+def _residual_state(expert: FullExpert, factorized: FactorizedExpert, kinds: tuple[str, ...]) -> ResidualState:
     """Return the factors, with moments of zero if moments are needed, and the vectors unchanged."""
-    residual = factorised.residual.float()
+    residual = factorized.residual.float()
     states = {kind: residual if kind == MASTER else residual.zeros() for kind in kinds}
     return {kind: replace(state, **expert.vectors.get(kind, {})) for kind, state in states.items()}
 
@@ -168,8 +168,8 @@ def _template(layer: FullExpertLayer, moe: MoEConfig) -> ResidualState:
     return dict.fromkeys(layer.kinds, residual)
 
 
-def _figures(expert: FullExpert, base: ExpertMatrices, factorised: FactorizedExpert) -> Tensor:
+def _figures(expert: FullExpert, base: ExpertMatrices, factorized: FactorizedExpert) -> Tensor:
     """Return the output error on held-out tokens, with the residual and without, and the share of whitened matrices."""
-    residual = factorised.residual.float()
+    residual = factorized.residual.float()
     errors = [expert.output_error(approximation) for approximation in (base.with_residual(residual), base)]
-    return torch.tensor([*errors, sum(factorised.whitened) / len(factorised.whitened)], dtype=torch.float64)
+    return torch.tensor([*errors, sum(factorized.whitened) / len(factorized.whitened)], dtype=torch.float64)

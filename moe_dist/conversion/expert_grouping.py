@@ -35,9 +35,7 @@ def usage_of(fit: LayerTokens, check: LayerTokens, experts: int, group: RankGrou
 
 
 def similarity_of(layer: FullExpertLayer, router_ED: Tensor, usage_E: Tensor, config: RunConfig) -> FusedSimilarity:
-    """Compute the fused similarity (weights, token centroids, router rows), weighted as `recluster` configures;
-    collective.
-    """
+    """Compute the fused similarity of weights, token centroids and router rows (`recluster.*` weights); collective."""
     recluster = config.recluster
     sketch_ES = gather_rows(_sketches(layer, config.seed, recluster.sketch_size), layer.group)
     centroids = [torch.cat([e.fit_LD, e.check_LD]).double().sum(0).float() for e in layer.experts]

@@ -33,7 +33,7 @@ ResidualState = dict[str, ExpertResidual]
 def exchange_residuals(
     made: dict[int, ResidualState],
     like: ResidualState,
-    maker_of: Mapping[int, int],
+    source_of: Mapping[int, int],
     owner_of: Mapping[int, int],
     group: RankGroup,
     rank: int,
@@ -43,22 +43,22 @@ def exchange_residuals(
     Args:
         made: states that this rank computed, by expert.
         like: any expert's state, for shapes.
-        maker_of: rank that computed each expert, as an index into the group.
+        source_of: rank that computed each expert, as an index into the group.
         owner_of: rank that will own each expert, as an index into the group.
     """
     me = group.ranks.index(rank)
     leaving = sorted(made, key=lambda expert: (owner_of[expert], expert))
-    coming = sorted((e for e in maker_of if owner_of[e] == me), key=lambda expert: (maker_of[expert], expert))
+    coming = sorted((e for e in source_of if owner_of[e] == me), key=lambda expert: (source_of[expert], expert))
     rows_NW = _exchange(
         torch.stack([_packed(made[expert]) for expert in leaving]) if made else _packed(like)[None, :][:0],
         [sum(owner_of[expert] == peer for expert in leaving) for peer in range(group.size)],
-        [sum(maker_of[expert] == peer for expert in coming) for peer in range(group.size)],
+        [sum(source_of[expert] == peer for expert in coming) for peer in range(group.size)],
         group,
     )
     return {expert: _unpacked(row_W, like) for expert, row_W in zip(coming, rows_NW, strict=True)}
 
 
-def owners(placement: ExpertPlacement) -> dict[int, int]:
+def owner_ranks(placement: ExpertPlacement) -> dict[int, int]:
     """Return the rank of every expert, as an index into the group that together holds all experts once."""
     return {
         expert: block * placement.shards + shard
@@ -68,7 +68,7 @@ def owners(placement: ExpertPlacement) -> dict[int, int]:
     }
 
 
-def stacked(states: list[ResidualState]) -> dict[str, GatheredOptimizerState]:
+def stack_states(states: list[ResidualState]) -> dict[str, GatheredOptimizerState]:
     """Stack the states of a cluster's local experts, in slot order, by the names of `ClusterWeights`."""
     return {
         STACKED[name]: {kind: torch.stack([getattr(state[kind], name) for state in states]) for kind in states[0]}
@@ -77,9 +77,9 @@ def stacked(states: list[ResidualState]) -> dict[str, GatheredOptimizerState]:
     }
 
 
-def crossing(like: ResidualState, maker_of: Mapping[int, int], owner_of: Mapping[int, int]) -> int:
+def bytes_moved(like: ResidualState, source_of: Mapping[int, int], owner_of: Mapping[int, int]) -> int:
     """Return the bytes of the states that change ranks."""
-    return sum(owner_of[e] != maker for e, maker in maker_of.items()) * _packed(like).numel() * 4
+    return sum(owner_of[e] != maker for e, maker in source_of.items()) * _packed(like).numel() * 4
 
 
 def _exchange(rows_NW: Tensor, send: list[int], receive: list[int], group: RankGroup) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from moe_dist.conversion.compress import CompressedLayer
-from moe_dist.conversion.residual_exchange import stacked
+from moe_dist.conversion.residual_exchange import stack_states
 from moe_dist.engine.gathered_optimizer_state import write_whole
 from moe_dist.engine.optimizer_state import MASTER, OptimizerState
 from moe_dist.moe.clustered_moe import ClusteredMoE
@@ -19,7 +19,7 @@ def write_layer(compressed: CompressedLayer, layer: ClusteredMoE, state: Optimiz
         write_whole(state, parameters["base.w_in_DH"], {MASTER: base.w_in_DH})
         write_whole(state, parameters["base.w_out_FD"], {MASTER: base.w_out_FD})
         here = [compressed.residuals[expert] for expert in placement.experts_of(cluster, at.shard)]
-        for name, whole in stacked(here).items():
+        for name, whole in stack_states(here).items():
             write_whole(state, parameters[f"residuals.{name}"], whole)
 
 

@@ -35,7 +35,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; what is written there takes the name `path` at once, or never."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_own_prefix()}{os.getpid()}.{secrets.token_hex(4)}.tmp")

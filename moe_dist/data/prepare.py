@@ -15,7 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from moe_dist.config import CorpusConfig, TokenizerConfig
-from moe_dist.data.cache import exclusive, remove_leftovers, written_whole
+from moe_dist.data.cache import atomic_write, exclusive, remove_leftovers
 from moe_dist.data.corpora import Corpus, open_corpus
 from moe_dist.data.documents import Document, limit_bytes
 from moe_dist.data.token_file import TokenFile, open_token_file, write_token_file
@@ -105,7 +105,7 @@ def _make(folder: Path, corpus: Corpus, config: TokenizerConfig) -> None:
     split = corpus.documents()
     logger.info("training a %s tokenizer of %d pieces", config.kind, config.vocab_size)
     model = train_tokenizer(_sample(split.train, config.train_bytes), config)
-    with written_whole(folder / TOKENIZER) as path:
+    with atomic_write(folder / TOKENIZER) as path:
         path.write_bytes(model)
     tokenizer = Tokenizer(folder / TOKENIZER)
     checksums = []
@@ -115,7 +115,7 @@ def _make(folder: Path, corpus: Corpus, config: TokenizerConfig) -> None:
         write_token_file(path, (document.text for document in documents), tokenizer)
         checksums.append(open_token_file(path).checksum)
     manifest = {"tokenizer_sha256": hashlib.sha256(model).hexdigest(), "checksums": checksums}
-    with written_whole(folder / "manifest.json") as path:
+    with atomic_write(folder / "manifest.json") as path:
         path.write_text(json.dumps(manifest))
 
 

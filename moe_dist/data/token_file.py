@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_dist.data.cache import written_whole
+from moe_dist.data.cache import atomic_write
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.errors import DataError
 
@@ -58,7 +58,7 @@ def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> 
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     tokens = documents = size = words = lines = crc = 0
     to_count, to_encode = tee(texts)
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(b" " * _HEADER_BYTES)
         for text, ids in zip(to_count, tokenizer.encode_all(to_encode), strict=True):
             data = np.array([*ids, tokenizer.end_of_document], dtype=dtype).tobytes()

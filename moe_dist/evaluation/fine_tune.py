@@ -17,7 +17,7 @@ from moe_dist.distributed.init import RankInfo
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.errors import TrainingError
 from moe_dist.evaluation.sentence_model import Encoded, SentenceModel, pack
-from moe_dist.evaluation.trained_model import as_kept
+from moe_dist.evaluation.trained_model import quantized_as_stored
 
 WARMUP_SHARE = 0.1
 
@@ -54,10 +54,10 @@ def fine_tune(
     """Train all weights and return the engine that holds the model; collective.
 
     Args:
-        config: of the evaluation; its optimizer is used, its learning rate as `how` says.
+        config: configuration of the evaluation; `how` replaces its learning rate.
 
     Raises:
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss is not finite.
     """
     engine = DeepSpeedEngine(model, config, BatchShape(how.batch // process.ranks, 1), process)
     highest = how.learning_rate or config.optimizer.learning_rate / 4
@@ -72,7 +72,7 @@ def fine_tune(
 
 
 def _batches(rows: Sequence[Encoded], batch: int, steps: int, seed: int, process: RankInfo) -> Iterator[Tensor]:
-    """Yield this rank's part of each batch, padded to the longest sentence of the whole batch; reshuffled each epoch."""
+    """Yield this rank's part of each batch, padded to the batch's longest sentence; reshuffled each epoch."""
     random, order = np.random.RandomState(seed), np.empty(0, dtype=np.int64)
     share = batch // process.ranks
     for _ in range(steps):
@@ -85,13 +85,13 @@ def _batches(rows: Sequence[Encoded], batch: int, steps: int, seed: int, process
 
 def predict(model: SentenceModel, rows: Sequence[Encoded], batch: int, process: RankInfo) -> npt.NDArray[np.float64]:
     """Return a class number or a similarity for every row, [V]; collective, the same on all ranks."""
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))  # little to fill up
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))  # less padding
     found = np.empty(len(rows))
     for start in range(0, len(rows), batch * process.ranks):
         indices = by_length[start : start + batch * process.ranks]
         own = [indices[(process.rank * batch + place) % len(indices)] for place in range(batch)]
         width = max(len(rows[index].tokens) for index in indices)
-        with model.evaluating(), as_kept(model):
+        with model.evaluating(), quantized_as_stored(model):
             out_bC = model.outputs(pack([rows[index] for index in own], width).to(process.device))
         values_b = (out_bC.argmax(dim=1) if model.classes else out_bC[:, 0]).double()
         gathered = [torch.empty_like(values_b) for _ in range(process.ranks)]

@@ -16,7 +16,7 @@ from moe_dist.evaluation.glue_tasks import STS_B_HIGHEST as SCALE
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.megatron_backbone import hidden_states
 
-BESIDES = 2
+EXTRA_COLUMNS = 2
 """Columns of a packed batch after the tokens: index of the last token, and bits of the label."""
 
 
@@ -31,11 +31,11 @@ class Encoded:
 def encode(example: Example, tokenizer: Tokenizer, longest: int) -> Encoded:
     """Encode as end of document, the sentences separated by a line end, end of document; truncated to `longest`.
 
-    That is how a document stands in what the model was trained on; its closing mark has seen all of it. Of two
-    sentences the longer one is cut first.
+    Documents have this form in training, and the state of the last token depends on all of it. Of two sentences the
+    longer one is truncated first.
 
     Args:
-        longest: tokens in all.
+        longest: limit of all tokens together.
     """
     parts = [tokenizer.encode(sentence) for sentence in example.sentences]
     between = tokenizer.encode("\n") if len(parts) > 1 else []
@@ -53,10 +53,10 @@ def _cut(lengths: list[int], room: int) -> list[int]:
 
 
 def pack(sentences: Sequence[Encoded], width: int) -> Tensor:
-    """Pack a batch into one int64 tensor [B, W + BESIDES], the input of the training engine.
+    """Pack a batch into one int64 tensor [B, W + EXTRA_COLUMNS], the input of the training engine.
 
     Args:
-        width: W; shorter sentences are filled up with their last token, which causal attention keeps from mattering.
+        width: W; shorter sentences are padded with their last token, which causal attention ignores.
     """
     tokens_BW = torch.tensor([[*s.tokens, *s.tokens[-1:] * (width - len(s.tokens))] for s in sentences])
     last_B = torch.tensor([len(s.tokens) - 1 for s in sentences])
@@ -77,7 +77,7 @@ class SentenceModel(LanguageModel):
         self.config, self.vocab_size, self.context = language.config, language.vocab_size, language.context
         self.gpt, self.classes = language.gpt, classes
         if not language.config.model.tie_embeddings:
-            self.gpt.output_layer.requires_grad_(False)  # nothing here uses it
+            self.gpt.output_layer.requires_grad_(False)  # unused here
         draw = torch.Generator().manual_seed(seed)
         weight_CD = torch.empty(classes or 1, language.config.model.hidden_size)
         nn.init.normal_(weight_CD, std=language.config.model.init_std, generator=draw)
@@ -93,7 +93,7 @@ class SentenceModel(LanguageModel):
 
     def outputs(self, packed_B: Tensor) -> Tensor:
         """Return logits, or one number in units of `SCALE`, float32 [B, C]."""
-        tokens_BW, last_B = packed_B[:, :-BESIDES].contiguous(), packed_B[:, -BESIDES]
+        tokens_BW, last_B = packed_B[:, :-EXTRA_COLUMNS].contiguous(), packed_B[:, -EXTRA_COLUMNS]
         hidden_BWD = hidden_states(self.gpt, tokens_BW)
         hidden_BD = hidden_BWD[torch.arange(len(last_B), device=last_B.device), last_B]
         return (hidden_BD @ self.head_CD.T).float()

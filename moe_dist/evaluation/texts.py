@@ -40,11 +40,11 @@ def open_text(path: Path | None, split: str, subset: str = HUB_SUBSET) -> FileSo
     """Open the text of a split.
 
     Args:
-        path: a file, or a folder that holds the split under a name as WikiText has it (`validation.txt`,
-            `wiki.valid.tokens`, `test.jsonl`, ...); None: from the hub.
+        path: a file, or a folder that holds the split under one of WikiText's names (`validation.txt`,
+            `wiki.valid.tokens`, `test.jsonl`, ...); None: the hub.
 
     Raises:
-        DataError: there is no such file, or not one alone, or it is of a format not read here.
+        DataError: no file or several files match, or the format is not supported.
     """
     if path is None:
         return HubSource(HUB_NAME, subset, split, COLUMN, "--split", "", "--text with a local file or folder")
@@ -56,7 +56,7 @@ def open_text(path: Path | None, split: str, subset: str = HUB_SUBSET) -> FileSo
     found = sorted(file for file in path.iterdir() if file.name in known)
     if len(found) != 1:
         what = f"holds {', '.join(file.name for file in found)}" if found else f"holds no {split} split"
-        raise DataError(f"--text {path}: {what}: give the one file, such as {path}/{NAMES[split][0]}.txt")
+        raise DataError(f"--text {path}: {what}: give one file, such as {path}/{NAMES[split][0]}.txt")
     return FileSource((found[0],), COLUMN)
 
 
@@ -64,7 +64,7 @@ def encode_text(source: FileSource | HubSource, tokenizer: Tokenizer) -> Encoded
     """Read and encode a whole text.
 
     Raises:
-        DataError: it cannot be read, or holds no words.
+        DataError: it cannot be read or holds no words.
     """
     to_count, to_encode = tee(text for text in source.texts() if text)
     end = tokenizer.end_of_document
@@ -76,7 +76,7 @@ def encode_text(source: FileSource | HubSource, tokenizer: Tokenizer) -> Encoded
         lines += text.count("\n")
         size += len(text.encode())
     if not words:
-        raise DataError(f"{_name(source)} holds no words: there is nothing to evaluate on")
+        raise DataError(f"{_name(source)} holds no words: nothing to evaluate")
     return EncodedText(np.array(ids, dtype=np.int64), documents, words, lines, size, _name(source))
 
 

@@ -17,13 +17,13 @@ from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.memory.quantized_clusters import StoredMemory
+from moe_dist.memory.quantized_clusters import QuantizedClusterMemory
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """Model to be evaluated; each `model()` reads the weights anew.
 
     Attributes:
@@ -36,7 +36,7 @@ class Subject:
     tokenizer: Tokenizer
     process: RankInfo
     mesh: Mesh
-    memory: StoredMemory | None = None
+    memory: QuantizedClusterMemory | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -57,35 +57,35 @@ class Subject:
             self.memory.close()
 
 
-def as_kept(model: LanguageModel) -> AbstractContextManager[None]:
-    """Compute with experts quantized as stored (`precision`) for the length of a `with`, if they are to be quantized."""
-    if model.config.precision.residuals == "none" or is_packed(model):
+def quantized_as_stored(model: LanguageModel) -> AbstractContextManager[None]:
+    """Compute with experts quantized as `precision` configures, if it does, for the length of a `with`."""
+    if model.config.precision.residuals == "none" or is_quantized(model):
         return nullcontext()
     return model.with_stored_experts()
 
 
-def is_packed(model: LanguageModel) -> bool:
+def is_quantized(model: LanguageModel) -> bool:
     """Return True if the experts are quantized already and cannot be trained: from an export with --stored."""
     return any(
         isinstance(part, QuantizedClusterExperts) for layer in model.clustered_layers() for part in layer.clusters
     )
 
 
-def open_subject(
+def open_evaluated_model(
     run: Path, process: RankInfo, world: WorldConfig, dtype: str, memory: MemoryConfig | None = None
-) -> Subject:
+) -> EvaluatedModel:
     """Find a run's weights and tokenizer; collective.
 
     Args:
-        world: how this job's ranks are laid out; the run's own layout does not matter.
-        dtype: what hidden vectors travel as between ranks.
-        memory: where the clusters of a file of `moe-dist export --stored` are; None, or no `offload`: in memory.
+        world: layout of this job's ranks; that of the run does not matter.
+        dtype: type of hidden vectors in all-to-alls.
+        memory: tiers for the clusters of a `moe-dist export --stored` file; None, or no `offload`: on the device.
 
     Raises:
-        CheckpointError: there are no weights, or they are damaged.
-        ConfigError: the experts cannot be laid out over these ranks, or cannot be offloaded.
-        DataError: the run's tokenizer cannot be had.
-        OffloadError: the memory's directory cannot be used.
+        CheckpointError: the weights are missing or damaged.
+        ConfigError: the experts do not divide over these ranks, or cannot be offloaded.
+        DataError: the run's tokenizer is missing.
+        OffloadError: the offload directory cannot be used.
     """
     weights = find_weights(run)
     memory = memory or MemoryConfig()
@@ -99,19 +99,19 @@ def open_subject(
     tokenizer = _tokenizer(run, weights)
     with raise_on_all_ranks():
         kept = _stored_memory(run, config, mesh, process) if memory.offload else None
-    return Subject(run, replace(weights, config=config), tokenizer, process, mesh, kept)
+    return EvaluatedModel(run, replace(weights, config=config), tokenizer, process, mesh, kept)
 
 
-def _stored_memory(run: Path, config: RunConfig, mesh: Mesh, process: RankInfo) -> StoredMemory:
+def _stored_memory(run: Path, config: RunConfig, mesh: Mesh, process: RankInfo) -> QuantizedClusterMemory:
     """Create the memory tiers, beside the exported file unless `memory.directory` is set."""
     beside = config.model_copy(update={"runs_dir": str(run.parent), "name": run.name})
-    return StoredMemory(beside, config.moe.clusters // mesh.shape.cluster, process.rank, process.device)
+    return QuantizedClusterMemory(beside, config.moe.clusters // mesh.shape.cluster, process.rank, process.device)
 
 
 def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory: MemoryConfig) -> RunConfig:
     """Return the run's configuration, changed so that figures do not depend on ranks and batch size.
 
-    No token is dropped for want of capacity, nothing is balanced, and nothing is regrouped.
+    Capacity, balancing and re-clustering are off.
     """
     moe = config.moe.model_copy(
         update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none", "overlap_chunks": 1}
@@ -136,7 +136,7 @@ def _prepared_again(weights: TrainedWeights) -> Path:
     data, expected = prepare_data(weights.config.corpus, weights.config.tokenizer), weights.manifest.data
     if data.train.checksum != expected.train_checksum:
         raise DataError(
-            f"{weights.path} keeps no {TOKENIZER}, and corpus.* gives other tokens than the model was trained on: "
+            f"{weights.path} has no {TOKENIZER}, and corpus.* gives other tokens than those of training: "
             f"put the tokenizer.model of that training into the run's folder"
         )
     return data.tokenizer_path

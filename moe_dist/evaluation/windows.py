@@ -33,9 +33,8 @@ def window_batches(
 ) -> Iterator[WindowBatch]:
     """Yield this rank's share of the windows.
 
-    Every rank gets as many batches of the same shapes as the others, since all take part in the model's collectives;
-    what a rank has too many are windows that score nothing. Beyond the text's end the last token is repeated, which no
-    scored token sees.
+    Every rank gets the same number of batches of the same shapes, since all take part in the model's collectives;
+    surplus windows score nothing. Beyond the text's end the last token is repeated, on which no scored token depends.
     """
     count = window_count(len(ids), length, stride)
     per_rank = -(-count // ranks)

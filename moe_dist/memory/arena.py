@@ -27,11 +27,11 @@ class Account:
         """Bytes left in the budget."""
         return float("inf") if self.budget is None else self.budget - self.in_use
 
-    def enter(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         """Count bytes that are allocated.
 
         Raises:
-            OffloadError: there is no room for it; nothing is changed.
+            OffloadError: the budget is too small; nothing is changed.
         """
         if size > self.room:
             raise OffloadError(
@@ -41,9 +41,9 @@ class Account:
         self.in_use += size
         self.peak = max(self.peak, self.in_use)
 
-    def leave(self, size: int) -> None:
+    def free(self, size: int) -> None:
         """Count bytes that are freed."""
-        assert 0 <= size <= self.in_use, f"{size} bytes leave, {self.in_use} are in"
+        assert 0 <= size <= self.in_use, f"{size} bytes are freed, {self.in_use} are in use"
         self.in_use -= size
 
 
@@ -58,26 +58,26 @@ class Arena:
         """Return True if `take` would succeed."""
         return bool(self._free[size]) or self.account.room + self._idle >= size
 
-    def take(self, size: int) -> Tensor:
+    def allocate(self, size: int) -> Tensor:
         """Return a uint8 buffer of `size` bytes, its content undefined.
 
         Raises:
-            OffloadError: the budget does not allow it.
+            OffloadError: the budget is too small.
         """
         if self._free[size]:
             return self._free[size].pop()
         while self.account.room < size and self._idle:
-            self._give_up(max(other for other, buffers in self._free.items() if buffers))
-        self.account.enter(size)
+            self._free_one(max(other for other, buffers in self._free.items() if buffers))
+        self.account.reserve(size)
         return torch.empty(size, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
 
-    def give_back(self, buffer: Tensor) -> None:
+    def release(self, buffer: Tensor) -> None:
         """Keep a buffer for the next block of its size."""
         self._free[len(buffer)].append(buffer)
 
-    def _give_up(self, size: int) -> None:
+    def _free_one(self, size: int) -> None:
         self._free[size].pop()
-        self.account.leave(size)
+        self.account.free(size)
 
     @property
     def _idle(self) -> int:

@@ -23,7 +23,7 @@ class TensorKind(StrEnum):
     GRADIENT = "gradient"
     EXP_AVG = "exp_avg"
     EXP_AVG_SQ = "exp_avg_sq"
-    STORED = "stored form"
+    QUANTIZED = "quantized weights"
 
 
 class Block(NamedTuple):

@@ -56,7 +56,7 @@ class DiskTier:
         """Read a block and verify its checksum.
 
         Raises:
-            OffloadError: the file is shorter than it was, damaged, or cannot be read.
+            OffloadError: the file is cut short, damaged, or cannot be read.
         """
         if block not in self._digests:
             into.zero_()
@@ -74,12 +74,12 @@ class DiskTier:
             if not count:
                 raise OffloadError(
                     f"{self._name(file, block)}: only {done:,} of {len(values):,} bytes are left: the file was cut "
-                    "short; go on from the last checkpoint"
+                    "short; resume from the last checkpoint"
                 )
             done += count
         if xxhash.xxh3_64_intdigest(values) != self._digests[block]:
             raise OffloadError(
-                f"{self._name(file, block)} is damaged: its checksum is wrong; look at the disk, and go on "
+                f"{self._name(file, block)} is damaged: its checksum is wrong; check the disk, and resume "
                 "from the last checkpoint"
             )
         if target is not into:
@@ -89,7 +89,7 @@ class DiskTier:
         """Write a block and remember its checksum.
 
         Raises:
-            OffloadError: the disk is full, or cannot be written.
+            OffloadError: the disk is full or cannot be written.
         """
         data = _bytes_of(values if values.device.type == "cpu" else values.cpu())
         file, offset = self._place(block)
@@ -122,7 +122,7 @@ class DiskTier:
 
     def _opened(self, file: _File) -> int:
         """Return the layer's file, with disk space allocated for all of its blocks: a full disk shows at the start."""
-        with self._opening:  # a second thread would open it anew, and so empty what the first has written
+        with self._opening:  # a second thread would open it again and truncate it
             if file.descriptor is None:
                 file.descriptor = self._folder.open(file.name)
             if os.fstat(file.descriptor).st_size < file.bytes:

@@ -16,7 +16,7 @@ class Use:
 
     last: int = 0
     """Time of the last use, on a clock that counts uses."""
-    wanted: bool = False
+    prefetched: bool = False
     """True if the block was prefetched and not used yet."""
     idle: bool = False
     """True if the last user will not need the block soon."""
@@ -32,7 +32,7 @@ class Activity:
             cyclic: blocks are used in the same order in every step, so the most recently used one is needed last.
         """
         self.cyclic = cyclic
-        self._rows = [[0.0] * clusters for _ in range(layers)]  # plain numbers: they are asked for at every eviction
+        self._rows = [[0.0] * clusters for _ in range(layers)]  # plain numbers: read at every eviction
 
     def note(self, layer: int, local: int, rows: int) -> None:
         """Record the rows of a cluster in one pass."""
@@ -44,13 +44,13 @@ class Activity:
         return rows[local] * len(rows) < COLD * sum(rows)
 
 
-def leaving_order(uses: Sequence[tuple[Block, Use]], activity: Activity | None) -> list[Block]:
+def eviction_order(uses: Sequence[tuple[Block, Use]], activity: Activity | None) -> list[Block]:
     """Return blocks in eviction order; prefetched ones come last."""
     newest_first = activity is not None and activity.cyclic
 
     def rank(pair: tuple[Block, Use]) -> tuple[bool, bool, bool, int]:
         block, use = pair
         cold = activity is not None and activity.is_cold(block.layer, block.local)
-        return use.wanted, not use.idle, not cold, -use.last if newest_first else use.last
+        return use.prefetched, not use.idle, not cold, -use.last if newest_first else use.last
 
     return [block for block, _ in sorted(uses, key=rank)]

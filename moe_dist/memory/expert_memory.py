@@ -34,7 +34,7 @@ class ExpertMemory:
         """Create the tiers.
 
         Raises:
-            OffloadError: the directory is used by another run, or cannot be made.
+            OffloadError: the directory is used by another run, or cannot be created.
         """
         self._options, self._device = config.memory, device
         self._dtype: torch.dtype = getattr(torch, config.train.precision)
@@ -54,7 +54,7 @@ class ExpertMemory:
         """Take over the parameters of a new cluster; layers and clusters come in order.
 
         Raises:
-            ConfigError: a budget is less than the least that would do.
+            ConfigError: a budget is too small.
             OffloadError: the disk is full.
         """
         try:
@@ -105,21 +105,21 @@ class ExpertMemory:
         """Record a cluster's rows and prefetch the clusters that follow."""
         if torch.is_grad_enabled() and not self.recomputing:
             self.activity.note(cluster.layer, cluster.local, rows)
-        self.device.prefetch([other.block(TensorKind.WEIGHT) for other in self.neighbours(cluster, 1)])
+        self.device.prefetch([other.block(TensorKind.WEIGHT) for other in self.next_clusters(cluster, 1)])
 
     def backward_begins(self, cluster: OffloadedCluster) -> None:
         """Prefetch the clusters that the backward pass needs next."""
-        for other in self.neighbours(cluster, -1):
+        for other in self.next_clusters(cluster, -1):
             if other.expects_backward:
                 self.device.prefetch([other.block(TensorKind.WEIGHT)])
-                self.device.prefetch([other.block(TensorKind.GRADIENT)], blank=not other.has_gradient)
+                self.device.prefetch([other.block(TensorKind.GRADIENT)], zero_init=not other.has_gradient)
 
     def gradient_is_complete(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
         """Notify the optimizer after the last micro-batch."""
         if self.last_pass and self.on_gradient is not None:
             self.on_gradient(cluster, gradient)
 
-    def neighbours(self, cluster: OffloadedCluster, step: int) -> list[OffloadedCluster]:
+    def next_clusters(self, cluster: OffloadedCluster, step: int) -> list[OffloadedCluster]:
         """Return the next `memory.prefetch` clusters in order of use, forward or backward."""
         index = cluster.layer * self._per_layer + cluster.local
         places = range(index + step, index + step * (self._options.prefetch + 1), step)
@@ -142,8 +142,8 @@ class ExpertMemory:
     def _at_state(self, cluster: OffloadedCluster, kind: TensorKind, changed: bool) -> Iterator[Tensor]:
         block = cluster.block(kind)
         if self.state is not self.device and kind in (TensorKind.WEIGHT, TensorKind.GRADIENT):
-            self.device.send_down(block)
-        with self.state.held(block, changed=changed) as flat:
+            self.device.evict(block)
+        with self.state.pinned(block, changed=changed) as flat:
             yield flat
 
     def close(self) -> None:

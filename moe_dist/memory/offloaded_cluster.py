@@ -107,9 +107,9 @@ class OffloadedCluster:
             (self._residency if on_device else state).register(self.block(kind), size)
         for kind in (TensorKind.WEIGHT, TensorKind.MASTER):
             if kind in sizes:
-                flat = state.acquire(self.block(kind), blank=True)
+                flat = state.acquire(self.block(kind), zero_init=True)
                 for name, view in self.layout.views(flat).items():
-                    view.copy_(self.parameters[name].to(self.dtype))  # masters start rounded, as DeepSpeed's do
+                    view.copy_(self.parameters[name].to(self.dtype))  # master weights start rounded, as DeepSpeed's do
                 state.release(self.block(kind), changed=True)
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._take_gradient)
@@ -141,7 +141,7 @@ class OffloadedCluster:
     def skip(self) -> None:
         """Record a forward pass without rows: the weights are not loaded."""
         self._schedule.forward_begins(self, 0)
-        self._residency.unwant(self.block(TensorKind.WEIGHT))
+        self._residency.cancel_prefetch(self.block(TensorKind.WEIGHT))
 
     @contextmanager
     def weights(self, *, changed: bool = False) -> Iterator[None]:
@@ -160,7 +160,7 @@ class OffloadedCluster:
         """Load the weights, and a buffer for their gradient."""
         self._schedule.backward_begins(self)
         self._bring_weights_in()
-        flat = self._residency.acquire(self.block(TensorKind.GRADIENT), blank=not self.has_gradient)
+        flat = self._residency.acquire(self.block(TensorKind.GRADIENT), zero_init=not self.has_gradient)
         self.has_gradient, self._flat_gradient = True, flat
         views = self.layout.views(flat)
         self._gradient = {self.parameters[name]: view for name, view in views.items()}
@@ -180,7 +180,7 @@ class OffloadedCluster:
     def _take_gradient(self, parameter: nn.Parameter) -> None:
         """Add the gradients that autograd accumulated to the block, and free them."""
         if parameter not in self._gradient:
-            raise RuntimeError(f"layer {self.layer}, cluster place {self.local}: a gradient outside its backward pass")
+            raise RuntimeError(f"layer {self.layer}, cluster index {self.local}: gradient outside of its backward pass")
         assert parameter.grad is not None
         self._gradient[parameter].add_(parameter.grad)
         parameter.grad = None
@@ -215,7 +215,9 @@ class OffloadedCluster:
         if not isinstance(packed, _Reference):
             return packed  # type: ignore[no-any-return]
         if self._weights is None:
-            raise RuntimeError(f"layer {self.layer}, cluster place {self.local}: weights are used while they are away")
+            raise RuntimeError(
+                f"layer {self.layer}, cluster index {self.local}: weights are used while they are offloaded"
+            )
         return torch.as_strided(self._weights, packed.size, packed.stride, packed.offset)
 
 

@@ -22,7 +22,7 @@ class OwnedFolder:
         """Create, lock and empty the folder.
 
         Raises:
-            OffloadError: another process owns it, or it cannot be made.
+            OffloadError: another process owns it, or it cannot be created.
         """
         self.path = path
         try:
@@ -49,7 +49,7 @@ class OwnedFolder:
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(self.path / name, flags, 0o600)
         except OSError as error:
-            raise OffloadError(f"{self.path / name} cannot be made: {error.strerror}") from error
+            raise OffloadError(f"{self.path / name} cannot be created: {error.strerror}") from error
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""

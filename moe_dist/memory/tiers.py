@@ -75,7 +75,7 @@ class Tiers:
         """
         if self.budget < device:
             raise ConfigError(
-                f"memory.device_budget={self._options.device_budget:g} is {self.budget:,} bytes, but a cluster in use "
+                f"memory.device_budget={self._options.device_budget:g} is {self.budget:,} bytes, but one cluster "
                 f"needs {device:,} (layer {layer}): set it to {device} or more"
             )
         given = None if self.below is self.device else self.below.arena.account.budget
@@ -107,7 +107,7 @@ class Tiers:
         """Release all tiers and their files."""
         self.device.close()
         if self._options.directory is None:
-            with suppress(OSError):  # other ranks' folders are still there
+            with suppress(OSError):  # other ranks' folders still exist
                 self._directory.rmdir()
                 self._directory.parent.rmdir()
 

@@ -27,7 +27,9 @@ def process_seconds() -> float | None:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot; fields from the third on, after the name
+    started = int(fields[19]) / os.sysconf(
+        "SC_CLK_TCK"
+    )  # since boot; the list starts at the third field, after the name
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 

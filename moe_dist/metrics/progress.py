@@ -56,8 +56,8 @@ class Progress:
         """Show the figures after `step` steps; a figure that is None keeps the value shown before.
 
         Args:
-            loss, validation_loss: nats a token.
-            load_cv2: balance of the experts' loads, 0 is perfect (`metrics.load`).
+            loss, validation_loss: nats per token.
+            load_cv2: balance of the experts' loads, 0 is perfect (`metrics.load_balance`).
         """
         self._step = step
         if self._first is None:
@@ -84,7 +84,7 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             if error is not None:
-                self._print_line()  # the moving display is gone; what it said last stays
+                self._print_line()  # the live display is erased; its last figures stay
 
     def seconds_left(self) -> float | None:
         """Return the estimated time to the end, from the mean speed after the first step; None: unknown."""

@@ -60,16 +60,16 @@ class RunFolder:
         """Create a new folder, `<name>`, or `<name>-2`, `<name>-3`, ... if earlier runs have those names.
 
         Args:
-            config_yaml: text of `config.yaml`.
+            config_yaml: content of `config.yaml`.
             summary_copy: a file that also receives the summary (`--json FILE`).
 
         Raises:
-            ConfigError: the folder cannot be made.
+            ConfigError: the folder cannot be created.
         """
         try:
             path = _claim_folder(Path(runs_dir), name)
         except OSError as error:
-            raise ConfigError(f"runs_dir={str(runs_dir)!r}: cannot make a run folder: {error.strerror}") from error
+            raise ConfigError(f"runs_dir={str(runs_dir)!r}: cannot create a run folder: {error.strerror}") from error
         (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         return cls(path, tensorboard=tensorboard, summary_copy=summary_copy)
 
@@ -85,7 +85,7 @@ class RunFolder:
     ) -> Self:
         """Reopen the folder of a run that resumes after `step`, and remove the lines of later steps.
 
-        `events.jsonl` keeps all it has, since what happened has happened; a summary made too early goes.
+        `events.jsonl` keeps its lines, since events are history; a summary of an earlier end is removed.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -96,7 +96,7 @@ class RunFolder:
             (path / "summary.json").unlink(missing_ok=True)
             (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"{path}: cannot go on with this run: {error.strerror}") from error
+            raise ConfigError(f"{path}: cannot resume this run: {error.strerror}") from error
         return cls(path, tensorboard=tensorboard, summary_copy=summary_copy, step=step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -127,7 +127,7 @@ class RunFolder:
 
         Raises:
             MoeDistError: a file cannot be written.
-            ValueError: a key of the contract is missing.
+            ValueError: a required key is missing.
         """
         if missing := missing_keys(summary):
             raise ValueError(f"summary lacks {', '.join(missing)}")
@@ -192,6 +192,6 @@ def _cut_back(file: Path, step: int | None) -> None:
 
 
 def _open_tensorboard(path: Path, step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # here, since it loads torch
+    from torch.utils.tensorboard import SummaryWriter  # imported here: it loads torch
 
     return SummaryWriter(log_dir=str(path), flush_secs=10, purge_step=None if step is None else step + 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_dist.config import RunConfig
 from moe_dist.conversion.calibration_tokens import mean_loss, sample_tokens
-from moe_dist.conversion.from_standard import ClusteredStart, read_clustered, write_clustered
+from moe_dist.conversion.standard_to_clustered import ClusteredStart, read_clustered, write_clustered
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.model.language_model import LanguageModel
 

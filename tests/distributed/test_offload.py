@@ -140,7 +140,7 @@ def _bytes_by_kind(residuals: list[str], directory: Path) -> list[tuple[dict[str
         memory = ExpertMemory(config, config.moe.clusters, process.rank, process.device)
         LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), 8, memory=memory)
         for cluster in memory.clusters.values():
-            memory.device.send_down(cluster.block(TensorKind.WEIGHT))
+            memory.device.evict(cluster.block(TensorKind.WEIGHT))
         sizes = [cluster.sizes() for cluster in memory.clusters.values()]
         by_kind = {kind.value: sum(size[kind].bytes for size in sizes) for kind in sizes[0]}
         files = sum(file.stat().st_size for file in directory.glob("*/layer-*.bin"))
@@ -183,7 +183,7 @@ def _damaged(directory: Path) -> str:
     memory = ExpertMemory(config, config.moe.clusters, 0, process.device)
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation, memory=memory)
     engine = DeepSpeedEngine(model, config, batch, process)
-    memory.device.send_down(memory.clusters[1, 2].block(TensorKind.WEIGHT))
+    memory.device.evict(memory.clusters[1, 2].block(TensorKind.WEIGHT))
     with (directory / "rank-00000" / "layer-001.bin").open("r+b") as file:
         file.write(bytes([1]) * (1 << 20))
     with pytest.raises(OffloadError) as error:

@@ -16,7 +16,7 @@ class PrecisionConfig(Section):
         "training sees them so too",
     )
     bits: Literal[4, 8] = Field(4, description="of a factor's number")
-    group_size: Literal[32, 64, 128] = Field(64, description="neighbouring numbers along d or f that share a scale")
+    group_size: Literal[32, 64, 128] = Field(64, description="neighboring numbers along d or f that share a scale")
     symmetric: bool = Field(True, description="no zero points beside the scales")
     scale_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="what scales are kept as")
     bases: Literal["float32", "bfloat16", "float16"] | None = Field(

@@ -10,7 +10,7 @@ from moe_dist.config import load_config
 from moe_dist.errors import ConfigError
 from moe_dist.memory import expert_memory as experts
 from moe_dist.memory.expert_memory import ExpertMemory
-from moe_dist.memory.quantized_clusters import StoredMemory
+from moe_dist.memory.quantized_clusters import QuantizedClusterMemory
 from moe_dist.memory.tiers import Tiers
 from tests.unit.memory.stacked import CPU, StackedTiers
 
@@ -44,7 +44,7 @@ def test_a_cpu_has_no_host_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_host_budget_below_a_stored_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_dist.memory.quantized_clusters.Tiers", StackedTiers)
     words = ["memory.offload=true", f"memory.directory={tmp_path}", "memory.device_budget=100", "memory.host_budget=99"]
-    memory = StoredMemory(load_config(None, words), 1, 0, CPU)
+    memory = QuantizedClusterMemory(load_config(None, words), 1, 0, CPU)
     memory.adopt(0, 0, torch.zeros(99, dtype=torch.uint8))
     with pytest.raises(
         ConfigError, match=r"memory.host_budget=99 is less than the 100 bytes .*: set it to 100 or more"

@@ -14,13 +14,13 @@ from moe_dist.errors import TrainingError
 from moe_dist.moe.standard_moe import StandardMoE
 
 
-def hold_standard(
+def read_standard_experts(
     layer: StandardMoE, state: OptimizerState, mesh: Mesh, fit: LayerTokens, check: LayerTokens, usage_E: Tensor
 ) -> FullExpertLayer:
     """Read a layer's local experts and align their units to those of the most used expert; collective.
 
     Raises:
-        TrainingError: on every rank, if experts of any hold NaN or infinity.
+        TrainingError: on all ranks, if an expert of any rank holds NaN or infinity.
     """
     group, local = mesh.group(GroupKind.EXPERT_PARALLEL), len(layer.experts.w_in)
     first = group.ranks.index(mesh.rank) * local

@@ -17,7 +17,7 @@ from moe_dist.config import RunConfig
 from moe_dist.conversion.calibration_tokens import LayerTokens, standard_layers
 from moe_dist.conversion.compress import CompressedLayer, compress_layer
 from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage_of
-from moe_dist.conversion.full_experts_of_standard import hold_standard
+from moe_dist.conversion.read_standard_experts import read_standard_experts
 from moe_dist.conversion.write_parameters import write_layer
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.gathered_optimizer_state import OwnedState, write_whole
@@ -49,13 +49,13 @@ def read_clustered(
     """Cluster and compress the experts of a standard model, layer by layer; collective.
 
     Args:
-        config: of the clustered model.
-        fit, check: tokens of the local experts of each layer, of two different batches (`sample_tokens`).
+        config: configuration of the clustered model.
+        fit, check: calibration tokens of two different batches, by layer (`sample_tokens`).
     """
     mesh, moe, layers, alike = model.context.mesh, config.moe, [], []
     for number, layer in enumerate(standard_layers(model)):
         usage_E = usage_of(fit[number], check[number], moe.experts, layer.dispatch.channel.group)
-        held = hold_standard(layer, state, mesh, fit[number], check[number], usage_E)
+        held = read_standard_experts(layer, state, mesh, fit[number], check[number], usage_E)
         similarity = similarity_of(held, layer.router.weight, usage_E, config)
         members = members_of(similarity, usage_E, config)
         alike.append(_within(similarity, members))
@@ -93,12 +93,12 @@ def _within(similarity: FusedSimilarity, members: Sequence[Sequence[int]]) -> di
 
 
 def _clustered_name(name: str) -> str:
-    """Return the name in a clustered model: its router holds the rows that a standard layer's linear module holds."""
+    """Return a parameter's name in a clustered model, whose router has no linear module."""
     return f"{name}_ED" if name.endswith(".router.weight") else name
 
 
 def _write_biases(start: ClusteredStart, model: LanguageModel) -> None:
-    """Copy the experts' selection biases; a cluster's is the mean of its members'."""
+    """Copy the experts' selection biases; a cluster's is their sum over sqrt(n), like its prototype's score."""
     balance = model.context.balance
     balance.expert_bias_LE.copy_(start.expert_bias_LE)
     for number, compressed in enumerate(start.layers):
