@@ -37,7 +37,7 @@ _FOOTPRINT = "import moe_dist.training.trainer; from moe_dist.metrics import pea
 
 @dataclass(frozen=True)
 class MemoryBenchSpec:
-    """The shape, and how long it is trained. `budget`: as `memory.device_budget`."""
+    """The shape, and how long it is trained. `budget`: as `memory.device_budget_ratio`."""
 
     hidden: int = 512
     expert_hidden: int = 1408
@@ -91,7 +91,7 @@ class MemoryBenchSpec:
             "train.eval_sequences=1",
             "checkpoint.every=0",
             "checkpoint.save_final=false",
-            f"memory.device_budget={self.budget}",
+            f"memory.device_budget_ratio={self.budget}",
             f"memory.directory={folder}/tier",
             *CASES[case],
         ]

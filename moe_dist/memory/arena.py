@@ -11,7 +11,7 @@ from moe_dist.errors import OffloadError
 class Account:
     """Byte counter of one memory; exceeding its budget raises at once."""
 
-    def __init__(self, budget: int | None, what: str, key: str = "memory.device_budget") -> None:
+    def __init__(self, budget: int | None, what: str, key: str = "memory.device_budget_bytes") -> None:
         """Open an account.
 
         Args:

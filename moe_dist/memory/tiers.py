@@ -6,6 +6,7 @@ memory, and the disk.
 
 from collections.abc import Callable
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -74,14 +75,19 @@ class Tiers:
             ConfigError: a budget is smaller.
         """
         if self.budget < device:
+            given, least = f"bytes={self.budget}", f"{device}"
+            if self._options.device_budget_bytes is None:
+                ratio = self._options.device_budget_ratio
+                given = f"ratio={ratio:g} ({self.budget:,} bytes)"
+                least = f"{ceil(1000 * ratio * device / self.budget) / 1000:g}"
             raise ConfigError(
-                f"memory.device_budget={self._options.device_budget:g} is {self.budget:,} bytes, but one cluster "
-                f"needs {device:,} (layer {layer}): set it to {device} or more"
+                f"memory.device_budget_{given} is less than the {device:,} bytes that one cluster needs (layer "
+                f"{layer}): set it to {least} or more"
             )
-        given = None if self.below is self.device else self.below.arena.account.budget
-        if given is not None and given < host:
+        host_budget = None if self.below is self.device else self.below.arena.account.budget
+        if host_budget is not None and host_budget < host:
             raise ConfigError(
-                f"memory.host_budget={given} is less than the {host:,} bytes of host memory that a cluster needs "
+                f"memory.host_budget={host_budget} is less than the {host:,} bytes of host memory that a cluster needs "
                 f"(layer {layer}): set it to {host} or more"
             )
 
@@ -120,13 +126,11 @@ def directory_of(config: RunConfig) -> Path:
 
 BYTES_PER_PARAMETER = 16
 """Bytes of a dense model under AdamW: weight, gradient, two moments, and in bfloat16 (2 + 2 + 8) a float32 master."""
-LARGEST_FRACTION = 16
 
 
 def budget_of(config: RunConfig) -> int:
     """Return the device budget in bytes."""
-    given = config.memory.device_budget
-    if given > LARGEST_FRACTION:
-        return int(given)
+    if config.memory.device_budget_bytes is not None:
+        return config.memory.device_budget_bytes
     dense = config.model.layers * 3 * config.model.hidden_size * config.moe.dense_width
-    return int(given * dense * BYTES_PER_PARAMETER)
+    return int(config.memory.device_budget_ratio * dense * BYTES_PER_PARAMETER)

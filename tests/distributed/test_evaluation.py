@@ -85,7 +85,7 @@ def test_a_stored_export_is_evaluated_within_a_budget(tmp_path: Path) -> None:
     file = run / "smoke.safetensors"
     export_weights(find_weights(run), file, stored=True)
     cluster = stored_sizes(find_weights(file).config, 4).nbytes + 48
-    memory = MemoryConfig(offload=True, device_budget=cluster)
+    memory = MemoryConfig(offload=True, device_budget_bytes=cluster)
     in_memory = run_ranks(_evaluate, 2, file, options)
     for found, expected in zip(run_ranks(_evaluate, 2, file, options, memory), in_memory, strict=True):
         assert "offload" not in expected

@@ -18,7 +18,7 @@ FORM = StorageFormat(GroupFormat(group_size=32), torch.bfloat16)
 
 
 def config(path: Path, budget: int, prefetch: int = 0) -> RunConfig:
-    memory = [f"memory.device_budget={budget}", f"memory.directory={path}", f"memory.prefetch={prefetch}"]
+    memory = [f"memory.device_budget_bytes={budget}", f"memory.directory={path}", f"memory.prefetch={prefetch}"]
     return load_config(None, [f"model.layers={LAYERS}", "memory.offload=true", *memory])
 
 
@@ -75,7 +75,9 @@ def test_a_cluster_without_rows_is_not_brought_in(tmp_path: Path) -> None:
 
 def test_a_budget_below_a_cluster_is_refused(tmp_path: Path) -> None:
     memory = QuantizedClusterMemory(config(tmp_path, BYTES - 1), CLUSTERS, 0, CPU)
-    with pytest.raises(ConfigError, match=r"device_budget=999 is 999 bytes, but .* needs 1,000 .*: set it to 1000 or"):
+    with pytest.raises(
+        ConfigError, match=r"device_budget_bytes=999 is less than the 1,000 bytes .*: set it to 1000 or more"
+    ):
         memory.adopt(0, 0, values(0))
     memory.close()
 

@@ -174,7 +174,7 @@ def test_blocks_in_use_stay_and_are_counted(tmp_path: Path) -> None:
     tier = residency(tmp_path, 1)
     with (
         tier.pinned(BLOCKS[0]),
-        pytest.raises(OffloadError, match=r"budget of 4,000: raise memory.device_budget"),
+        pytest.raises(OffloadError, match=r"budget of 4,000: raise memory.device_budget_bytes"),
         tier.pinned(BLOCKS[1]),
     ):
         pass
