@@ -1,6 +1,6 @@
-"""From configuration to token files, once: the first process does the work, the others wait and read.
+"""Preparation of token files, once per corpus and tokenizer: the first process does it, the others wait.
 
-A corpus and tokenizer have one folder in the cache, named by the hash of all they depend on:
+A corpus and tokenizer have one folder in the cache, named by the hash of all inputs:
 
     prepared/<key>/tokenizer.model  train.tokens  validation.tokens  manifest.json (written last)
 """
@@ -25,12 +25,12 @@ from moe_dist.errors import DataError
 logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.model"
-_FORMAT = 1  # raise it when the same corpus and settings give other files
+_FORMAT = 2  # raise it when the same corpus and settings give other files
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Two token files and the tokenizer they were made with; the same `key` on all ranks means the same data."""
+    """Two token files and their tokenizer; an equal `key` on all ranks means equal data."""
 
     train: TokenFile
     validation: TokenFile
@@ -40,9 +40,9 @@ class PreparedData:
 
 
 def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedData:
-    """Finds the data in the cache or makes it; safe in any number of processes at once.
+    """Return the data from the cache, or prepare it; any number of processes may call this at once.
 
-    Damaged files in the cache are made again.
+    Damaged files in the cache are replaced.
 
     Raises:
         DataError: the corpus cannot be read, the vocabulary does not fit it, or the cache cannot be written.
@@ -77,7 +77,7 @@ def _key(corpus: Corpus, tokenizer: TokenizerConfig) -> str:
 
 
 def _open(folder: Path) -> PreparedData | None:
-    """The finished data in `folder`; None if there is none or it is damaged (which is logged)."""
+    """Return the finished data in `folder`; None if it is missing or damaged (which is logged)."""
     manifest = folder / "manifest.json"
     if not manifest.exists():
         return None
@@ -120,6 +120,6 @@ def _make(folder: Path, corpus: Corpus, config: TokenizerConfig) -> None:
 
 
 def _sample(documents: list[Document], max_bytes: int) -> Iterable[str]:
-    """Documents up to `max_bytes` in the order of their digests, which no name or place in the corpus biases."""
+    """Return documents up to `max_bytes` in the order of their digests, which is unbiased."""
     by_digest = sorted(documents, key=lambda document: document.digest)
     return (document.text for document in limit_bytes(by_digest, max_bytes))

@@ -1,6 +1,5 @@
 """Text of a perplexity: WikiText's validation or test split, from files or from the hub."""
 
-import glob
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -49,7 +48,7 @@ def open_text(path: Path | None, split: str, subset: str = HUB_SUBSET) -> FileSo
     if path is None:
         return HubSource(HUB_NAME, subset, split, COLUMN, "--split", "", "--text with a local file or folder")
     if path.is_file():
-        return FileSource(match_files("--text", (glob.escape(str(path)),)), COLUMN)
+        return FileSource(match_files("--text", (str(path),)), COLUMN)
     if not path.is_dir():
         raise DataError(f"--text {path}: no such file or folder")
     known = {f"{prefix}{name}{suffix}" for prefix in ("", "wiki.") for name in NAMES[split] for suffix in SUFFIXES}

@@ -48,7 +48,7 @@ def test_data_errors_are_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"holds no test split: give one file, such as .*/test.txt"):
         open_text(tmp_path, "test")
     (tmp_path / "README.md").write_text("words\n")
-    with pytest.raises(DataError, match=r"--text: .*/README.md is not one of the formats read: .txt"):
+    with pytest.raises(DataError, match=r"--text: .*/README.md has none of the supported formats: .txt"):
         open_text(tmp_path / "README.md", "test")
     for name in ("test.txt", "wiki.test.raw"):
         (tmp_path / name).write_text(" \n")
