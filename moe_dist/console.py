@@ -1,4 +1,4 @@
-"""Where tables are shown."""
+"""Console for tables."""
 
 import os
 
@@ -8,6 +8,8 @@ WIDTH = 160  # columns
 
 
 def wide_console() -> Console:
-    """As wide as the terminal; in a file or a pipe wide enough for a table, where rich would cut it to 80 columns."""
+    """Return a console as wide as the terminal; in a file or pipe wide enough for a table, instead of rich's 80
+    columns.
+    """
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)

@@ -1,7 +1,7 @@
-"""Every error a user can cause or meet, each with the exit code a shell sees.
+"""Errors that a user can cause or meet, each with its exit code.
 
-A `MoeDistError` carries one clear line: the key, file or rank concerned, the value found, and what would be right.
-The command line prints that line and exits; a traceback is for our own mistakes only.
+A `MoeDistError` carries one line: the key, file or rank concerned, the value found, and the remedy. The command line
+prints that line and exits; a traceback means a bug of ours.
 """
 
 EXIT_FAILURE = 1
@@ -10,38 +10,38 @@ EXIT_STOPPED = 75  # as asked, at a step's end and with a checkpoint: start it a
 
 
 class MoeDistError(Exception):
-    """Base of all errors meant for the user; `exit_code` is what the process returns."""
+    """Base of all errors meant for the user; the process returns `exit_code`."""
 
     exit_code = EXIT_FAILURE
 
 
 class ConfigError(MoeDistError):
-    """A configuration that cannot work, refused before any process group forms."""
+    """Invalid configuration, rejected before any process group forms."""
 
     exit_code = EXIT_REFUSED
 
 
 class LaunchError(MoeDistError):
-    """A job that cannot be started as asked, or whose environment does not fit it."""
+    """Job that cannot be started as requested, or whose environment does not match it."""
 
     exit_code = EXIT_REFUSED
 
 
 class DataError(MoeDistError):
-    """A corpus or tokenizer that cannot be read, fetched or used."""
+    """Corpus or tokenizer that cannot be read, downloaded or used."""
 
     exit_code = EXIT_REFUSED
 
 
 class TrainingError(MoeDistError):
-    """A run that had to stop: a loss that is not finite, a rank that disagrees with the others."""
+    """Run that had to stop: a loss that is not finite, or ranks that disagree."""
 
 
 class CheckpointError(MoeDistError):
-    """A checkpoint that is missing, damaged, hostile, or does not fit the configuration."""
+    """Checkpoint that is missing, damaged, untrusted, or incompatible with the configuration."""
 
     exit_code = EXIT_REFUSED
 
 
 class OffloadError(MoeDistError):
-    """Experts that could not be kept or found in a tier below the device; the last checkpoint is untouched."""
+    """Failure of a memory tier below the device; the last checkpoint is intact."""

@@ -1,7 +1,7 @@
 """What training takes in memory, kind by kind of experts: every case a `moe-dist train` process of its own.
 
 The peak of a case is its process's largest resident set less that of a process that only imports the same libraries.
-Cases run one after another, round by round, so that ratios of speeds are of neighbours in time. What is offloaded lies
+Cases run one after another, round by round, so that ratios of speeds are of runs next to each other. Offloaded data lie
 in files that the page cache holds if the machine has the room.
 """
 
@@ -37,7 +37,7 @@ _FOOTPRINT = "import moe_dist.training.trainer; from moe_dist.metrics import pea
 
 @dataclass(frozen=True)
 class MemoryBenchSpec:
-    """The shape, and how long it is trained. `budget`: as `memory.device_budget`."""
+    """The shape, and how long it is trained. `budget`: as `memory.device_budget_ratio`."""
 
     hidden: int = 512
     expert_hidden: int = 1408
@@ -91,7 +91,7 @@ class MemoryBenchSpec:
             "train.eval_sequences=1",
             "checkpoint.every=0",
             "checkpoint.save_final=false",
-            f"memory.device_budget={self.budget}",
+            f"memory.device_budget_ratio={self.budget}",
             f"memory.directory={folder}/tier",
             *CASES[case],
         ]

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: which keys of its configuration must be the same."""
+"""Compatibility of a configuration with a checkpoint: keys that must be equal, and keys that may differ."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,53 +10,55 @@ from moe_dist.config import RunConfig
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.metrics import flatten
 
-MUST_FIT = ("seed", "model", "moe", "tokenizer", "train.global_batch_size")
-"""Sections and keys that decide what the tensors are, what the model computes, and which tokens come next."""
+MUST_MATCH = ("seed", "model", "moe", "tokenizer", "train.global_batch_size")
+"""Sections and keys that decide which tensors exist, what the model computes, and which tokens come next."""
 FREE = (
     "model.activation_checkpointing", "model.init_std", "moe.backend", "moe.wire_dtype", "moe.overlap_chunks",
     "moe.balance_rate", "moe.aux_loss_weight", "moe.z_loss_weight", "moe.capacity_factor", "moe.shared_init",
     "tokenizer.train_bytes",
 )  # fmt: skip
-"""Keys below `MUST_FIT` that may differ all the same: how it is computed, and how training is steered."""
-UNSAID = ("name", "runs_dir", "summary_copy", "tensorboard", "memory", "checkpoint", "watchdog", "corpus")
-"""What may differ without a word: where the run is kept, and where its text lies (its tokens are compared)."""
+"""Keys below `MUST_MATCH` that may differ: they choose an implementation, or steer training."""
+UNREPORTED = ("name", "runs_dir", "summary_copy", "tensorboard", "memory", "checkpoint", "watchdog", "corpus")
+"""Keys that may differ and are not reported: where the run is stored, and where its text is (its tokens are compared).
+"""
 
 
 def changed_keys(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose value in the checkpoint's configuration differs from the present one: (then, now)."""
+    """Return the keys whose value in the checkpoint's configuration differs from the present one, as (then, now)."""
     then = dict(flatten(config_of(manifest).model_dump(mode="json")))
     now = dict(flatten(config.model_dump(mode="json")))
     return {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
 
 
 def config_of(manifest: Manifest) -> RunConfig:
-    """The configuration that a checkpoint was written under; keys newer than it have their defaults.
+    """Return the configuration that a checkpoint was written under; keys newer than it have their defaults.
 
     Raises:
-        CheckpointError: it is not one of this version.
+        CheckpointError: the configuration is invalid in this version.
     """
     try:
         return RunConfig.model_validate(manifest.config)
     except (ValidationError, ConfigError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"the checkpoint's configuration is not one of this version: {reason}") from error
+        raise CheckpointError(f"the checkpoint's configuration is invalid in this version: {reason}") from error
 
 
 def check_config_compatible(manifest: Manifest, config: RunConfig, data: DataRecord) -> list[str]:
-    """Refuses what cannot go on, and returns what differs and may, as `key: then -> now`.
+    """Reject a configuration that cannot resume from the checkpoint; return the other differences as `key: then ->
+    now`.
 
     Raises:
-        CheckpointError: keys differ that must not, all of them named; or the tokens are others.
+        CheckpointError: keys differ that must be equal (all are named), or the tokens differ.
     """
     changed = check_same_model(manifest, config)
     _require_same_tokens(manifest.data, data, changed)
-    return [_shown({key: pair}) for key, pair in changed.items() if not _is_below(key, UNSAID)]
+    return [_shown({key: pair}) for key, pair in changed.items() if not _is_below(key, UNREPORTED)]
 
 
 def check_same_model(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The same without the tokens; returns all keys that differ."""
+    """Reject a configuration of another model, whatever its tokens; return all keys that differ."""
     changed = changed_keys(manifest, config)
-    refused = {key: pair for key, pair in changed.items() if _is_below(key, MUST_FIT) and not _is_below(key, FREE)}
+    refused = {key: pair for key, pair in changed.items() if _is_below(key, MUST_MATCH) and not _is_below(key, FREE)}
     if refused:
         raise CheckpointError(
             f"the checkpoint of step {manifest.step} does not fit the configuration: {_shown(refused)}; set them back, "
@@ -70,7 +72,7 @@ def _require_same_tokens(then: DataRecord, now: DataRecord, changed: Mapping[str
         return
     keys = {key: pair for key, pair in changed.items() if _is_below(key, ("corpus",)) and key != "corpus.cache_dir"}
     why = _shown(keys) if keys else "the same keys, so the text itself has changed"
-    raise CheckpointError(f"the checkpoint was trained on other tokens than corpus.* gives now: {why}")
+    raise CheckpointError(f"the checkpoint's training tokens differ from those of corpus.*: {why}")
 
 
 def _is_below(key: str, sections: tuple[str, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""A trained model's weights as one safetensors file, under names that do not depend on the layout."""
+"""Export of a trained model's weights to one safetensors file, under names that do not depend on the layout."""
 
 import json
 from contextlib import suppress
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.manifest import WEIGHT, Index, read_index
-from moe_dist.checkpoint.quantized_tensors import is_of_cluster, stored_tensors
+from moe_dist.checkpoint.quantized_tensors import is_of_cluster, quantized_tensors_of
 from moe_dist.checkpoint.save_and_load import read_checkpoint
 from moe_dist.checkpoint.sharded_tensor import ShardedTensor, State
 from moe_dist.checkpoint.trained_weights import TrainedWeights
@@ -20,27 +20,27 @@ from moe_dist.moe.quantized_experts import storage_format
 
 PREFIX = f"{WEIGHT}/"
 BALANCE = "part/balance/"
-"""Selection biases, without which tokens would go to other experts; `balance.<name>` in the file."""
+"""Prefix of selection biases in the file (`balance.<name>`); routing depends on them."""
 
 
 def export_weights(
     weights: TrainedWeights, file: Path, dtype: torch.dtype | None = None, *, stored: bool = False
 ) -> int:
-    """Writes all weights to `file`, whole or not at all, and returns their number; in one process.
+    """Write all weights to `file`, atomically, and return their number. Runs in one process.
 
-    The file's metadata holds `config`, `placements` and `data` as JSON, the step, and whether clusters are stored.
+    The file's metadata holds `config`, `placements` and `data` as JSON, the step, and whether clusters are quantized.
 
     Args:
-        weights: of a run or a checkpoint.
-        dtype: None: float32, as they are kept; where clusters are stored, what the run trained with.
-        stored: clusters in the form of the run's `precision` section: factors in few bits, bases in their type.
+        weights: weights of a run or a checkpoint.
+        dtype: type of the values; None: float32, or with `stored` the type that the run trained with.
+        stored: quantize clusters as the run's `precision` section configures.
 
     Raises:
-        CheckpointError: the weights are those of an exported file, there are no clusters to be stored, or the file
-            cannot be written.
+        CheckpointError: the weights are an exported file, there are no clusters to quantize, or the file cannot be
+            written.
     """
     if weights.path.is_file():
-        raise CheckpointError(f"{weights.path} is an exported file already: give the run or checkpoint that it is from")
+        raise CheckpointError(f"{weights.path} is an exported file already: give its run or checkpoint")
     form = _form(weights) if stored else None
     trained = getattr(torch, weights.config.train.precision)
     index = read_index(weights.path)
@@ -49,7 +49,7 @@ def export_weights(
     tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name, value = _name(key), tensor.shards[0].values.view(tensor.shape)
-        tensors |= {name: value} if form is None else stored_tensors(name, value, form)
+        tensors |= {name: value} if form is None else quantized_tensors_of(name, value, form)
     _write(file, tensors, _metadata(weights, stored))
     return sum(tensor.numel for key, tensor in state.items() if key.startswith(PREFIX))
 
@@ -57,14 +57,13 @@ def export_weights(
 def _form(weights: TrainedWeights) -> StorageFormat:
     if weights.config.moe.kind != "clustered":
         raise CheckpointError(
-            f"{weights.path}: only clustered experts have factors to store in few bits, not "
-            f"moe.kind={weights.config.moe.kind}"
+            f"{weights.path}: only clustered experts can be quantized, not moe.kind={weights.config.moe.kind}"
         )
     return storage_format(weights.config)
 
 
 def _room(index: Index, dtype: torch.dtype | None, of_clusters: torch.dtype | None) -> State:
-    """Tensors to be read: what is quantised comes as the model computes with it, and biases as they are."""
+    """Return empty tensors to read into: those that are quantized in the training type, biases as they are."""
     state: State = {}
     for key, tensor in index.tensors.items():
         if not key.startswith((PREFIX, BALANCE)):
@@ -98,7 +97,7 @@ def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         partial.touch()
         readable_by = partial.stat().st_mode
         save_file(tensors, partial, metadata)
-        partial.chmod(readable_by)  # safetensors lets only its user read it
+        partial.chmod(readable_by)  # safetensors creates files that only their owner can read
         partial.replace(file)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):

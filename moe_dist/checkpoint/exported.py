@@ -1,4 +1,4 @@
-"""An exported file read back: what it says of itself, and its tensors, each as it is asked for."""
+"""Reader of exported files: metadata, and tensors one at a time."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from moe_dist.errors import CheckpointError
 
 
 class ExportedFile:
-    """An open file; use `open_exported`."""
+    """An open exported file; create it with `open_exported`."""
 
     def __init__(self, path: Path, opened: Any) -> None:
         self._path, self._opened = path, opened
@@ -24,14 +24,14 @@ class ExportedFile:
 
     @property
     def names(self) -> frozenset[str]:
-        """Of all its tensors."""
+        """Names of all tensors."""
         return self._names
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor.
+        """Read one tensor.
 
         Raises:
-            CheckpointError: the file has none of that name.
+            CheckpointError: the file has no tensor of that name.
         """
         if name not in self._names:
             raise CheckpointError(f"{self._path} has no tensor {name}")
@@ -39,10 +39,10 @@ class ExportedFile:
         return found
 
     def fill(self, name: str, target: Tensor) -> None:
-        """Writes a tensor into one of the same shape, converting its type.
+        """Read a tensor into `target`, which has the same shape, converting its type.
 
         Raises:
-            CheckpointError: there is none, or its shape is another.
+            CheckpointError: the tensor is missing or has another shape.
         """
         value = self.tensor(name)
         if value.shape != target.shape:
@@ -53,10 +53,10 @@ class ExportedFile:
             target.copy_(value)
 
     def manifest(self) -> Manifest:
-        """Configuration, step and placements, as the manifest of a checkpoint would have them.
+        """Return configuration, step and placements in the form of a checkpoint's manifest.
 
         Raises:
-            CheckpointError: it is no file of `moe-dist export`.
+            CheckpointError: `moe-dist export` did not write the file.
         """
         metadata = self._metadata()
         try:
@@ -70,7 +70,7 @@ class ExportedFile:
 
     @property
     def stored(self) -> bool:
-        """Whether clusters are in their stored form."""
+        """True if clusters are quantized in the file."""
         return self._metadata().get("stored") == "true"
 
     def _metadata(self) -> dict[str, str]:
@@ -79,10 +79,10 @@ class ExportedFile:
 
 @contextmanager
 def open_exported(path: Path) -> Iterator[ExportedFile]:
-    """Opens a file of `moe-dist export`.
+    """Open a file that `moe-dist export` wrote.
 
     Raises:
-        CheckpointError: it cannot be read, or is no safetensors file.
+        CheckpointError: it cannot be read, or is not a safetensors file.
     """
     try:
         with safe_open(path, "pt") as opened:

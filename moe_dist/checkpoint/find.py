@@ -1,4 +1,4 @@
-"""Which checkpoint to go on from: all ranks check the files together, and agree."""
+"""Choice of the checkpoint to resume from: all ranks verify its files together and agree on it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint whose every byte has been checked, and what was wrong with newer ones."""
+    """A checkpoint whose files have all been verified, and the problems of newer ones."""
 
     path: Path
     manifest: Manifest
@@ -23,13 +23,13 @@ class Found:
 
 
 def latest_valid_checkpoint(run: Path, *, weights: bool = False) -> Found | None:
-    """The newest checkpoint of a run that is whole; None where there is none at all. Collective.
+    """Return the newest undamaged checkpoint of a run, or None if the run has no checkpoint. Collective.
 
     Args:
-        weights: the weights of the run's end will do, and are preferred.
+        weights: accept the final weights, and prefer them.
 
     Raises:
-        CheckpointError: there are checkpoints, but every one is damaged.
+        CheckpointError: every checkpoint is damaged.
     """
     damaged: dict[Path, str] = {}
     for candidate in agreed(_candidates(run, weights)):
@@ -43,10 +43,10 @@ def latest_valid_checkpoint(run: Path, *, weights: bool = False) -> Found | None
 
 
 def checked(checkpoint: Path) -> Found:
-    """That checkpoint and no other; collective.
+    """Verify this checkpoint and no other; collective.
 
     Raises:
-        CheckpointError: it is damaged, or none.
+        CheckpointError: it is damaged or not a checkpoint.
     """
     problem = first_problem(checkpoint)
     if problem is not None:
@@ -55,12 +55,12 @@ def checked(checkpoint: Path) -> Found:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path names one checkpoint, rather than a run."""
+    """Return True if the path is one checkpoint rather than a run."""
     return (path / MANIFEST).exists()
 
 
 def first_problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is; every rank reads its share of the files. Collective."""
+    """Return the first problem of a checkpoint's files, or None; each rank verifies its share. Collective."""
     alone = not dist.is_initialized()
     rank, ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     problem = None
@@ -75,19 +75,19 @@ def first_problem(checkpoint: Path) -> str | None:
 
 
 def _candidates(run: Path, weights: bool) -> list[Path]:
-    """What may be read, the latest step first; weights of the end before a checkpoint of the same step."""
+    """Return the candidate folders, latest step first; final weights precede a checkpoint of the same step."""
     found = [(step_of(path), 0, path) for path in checkpoints_of(run)]
     final = run / FINAL
     if weights and is_checkpoint(final):
         try:
             found.append((read_manifest(final).step, 1, final))
         except CheckpointError:
-            found.append((0, 1, final))  # damaged: named as such if nothing else is whole
+            found.append((0, 1, final))  # damaged: reported if nothing else is valid
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def agreed(value: Value) -> Value:
-    """Rank 0's value: a shared file system may show the others a folder a little later."""
+    """Broadcast rank 0's value, because a shared file system may show a new folder to other ranks later."""
     if not dist.is_initialized():
         return value
     values = [value]

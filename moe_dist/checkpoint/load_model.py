@@ -1,4 +1,4 @@
-"""A trained model, on any number of ranks."""
+"""Loading of a trained model on any number of ranks."""
 
 import torch
 
@@ -7,14 +7,14 @@ from moe_dist.checkpoint.manifest import read_index
 from moe_dist.checkpoint.model_state import weights_of
 from moe_dist.checkpoint.parameter_names import named_runs
 from moe_dist.checkpoint.placement_record import adopt_placements
-from moe_dist.checkpoint.quantized_tensors import read_stored_cluster
+from moe_dist.checkpoint.quantized_tensors import read_quantized_cluster
 from moe_dist.checkpoint.save_and_load import read_checkpoint
 from moe_dist.checkpoint.stateful import allocate_like, load_state
 from moe_dist.checkpoint.trained_weights import TrainedWeights
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.memory.quantized_clusters import StoredMemory
+from moe_dist.memory.quantized_clusters import QuantizedClusterMemory
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts, stored_sizes
 
@@ -25,20 +25,20 @@ def load_model(
     links: Links,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    memory: StoredMemory | None = None,
+    memory: QuantizedClusterMemory | None = None,
 ) -> LanguageModel:
-    """The trained model, laid out over the ranks of `mesh`, which need not be as many as trained it; collective.
+    """Load a trained model, laid out over the ranks of `mesh`; their number may differ from training. Collective.
 
-    Clusters that an exported file holds in few bits stay so in memory, and cannot be trained.
+    Clusters that are quantized in an exported file stay quantized in memory, and cannot be trained.
 
     Args:
-        dtype: of the weights; None: what the run trained with (`train.precision`).
-        memory: keeps the clusters of a file that holds them in few bits; None: they stay in memory.
+        dtype: type of the weights; None: the run's `train.precision`.
+        memory: tiers for quantized clusters; None: keep them on the device.
 
     Raises:
         CheckpointError: a tensor is missing or damaged.
-        ConfigError: the experts cannot be laid out on that mesh, or a budget of memory is too small for a cluster.
-        OffloadError: a tier of memory fails.
+        ConfigError: the experts do not divide over the mesh, or a memory budget is too small for a cluster.
+        OffloadError: a memory tier fails.
     """
     model = LanguageModel(weights.config, weights.manifest.data.vocab_size, mesh, links, quantized=weights.stored)
     model = model.to_device(device).to(dtype or getattr(torch, weights.config.train.precision))
@@ -46,7 +46,7 @@ def load_model(
     if weights.path.is_file():
         with raise_on_all_ranks(), open_exported(weights.path) as file:
             if weights.stored:
-                _read_stored_clusters(model, file, device, memory)
+                _read_quantized_clusters(model, file, device, memory)
             _read_exported(model, file)
         return model
     parts = {"balance": model.context.balance}
@@ -65,8 +65,8 @@ def _read_exported(model: LanguageModel, file: ExportedFile) -> None:
             file.fill(run.name, parameter.detach().view(-1)[run.start : run.start + size].view(run.shape))
 
 
-def _read_stored_clusters(
-    model: LanguageModel, file: ExportedFile, device: torch.device, memory: StoredMemory | None
+def _read_quantized_clusters(
+    model: LanguageModel, file: ExportedFile, device: torch.device, memory: QuantizedClusterMemory | None
 ) -> None:
     config, at = model.config, model.context.mesh.at
     dtype = next(model.parameters()).dtype
@@ -77,7 +77,7 @@ def _read_stored_clusters(
         like = stored_sizes(config, layer.placement.slots_per_shard)
         for local, cluster in enumerate(layer.placement.clusters_of_block(at.cluster)):
             experts = layer.placement.experts_of(cluster, at.shard)
-            packed = read_stored_cluster(like, paths[layer], cluster, experts, file.tensor)
+            packed = read_quantized_cluster(like, paths[layer], cluster, experts, file.tensor)
             part = QuantizedClusterExperts(packed, dtype, config.moe.backend)
             if memory is None:
                 part.to(device)

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: two JSON files, read strictly, since anyone could have written them.
+"""Metadata of a checkpoint: two JSON files, parsed strictly because their origin is not trusted.
 
 manifest.json   step, configuration, data, placement, small values, and size and SHA-256 of every other file
-index.json      every tensor: dtype, shape, and which run of its elements is in which file
+index.json      every tensor: dtype, shape, and the file of each run of its elements
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from moe_dist.errors import CheckpointError
 MANIFEST = "manifest.json"
 INDEX = "index.json"
 WEIGHT = "weight"
-"""A parameter's values are the tensor `weight/<its name>`; its Adam moments lie beside it."""
+"""Prefix of a parameter's values (`weight/<name>`); its Adam moments have prefixes of their own."""
 FileName = Annotated[str, Field(pattern=r"^(index\.json|rank-[0-9]{5}(-[0-9]{3,})?\.safetensors)$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -33,7 +33,7 @@ DTYPES = {
 
 
 class Record(BaseModel):
-    """Part of a file: unknown keys and wrong types are refused."""
+    """Base of the records in these files; unknown keys and wrong types are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -42,14 +42,14 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 class FileRecord(Record):
-    """A file's size in bytes and checksum."""
+    """Size in bytes and checksum of a file."""
 
     bytes: NonNegative
     sha256: Sha256
 
 
 class PlacementRecord(Record):
-    """An `ExpertPlacement` of one layer."""
+    """`ExpertPlacement` of one layer."""
 
     members: list[list[int]]
     block_of_cluster: list[int]
@@ -59,28 +59,28 @@ class PlacementRecord(Record):
 
 
 class DataRecord(Record):
-    """Which tokens the run learns from, and how many of its steps it has taken from them."""
+    """Identity of the training tokens, and the number of steps that have been taken from them."""
 
     train_checksum: int
     validation_checksum: int
     vocab_size: Annotated[int, Field(ge=1)]
     next_step: NonNegative
-    """The loader is a pure function of (seed, step): this, from 0, is its whole position."""
+    """Position in the data, from 0. The loader is a pure function of (seed, step)."""
 
 
 class Manifest(Record):
-    """A checkpoint's facts; `files` is filled in when all of them are written."""
+    """Metadata of a checkpoint; `files` is filled in when all files are written."""
 
     format: Literal[1] = 1
     kind: Literal["training", "weights"]
     step: NonNegative
     updates: NonNegative = 0
-    """Updates that the optimizer's moments have seen."""
+    """Number of optimizer updates, for Adam's bias correction."""
     ranks: Annotated[int, Field(ge=1)]
     config: dict[str, JsonValue]
     data: DataRecord
     placements: list[PlacementRecord] = []
-    """Of each layer; empty unless experts are clustered."""
+    """Expert placement of each layer; empty unless experts are clustered."""
     values: dict[str, dict[str, JsonValue]] = {}
     versions: dict[str, str | None] = {}
     written: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -88,7 +88,7 @@ class Manifest(Record):
 
 
 class TensorRecord(Record):
-    """One tensor; `chunks` holds (first element, number of elements, file) and covers all of it."""
+    """One tensor; `chunks` holds (first element, number of elements, file) and covers it completely."""
 
     dtype: Literal[tuple(DTYPES)]  # type: ignore[valid-type]
     shape: list[NonNegative]
@@ -101,7 +101,7 @@ class TensorRecord(Record):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch has it."""
+        """`dtype` as a torch.dtype."""
         return DTYPES[self.dtype]
 
 
@@ -112,17 +112,17 @@ class Index(Record):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest with a checksum of its own."""
+    """Write the manifest with a checksum of itself."""
     content = manifest.model_dump(mode="json")
     text = json.dumps({"checksum": _checksum(content), **content}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, or no manifest of this format.
+        CheckpointError: it is missing, damaged, or of another format.
     """
     content = _read_json(folder / MANIFEST)
     if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
@@ -131,7 +131,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a checkpoint; the same errors."""
+    """Read the index of a checkpoint; raises as `read_manifest` does."""
     return _parse(Index, _read_json(folder / INDEX), folder / INDEX)
 
 

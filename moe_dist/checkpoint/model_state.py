@@ -13,7 +13,7 @@ from moe_dist.model.language_model import LanguageModel
 
 
 def weights_of(model: LanguageModel) -> State:
-    """The weights that the model computes with, whole and free to be written: what a checkpoint is read into."""
+    """Return the weights that the model computes with, as tensors that a checkpoint is read into."""
     memory = model.context.memory
     return {
         _key(MASTER, run.name): ShardedTensor(
@@ -29,7 +29,7 @@ def weights_of(model: LanguageModel) -> State:
 
 
 def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tuple[str, ...] = STATE_NAMES) -> State:
-    """What this rank owns of FP32 masters and moments, free to be written."""
+    """Return this rank's shards of FP32 master weights and Adam moments, as writable tensors."""
     tensors: State = {}
     memory = model.context.memory
     for parameter, runs in named_runs(model).items():
@@ -48,7 +48,7 @@ def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tupl
 
 
 def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: TensorKind) -> OffloadedShard:
-    """A run of an offloaded parameter, which its memory reads and writes."""
+    """Return a shard of an offloaded parameter, which is read and written through `ExpertMemory`."""
     found = memory.of(parameter)
     assert found is not None
     cluster, name = found
@@ -63,7 +63,7 @@ def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: Te
 
 
 def _overlap(run: NamedRun, start: int, values: Tensor) -> list[Shard]:
-    """The part of a run that lies in elements [start, start + len(values)) of the flattened parameter."""
+    """Return the part of a run that is in elements [start, start + len(values)) of the flattened parameter."""
     first = max(run.start, start)
     last = min(run.start + torch.Size(run.shape).numel(), start + values.numel())
     return [Shard(first - run.start, values[first - start : last - start])] if first < last else []

@@ -1,8 +1,8 @@
-"""Names of parameters that hold for every layout: experts and clusters by their numbers, not by rank or slot.
+"""Names of parameters that are independent of the layout: experts and clusters by number, not by rank or slot.
 
-gpt.decoder.layers.0.mlp.inner.expert.17.in_u_DR      one expert's own weights
+gpt.decoder.layers.0.mlp.inner.expert.17.in_u_DR      an expert's own weights
 gpt.decoder.layers.0.mlp.inner.cluster.2.w_in_DH      a cluster's base
-gpt.embedding.word_embeddings.weight                  everything else, as the module calls it
+gpt.embedding.word_embeddings.weight                  any other parameter, by its name in the module
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from moe_dist.moe.standard_moe import StandardMoE
 
 @dataclass(frozen=True)
 class NamedRun:
-    """The part of a parameter that has a name of its own, from element `start` of the flattened parameter."""
+    """Part of a parameter with a name of its own, from element `start` of the flattened parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,7 +27,7 @@ class NamedRun:
 
 
 def named_runs(model: LanguageModel) -> dict[nn.Parameter, list[NamedRun]]:
-    """Every parameter of the model that this rank holds, as runs that together are all of it, in order."""
+    """Yield every parameter of the model on this rank as runs that cover it, in order."""
     runs: dict[nn.Parameter, list[NamedRun]] = {}
     for path, module in model.named_modules():
         if isinstance(module, ClusteredMoE):
@@ -50,7 +50,7 @@ def _of_clusters(path: str, layer: ClusteredMoE) -> Iterator[tuple[nn.Parameter,
         experts = placement.experts_of(cluster, at.shard)
         for name, parameter in held.residuals.named_parameters():
             shape, one = tuple(parameter.shape[1:]), parameter[0].numel()
-            leaf = name.replace("_N", "_", 1)  # without the axis over the experts: in_u_NDR holds each one's in_u_DR
+            leaf = name.replace("_N", "_", 1)  # without the axis over experts: in_u_NDR stacks their in_u_DR
             yield (
                 parameter,
                 [NamedRun(f"{path}.expert.{e}.{leaf}", shape, slot * one) for slot, e in enumerate(experts)],

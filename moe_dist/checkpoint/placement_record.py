@@ -1,4 +1,4 @@
-"""Placements in a checkpoint's manifest, and how they are laid out on another shape of ranks."""
+"""Expert placements in a checkpoint's manifest, and their layout on another number of ranks."""
 
 from moe_dist.checkpoint.manifest import Manifest, PlacementRecord
 from moe_dist.config import WorldShape
@@ -8,7 +8,7 @@ from moe_dist.model.language_model import LanguageModel
 
 
 def placement_to_record(placement: ExpertPlacement) -> PlacementRecord:
-    """A placement as JSON takes it."""
+    """Convert a placement to JSON values."""
     return PlacementRecord(
         members=[list(cluster) for cluster in placement.members],
         block_of_cluster=list(placement.block_of_cluster),
@@ -19,12 +19,12 @@ def placement_to_record(placement: ExpertPlacement) -> PlacementRecord:
 
 
 def placement_from_record(record: PlacementRecord, shape: WorldShape) -> ExpertPlacement:
-    """The placement for ranks of `shape`: clusters keep their members in their slots, whatever ranks there are.
+    """Return the placement for ranks of `shape`: clusters keep their members in their slots for any number of ranks.
 
-    Where the cluster axis has another size, clusters are dealt out over its blocks in the order of their numbers.
+    If the cluster axis has another size, clusters are distributed over its blocks in the order of their numbers.
 
     Raises:
-        CheckpointError: the record is no placement, or cannot be laid out on that shape.
+        CheckpointError: the record is invalid, or does not divide over that shape.
     """
     blocks = list(record.block_of_cluster)
     if record.blocks != shape.cluster:
@@ -38,10 +38,10 @@ def placement_from_record(record: PlacementRecord, shape: WorldShape) -> ExpertP
 
 
 def adopt_placements(model: LanguageModel, manifest: Manifest) -> None:
-    """Makes a model route by the placements of a checkpoint, whose weights it is about to be given.
+    """Set a model's placements to those of a checkpoint, before its weights are loaded.
 
     Raises:
-        CheckpointError: they are not of this model, or cannot be laid out on its ranks.
+        CheckpointError: they belong to another model, or do not divide over its ranks.
     """
     context, records = model.context, manifest.placements
     placements = [placement_from_record(record, context.mesh.shape) for record in records]

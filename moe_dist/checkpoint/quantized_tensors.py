@@ -1,7 +1,7 @@
-"""Clusters in their stored form as tensors of an exported file: names, values, and the way back.
+"""Quantized clusters as tensors of an exported file: names, values, and their reader.
 
-A factor `...expert.17.in_u_DR` is kept as its parts, `...expert.17.in_u_DR.codes`, `.scales` and, unless it is
-symmetric, `.zeros`, with its long axis last. Everything else keeps its name.
+A factor `...expert.17.in_u_DR` is stored as its parts, `...expert.17.in_u_DR.codes`, `.scales` and, unless it is
+symmetric, `.zeros`, with its long axis last. Other tensors keep their names.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ Get = Callable[[str], Tensor]
 
 
 def is_of_cluster(name: str) -> bool:
-    """Whether a tensor is one that a stored form changes: a factor or a base."""
+    """Return True if quantization changes a tensor of this name: a factor or a base."""
     leaf = name.rpartition(".")[2]
     return (".expert." in name and long_axis(leaf) is not None) or (".cluster." in name and leaf in _BASES)
 
 
-def stored_tensors(name: str, value: Tensor, form: StorageFormat) -> dict[str, Tensor]:
-    """What an exported file holds for a tensor of a model, by name."""
+def quantized_tensors_of(name: str, value: Tensor, form: StorageFormat) -> dict[str, Tensor]:
+    """Return the tensors, by name, that an exported file holds for one tensor of a model."""
     if not is_of_cluster(name):
         return {name: value}
     axis = long_axis(name.rpartition(".")[2])
@@ -32,19 +32,19 @@ def stored_tensors(name: str, value: Tensor, form: StorageFormat) -> dict[str, T
     return {f"{name}.{part}": tensor for part, tensor in QuantizedFactor.of(value, axis, form.factors).parts().items()}
 
 
-def read_stored_cluster(
+def read_quantized_cluster(
     like: QuantizedCluster, path: str, cluster: int, experts: Sequence[int], get: Get
 ) -> QuantizedCluster:
-    """A cluster's part with values of an exported file.
+    """Read this rank's part of a quantized cluster from an exported file.
 
     Args:
-        like: its form and sizes, on `meta`.
-        path: of the layer.
-        experts: of this shard, by slot.
-        get: a tensor of the file by its name.
+        like: its format and sizes, on `meta`.
+        path: name of the layer's module.
+        experts: experts of this shard, by slot.
+        get: returns a tensor of the file by its name.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another type or shape than this form has.
+        CheckpointError: a tensor is missing, or has another type or shape.
     """
     bases = [
         _checked(f"{path}.cluster.{cluster}.{name}", get, own).to(own.dtype)
@@ -52,18 +52,16 @@ def read_stored_cluster(
     ]
     found = {}
     for name, own in like.experts.parts().items():
-        leaf = name.replace("_N", "_", 1)  # without the axis over the experts, as `names.py` has it
+        leaf = name.replace("_N", "_", 1)  # without the axis over experts, as in `parameter_names.py`
         rows = [_checked(f"{path}.expert.{e}.{leaf}", get, own[0]) for e in experts]
         found[name] = torch.stack(rows)
     return QuantizedCluster(bases[0], bases[1], like.experts.with_parts(found))
 
 
 def _checked(name: str, get: Get, own: Tensor) -> Tensor:
-    """A tensor of the file; packed parts have the type that they have in the model."""
+    """Return a tensor of the file after checking its shape and, for packed parts, its type."""
     value = get(name)
     exact = own.dtype == torch.uint8 or name.endswith(".scales")
     if value.shape != own.shape or (exact and value.dtype != own.dtype):
-        raise CheckpointError(
-            f"{name} is {value.dtype} {tuple(value.shape)}, where {own.dtype} {tuple(own.shape)} is right"
-        )
+        raise CheckpointError(f"{name} is {value.dtype} {tuple(value.shape)}, expected {own.dtype} {tuple(own.shape)}")
     return value

@@ -1,4 +1,4 @@
-"""The random generators of this process, as a part of a checkpoint."""
+"""Random generators of this process, as a part of a checkpoint."""
 
 import random
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class RandomState:
-    """torch's generators (CPU and the accelerator in use), numpy's and Python's: each rank's own."""
+    """States of torch's generators (CPU and current accelerator), numpy's and Python's, for each rank."""
 
     own_of_rank = ("torch", "device", "numpy", "numpy_position", "python")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generators' states as integers."""
+        """Return the generators' states as integers."""
         _, keys, *position = np.random.get_state(legacy=True)
         state = {
             "torch": torch.get_rng_state(),
@@ -27,7 +27,7 @@ class RandomState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor], /) -> None:
-        """Goes on where the generators were; on another number of ranks or kind of device they stay as seeded."""
+        """Restore the generators; on another number of ranks or kind of device they stay as seeded."""
         if not state:
             return
         torch.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""What each rank writes and reads, told to `torch.distributed.checkpoint` in its own terms."""
+"""Save and load planners for `torch.distributed.checkpoint` that reshard between any two layouts."""
 
 from collections.abc import Iterator
 
@@ -27,9 +27,9 @@ from moe_dist.checkpoint.sharded_tensor import OffloadedShard, Shard, ShardedTen
 
 
 class ShardSavePlanner(DefaultSavePlanner):
-    """Writes every shard of a `State`; of shards that several ranks hold alike, one rank writes each.
+    """Save planner for the shards of a `State`; of shards that several ranks hold alike, one rank writes each.
 
-    torch's own planner refuses shards that overlap otherwise.
+    torch's own planner rejects shards that overlap.
     """
 
     state_dict: State
@@ -38,7 +38,7 @@ class ShardSavePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        """One write item for each shard that this rank holds, known by its tensor's name and first element."""
+        """Return one write item per shard of this rank, identified by tensor name and first element."""
         self.plan = SavePlan(
             [
                 WriteItem(
@@ -55,12 +55,12 @@ class ShardSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The values of the shard behind a write item, [length]; read from its tier now if it is away."""
+        """Return the values of a write item's shard, [length]; an offloaded one is read from its tier now."""
         return _shard_at(self.state_dict, index).values
 
 
 class ShardLoadPlanner(DefaultLoadPlanner):
-    """Fills every shard of a `State` from whatever shards were written, converting the type where it differs."""
+    """Load planner that fills every shard of a `State` from shards of any layout, converting types."""
 
     state_dict: State
 
@@ -70,12 +70,12 @@ class ShardLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: State, metadata: Metadata | StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
-        """Takes the state as it is: torch's own looks in it for tensors to initialise, which ours has none of."""
+        """Store the state unchanged; torch's own planner would look in it for tensors to initialize."""
         assert isinstance(metadata, Metadata)
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """The reads that fill every shard this rank holds, whatever the cuts of the shards that were written."""
+        """Return the reads that fill every shard of this rank, for any boundaries of the shards on disk."""
         return LoadPlan(list(self._reads()))
 
     def _reads(self) -> Iterator[ReadItem]:
@@ -86,19 +86,19 @@ class ShardLoadPlanner(DefaultLoadPlanner):
             yield from create_read_items_for_chunk_list(name, stored, [chunk_of(shard) for shard in tensor.shards])
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """What a shard's elements are read into, [length]: itself, or a buffer if it is kept in a lower tier."""
+        """Return the tensor that a shard is read into, [length]: its own values, or a buffer if it is offloaded."""
         shard = _shard_at(self.state_dict, index)
         return torch.empty(shard.length, dtype=shard.dtype) if isinstance(shard, OffloadedShard) else shard.values
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Sends what has been read into a tensor from `resolve_tensor` to where it is kept."""
+        """Write the elements that were read into a tensor of `resolve_tensor` to their tier."""
         shard = _shard_at(self.state_dict, read_item.dest_index)
         if isinstance(shard, OffloadedShard):
             shard.write(read_item.dest_offsets[0], tensor)
 
 
 def chunk_of(shard: Shard | OffloadedShard) -> ChunkStorageMetadata:
-    """A shard's place in its flattened tensor."""
+    """Return the offsets and sizes of a shard in its flattened tensor."""
     return ChunkStorageMetadata(torch.Size([shard.start]), torch.Size([shard.length]))
 
 

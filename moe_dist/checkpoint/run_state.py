@@ -1,4 +1,4 @@
-"""All of a run that a checkpoint holds, gathered from its model, its optimizer and its other parts."""
+"""Complete state of a run: model, optimizer, and other stateful parts."""
 
 from moe_dist.checkpoint.find import Found
 from moe_dist.checkpoint.manifest import DataRecord, Manifest, read_index
@@ -14,18 +14,18 @@ from moe_dist.metrics import installed_versions
 
 
 class RunState:
-    """The state of a run between two steps.
+    """State of a run between two steps.
 
     Args:
-        data: which tokens it learns from; the position in them is its step.
-        parts: what else outlives a step, by name.
+        data: training tokens; the position in them is the step.
+        parts: other state that must be restored, by name.
     """
 
     def __init__(self, engine: DeepSpeedEngine, data: DataRecord, parts: Parts) -> None:
         self._engine, self._data, self._parts = engine, data, parts
 
     def checkpoint(self, step: int) -> tuple[Manifest, State]:
-        """Everything, after `step` steps, to go on from. The tensors are the live ones."""
+        """Return the complete state after `step` steps, for resuming. Its tensors alias the live ones."""
         process = self._engine.process
         optimizer = self._engine.training_state()
         manifest = self._manifest(step).model_copy(
@@ -35,20 +35,20 @@ class RunState:
         return manifest, {**tensors, **tensors_of(self._parts, process.rank, process.ranks)}
 
     def weights(self, step: int) -> tuple[Manifest, State]:
-        """The weights and the parts that the model computes with, for evaluation and export."""
+        """Return the weights and the parts that the model computes with, for evaluation and export."""
         process = self._engine.process
         tensors = training_tensors_of(self._engine.model, self._engine.training_state(), (MASTER,))
         return self._manifest(step), {**tensors, **tensors_of(self._model_parts(), process.rank, process.ranks)}
 
     def restore(self, found: Found) -> None:
-        """Puts the run back into the state of a checkpoint, written by any number of ranks; collective.
+        """Restore the run from a checkpoint that any number of ranks wrote; collective.
 
         Raises:
-            CheckpointError: it holds no training state, or does not fit.
+            CheckpointError: it holds no training state, or is incompatible.
         """
         engine, manifest = self._engine, found.manifest
         if manifest.kind != "training":
-            raise CheckpointError(f"{found.path} holds weights only: training cannot go on from it")
+            raise CheckpointError(f"{found.path} holds weights only: training cannot resume from it")
         index, process = read_index(found.path), engine.process
         adopt_placements(engine.model, manifest)
         optimizer = engine.training_state()

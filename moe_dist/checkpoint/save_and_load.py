@@ -1,4 +1,4 @@
-"""State to a checkpoint and back, through `torch.distributed.checkpoint`; the only callers of its save and load."""
+"""Saving and loading through `torch.distributed.checkpoint`."""
 
 import warnings
 from pathlib import Path
@@ -17,15 +17,15 @@ from moe_dist.errors import CheckpointError, OffloadError
 def write_checkpoint(
     target: Path, manifest: Manifest, state: State, rank: int, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Writes a checkpoint and commits it to `target`; collective over `group`, whose first rank is the coordinator.
+    """Write a checkpoint and commit it to `target`; collective over `group`, whose first rank coordinates.
 
     Raises:
-        CheckpointError: a rank could not write its part (the same on all ranks); what was there before is untouched.
+        CheckpointError: a rank could not write its part (raised on all ranks); an earlier checkpoint is untouched.
     """
     writer = ShardWriter(target, manifest, state, rank)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one process without a group is what some callers are
+            warnings.simplefilter("ignore")  # some callers are one process without a process group
             dcp.save(state, storage_writer=writer, planner=ShardSavePlanner(), process_group=group)
     except CheckpointException as error:
         raise CheckpointError(f"checkpoint {target} could not be written: {_first_cause(error)}") from error
@@ -34,15 +34,15 @@ def write_checkpoint(
 
 
 def read_checkpoint(checkpoint: Path, state: State, group: dist.ProcessGroup | None = None) -> None:
-    """Fills the shards of `state` in place from a checkpoint whose files have been checked; collective.
+    """Fill the shards of `state` in place from a verified checkpoint; collective.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape, or a file is damaged (the same on all ranks).
-        OffloadError: a tier that it is read into fails, on any rank.
+        CheckpointError: a tensor is missing or has another shape, or a file is damaged (raised on all ranks).
+        OffloadError: a tier fails on any rank.
     """
     index = read_index(checkpoint)
     _require_fits(checkpoint, state, index)
-    wanted = {name: state.get(name, _nothing_of(index, name)) for name in index.tensors}
+    wanted = {name: state.get(name, _empty_state(index, name)) for name in index.tensors}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -65,14 +65,14 @@ def _require_fits(checkpoint: Path, state: State, index: Index) -> None:
             )
 
 
-def _nothing_of(index: Index, name: str) -> ShardedTensor:
-    """torch wants the same names on all ranks, also of tensors of which this one needs nothing."""
+def _empty_state(index: Index, name: str) -> ShardedTensor:
+    """Return a state with the names of all ranks, which torch requires even of a rank that needs none of a tensor."""
     tensor = index.tensors[name]
     return ShardedTensor(tuple(tensor.shape), tensor.torch_dtype)
 
 
 def _first_cause(error: CheckpointException) -> str:
-    """The failure of the first rank that had one, in one line."""
+    """Return the failure of the lowest failed rank in one line."""
     rank, (cause, _) = min(error.failures.items())
     text = " ".join(str(cause).split()) or type(cause).__name__
     return text if isinstance(cause, CheckpointError) else f"rank {rank}: {text}"

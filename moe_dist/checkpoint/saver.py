@@ -1,8 +1,8 @@
-"""Takes checkpoints of a run, while it goes on training.
+"""Asynchronous checkpoints of a run.
 
-Between two steps every rank copies its state to the CPU; a thread of its own then writes the copy, talking to the other
-ranks over a process group of its own, so that training's collectives and its never meet. At most one checkpoint is
-being written at a time: the next one waits for it.
+Between two steps every rank copies its state to the CPU. A thread then writes the copy and communicates over a process
+group of its own, so that its collectives never interleave with those of training. At most one checkpoint is written at
+a time; the next one waits for it.
 """
 
 import threading
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from moe_dist.checkpoint.manifest import Manifest
 from moe_dist.checkpoint.save_and_load import write_checkpoint
-from moe_dist.checkpoint.sharded_tensor import Staging, State, is_away
+from moe_dist.checkpoint.sharded_tensor import Staging, State, is_offloaded
 from moe_dist.checkpoint.store import prune, remove_partial
 from moe_dist.config import CheckpointConfig
 from moe_dist.distributed.init import RankInfo
@@ -24,19 +24,19 @@ from moe_dist.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Saved:
-    """How an attempt to save ended, the same on all ranks but for the times."""
+    """Result of an attempt to save, the same on all ranks except for the times."""
 
     path: Path
     step: int
     stall_seconds: float
-    """How long training stood still."""
+    """Time that training was blocked, seconds."""
     seconds: float
-    """From the copy to the commit."""
+    """Time from the copy to the commit, seconds."""
     error: str | None = None
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of the run in the folder `run`; all ranks make one, and call it at the same points."""
+    """Writer of a run's checkpoints in the folder `run`; all ranks create one and call it at the same steps."""
 
     def __init__(self, run: Path, options: CheckpointConfig, process: RankInfo) -> None:
         self._run, self._options, self._rank = run, options, process.rank
@@ -48,12 +48,12 @@ class CheckpointSaver:
             remove_partial(run)
 
     def save(self, target: Path, manifest: Manifest, state: State) -> Saved | None:
-        """Starts to save `state` as `target`, as it is now; returns how the save before it ended, if not yet told.
+        """Start to save `state` as `target`; return the result of the save before it, unless already returned.
 
-        With `checkpoint.asynchronous` this returns as soon as the state is copied, unless some of it is offloaded: that
-        is written before training goes on, since a copy of it may fit nowhere. Collective, except for the writing.
+        With `checkpoint.asynchronous` this returns when the state is copied. Offloaded state is written before this
+        returns, since memory may not hold a copy of it. Collective, except for the writing.
         """
-        asynchronous = self._options.asynchronous and not is_away(state)
+        asynchronous = self._options.asynchronous and not is_offloaded(state)
         started = time.perf_counter()
         before = self.wait()
         copied = self._staging.copy(state)
@@ -73,11 +73,11 @@ class CheckpointSaver:
         return before
 
     def poll(self) -> Saved | None:
-        """How the last save ended, once; None while it is being written or where that has been told."""
+        """Return the last save's result, once; None while it is being written or after it was returned."""
         return None if self._writing is not None and self._writing.is_alive() else self.wait()
 
     def wait(self) -> Saved | None:
-        """The same, waiting for it."""
+        """Wait for the save in progress and return its result, once."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
@@ -90,7 +90,7 @@ class CheckpointSaver:
             prune(self._run, self._options)
 
     def _attempt(self, work: Callable[[], None]) -> str | None:
-        """The error of `work` in one line: training is worth more than a checkpoint that cannot be written."""
+        """Return the error of `work` in one line, or None: a failed checkpoint does not stop training."""
         try:
             work()
         except (CheckpointError, OSError) as error:

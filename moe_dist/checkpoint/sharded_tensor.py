@@ -1,7 +1,7 @@
-"""State as it is saved: named tensors, each flattened and cut into runs of elements that ranks own.
+"""State to be saved: named tensors, each flattened and cut into runs of elements that ranks own.
 
-A tensor's name and shape do not depend on the layout of ranks; which run of its elements a rank holds does. So any
-layout can read what another one wrote: `torch.distributed.checkpoint` finds the overlaps of one-dimensional runs.
+A tensor's name and shape do not depend on the layout of ranks; the runs of its elements that a rank holds do. Hence any
+layout can read a checkpoint of any other: `torch.distributed.checkpoint` finds the overlaps of one-dimensional runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,39 +13,39 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of elements, from element `start` of the flattened tensor."""
+    """Run of elements, from element `start` of the flattened tensor."""
 
     start: int
     values: Tensor
-    """One-dimensional; a view where the owner is to be read or written in place."""
+    """Values, one-dimensional; a view where the owner is read or written in place."""
 
     @property
     def length(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.values.numel()
 
 
 @dataclass(frozen=True)
 class OffloadedShard:
-    """A run of elements that is kept in a tier below the device, and is not brought into memory before its turn."""
+    """Run of elements in a tier below the device, read into memory only when it is written or loaded."""
 
     start: int
     length: int
     dtype: torch.dtype
     read: Callable[[], Tensor]
-    """A copy of all of it."""
+    """Return a copy of the whole run."""
     write: Callable[[int, Tensor], None]
-    """Replaces a part of it, from an element on."""
+    """Overwrite elements from an index on."""
 
     @property
     def values(self) -> Tensor:
-        """A copy."""
+        """Copy of the values."""
         return self.read()
 
 
 @dataclass
 class ShardedTensor:
-    """One named tensor of the whole job, and the runs of it that this rank holds."""
+    """One named tensor of the whole job, and this rank's runs of it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -58,12 +58,12 @@ class ShardedTensor:
 
     @classmethod
     def whole(cls, value: Tensor) -> "ShardedTensor":
-        """A tensor that this rank holds whole; where others do as well, one of them writes it."""
+        """Create a tensor that this rank holds completely; where others do as well, one of them writes it."""
         return cls(tuple(value.shape), value.dtype, [Shard(0, value.detach().contiguous().view(-1))])
 
     @classmethod
     def row(cls, value: Tensor, rank: int, ranks: int) -> "ShardedTensor":
-        """This rank's row of a tensor [ranks, ...] in which every rank has its own."""
+        """Create this rank's row of a tensor [ranks, ...] in which every rank has its own."""
         return cls(
             (ranks, *value.shape), value.dtype, [Shard(rank * value.numel(), value.detach().contiguous().view(-1))]
         )
@@ -72,19 +72,19 @@ class ShardedTensor:
 State = dict[str, ShardedTensor]
 
 
-def is_away(state: State) -> bool:
-    """Whether some of it is not in memory, so that it must be written before training changes it."""
+def is_offloaded(state: State) -> bool:
+    """Return True if some of the state is offloaded, so that it must be written before training changes it."""
     return any(isinstance(shard, OffloadedShard) for tensor in state.values() for shard in tensor.shards)
 
 
 class Staging:
-    """Copies on the CPU of state that training will change; the buffers are used again for the next copy."""
+    """CPU buffers for copies of state that training will change, reused by the next copy."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], Tensor] = {}
 
     def copy(self, state: State) -> State:
-        """The same state with values of its own, finished when this returns; what is away stays there."""
+        """Return a copy of the state, complete on return; offloaded shards are not copied."""
         before, self._buffers = self._buffers, {}
         copied: State = {}
         for name, tensor in state.items():

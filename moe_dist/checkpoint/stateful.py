@@ -1,4 +1,4 @@
-"""Parts of a run, besides parameters and their optimizer state, that outlive a step and so belong in a checkpoint."""
+"""Stateful parts of a run, besides parameters and optimizer state, that a checkpoint must contain."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
@@ -11,27 +11,27 @@ from moe_dist.checkpoint.sharded_tensor import Shard, ShardedTensor, State
 
 
 class Stateful(Protocol):
-    """Something with a state: tensors, and values that JSON can hold, by name.
+    """Object with a state: tensors and JSON values, by name.
 
-    They are the same on all ranks, unless the class names them in one of two attributes:
+    They are equal on all ranks, unless the class names them in one of two attributes:
 
-    - `summed_over_ranks`: every rank has its own addend, and only their sum means something. On the same number of
-      ranks each gets its own back; on another one they are dealt out so that the sum stays.
-    - `own_of_rank`: every rank has its own, and gets it back on the same number of ranks; else the name is missing.
+    - `summed_over_ranks`: every rank has its own addend, and only their sum is meaningful. On the same number of
+      ranks each gets its own back; on another number they are distributed so that the sum is preserved.
+    - `own_of_rank`: every rank has its own value, restored on the same number of ranks; else the name is missing.
     """
 
     def state_dict(self) -> Mapping[str, Any]:
-        """The state; tensors may be the live ones."""
+        """Return the state; tensors may alias the live ones."""
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Takes the state back; tensors are on the CPU and have the shape in which they were saved."""
+        """Restore the state; tensors are on the CPU and have the shape in which they were saved."""
 
 
 Parts = Mapping[str, Stateful]
 
 
 def tensors_of(parts: Parts, rank: int, ranks: int) -> State:
-    """The tensors of all parts, to be saved."""
+    """Return the tensors of all parts, for saving."""
     state: State = {}
     for part_name, part in parts.items():
         by_rank = {*_summed(part), *_own(part)}
@@ -44,7 +44,7 @@ def tensors_of(parts: Parts, rank: int, ranks: int) -> State:
 
 
 def values_of(parts: Parts) -> dict[str, dict[str, Any]]:
-    """All that is not a tensor, for the manifest."""
+    """Return the values of all parts that are not tensors, for the manifest."""
     return {
         part_name: {name: value for name, value in part.state_dict().items() if not isinstance(value, Tensor)}
         for part_name, part in parts.items()
@@ -52,7 +52,7 @@ def values_of(parts: Parts) -> dict[str, dict[str, Any]]:
 
 
 def allocate_like(parts: Parts, index: Index, rank: int, ranks: int) -> State:
-    """Zeros in the saved shapes for what this rank is to have of each part's tensors."""
+    """Allocate zeros, in the saved shapes, for this rank's tensors of each part."""
     room: State = {}
     for part_name, part in parts.items():
         for key, tensor in index.tensors.items():
@@ -69,7 +69,7 @@ def allocate_like(parts: Parts, index: Index, rank: int, ranks: int) -> State:
 
 
 def load_state(parts: Parts, filled: State, manifest: Manifest) -> None:
-    """Gives every part that the checkpoint knows its state; the others stay as they are."""
+    """Restore every part that the checkpoint contains; the others stay unchanged."""
     for part_name, part in parts.items():
         state: dict[str, Any] = dict(manifest.values.get(part_name, {}))
         for key, tensor in filled.items():
@@ -81,7 +81,7 @@ def load_state(parts: Parts, filled: State, manifest: Manifest) -> None:
 
 
 def _value(tensor: ShardedTensor, by_rank: bool) -> Tensor:
-    """The tensor itself, or the sum of this rank's rows; zeros where there are more ranks than rows."""
+    """Return the tensor itself, or the sum of this rank's rows; zeros if there are more ranks than rows."""
     if not by_rank:
         return tensor.shards[0].values.view(tensor.shape)
     total = torch.zeros(tensor.shape[1:], dtype=tensor.dtype)

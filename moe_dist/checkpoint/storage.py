@@ -1,7 +1,7 @@
-"""Where `torch.distributed.checkpoint` puts a checkpoint: one safetensors file a rank, no pickle anywhere.
+"""Storage for `torch.distributed.checkpoint`: one safetensors file per rank, no pickle.
 
-A checkpoint is written under a temporary name and takes its own only when every rank has written all it had to, every
-file is on the disk, and the manifest says which files these are: a reader finds it whole or not at all.
+A checkpoint is written under a temporary name. It takes its final name only after every rank has written its part,
+every file is on the disk, and the manifest lists the files: a reader finds a complete checkpoint or none.
 """
 
 import hashlib
@@ -46,26 +46,26 @@ from moe_dist.checkpoint.sharded_tensor import OffloadedShard, State
 from moe_dist.errors import CheckpointError
 
 PARTIAL = ".partial"
-AWAY_FILE_BYTES = 64 << 20
-"""About as much of what is not in memory is read at once, and written to a file of its own."""
+OFFLOADED_FILE_BYTES = 64 << 20
+"""Target size of one file of offloaded tensors, and so of the memory that writing them takes, bytes."""
 
 
 def partial_name(target: Path) -> Path:
-    """Where a checkpoint is written before it is complete."""
+    """Return the temporary name of a checkpoint that is not complete."""
     return target.with_name(f".{target.name}{PARTIAL}")
 
 
 class ShardWriter(StorageWriter):
-    """Writes one checkpoint to the folder `target`; `finish` commits it.
+    """Writer of one checkpoint to the folder `target`; `finish` commits it.
 
     Args:
-        state: what this rank writes, for the whole shapes of its tensors, which torch knows only flattened.
+        state: tensors that this rank writes; their shapes go into the index, since torch handles them flattened.
     """
 
     def __init__(self, target: Path, manifest: Manifest, state: State, rank: int) -> None:
         self._target, self._folder, self._manifest, self._rank = target, partial_name(target), manifest, rank
         self._shapes = {name: tensor.shape for name, tensor in state.items()}
-        self._away_bytes = {
+        self._offloaded_bytes = {
             (name, shard.start): shard.length * shard.dtype.itemsize
             for name, tensor in state.items()
             for shard in tensor.shards
@@ -73,34 +73,34 @@ class ShardWriter(StorageWriter):
         }
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing to forget: a writer writes once."""
+        """Do nothing: a writer is used once."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any will do: the folder is the constructor's."""
+        """Accept any id: the constructor sets the folder."""
         return True
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Makes an empty folder under the temporary name, on the coordinator; what a broken attempt left there goes."""
+        """Create an empty folder under the temporary name, on the coordinator; remove leftovers of a failed attempt."""
         if is_coordinator:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Sends the shapes of this rank's tensors along with its plan, to the coordinator."""
+        """Attach the shapes of this rank's tensors to its plan, for the coordinator."""
         return SavePlan(plan.items, storage_data=self._shapes)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Learns the shapes of all ranks' tensors, for the index, and takes them out of the plans again."""
+        """Collect the shapes of all ranks' tensors for the index, and detach them from the plans."""
         for plan in plans:
             self._shapes.update(plan.storage_data)
         return [SavePlan(plan.items) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes this rank's files before it returns; each result tells the name, size and checksum of the file.
+        """Write this rank's files before returning; each result holds name, size and checksum of its file.
 
         Raises:
-            CheckpointError: this rank does not see the folder that rank 0 made.
+            CheckpointError: this rank does not see the folder that rank 0 created.
         """
         done: Future[list[WriteResult]] = Future()
         done.set_result(self._write(plan, planner) if plan.items else [])
@@ -109,7 +109,7 @@ class ShardWriter(StorageWriter):
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         if not self._folder.is_dir():
             raise CheckpointError(
-                f"rank {self._rank} does not see {self._folder}, which rank 0 has made: runs_dir must be on a file "
+                f"rank {self._rank} does not see {self._folder}, which rank 0 created: runs_dir must be on a file "
                 "system that all nodes share"
             )
         results = []
@@ -119,21 +119,23 @@ class ShardWriter(StorageWriter):
         return results
 
     def _by_file(self, items: Sequence[WriteItem]) -> list[list[WriteItem]]:
-        """All that is in memory in one file, and what is away in files that are small enough to be held one by one."""
+        """Group tensors in memory into one file, and offloaded ones into files small enough to buffer one by one."""
         files: list[list[WriteItem]] = [[]]
-        room = AWAY_FILE_BYTES
-        for item in sorted(items, key=lambda item: self._bytes_away(item) > 0):  # stable: in the order of clusters
-            size = self._bytes_away(item)
+        room = OFFLOADED_FILE_BYTES
+        for item in sorted(
+            items, key=lambda item: self._offloaded_bytes_of(item) > 0
+        ):  # stable: in the order of clusters
+            size = self._offloaded_bytes_of(item)
             if size > room and files[-1]:
                 files.append([])
-                room = AWAY_FILE_BYTES
+                room = OFFLOADED_FILE_BYTES
             files[-1].append(item)
             room -= size
         return files
 
-    def _bytes_away(self, item: WriteItem) -> int:
+    def _offloaded_bytes_of(self, item: WriteItem) -> int:
         assert item.index.offset is not None
-        return self._away_bytes.get((item.index.fqn, item.index.offset[0]), 0)
+        return self._offloaded_bytes.get((item.index.fqn, item.index.offset[0]), 0)
 
     def _write_file(self, path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         tensors = {}
@@ -142,15 +144,16 @@ class ShardWriter(StorageWriter):
             assert isinstance(values, torch.Tensor)
             tensors[key_of(item.index)] = values
         save_file(tensors, path)
-        path.chmod(self._folder.stat().st_mode & 0o666)  # safetensors lets only its user read it
+        path.chmod(self._folder.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
         written = (path.name, recorded(path))
         return [WriteResult(item.index, tensors[key_of(item.index)].nbytes, written) for item in items]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Writes index and manifest, then gives the folder its final name; on the coordinator, after all ranks wrote.
+        """Write index and manifest, then rename the folder to its final name; on the coordinator, after all ranks
+        wrote.
 
         Raises:
-            CheckpointError: some elements of a tensor were on no rank.
+            CheckpointError: some elements of a tensor are on no rank.
         """
         files: dict[str, FileRecord] = dict(result.storage_data for rank in results for result in rank)
         where = {result.index: result.storage_data[0] for rank in results for result in rank}
@@ -171,41 +174,41 @@ class ShardWriter(StorageWriter):
         ]
         record = TensorRecord(dtype=dtype, shape=list(self._shapes[name]), chunks=chunks)
         if sum(length for _, length, _ in chunks) != record.numel:
-            raise CheckpointError(f"{name} of shape {record.shape} is not whole: no rank has some of its elements")
+            raise CheckpointError(f"{name} of shape {record.shape} is incomplete: some of its elements are on no rank")
         return record
 
 
 class ShardReader(StorageReader):
-    """Reads the checkpoint in `folder`, whose index and files have been checked."""
+    """Reader of the checkpoint in `folder`, whose index and files have been verified."""
 
     def __init__(self, folder: Path, index: Index) -> None:
         self._folder, self._index = folder, index
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing to forget."""
+        """Do nothing: a reader has no state."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any will do: the folder is the constructor's."""
+        """Accept any id: the constructor sets the folder."""
         return True
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index in torch's terms, every tensor flattened."""
+        """Return the index as torch's metadata, every tensor flattened."""
         return Metadata({name: _flat(tensor) for name, tensor in self._index.tensors.items()})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to prepare."""
+        """Do nothing: reading needs no preparation."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """As it is: the index already says which file holds what."""
+        """Return the plan unchanged: the index already names the file of each chunk."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """As they are: ranks read independently of each other."""
+        """Return the plans unchanged: ranks read independently."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Reads what this rank wants before it returns, file by file, and only the elements it wants.
+        """Read the elements that this rank needs, file by file, before returning.
 
         Raises:
             CheckpointError: a file is damaged.
@@ -237,13 +240,13 @@ class ShardReader(StorageReader):
 
 
 def key_of(index: MetadataIndex) -> str:
-    """A shard's name in its file."""
+    """Return a shard's name in its file."""
     assert index.offset is not None
     return f"{index.fqn}@{index.offset[0]}"
 
 
 def recorded(path: Path) -> FileRecord:
-    """Puts a file on the disk, whatever happens to the machine, and returns its size and checksum."""
+    """Flush a file to the disk and return its size and checksum."""
     sync(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -251,7 +254,7 @@ def recorded(path: Path) -> FileRecord:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -260,7 +263,7 @@ def sync(path: Path) -> None:
 
 
 def _take_name(folder: Path, target: Path) -> None:
-    """What has the name already (an earlier attempt at the same step) is moved away first, then deleted."""
+    """Rename the folder to `target`; an earlier attempt of that name is moved away first, then deleted."""
     old = target.with_name(f".{target.name}.old{PARTIAL}")
     if target.exists():
         target.rename(old)

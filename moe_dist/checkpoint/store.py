@@ -1,4 +1,4 @@
-"""The checkpoints of one run: `runs/<name>/checkpoints/step-00000500/`, which of them are good, and which are kept."""
+"""Checkpoints of one run (`runs/<name>/checkpoints/step-00000500/`): listing, verification, retention."""
 
 import hashlib
 import re
@@ -16,19 +16,19 @@ _STEP = re.compile(r"step-([0-9]{8,})")
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint taken after `step` updates."""
+    """Return the folder of the checkpoint after `step` updates."""
     return run / CHECKPOINTS / f"step-{step:08}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     match = _STEP.fullmatch(checkpoint.name)
     assert match is not None
     return int(match[1])
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """A run's committed checkpoints, newest first; that they are committed does not mean that they are still whole."""
+    """Return a run's committed checkpoints, newest first; they have not been verified."""
     folder = run / CHECKPOINTS
     if not folder.is_dir():
         return []
@@ -36,10 +36,11 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def check(checkpoint: Path, part: int = 0, parts: int = 1) -> Manifest:
-    """Reads a checkpoint's manifest and index, and the checksums of every `parts`-th of its files, from `part` on.
+    """Read a checkpoint's manifest and index, and verify the checksums of every `parts`-th of its files, from `part`
+    on.
 
     Raises:
-        CheckpointError: something is missing, damaged or not as the manifest says.
+        CheckpointError: a file is missing or damaged, or differs from the manifest.
     """
     manifest = read_manifest(checkpoint)
     for number, (name, record) in enumerate(sorted(manifest.files.items())):
@@ -60,7 +61,7 @@ def check(checkpoint: Path, part: int = 0, parts: int = 1) -> Manifest:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Renames a damaged checkpoint, so that it is neither used nor counted, and returns its new name."""
+    """Rename a damaged checkpoint, so that it is neither used nor counted, and return its new name."""
     number, target = 1, checkpoint.with_name(f"damaged-{checkpoint.name}")
     while target.exists():
         number += 1
@@ -69,27 +70,27 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def remove_partial(run: Path) -> None:
-    """Removes what an earlier process of this run left half-written."""
+    """Remove incomplete checkpoints of an earlier process of this run."""
     for leftover in [*(run / CHECKPOINTS).glob(f".*{PARTIAL}"), *run.glob(f".{FINAL}*{PARTIAL}")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(run: Path, options: CheckpointConfig) -> list[Path]:
-    """Deletes the checkpoints that are not to be kept, the oldest first, and returns them.
+    """Delete the checkpoints beyond the retention limits, oldest first, and return them.
 
-    The newest `keep_last` that are complete are kept, and every one that `keep_every` asks for. One that lacks a file
-    does not count, so that the last good one is never deleted.
+    The newest `keep_last` complete checkpoints are kept, and every one whose step `keep_every` divides. One that lacks
+    a file does not count, so that the last valid checkpoint is never deleted.
     """
     complete = [path for path in checkpoints_of(run) if _is_complete(path)]
     kept = options.keep_every
     doomed = [path for path in complete[options.keep_last :] if not kept or step_of(path) % kept]
     for path in reversed(doomed):
-        shutil.rmtree(path.rename(partial_name(path)))  # what a crash leaves of it is no checkpoint any more
+        shutil.rmtree(path.rename(partial_name(path)))  # a crash in between leaves a temporary folder, not a checkpoint
     return doomed
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether every file is there in its size, without reading them."""
+    """Return True if every file has its recorded size, without reading them."""
     try:
         manifest = read_manifest(checkpoint)
         return all((checkpoint / name).stat().st_size == record.bytes for name, record in manifest.files.items())
@@ -98,13 +99,13 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _require_consistent(checkpoint: Path, manifest: Manifest) -> None:
-    """The index speaks of checked files only, of whole tensors, and of no more than is in the files."""
+    """Reject an index that names unlisted files, incomplete tensors, or more data than the files hold."""
     size = 0
     for name, tensor in read_index(checkpoint).tensors.items():
         if any(file not in manifest.files for _, _, file in tensor.chunks):
             raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json: {name} is in a file not listed")
         if sum(length for _, length, _ in tensor.chunks) != tensor.numel:
-            raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json: {name} is not whole")
+            raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json: {name} is incomplete")
         size += tensor.numel * tensor.torch_dtype.itemsize
     if size > sum(record.bytes for record in manifest.files.values()):
-        raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json tells of more than its files hold")
+        raise CheckpointError(f"checkpoint {checkpoint} is damaged: index.json lists more data than its files hold")

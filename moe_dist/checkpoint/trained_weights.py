@@ -1,4 +1,4 @@
-"""Trained weights: where they are; no model is needed to know it."""
+"""Location of trained weights; needs no model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +13,25 @@ from moe_dist.errors import CheckpointError
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """Where a run's weights are, what they say of themselves, and the configuration that they were trained with."""
+    """Location of a run's weights, their manifest, and the configuration that they were trained with."""
 
     path: Path
-    """The folder of a checkpoint, or a file of `moe-dist export`."""
+    """Folder of a checkpoint, or a file of `moe-dist export`."""
     manifest: Manifest
     config: RunConfig
     stored: bool = False
-    """Clusters are in few bits: it is a file of `moe-dist export --stored`."""
+    """True if clusters are quantized: a file of `moe-dist export --stored`."""
 
 
 def find_weights(run: Path) -> TrainedWeights:
-    """The weights of a run's end, or of its newest good checkpoint where it has not ended; or those at `run` itself.
+    """Find the final weights of a run, or its newest valid checkpoint if it has not ended; or the weights at `run`
+    itself.
 
-    `run` may also be a file that `moe-dist export` wrote. Collective where a process group exists. All files of a
-    checkpoint have been checked.
+    `run` may also be a file that `moe-dist export` wrote. Collective if a process group exists. All files of a
+    checkpoint are verified.
 
     Raises:
-        CheckpointError: there are none, or every one is damaged.
+        CheckpointError: there are none, or all are damaged.
     """
     if run.is_file():
         with open_exported(run) as file:
@@ -40,6 +41,6 @@ def find_weights(run: Path) -> TrainedWeights:
     if found is None:
         what = "holds no weights" if run.exists() else "does not exist"
         raise CheckpointError(
-            f"{run} {what}: give the folder of a run that has ended or saved a checkpoint, such as runs/NAME"
+            f"{run} {what}: give the folder of a run that has finished or saved a checkpoint, such as runs/NAME"
         )
     return TrainedWeights(found.path, found.manifest, config_of(found.manifest))

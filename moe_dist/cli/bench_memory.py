@@ -22,7 +22,7 @@ def bench_memory(
     steps: Annotated[int | None, typer.Option(help="Steps of each run; the first is not timed.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds over all cases; medians are reported.")] = None,
     threads: Threads = None,
-    budget: Annotated[float | None, typer.Option(help="As memory.device_budget.")] = None,
+    budget: Annotated[float | None, typer.Option(help="As memory.device_budget_ratio.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="A case to run; may be given again. Default: all.")] = None,
     json_file: Json = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Pure clustering of experts: how alike they are, which belong together, who needs to move. Nothing communicates."""
+"""Clustering of experts as pure functions: similarity, balanced assignment, matching. No communication."""
 
 from moe_dist.clustering.activation import ActivationStatistics
 from moe_dist.clustering.assignment import Assignment, assign_balanced

@@ -1,8 +1,8 @@
-"""What each expert is given: exponential moving averages of the tokens routed to it, weighted by the router.
+"""Activation statistics: moving averages of the tokens routed to each expert, weighted by the router.
 
-Both averages are sums that start from zero and decay together, so that they are linear in the tokens: micro-batches
-and ranks may add to them in any order, and the sums of ranks that counted the same steps add up to what one rank
-would have counted. An expert that moves therefore need not take its history along.
+Both averages are sums that start from zero and decay together, so that they are linear in the tokens: micro-batches and
+ranks may add to them in any order, and the sums of ranks that counted the same steps add up to those of one rank. An
+expert's history therefore need not be sent when it moves.
 
 Shapes: E experts, N experts of one cluster, D model width, R rows (tokens), K experts of a row.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FADED = 1e-30
-"""Mass of an expert below which what it was given long ago is forgotten: sums that decay end in noise, not in zero."""
+UNUSED_MASS = 1e-30
+"""Mass below which an expert counts as unused: decayed sums end in rounding noise, not in zero."""
 
 
 @dataclass
@@ -23,14 +23,14 @@ class ActivationStatistics:
 
     weighted_ED: Tensor  # sum of weight * token, float32
     mass_E: Tensor  # sum of weight, float32
-    steps: Tensor  # sum of 1 = (1 - b^t) / (1 - b), what corrects the start from zero; float64, no dimensions
+    steps: Tensor  # sum of 1 = (1 - b^t) / (1 - b), for bias correction; float64 scalar
     decay: float
 
     @classmethod
     def empty(
         cls, experts: int, hidden: int, decay: float, device: torch.device | str | None = None
     ) -> "ActivationStatistics":
-        """The sums before the first step: no expert was given anything.
+        """Create the statistics before the first step.
 
         Args:
             hidden: D, the model's width.
@@ -45,10 +45,10 @@ class ActivationStatistics:
 
     @classmethod
     def merged(cls, ranks: Sequence["ActivationStatistics"]) -> "ActivationStatistics":
-        """All ranks' tokens together; what a sum over ranks of `weighted_ED` and `mass_E` gives.
+        """Add up the statistics of all ranks, as a sum over ranks of `weighted_ED` and `mass_E` does.
 
         Raises:
-            ValueError: they do not cover the same steps with the same decay.
+            ValueError: their steps or decays differ.
         """
         first = ranks[0]
         if any(not torch.equal(one.steps, first.steps) or one.decay != first.decay for one in ranks):
@@ -57,20 +57,20 @@ class ActivationStatistics:
         return cls(weighted_ED, torch.stack([one.mass_E for one in ranks]).sum(0), first.steps.clone(), first.decay)
 
     def begin_step(self) -> None:
-        """Lets the past fade; called once a step, before its tokens, on every rank alike."""
+        """Decay the sums; called once a step, before its tokens, on every rank."""
         self.weighted_ED *= self.decay
         self.mass_E *= self.decay
         self.steps = self.steps * self.decay + 1
 
     @torch.no_grad()
     def update(self, x_RD: Tensor, slot_RK: Tensor, weight_RK: Tensor, expert_N: Tensor | None = None) -> None:
-        """Adds tokens of the present step.
+        """Add tokens of the current step.
 
         Args:
-            x_RD: rows that were routed, any floating type.
-            slot_RK: the experts of each row, as indices of `expert_N`, int64; -1 is absent.
-            weight_RK: the router's weight of each.
-            expert_N: the experts that the rows chose among, int64; None: all.
+            x_RD: routed rows, any floating type.
+            slot_RK: experts of each row, as indices into `expert_N`, int64; -1: none.
+            weight_RK: router weight of each.
+            expert_N: candidate experts of the rows, int64; None: all.
         """
         weight_RK = weight_RK.float().masked_fill(slot_RK < 0, 0.0)
         if expert_N is None:
@@ -81,21 +81,23 @@ class ActivationStatistics:
         self.mass_E.index_add_(0, expert_N, weight_RN.sum(0))
 
     def reset(self) -> None:
-        """Forgets everything: a value that is not finite would never fade."""
+        """Reset the sums to zero, since values that are not finite would never decay."""
         for tensor in (self.weighted_ED, self.mass_E, self.steps):
             tensor.zero_()
 
     @property
     def seen(self) -> Tensor:
-        """bool [E]: experts that were given anything that has not faded away. NaN is not nothing."""
-        return ~(self.mass_E < FADED)
+        """Mask [E] of experts whose tokens have not decayed away; NaN counts as seen."""
+        return ~(self.mass_E < UNUSED_MASS)
 
     def mean_mass(self) -> Tensor:
-        """Bias-corrected moving average of the router's weight a step, sum / ((1 - b^t) / (1 - b)), float32 [E]."""
+        """Return the bias-corrected moving average of the router's weight per step, sum / ((1 - b^t) / (1 - b)),
+        float32 [E].
+        """
         return self.mass_E / self.steps.to(self.mass_E).clamp(min=1.0)
 
     def centroids(self) -> Tensor:
-        """Moving average of weight * token over that of weight, float32 [E, D]; 0 for an expert given nothing.
+        """Return the moving average of weight * token over that of weight, float32 [E, D]; 0 for an unused expert.
 
         Both start from zero and lack the same factor 1 - b^t, so their quotient is free of that bias.
         """

@@ -1,10 +1,10 @@
-"""Balanced assignment: E experts into G clusters of exactly E/G, alike within and equal in load.
+"""Balanced assignment of E experts to G clusters of exactly E/G, by similarity and load.
 
-Each start is drawn as spherical k-means++ would, then experts are assigned anew by their mean similarity to each
-cluster (Hungarian method on replicated slots) while that helps, then swaps lead to a local optimum of the whole
-objective, loads included; the best start wins. A given clustering is improved by swaps alone, so that few move.
+Each start is drawn as in spherical k-means++. Experts are then reassigned by their mean similarity to each cluster
+(Hungarian method on replicated slots) while the objective grows, and swaps reach a local optimum of the whole
+objective, loads included; the best start wins. A given clustering is improved by swaps alone, so that few experts move.
 
-Nothing is read but the matrix, so any similarity of pairs will do, co-activation as well.
+Only the matrix is read, so any pairwise similarity works, co-activation as well.
 
 Shapes: E experts, G clusters, N = E/G slots of a cluster.
 """
@@ -22,19 +22,19 @@ from moe_dist.clustering.swaps import ROUNDING, refine_by_swaps
 
 RESTARTS = 8
 REASSIGNMENTS = 4
-"""Rounds at most: the first gain most, and swaps gain the rest in less time."""
+"""Limit of reassignment rounds: the first gain most, and swaps gain the rest in less time."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A balanced clustering: `groups[c]` are the experts of cluster c, ascending."""
+    """Balanced clustering: `groups[c]` are the experts of cluster c, ascending."""
 
     groups: tuple[tuple[int, ...], ...]
     quality: ClusterQuality
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The cluster of each expert."""
+        """Cluster of each expert."""
         cluster_of = {expert: cluster for cluster, group in enumerate(self.groups) for expert in group}
         return tuple(cluster_of[expert] for expert in range(len(cluster_of)))
 
@@ -49,24 +49,24 @@ def assign_balanced(
     loads: npt.ArrayLike | None = None,
     load_weight: float = 0.0,
 ) -> Assignment:
-    """Maximises mean within-cluster similarity - load_weight * imbalance of the clusters' loads.
+    """Maximize mean within-cluster similarity - load_weight * imbalance of the clusters' loads.
 
     Args:
         similarity: S [E, E]; made symmetric, its diagonal is not read.
         clusters: G, a divisor of E.
-        seed: of the starts; equal arguments give equal answers.
-        restarts: random starts.
-        start: a clustering to start from as well (the present one), [E]; kept unless something is truly better.
+        seed: seed of the starts; equal arguments give equal results.
+        restarts: number of random starts.
+        start: additional start (the present clustering), [E]; kept unless another is better beyond rounding.
         loads: work of each expert, [E]; None: equal.
         load_weight: price of imbalance (`ClusterQuality.imbalance`).
 
     Raises:
-        ValueError: bad shapes, values that are not finite, a start that is not balanced, or nothing to start from.
+        ValueError: invalid shapes, values that are not finite, an unbalanced start, or no start.
     """
     alike_EE = pair_weights(similarity, clusters)
     weights_EE = pair_weights(similarity, clusters, loads, load_weight)
     if restarts < (start is None):
-        raise ValueError(f"restarts={restarts} without a start leaves nothing to begin with")
+        raise ValueError(f"restarts={restarts} without a start leaves no start")
     best_E: Labels | None = None
     best = -np.inf
     for labels_E in _starts(alike_EE, clusters, seed, restarts, start):
@@ -80,7 +80,7 @@ def assign_balanced(
 
 
 def balanced_argmax(score_EG: Matrix) -> Labels:
-    """The balanced labels with the largest sum of scores, by the Hungarian method on N replicas of each cluster."""
+    """Return the balanced labels with the largest sum of scores (Hungarian method on N replicas of each cluster)."""
     slots = score_EG.shape[0] // score_EG.shape[1]
     _, column_E = linear_sum_assignment(np.repeat(score_EG, slots, axis=1), maximize=True)
     labels_E: Labels = column_E // slots
@@ -105,26 +105,26 @@ def _checked_start(start: npt.ArrayLike, experts: int, clusters: int) -> Labels:
 
 
 def _draw_start(weights_EE: Matrix, clusters: int, rng: np.random.Generator) -> Labels:
-    """k-means++: further centres are drawn in proportion to their distance from those there are.
+    """Draw a start by k-means++: further centers are drawn in proportion to their distance from the present ones.
 
     On the unit sphere the squared distance is 2 (1 - cosine); here it is counted from the largest weight, so that any
-    matrix serves, whatever its scale.
+    matrix works, whatever its scale.
     """
     others_EE = ~np.eye(len(weights_EE), dtype=bool)
     near_EE = np.where(others_EE, weights_EE, weights_EE.max(where=others_EE, initial=weights_EE.min()))
-    centres = [int(rng.integers(len(weights_EE)))]
-    while len(centres) < clusters:
-        far_E = near_EE.max() - near_EE[:, centres].max(axis=1)
-        far_E[centres] = 0.0
-        if not far_E.sum() > 0:  # all alike: any will do
+    centers = [int(rng.integers(len(weights_EE)))]
+    while len(centers) < clusters:
+        far_E = near_EE.max() - near_EE[:, centers].max(axis=1)
+        far_E[centers] = 0.0
+        if not far_E.sum() > 0:  # all equal: draw any
             far_E = np.ones(len(weights_EE))
-            far_E[centres] = 0.0
-        centres.append(int(rng.choice(len(far_E), p=far_E / far_E.sum())))
-    return balanced_argmax(near_EE[:, centres])
+            far_E[centers] = 0.0
+        centers.append(int(rng.choice(len(far_E), p=far_E / far_E.sum())))
+    return balanced_argmax(near_EE[:, centers])
 
 
 def _reassign(weights_EE: Matrix, labels_E: Labels, clusters: int) -> Labels:
-    """Assigns all experts anew by their mean weight to each cluster, itself left out, while the objective grows."""
+    """Reassign all experts by their mean weight to each cluster, themselves excluded, while the objective grows."""
     everyone, others = np.arange(len(labels_E)), len(labels_E) // clusters
     affinity_EG = affinities(weights_EE, labels_E, clusters)
     for _ in range(REASSIGNMENTS):

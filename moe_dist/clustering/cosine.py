@@ -1,7 +1,7 @@
-"""Cosines of what is left of the experts when their mean is taken away.
+"""Cosines of expert descriptors after subtraction of their mean.
 
-What all experts have in common (a shared start of the bases, the mean token) would bring every cosine near 1 and
-decide the clusters by itself; so every similarity here is centred first, on Gram matrices by double centring.
+Content that all experts share (a common init of the bases, the mean token) would bring every cosine near 1 and decide
+the clusters by itself. So every similarity here is centered first, Gram matrices by double centering.
 
 Shapes: E experts, S entries of a vector that describes an expert.
 """
@@ -10,39 +10,39 @@ import torch
 from torch import Tensor
 
 
-def double_centred(gram_EE: Tensor) -> Tensor:
-    """Gram matrix of the vectors less their mean: `J K J` with `J = 1 - 11^T / E` (Schölkopf et al. 1998)."""
+def double_centered(gram_EE: Tensor) -> Tensor:
+    """Center a Gram matrix: `J K J` with `J = 1 - 11^T / E` (Schölkopf et al. 1998)."""
     return gram_EE - gram_EE.mean(0, keepdim=True) - gram_EE.mean(1, keepdim=True) + gram_EE.mean()
 
 
 def cosine_of_gram(gram_EE: Tensor) -> Tensor:
-    """Cosines of centred vectors from the Gram matrix of the uncentred ones, float64 [E, E].
+    """Compute cosines of centered vectors from the Gram matrix of the uncentered ones, float64 [E, E].
 
-    An expert that equals the mean up to rounding resembles nobody: cosine 0. What is not finite stays not finite.
+    An expert that equals the mean up to rounding has cosine 0 to all others. Values that are not finite stay so.
     """
     gram_EE = gram_EE.double()
     rounding = len(gram_EE) * torch.finfo(torch.float64).eps * gram_EE.diagonal().abs().max()
-    return _normalised(double_centred(gram_EE), rounding)
+    return _normalized(double_centered(gram_EE), rounding)
 
 
 def cosine_of_vectors(x_ES: Tensor, known_E: Tensor | None = None) -> Tensor:
-    """Cosines of the rows less their mean, float64 [E, E].
+    """Compute cosines of the rows minus their mean, float64 [E, E].
 
     Args:
-        x_ES: one row an expert, any floating type.
-        known_E: bool; rows that are not known count in no mean and resemble nobody (cosine 0); None: all are.
+        x_ES: one row per expert, any floating type.
+        known_E: mask of known rows; others are excluded from the mean and have cosine 0; None: all are known.
     """
     if known_E is None:
         known_E = torch.ones(len(x_ES), dtype=torch.bool, device=x_ES.device)
     largest = x_ES.abs().max().double()
     rounding = x_ES.shape[1] * (len(x_ES) * torch.finfo(x_ES.dtype).eps * largest) ** 2
     x_ES = x_ES.double()
-    centred_ES = torch.where(known_E[:, None], x_ES - x_ES[known_E].mean(0), 0.0)
-    return _normalised(centred_ES @ centred_ES.T, rounding)
+    centered_ES = torch.where(known_E[:, None], x_ES - x_ES[known_E].mean(0), 0.0)
+    return _normalized(centered_ES @ centered_ES.T, rounding)
 
 
-def _normalised(gram_EE: Tensor, rounding: Tensor) -> Tensor:
-    """`K_ij / sqrt(K_ii K_jj)`, diagonal 1; squared norms up to `rounding` are taken for zero. NaN compares false."""
+def _normalized(gram_EE: Tensor, rounding: Tensor) -> Tensor:
+    """Return `K_ij / sqrt(K_ii K_jj)`, diagonal 1; squared norms up to `rounding` count as zero. NaN stays NaN."""
     squared_E = gram_EE.diagonal()
     norm_E = torch.where(squared_E <= rounding, torch.inf, squared_E).sqrt()
     cosine_EE = (gram_EE / norm_E[:, None] / norm_E[None, :]).clamp(-1, 1)

@@ -1,7 +1,7 @@
-"""What the similarity of weights reads: experts as a base they share with their cluster and a low-rank residual.
+"""Factored projections: experts as a shared base of their cluster and a low-rank residual.
 
-Shapes: C bases (clusters), E experts, I rows of a projection, O its columns, R rank; D model width, F hidden width,
-H = 2 F (gate | up).
+Shapes: C bases (clusters), E experts, I rows of a projection, O its columns, R rank; D model width, F hidden width, H =
+2 F (gate | up).
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FactoredProjection:
-    """One projection of every expert: `W_e = bases[base_of[e]] + u[e] v[e]`, never materialised."""
+    """One projection of every expert: `W_e = bases[base_of[e]] + u[e] v[e]`, never materialized."""
 
     bases_CIO: Tensor
     base_of_E: Tensor  # int64: the base of each expert
@@ -24,7 +24,7 @@ class FactoredProjection:
             shapes = [tuple(t.shape) for t in (self.bases_CIO, self.base_of_E, self.u_EIR, self.v_ERO)]
             raise ValueError(f"a projection takes [C, I, O], [E], [E, I, R] and [E, R, O], not {shapes}")
         if experts and not 0 <= int(self.base_of_E.min()) <= int(self.base_of_E.max()) < bases:
-            raise ValueError(f"experts must name bases 0 to {bases - 1}, name {self.base_of_E.unique().tolist()}")
+            raise ValueError(f"base_of_E must be in 0 to {bases - 1}, got {self.base_of_E.unique().tolist()}")
 
 
 def gated_projections(
@@ -36,12 +36,12 @@ def gated_projections(
     out_u_EFR: Tensor,
     out_v_ERD: Tensor,
 ) -> tuple[FactoredProjection, ...]:
-    """Gate, up and output projection of gated experts, as views of the tensors that experts are kept in.
+    """Return gate, up and output projection of gated experts, as views of the experts' tensors.
 
     Args:
         base_in_CDH: gate | up of each base, [C, D, 2F].
         base_out_CFD: output of each base, [C, F, D].
-        base_of_E: which of them an expert has, [E].
+        base_of_E: index of an expert's base, [E].
         in_u_EDR: U of gate | U of up, [E, D, 2R].
         in_v_ERH: V of gate, V of up, [E, 2, R, F].
         out_u_EFR: [E, F, R].

@@ -1,11 +1,11 @@
-"""Exact inner products of effective weights `B + U V` by trace identities; no expert's weight is ever formed.
+"""Exact inner products of effective weights `B + U V` by trace identities; no expert's weight is materialized.
 
 With the trace inner product, expert i on base b and expert j on base c have
 
     <B_b + U_i V_i, B_c + U_j V_j> = <B_b, B_c> + <U_j^T B_b, V_j> + <U_i^T B_c, V_i> + <U_i^T U_j, V_i V_j^T>
 
 where the last factors are r x r. Cost for one projection of E experts on C bases: I O C (C + E r) + (I + O) (E r)^2
-multiply-adds, against I O (E^2 + E r) when weights are materialised.
+multiply-adds, against I O (E^2 + E r) when weights are materialized.
 
 Shapes: C bases, E experts, I rows of a projection, O its columns, R rank, N experts of one block.
 """
@@ -19,11 +19,11 @@ from moe_dist.clustering.cosine import cosine_of_gram
 from moe_dist.clustering.factors import FactoredProjection
 
 BLOCK = 64
-"""Experts taken at a time, which bounds the [N r, E r] products."""
+"""Experts per block, which bounds the [N r, E r] products."""
 
 
 def parameter_similarity(projections: Sequence[FactoredProjection]) -> Tensor:
-    """S_param: cosines of the experts' effective weights less their mean, all projections as one vector.
+    """Compute S_param: cosines of the experts' effective weights minus their mean, all projections as one vector.
 
     Returns:
         float64 [E, E], symmetric, diagonal 1; not finite where a weight is not.
@@ -32,10 +32,10 @@ def parameter_similarity(projections: Sequence[FactoredProjection]) -> Tensor:
 
 
 def effective_gram(projections: Sequence[FactoredProjection]) -> Tensor:
-    """Inner products of effective weights, summed over projections, float64 [E, E].
+    """Compute inner products of effective weights, summed over projections, float64 [E, E].
 
-    From every weight the mean base is taken, the same for all: double centring removes it anyway, and without it the
-    small differences of bases that share a start are not lost to rounding.
+    The mean base is subtracted from every weight: double centering removes it anyway, and the small differences of
+    bases with a common init are not lost to rounding.
     """
     return torch.stack([_projection_gram(p) for p in projections]).sum(0)
 
@@ -52,14 +52,14 @@ def _projection_gram(p: FactoredProjection) -> Tensor:
 
 
 def _residuals_with_bases(bases_CIO: Tensor, u_EIR: Tensor, v_ERO: Tensor) -> Tensor:
-    """<U_e V_e, B_c> = <V_e, U_e^T B_c> [E, C]."""
+    """Compute <U_e V_e, B_c> = <V_e, U_e^T B_c> [E, C]."""
     experts, rows, rank = u_EIR.shape
     u_stacked = u_EIR.transpose(1, 2).reshape(experts * rank, rows)
     return torch.stack([((u_stacked @ base_IO).view_as(v_ERO) * v_ERO).sum((1, 2)) for base_IO in bases_CIO], dim=1)
 
 
 def _residuals_with_residuals(u_EIR: Tensor, v_ERO: Tensor) -> Tensor:
-    """<U_i V_i, U_j V_j> = <U_i^T U_j, V_i V_j^T> [E, E], a block of rows at a time."""
+    """Compute <U_i V_i, U_j V_j> = <U_i^T U_j, V_i V_j^T> [E, E], one block of rows at a time."""
     experts, rows, rank = u_EIR.shape
     u_all, v_all = u_EIR.transpose(1, 2).reshape(experts * rank, rows), v_ERO.reshape(experts * rank, -1)
     blocks_NE = [

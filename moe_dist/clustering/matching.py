@@ -1,4 +1,4 @@
-"""New clusters given the names and slots of old ones, so that as few experts as possible move."""
+"""Matching of new clusters to old ones, so that as few experts as possible move."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Members = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Match:
-    """New members by cluster and slot, fit for `ExpertPlacement.with_members`, and who changes cluster."""
+    """New members by cluster and slot, for `ExpertPlacement.with_members`, and the experts that change cluster."""
 
     members: Members
     movers: tuple[int, ...]
@@ -23,21 +23,21 @@ class Match:
 
 
 def match_clusters(old: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> Match:
-    """Names each new group after the old cluster it takes over; who stays keeps the slot, movers fill what is free.
+    """Match each new group to an old cluster; experts that stay keep their slots, the others fill the free ones.
 
-    The Hungarian method on the overlaps makes the number of movers the least possible.
+    The Hungarian method on the overlaps minimizes the number of moves.
 
     Args:
         old: present members by cluster and slot.
-        groups: new clusters, in any order; as many and as large as the old ones.
+        groups: new clusters, in any order; equal in number and size to the old ones.
 
     Raises:
-        ValueError: the new groups do not divide the same experts into equally many clusters of the same size.
+        ValueError: the new groups differ in experts, number or size from the old ones.
     """
     everyone = [sorted(e for cluster in clusters for e in cluster) for clusters in (old, groups)]
     shapes = [sorted(map(len, clusters)) for clusters in (old, groups)]
     if everyone[0] != everyone[1] or shapes[0] != shapes[1] or len(set(shapes[0])) != 1:
-        raise ValueError(f"clusters of sizes {shapes[1]} cannot take over the experts of clusters of sizes {shapes[0]}")
+        raise ValueError(f"clusters of sizes {shapes[1]} cannot be matched to clusters of sizes {shapes[0]}")
     overlap = np.array([[len(set(before) & set(after)) for after in groups] for before in old])
     _, group_of = linear_sum_assignment(overlap, maximize=True)
     members = tuple(_keep_slots(before, groups[group]) for before, group in zip(old, group_of, strict=True))

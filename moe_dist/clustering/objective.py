@@ -1,12 +1,12 @@
-"""The objective as weights of pairs, which is all that the optimisers see.
+"""Objective of a clustering as weights of pairs.
 
 For balanced clusters of n = E/G experts both parts of the objective are sums over ordered pairs i != j of one cluster:
 
     similarity = sum S_ij / (G n (n - 1)),    imbalance = sum l_i l_j / (G m^2) + constant,   m = mean cluster load,
 
-so equal load is nothing but a repulsion between heavy experts, and no optimiser needs to know of loads. Since swaps
-on a sum over pairs are an elementary landscape (Grover 1992), a clustering that no swap improves is never below the
-mean over all balanced clusterings, whatever the similarity.
+so equal load is a repulsion between heavy experts, and the optimizers handle pair weights alone. Since swaps on a sum
+over pairs are an elementary landscape (Grover 1992), a clustering that no swap improves is never below the mean over
+all balanced clusterings, whatever the similarity.
 
 Shapes: E experts, G clusters.
 """
@@ -21,7 +21,8 @@ Labels = npt.NDArray[np.int64]
 def pair_weights(
     similarity: npt.ArrayLike, clusters: int, loads: npt.ArrayLike | None = None, load_weight: float = 0.0
 ) -> Matrix:
-    """A [E, E], symmetric with zero diagonal: objective = sum of A_ij over pairs of one cluster, plus a constant.
+    """Compute A [E, E], symmetric with zero diagonal: objective = sum of A_ij over pairs of one cluster, plus a
+    constant.
 
     Raises:
         ValueError: S is not square or not finite, E does not divide, or loads are not E finite non-negative numbers.
@@ -44,17 +45,17 @@ def pair_weights(
 
 
 def affinities(weights_EE: Matrix, labels_E: Labels, clusters: int) -> Matrix:
-    """Sum of A_ij over the members j of each cluster, [E, G]."""
+    """Sum A_ij over the members j of each cluster, [E, G]."""
     return weights_EE @ np.eye(clusters)[labels_E]
 
 
 def pair_sum(affinity_EG: Matrix, labels_E: Labels) -> float:
-    """Sum of A_ij over ordered pairs of one cluster: what each expert has to its own."""
+    """Sum A_ij over ordered pairs of one cluster."""
     return float(affinity_EG[np.arange(len(labels_E)), labels_E].sum())
 
 
 def _cluster_shares(loads: npt.ArrayLike, experts: int, clusters: int) -> Matrix:
-    """Loads in units of the mean cluster load; all zero where nothing was routed."""
+    """Return loads in units of the mean cluster load; zero if no tokens were routed."""
     loads_E: Matrix = np.asarray(loads, dtype=np.float64)
     if loads_E.shape != (experts,) or not np.isfinite(loads_E).all() or (loads_E < 0).any():
         raise ValueError(f"loads must be {experts} finite numbers, not negative")

@@ -1,4 +1,4 @@
-"""How good a clustering is: its objective, written out plainly, and its agreement with another clustering.
+"""Quality of a clustering: its objective, computed directly, and its agreement with another clustering.
 
 Shapes: E experts, G clusters.
 """
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class ClusterQuality:
-    """The objective and its parts.
+    """Objective of a clustering and its parts.
 
     Attributes:
         similarity: mean of S_ij over ordered pairs i != j of one cluster; 0 where clusters hold one expert.
@@ -30,7 +30,7 @@ def cluster_quality(
     loads: npt.ArrayLike | None = None,
     load_weight: float = 0.0,
 ) -> ClusterQuality:
-    """Evaluates a clustering of any cluster sizes.
+    """Evaluate a clustering of any cluster sizes.
 
     Args:
         similarity: S [E, E].
@@ -49,7 +49,7 @@ def cluster_quality(
 
 
 def adjusted_rand_index(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-    """Agreement of two clusterings of the same items: 1 if equal but for names, 0 on average by chance.
+    """Compute the agreement of two clusterings of the same items: 1 if equal but for names, 0 on average by chance.
 
     Formula: (sum_ab C(n_ab, 2) - e) / ((sum_a C(n_a, 2) + sum_b C(n_b, 2)) / 2 - e) with
     e = sum_a C(n_a, 2) sum_b C(n_b, 2) / C(n, 2) (Hubert and Arabie 1985). Two clusterings in which it is 0 / 0 (both

@@ -1,8 +1,8 @@
-"""How alike experts are, in what they are and in what they are given, as one matrix with its parts.
+"""Fused similarity of experts: of their parameters and of their activations.
 
     S = alpha S_param + (1 - alpha) S_act,    S_act = (1 - rho) S_centroid + rho S_router
 
-All parts are cosines less the mean over experts, so that they are on one scale.
+All parts are cosines minus the mean over experts, so that they are on one scale.
 
 Shapes: E experts, D model width.
 """
@@ -18,7 +18,7 @@ from moe_dist.clustering.cosine import cosine_of_vectors
 
 @dataclass(frozen=True)
 class FusedSimilarity:
-    """S and the parts it is made of, float64 [E, E] each; a part that has no weight may be None."""
+    """S and its parts, float64 [E, E] each; a part without weight may be None."""
 
     fused_EE: Tensor
     parameter_EE: Tensor | None
@@ -27,28 +27,28 @@ class FusedSimilarity:
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The parts that were given, by name."""
+        """Parts that are present, by name."""
         named = {"parameter": self.parameter_EE, "centroid": self.centroid_EE, "router": self.router_EE}
         return {name: part for name, part in named.items() if part is not None}
 
     @property
     def not_finite(self) -> tuple[str, ...]:
-        """Names of parts that hold NaN or infinity; where there are any, no expert should move."""
+        """Names of parts that hold NaN or infinity; if there are any, no expert should move."""
         return tuple(name for name, part in self.parts.items() if not bool(torch.isfinite(part).all()))
 
     @property
     def usable(self) -> bool:
-        """Whether every part is finite."""
+        """True if every part is finite."""
         return not self.not_finite
 
 
 def centroid_similarity(statistics: ActivationStatistics) -> Tensor:
-    """S_centroid: cosines of the experts' token centroids; experts that were given nothing resemble nobody."""
+    """Compute S_centroid: cosines of the experts' token centroids; the similarity of an unused expert is 0."""
     return cosine_of_vectors(statistics.centroids(), statistics.seen)
 
 
 def router_similarity(weight_ED: Tensor) -> Tensor:
-    """S_router: cosines of the experts' router embeddings."""
+    """Compute S_router: cosines of the experts' router embeddings."""
     return cosine_of_vectors(weight_ED)
 
 
@@ -60,7 +60,7 @@ def fuse(
     alpha: float,
     router_weight: float = 0.0,
 ) -> FusedSimilarity:
-    """Weighs the parts together.
+    """Combine the parts by their weights.
 
     Args:
         parameter_EE: S_param, needed if alpha > 0.
@@ -70,7 +70,7 @@ def fuse(
         router_weight: rho, weight of the router's embeddings within S_act, in [0, 1].
 
     Raises:
-        ValueError: a weight outside [0, 1], or a part that has weight but is missing.
+        ValueError: a weight outside [0, 1], or a part with weight that is missing.
     """
     for name, value in (("alpha", alpha), ("router_weight", router_weight)):
         if not 0 <= value <= 1:

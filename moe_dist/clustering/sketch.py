@@ -1,10 +1,10 @@
-"""Small random images of effective weights, which ranks make of their own experts and gather.
+"""Random sketches of effective weights, which ranks compute of their own experts and gather.
 
-A projection W [I, O] is seen as `P^T W Q` with the same random P, Q for every expert, so that
-`E <P^T W Q, P^T W' Q> = <W, W'>` (Johnson-Lindenstrauss, two-sided). P and Q have orthonormal columns times
-sqrt(I / s) and sqrt(O / s): the error shrinks as about 1/s and vanishes where s reaches both widths.
+The sketch of a projection W [I, O] is `P^T W Q` with the same random P, Q for every expert, so that `E <P^T W Q, P^T W'
+Q> = <W, W'>` (Johnson-Lindenstrauss, two-sided). P and Q have orthonormal columns times sqrt(I / s) and sqrt(O / s):
+the error shrinks as about 1/s and vanishes where s reaches both widths.
 
-Every rank that draws from the same seed makes the same sketch, so an expert's sketch depends on its weights alone.
+Every rank with the same seed computes the same sketch, so an expert's sketch depends on its weights alone.
 
 Shapes: E experts, I rows of a projection, O its columns, S entries of all sketches of an expert, R rank, C bases.
 """
@@ -28,16 +28,16 @@ def sketch_weights(
     size: int = SKETCH_SIZE,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The sketches of some experts, whichever are at hand; nothing is communicated.
+    """Compute the sketches of any experts at hand; no communication.
 
     Args:
-        projections: the experts' projections, in the same order on every rank.
+        projections: projections of the experts, in the same order on every rank.
         seed: the same on all ranks; it may change from round to round.
         size: rows and columns of a sketch, at most; a narrower side is kept whole.
-        dtype: of the result. Sketches contain what experts share, so a 16-bit type would drown what they do not.
+        dtype: type of the result. In a 16-bit type the experts' common part would hide their differences.
 
     Returns:
-        [E, S], all projections' sketches of an expert in a row: 3 x 64 x 64 float32 are 48 KiB an expert.
+        [E, S], one row per expert with the sketches of all projections: 3 x 64 x 64 float32 are 48 KiB.
     """
     if size < 1:
         raise ValueError(f"a sketch needs at least 1 row and column, not {size}")
@@ -46,12 +46,12 @@ def sketch_weights(
 
 
 def sketched_parameter_similarity(sketch_ES: Tensor) -> Tensor:
-    """S_param estimated from the sketches of all experts, in the order of their rows: float64 [E, E]."""
+    """Estimate S_param from the sketches of all experts, in the order of their rows: float64 [E, E]."""
     return cosine_of_vectors(sketch_ES)
 
 
 def _sketch_projection(p: FactoredProjection, size: int, generator: torch.Generator) -> Tensor:
-    """P^T B Q + (P^T U) (V Q) for every expert, float64 [E, size, size]."""
+    """Compute P^T B Q + (P^T U) (V Q) for every expert, float64 [E, size, size]."""
     rows, columns = p.bases_CIO.shape[1:]
     left = _orthonormal(rows, size, generator).to(p.u_EIR.device)
     right = _orthonormal(columns, size, generator).to(p.u_EIR.device)
@@ -60,7 +60,7 @@ def _sketch_projection(p: FactoredProjection, size: int, generator: torch.Genera
 
 
 def _orthonormal(width: int, size: int, generator: torch.Generator) -> Tensor:
-    """Random orthonormal columns times sqrt(width / size), float64 [width, size]; all of the space if size allows."""
+    """Draw orthonormal columns times sqrt(width / size), float64 [width, size]; the identity's span if size allows."""
     if size >= width:
         return torch.eye(width, dtype=torch.float64)
     drawn = torch.randn(width, size, generator=generator, dtype=torch.float64)

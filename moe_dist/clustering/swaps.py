@@ -1,4 +1,4 @@
-"""Swap refinement: pairs of experts change places for as long as that improves the objective.
+"""Swap refinement: pairs of experts exchange clusters while that improves the objective.
 
 Shapes: E experts, G clusters.
 """
@@ -8,13 +8,13 @@ import numpy as np
 from moe_dist.clustering.objective import Labels, Matrix, affinities
 
 ROUNDING = 1e-12
-"""Gains up to this, relative to the largest weight and the number of experts, are rounding: no swap for them."""
+"""Gain, relative to the largest weight and the number of experts, up to which it counts as rounding."""
 
 
 def refine_by_swaps(weights_EE: Matrix, labels_E: Labels, clusters: int) -> Labels:
-    """The local optimum that best swaps lead to: no exchange of two experts improves it further.
+    """Return the local optimum that best swaps reach: no exchange of two experts improves it.
 
-    Experts take turns to change places with whoever gains most, until a whole round gains nothing.
+    Each expert in turn exchanges clusters with the one that gains most, until a whole round gains nothing.
 
     Args:
         weights_EE: pair weights A, symmetric with zero diagonal.
@@ -38,10 +38,10 @@ def refine_by_swaps(weights_EE: Matrix, labels_E: Labels, clusters: int) -> Labe
 
 
 def _gains(i: int, weights_EE: Matrix, affinity_EG: Matrix, labels_E: Labels, own_E: Matrix) -> Matrix:
-    """Half of what exchanging i with each other expert adds to the objective, [E]; -inf within i's cluster.
+    """Return half of the gain of exchanging i with each other expert, [E]; -inf within i's cluster.
 
-    For i in a and j in b: M_ib - M_ia + M_ja - M_jb - 2 A_ij, where M are the affinities. In place, since it is all
-    the time that clustering takes.
+    For i in a and j in b: M_ib - M_ia + M_ja - M_jb - 2 A_ij, where M are the affinities. Computed in place, since it
+    takes most of the time of clustering.
     """
     a = labels_E[i]
     gain_E: Matrix = weights_EE[i] * -2
@@ -54,7 +54,7 @@ def _gains(i: int, weights_EE: Matrix, affinity_EG: Matrix, labels_E: Labels, ow
 
 
 def _swap(i: int, j: int, weights_EE: Matrix, affinity_EG: Matrix, labels_E: Labels) -> None:
-    """Exchanges i and j, and keeps the affinities true."""
+    """Exchange i and j, and update the affinities."""
     a, b, change_E = labels_E[i], labels_E[j], weights_EE[j] - weights_EE[i]
     affinity_EG[:, a] += change_E
     affinity_EG[:, b] -= change_E

@@ -10,7 +10,7 @@ from moe_dist.compression.factorization import (
     factorize_expert,
     usage_weighted_mean,
 )
-from moe_dist.compression.initialisation import ExpertResidual, init_base, init_residual
+from moe_dist.compression.initialization import ExpertResidual, init_base, init_residual
 from moe_dist.compression.quantization import GroupFormat, QuantizedFactor
 from moe_dist.compression.quantized_cluster import (
     QuantizedCluster,

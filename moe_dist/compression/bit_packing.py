@@ -1,4 +1,4 @@
-"""Small unsigned numbers packed into bytes, the first of a byte in its lowest bits.
+"""Packing of small unsigned numbers into bytes, the first of a byte in its lowest bits.
 
 Shapes: X any, L numbers, B bytes.
 """
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 
 def pack(code_XL: Tensor, bits: int) -> Tensor:
-    """Numbers below 2^bits (uint8; bits: 1, 2, 4 or 8) -> [X, B], zeros after the last."""
+    """Pack numbers below 2^bits (uint8; bits: 1, 2, 4 or 8) into [X, B], with zeros after the last."""
     per_byte = 8 // bits
     code_XBP = functional.pad(code_XL, (0, -code_XL.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
     packed_XB: Tensor = code_XBP[..., 0].clone()
@@ -19,7 +19,7 @@ def pack(code_XL: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed_XB: Tensor, length: int, bits: int) -> Tensor:
-    """What was packed: [X, L], uint8."""
+    """Unpack to [X, L], uint8."""
     places = range(0, 8, bits)
     code_XBP = torch.stack([packed_XB >> place & (1 << bits) - 1 for place in places], dim=-1)
     code_XL: Tensor = code_XBP.flatten(-2)[..., :length]

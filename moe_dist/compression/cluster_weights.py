@@ -1,4 +1,4 @@
-"""The tensors of one cluster of experts: a shared base, and for each expert a low-rank residual and optional vectors.
+"""Tensors of one cluster of experts: a shared base, and for each expert a low-rank residual and optional vectors.
 
 Shapes: N experts of the cluster, D model width, F hidden width, H = 2 F (gate | up), R rank.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OuterWeights:
-    """What lies around the hidden step: every product with d in it."""
+    """Weights of every product with dimension d, before and after the hidden step."""
 
     base_in_DH: Tensor
     base_out_FD: Tensor
@@ -22,7 +22,8 @@ class OuterWeights:
 
 @dataclass(frozen=True)
 class ClusterWeights:
-    """Tensors of experts lead with the expert, since experts migrate one by one.
+    """Tensors of a cluster; those of experts have the expert as their first dimension, since experts migrate one by
+    one.
 
     Expert e has `W = B + U_e V_e` for its gate, up and output projections and computes
     `pre = x W_in + hidden_bias`, `h = silu(pre_gate) * pre_up * (1 + tanh(hidden_gate))`, `h W_out + output_bias`.
@@ -34,7 +35,7 @@ class ClusterWeights:
     in_v_NRH: Tensor  # [n, 2, r, f]: V of gate, V of up
     out_u_NFR: Tensor  # [n, f, r]
     out_v_NRD: Tensor  # [n, r, d]
-    hidden_gate_NF: Tensor | None = None  # [n, f]; the three vectors come together or not at all
+    hidden_gate_NF: Tensor | None = None  # [n, f]; the three vectors are all present or all None
     hidden_bias_NH: Tensor | None = None  # [n, 2f]
     output_bias_ND: Tensor | None = None  # [n, d]
 
@@ -42,7 +43,7 @@ class ClusterWeights:
     def without_values(
         cls, experts: int, hidden: int, expert_hidden: int, rank: int, *, vectors: bool, dtype: torch.dtype
     ) -> "ClusterWeights":
-        """Of these sizes, on `meta`."""
+        """Return the same shapes on `meta`."""
         n, d, f, r = experts, hidden, expert_hidden, rank
         sizes: list[tuple[int, ...]] = [(d, 2 * f), (f, d), (n, d, 2 * r), (n, 2, r, f), (n, f, r), (n, r, d)]
         sizes += [(n, f), (n, 2 * f), (n, d)] if vectors else []
@@ -50,7 +51,7 @@ class ClusterWeights:
 
     @property
     def experts(self) -> int:
-        """n: experts of this cluster that are here."""
+        """n: experts of this cluster on this rank."""
         return self.in_v_NRH.shape[0]
 
     @property
@@ -64,16 +65,16 @@ class ClusterWeights:
         return self.in_v_NRH.shape[3]
 
     def outer(self) -> OuterWeights:
-        """The part of them that no form of the hidden step touches."""
+        """Return the weights outside of the hidden step."""
         return OuterWeights(self.base_in_DH, self.base_out_FD, self.in_u_NDR, self.out_v_NRD, self.output_bias_ND)
 
     def vectors(self) -> tuple[Tensor, Tensor] | None:
-        """What multiplies the hidden units, `1 + tanh(hidden_gate)` [n, f], and the bias before them [n, 2f]."""
+        """Return the hidden units' multiplier `1 + tanh(hidden_gate)`, [n, f], and pre-activation bias, [n, 2f]."""
         return hidden_vectors(self.hidden_gate_NF, self.hidden_bias_NH)
 
 
 def hidden_vectors(hidden_gate_NF: Tensor | None, hidden_bias_NH: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """`ClusterWeights.vectors` of these two."""
+    """Compute `ClusterWeights.vectors` from the two tensors."""
     if hidden_gate_NF is None or hidden_bias_NH is None:
         return None
     return 1 + torch.tanh(hidden_gate_NF), hidden_bias_NH

@@ -1,4 +1,4 @@
-"""A full gated expert: what a standard layer holds, and what a base with a residual stands for.
+"""Full gated expert: of a standard layer, or the equivalent of a base with a residual.
 
 Shapes: T tokens, D model width, F hidden width, H = 2 F (gate | up), R rank.
 """
@@ -9,36 +9,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_dist.compression.initialisation import ExpertResidual
+from moe_dist.compression.initialization import ExpertResidual
 
 
 @dataclass(frozen=True)
 class ExpertMatrices:
-    """A full expert: `h = silu(x W_gate) * (x W_up)`, `y = h W_out`."""
+    """Full expert: `h = silu(x W_gate) * (x W_up)`, `y = h W_out`."""
 
     w_in_DH: Tensor  # [d, 2f]: gate | up
     w_out_FD: Tensor  # [f, d]
 
     def projections(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate [d, f], up [d, f] and output [f, d]."""
+        """Return gate [d, f], up [d, f] and output [f, d]."""
         gate_DF, up_DF = self.w_in_DH.chunk(2, dim=1)
         return gate_DF, up_DF, self.w_out_FD
 
     def double(self) -> "ExpertMatrices":
-        """In float64."""
+        """Convert to float64."""
         return ExpertMatrices(self.w_in_DH.double(), self.w_out_FD.double())
 
     def hidden(self, x_TD: Tensor) -> Tensor:
-        """The hidden units of some tokens, [T, F]."""
+        """Compute the hidden units of some tokens, [T, F]."""
         gate_TF, up_TF = (x_TD @ self.w_in_DH).chunk(2, dim=1)
         return functional.silu(gate_TF) * up_TF
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        """The outputs of some tokens, [T, D]."""
+        """Compute the outputs of some tokens, [T, D]."""
         return self.hidden(x_TD) @ self.w_out_FD
 
     def with_residual(self, residual: ExpertResidual) -> "ExpertMatrices":
-        """This as a base, the residual's products added; vectors are left out."""
+        """Return this base plus the residual's products, without its vectors."""
         u_gate_DR, u_up_DR = residual.in_u_DR.chunk(2, dim=1)
         v_gate_RF, v_up_RF = residual.in_v_RH
         change_DH = torch.cat([u_gate_DR @ v_gate_RF, u_up_DR @ v_up_RF], dim=1)
@@ -46,6 +46,6 @@ class ExpertMatrices:
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """`|found - exact| / |exact|` over all entries; 0 of nothing."""
+    """Return `|found - exact| / |exact|` over all entries; 0 if both are empty or zero."""
     part, whole = (torch.linalg.vector_norm(value).item() for value in (found - exact, exact))
     return part / whole if whole > 0 else float(part > 0)

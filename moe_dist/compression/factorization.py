@@ -1,12 +1,12 @@
-"""Full experts as a shared base and a low-rank residual each: the mean by usage, and what is left, cut to a rank.
+"""Factorization of full experts into a shared base, their usage-weighted mean, and a low-rank residual each.
 
-What is left of a matrix, `D = W - B`, is kept as `U V = D Q Q^T`, where Q spans the leading right singular vectors
+The difference `D = W - B` is approximated by `U V = D Q Q^T`, where Q spans the leading right singular vectors
 
     of D itself (plain): nearest to W in all its entries; or
-    of C^1/2 D (whitened), C the second moments of the matrix's inputs: nearest to W in what it puts out,
+    of C^1/2 D (whitened), C the second moments of the matrix's inputs: nearest to W in its outputs,
 
 since `E |x (D - U V)|^2 = |C^1/2 (D - U V)|^2`. No inverse of C^1/2 is needed, so C may be singular. Moments of few
-tokens are noisy, so each matrix takes whichever did better on moments of other tokens.
+tokens are noisy, so each matrix uses the variant with the smaller error on moments of other tokens.
 
 Shapes: N experts, D model width, F hidden width, H = 2 F (gate | up), R rank; I rows of a projection, O its columns.
 """
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from moe_dist.compression.cluster_weights import ClusterWeights
 from moe_dist.compression.expert_matrices import ExpertMatrices
-from moe_dist.compression.initialisation import V_STD, ExpertResidual
+from moe_dist.compression.initialization import V_STD, ExpertResidual
 from moe_dist.compression.low_rank import leading_right_vectors
 from moe_dist.compression.whitening import Root, WhiteningRoots, apply_root
 
 
 @dataclass(frozen=True)
 class FactorizedExpert:
-    """An expert's residual beside the base, and what it loses: one figure for each of gate, up and output.
+    """Residual of an expert and its approximation errors, one for each of gate, up and output.
 
     Errors are relative, `|C^1/2 (W - B - U V)| / |C^1/2 W|`, with the moments that decided (none: C = 1).
     """
@@ -35,12 +35,14 @@ class FactorizedExpert:
     residual: ExpertResidual
     errors: tuple[float, float, float]
     base_errors: tuple[float, float, float]
-    """The same with the base alone."""
+    """Errors with the base alone."""
     whitened: tuple[bool, bool, bool]
 
 
 def usage_weighted_mean(w_NIO: Tensor, usage_N: Tensor) -> Tensor:
-    """`sum_n usage_n W_n / sum_n usage_n`; the plain mean where nothing was used. Usage: not negative, any scale."""
+    """Compute `sum_n usage_n W_n / sum_n usage_n`; the plain mean if nothing was used. Usage is not negative, on any
+    scale.
+    """
     weight_N = usage_N.to(w_NIO)
     if not weight_N.any():
         weight_N = torch.ones_like(weight_N)
@@ -58,13 +60,13 @@ def factorize_expert(
     check: WhiteningRoots | None = None,
     seed: int | None = None,
 ) -> FactorizedExpert:
-    """The residual of rank `rank` that brings the base nearest to the expert.
+    """Compute the residual of rank `rank` that brings the base nearest to the expert.
 
     Args:
-        vectors: with the expert's vectors, zero.
-        inputs: of the tokens that whitening fits; None: plain throughout.
-        check: of other tokens, which decide between plain and whitened; None: `moments`.
-        seed: of the randomised decomposition, the same on all ranks; None: the exact one.
+        vectors: add the expert's vectors, zero.
+        inputs: moments that whitening fits; None: plain only.
+        check: moments of other tokens, which decide between plain and whitened; None: `inputs`.
+        seed: of the randomized decomposition, the same on all ranks; None: the exact one.
 
     Raises:
         ValueError: the rank is larger than a matrix allows.
@@ -75,7 +77,7 @@ def factorize_expert(
     fit = (inputs or nothing).projections()
     judge = (check or inputs or nothing).projections()
     parts = zip(expert.projections(), base.projections(), fit, judge, strict=True)
-    gate, up, out = (_factorise(w_IO, base_IO, rank, fits, judges, seed) for w_IO, base_IO, fits, judges in parts)
+    gate, up, out = (_factorize(w_IO, base_IO, rank, fits, judges, seed) for w_IO, base_IO, fits, judges in parts)
     hidden, width = expert.w_out_FD.shape[1], expert.w_out_FD.shape[0]
     zeros = expert.w_out_FD.new_zeros
     residual = ExpertResidual(
@@ -97,7 +99,7 @@ def factorize_expert(
 
 @dataclass(frozen=True)
 class FactorizedCluster:
-    """A cluster made of full experts, and what each of them lost."""
+    """Cluster of factorized experts, and their approximation errors."""
 
     weights: ClusterWeights
     experts: tuple[FactorizedExpert, ...]
@@ -114,15 +116,15 @@ def factorize_cluster(
     check: Sequence[WhiteningRoots] | None = None,
     seed: int | None = None,
 ) -> FactorizedCluster:
-    """All members of a cluster at once: their mean by usage as the base, and a residual for each (`factorise_expert`).
+    """Factorize all members of a cluster: the usage-weighted mean as base, and a residual each (`factorize_expert`).
 
     Args:
         w_in_NDH: gate | up of each member, [N, D, 2F].
         w_out_NFD: output projections, [N, F, D].
-        usage_N: weight of each in the base.
+        usage_N: weight of each member in the base.
     """
     base = ExpertMatrices(usage_weighted_mean(w_in_NDH, usage_N), usage_weighted_mean(w_out_NFD, usage_N))
-    factorised = tuple(
+    factorized = tuple(
         factorize_expert(
             ExpertMatrices(w_in_NDH[e], w_out_NFD[e]),
             base,
@@ -134,10 +136,10 @@ def factorize_cluster(
         )
         for e in range(len(w_in_NDH))
     )
-    residuals = [vars(one.residual) for one in factorised]
+    residuals = [vars(one.residual) for one in factorized]
     columns: list[Any] = [[residual[name] for residual in residuals] for name in residuals[0]]
-    stacked: list[Any] = [None if column[0] is None else torch.stack(column) for column in columns]  # in their order
-    return FactorizedCluster(ClusterWeights(base.w_in_DH, base.w_out_FD, *stacked), factorised)
+    stacked: list[Any] = [None if column[0] is None else torch.stack(column) for column in columns]  # in order
+    return FactorizedCluster(ClusterWeights(base.w_in_DH, base.w_out_FD, *stacked), factorized)
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,8 @@ class _Factors:
     whitened: bool
 
 
-def _factorise(w_IO: Tensor, base_IO: Tensor, rank: int, fit: Root, judge: Root, seed: int | None) -> _Factors:
-    """One matrix; `fit` and `judge` weigh its rows."""
+def _factorize(w_IO: Tensor, base_IO: Tensor, rank: int, fit: Root, judge: Root, seed: int | None) -> _Factors:
+    """Factorize one matrix; `fit` and `judge` weight its rows."""
     left_IO = w_IO - base_IO
     whole = _norm(judge, w_IO)
 
@@ -169,7 +171,9 @@ def _factorise(w_IO: Tensor, base_IO: Tensor, rank: int, fit: Root, judge: Root,
 
 
 def _whitened_vectors(fit: Tensor, left_IO: Tensor, rank: int, seed: int | None) -> Tensor:
-    """Those of what comes out; fewer tokens than ranks leave the rest to the matrix itself."""
+    """Return the leading right singular vectors of the outputs; if tokens are fewer than ranks, the matrix's own fill
+    up.
+    """
     output_IO = apply_root(fit, left_IO)
     told = min(rank, len(output_IO))
     q_OR = leading_right_vectors(output_IO, told, seed)
@@ -178,9 +182,9 @@ def _whitened_vectors(fit: Tensor, left_IO: Tensor, rank: int, seed: int | None)
 
 
 def _balanced(u_IR: Tensor, v_RO: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with U and V of equal size, so that an optimizer treats both alike.
+    """Rescale U and V to equal norms without changing their product, so that an optimizer treats both alike.
 
-    A V smaller than a new expert's is held at that size: where U and V both vanish, neither would get a gradient.
+    A V smaller than a new expert's keeps that norm: where U and V both vanish, neither would get a gradient.
     """
     size_R = torch.linalg.vector_norm(u_IR, dim=0)
     scale_R = size_R.sqrt().clamp(min=V_STD * v_RO.shape[1] ** 0.5)
@@ -192,5 +196,5 @@ def _norm(root: Root, w_IO: Tensor) -> float:
 
 
 def _ratio(part: float, whole: float) -> float:
-    """part / whole; nothing of nothing is 0."""
+    """Return part / whole, and 0 for 0 / 0."""
     return part / whole if whole > 0 else float(part > 0)

@@ -1,4 +1,4 @@
-"""The subspace in which a matrix is best kept with few columns: exactly, or by a seeded random search.
+"""Best low-rank column space of a matrix, exact or by a randomized range finder.
 
 Shapes: I rows of a matrix, O its columns, R rank, K = R + oversampling.
 """
@@ -8,17 +8,18 @@ from torch import Tensor
 
 OVERSAMPLING = 8
 POWER_ITERATIONS = 3
-"""Residuals of trained experts have flat spectra: with fewer iterations the search is visibly short of the optimum."""
+"""Power iterations; residuals of trained experts have flat spectra, for which fewer are visibly short of the optimum.
+"""
 
 
 def leading_right_vectors(a_IO: Tensor, rank: int, seed: int | None = None) -> Tensor:
-    """Q_OR with orthonormal columns such that `a Q Q^T` is the nearest matrix of that rank (Eckart and Young 1936).
+    """Return Q_OR, orthonormal, such that `a Q Q^T` is the nearest matrix of that rank (Eckart and Young 1936).
 
     The sign of each column is fixed (its largest entry is positive), so that equal input gives equal output.
 
     Args:
         rank: from 0 to min(I, O).
-        seed: of the randomised range finder (Halko, Martinsson and Tropp 2011), the same on all ranks; None: exact.
+        seed: seed of the randomized range finder (Halko et al. 2011), the same on all ranks; None: exact.
 
     Raises:
         ValueError: the rank is not in 0 to min(I, O).
@@ -38,7 +39,7 @@ def leading_right_vectors(a_IO: Tensor, rank: int, seed: int | None = None) -> T
 
 
 def _right_range(a_IO: Tensor, columns: int, generator: torch.Generator) -> Tensor:
-    """Orthonormal columns [O, K] that nearly span the leading right singular vectors."""
+    """Return orthonormal columns [O, K] that nearly span the leading right singular vectors."""
     drawn_IK = torch.randn(a_IO.shape[0], columns, generator=generator, dtype=torch.float64)
     q_OK: Tensor = torch.linalg.qr(a_IO.T @ drawn_IK.to(a_IO)).Q
     for _ in range(POWER_ITERATIONS):

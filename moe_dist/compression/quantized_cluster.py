@@ -1,7 +1,6 @@
-"""A cluster's weights as they are stored: the base in 16 bits, factors in few, vectors as they are.
+"""Quantized weights of a cluster: the base in 16 bits, factors in 4 or 8, vectors unchanged.
 
-This is what an exported file and a tier of memory hold of a cluster that is not being updated. `as_stored` makes
-training see the same numbers, bit by bit.
+Exported files and memory tiers hold clusters in this form. `fake_quantize` gives training the same numbers, to the bit.
 
 Shapes: N experts of the cluster, D model width, F hidden width, H = 2 F (gate | up), B bytes of an expert.
 """
@@ -20,13 +19,15 @@ _LONG_AXIS = {"in_u": -2, "in_v": -1, "out_u": -2, "out_v": -1}
 
 
 def long_axis(name: str) -> int | None:
-    """The axis of a factor that is d or f, by its name (`in_u_NDR`, or `in_u_DR` of one expert); None: no factor."""
+    """Return the axis of a factor that is d or f, by its name (`in_u_NDR`, or `in_u_DR` of one expert); None: no
+    factor.
+    """
     return _LONG_AXIS.get(name.rpartition("_")[0])
 
 
 @dataclass(frozen=True)
 class StorageFormat:
-    """What clusters are stored as."""
+    """Storage types of a cluster."""
 
     factors: GroupFormat
     bases: torch.dtype
@@ -34,14 +35,14 @@ class StorageFormat:
 
 @dataclass(frozen=True)
 class QuantizedExperts:
-    """What is each expert's own, by the names that `ClusterWeights` gives its tensors."""
+    """Quantized tensors of experts, by their names in `ClusterWeights`."""
 
     factors: Mapping[str, QuantizedFactor]
     vectors: Mapping[str, Tensor]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], form: GroupFormat) -> "QuantizedExperts":
-        """Quantises the factors among them; on `meta` for sizes alone."""
+        """Quantize the factors among the tensors; on `meta` for sizes alone."""
         factors = {
             name: QuantizedFactor.of(tensor, axis, form)
             for name, tensor in tensors.items()
@@ -50,19 +51,19 @@ class QuantizedExperts:
         return cls(factors, {name: tensor.detach() for name, tensor in tensors.items() if name not in factors})
 
     def unpacked(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All tensors, each rounded once to `dtype`."""
+        """Return all tensors, each rounded once to `dtype`."""
         factors = {name: factor.unpacked(dtype) for name, factor in self.factors.items()}
         return factors | {name: vector.to(dtype) for name, vector in self.vectors.items()}
 
     def parts(self) -> dict[str, Tensor]:
-        """Every tensor that this consists of, by names such as `in_u_NDR.codes`; all lead with the expert."""
+        """Return all stored tensors, by names such as `in_u_NDR.codes`; the first dimension is the expert."""
         packed = {
             f"{name}.{part}": tensor for name, factor in self.factors.items() for part, tensor in factor.parts().items()
         }
         return {**packed, **self.vectors}
 
     def with_parts(self, parts: Mapping[str, Tensor]) -> "QuantizedExperts":
-        """The same form with other values."""
+        """Return experts of the same format with other values."""
         factors = {
             name: factor.with_parts({part: parts[f"{name}.{part}"] for part in factor.parts()})
             for name, factor in self.factors.items()
@@ -70,19 +71,19 @@ class QuantizedExperts:
         return QuantizedExperts(factors, {name: parts[name] for name in self.vectors})
 
     def without_values(self) -> "QuantizedExperts":
-        """The form alone, on `meta`."""
+        """Return the same shapes on `meta`."""
         return self.with_parts({name: part.to("meta") for name, part in self.parts().items()})
 
     def to_bytes(self) -> Tensor:
-        """uint8 [N, B]: a row an expert, so that experts can travel one by one."""
+        """Serialize to uint8 [N, B], one row per expert, so that experts can be sent one by one."""
         rows = [part.contiguous().flatten(1).view(torch.uint8) for part in self.parts().values()]
         return torch.cat(rows, dim=1)
 
     def with_bytes(self, rows_NB: Tensor) -> "QuantizedExperts":
-        """The experts whose bytes these are, in the form and of the number that this one has.
+        """Deserialize experts of the same format and number.
 
         Raises:
-            ValueError: they are too many or too few.
+            ValueError: wrong number of bytes or experts.
         """
         parts = self.parts()
         experts = len(next(iter(parts.values())))
@@ -92,7 +93,7 @@ class QuantizedExperts:
             raise ValueError(f"{experts} packed experts are torch.uint8 {(experts, sum(sizes))}, not {found}")
         values = {}
         for (name, part), row_NB in zip(parts.items(), rows_NB.split(sizes, dim=1), strict=True):
-            own_NB = row_NB.clone(memory_format=torch.contiguous_format)  # other types need their alignment
+            own_NB = row_NB.clone(memory_format=torch.contiguous_format)  # views of other types need aligned storage
             values[name] = own_NB.view(part.dtype).view(part.shape)
         return self.with_parts(values)
 
@@ -104,7 +105,7 @@ class QuantizedExperts:
 
 @dataclass(frozen=True)
 class QuantizedCluster:
-    """Base and experts of one cluster, or of the part of it that a rank holds."""
+    """Quantized base and experts of one cluster, or of a rank's part of it."""
 
     base_in_DH: Tensor
     base_out_FD: Tensor
@@ -113,24 +114,24 @@ class QuantizedCluster:
     @classmethod
     @torch.no_grad()
     def of(cls, weights: ClusterWeights, form: StorageFormat) -> "QuantizedCluster":
-        """Rounds and quantises; on `meta` for sizes alone."""
+        """Round the base and quantize the experts; on `meta` for sizes alone."""
         base_in_DH, base_out_FD = (base.detach().to(form.bases) for base in (weights.base_in_DH, weights.base_out_FD))
         return cls(base_in_DH, base_out_FD, QuantizedExperts.of(_own(weights), form.factors))
 
     def weights(self, dtype: torch.dtype) -> ClusterWeights:
-        """The weights that the computation takes."""
+        """Return dequantized weights."""
         return ClusterWeights(self.base_in_DH.to(dtype), self.base_out_FD.to(dtype), **self.experts.unpacked(dtype))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it."""
+        """Bytes of base and experts."""
         return self.base_in_DH.nbytes + self.base_out_FD.nbytes + self.experts.nbytes
 
 
 def fake_quantize(weights: ClusterWeights, form: StorageFormat) -> ClusterWeights:
-    """The weights that would be read back, bit by bit, with gradients as if nothing had been rounded.
+    """Quantize and dequantize the weights, with straight-through gradients.
 
-    Nothing is cut off by the rounding, so the straight-through gradient is that of every number.
+    Nothing is clipped, so every number has a gradient.
     """
 
     def base(value: Tensor) -> Tensor:
@@ -150,5 +151,5 @@ def fake_quantize(weights: ClusterWeights, form: StorageFormat) -> ClusterWeight
 
 
 def _own(weights: ClusterWeights) -> dict[str, Tensor]:
-    """The tensors that lead with the expert."""
+    """Return the tensors whose first dimension is the expert."""
     return {name: value for name, value in vars(weights).items() if value is not None and not name.startswith("base_")}

@@ -1,4 +1,4 @@
-"""A change that the forward pass sees and the backward pass does not."""
+"""Straight-through estimator: a change in the forward pass that the backward pass ignores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 def straight_through(value: Tensor, change: Change) -> Tensor:
-    """`change(value)`, to the bit, with the gradient of `value`; `change` keeps shape and type."""
+    """Return `change(value)`, to the bit, with the gradient of `value`; `change` keeps shape and type."""
     changed: Tensor = _StraightThrough.apply(value, change)  # type: ignore[no-untyped-call]
     return changed
 

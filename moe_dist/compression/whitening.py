@@ -1,6 +1,6 @@
-"""What a projection is given, as a root S of its inputs' second moments: `S^T S = E[x x^T]`, so `E |x D|^2 = |S D|^2`.
+"""Whitening of a projection's inputs: a root S of their second moments, `S^T S = E[x x^T]`, so `E |x D|^2 = |S D|^2`.
 
-Tokens are such a root themselves; no moments need be formed, nor their root be taken.
+The tokens themselves are such a root; neither moments nor their root need be computed.
 
 Shapes: T tokens, I inputs of a projection, O its outputs.
 """
@@ -11,40 +11,40 @@ import torch
 from torch import Tensor
 
 Root = Tensor | None
-"""[any number of rows, I]; or [I], a diagonal; or None, the identity."""
+"""Root of second moments: [any number of rows, I]; or [I], a diagonal; or None, the identity."""
 
 
 @dataclass(frozen=True)
 class WhiteningRoots:
-    """Roots of what an expert's projections are given, over the tokens routed to it; any scale."""
+    """Roots of the inputs of an expert's projections, over the tokens routed to it; any scale."""
 
     x: Root
     hidden: Root
 
     @classmethod
     def of_moments(cls, x: Tensor, hidden: Tensor) -> "WhiteningRoots":
-        """From second moments [I, I], or their diagonals [I]."""
+        """Compute the roots from second moments [I, I], or their diagonals [I]."""
         return cls(_root_of_moment(x), _root_of_moment(hidden))
 
     @classmethod
     def of_tokens(cls, x_TD: Tensor, hidden_TF: Tensor) -> "WhiteningRoots":
-        """From the tokens themselves and their hidden units."""
+        """Compute the roots from the tokens and their hidden units."""
         return cls(_root_of_tokens(x_TD), _root_of_tokens(hidden_TF))
 
     def projections(self) -> tuple[Root, Root, Root]:
-        """Of gate, up and output projection."""
+        """Return the roots for gate, up and output projection."""
         return self.x, self.x, self.hidden
 
 
 def apply_root(root: Root, w_IO: Tensor) -> Tensor:
-    """`S W`."""
+    """Return `S W`."""
     if root is None:
         return w_IO
     return root[:, None] * w_IO if root.ndim == 1 else root @ w_IO
 
 
 def _root_of_moment(moment: Tensor) -> Tensor:
-    """Rounding below zero is cut off."""
+    """Compute the root of a moment matrix; rounding below zero is clipped."""
     if moment.ndim == 1:
         return moment.clamp(min=0).sqrt()
     value_I, vector_II = torch.linalg.eigh(moment)
@@ -53,7 +53,7 @@ def _root_of_moment(moment: Tensor) -> Tensor:
 
 
 def _root_of_tokens(x_TI: Tensor) -> Tensor:
-    """The triangle of their QR decomposition where they are more than their width."""
+    """Return the R factor of the tokens' QR decomposition, or the tokens if they are fewer than their width."""
     if len(x_TI) <= x_TI.shape[1]:
         return x_TI
     root_II: Tensor = torch.linalg.qr(x_TI, mode="r").R

@@ -1,4 +1,4 @@
-"""Typed, validated configuration; imports no torch, so that refusals come at once."""
+"""Typed, validated configuration; imports no torch, so that errors come at once."""
 
 from moe_dist.config.load import dump_config, load_config
 from moe_dist.config.schema import RunConfig

@@ -1,7 +1,11 @@
-"""From YAML file and command line to a `RunConfig`: defaults < included files < file < `key.sub=value`."""
+"""Loading of a `RunConfig`; precedence: defaults < included files < file < `key.sub=value` overrides."""
 
 import difflib
+import os
+import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,46 +13,38 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from moe_dist.config.schema import RunConfig
+from moe_dist.config.yaml_text import parse_yaml, shortened
 from moe_dist.errors import ConfigError
 
 INCLUDE = "include"
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that comes twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"the key {key_node.value!r} comes twice, again on line {line}")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+_KEY = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads, merges and validates one configuration.
+    """Read, merge and validate a configuration.
 
     Args:
-        path: a YAML file; `include: [other.yaml]` in it (relative to it) is read first. None: the defaults.
+        path: a YAML file; files in its `include: [other.yaml]` (relative to it) are read first. None: the defaults.
         overrides: `key.sub=value` words, the value in YAML syntax; the last one wins.
 
     Raises:
-        ConfigError: one line that names the file or key, the value, and what would be right.
+        ConfigError: one line that names the file or key, the value, and the remedy.
     """
-    tree = _read_with_includes(Path(path), ()) if path is not None else {}
-    for word in overrides:
-        tree = _merge(tree, _parse_override(word))
-    _refuse_unknown_keys(tree)
-    return _validate(tree)
+    try:
+        tree = _read_with_includes(Path(path), ()) if path is not None else {}
+        for word in overrides:
+            tree = _merge(tree, _parse_override(word))
+        _reject_unknown_keys(tree)
+        return _validate(tree)
+    except RecursionError as error:  # an anchor within its own value
+        raise ConfigError("the configuration contains itself, or is nested too deeply") from error
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal value.
+    """Return the resolved configuration as YAML that `load_config` reads back to an equal value.
 
-    Without `summary_copy` and `checkpoint.resume`: to run the file again must neither overwrite what the first run
-    handed over, nor go on from where it did.
+    `summary_copy` and `checkpoint.resume` are left out: a second run of the file must not overwrite the first one's
+    summary, nor resume from its checkpoint.
     """
     left_out: Any = {"summary_copy": True, "checkpoint": {"resume"}}
     return yaml.safe_dump(config.model_dump(mode="json", exclude=left_out), sort_keys=False)
@@ -61,22 +57,24 @@ def _read_with_includes(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]
     tree = _read_yaml(path)
     includes = tree.pop(INCLUDE, [])
     if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
-        raise ConfigError(f"{path}: `include` must be a list of file names, not {includes!r}")
+        raise ConfigError(f"{path}: `include` must be a list of file names, not {reprlib.repr(includes)}")
     merged: dict[str, Any] = {}
     for name in includes:
-        merged = _merge(merged, _read_with_includes(path.parent / name, (*parents, resolved)))
+        merged = _merge(merged, _read_with_includes(path.parent / os.path.expanduser(name), (*parents, resolved)))
     return _merge(merged, tree)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {_one_line(error)}") from error
+    except ValueError as error:  # a NUL in the name
+        raise ConfigError(f"{str(path)!r}: cannot be read: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -86,12 +84,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_override(word: str) -> dict[str, Any]:
     key, equals, text = word.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"{word!r} is not an override: write key.sub=value, such as train.steps=100")
+    if not equals or not _KEY.fullmatch(key):
+        raise ConfigError(f"{shortened(word)!r} is not an override: write key.sub=value, such as train.steps=100")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} is not a valid value: {_one_line(error)}") from error
+        value = parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {shortened(text)!r} is not a valid value: {error}") from error
     for part in reversed(key.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
@@ -120,7 +118,7 @@ def _given_keys(tree: Mapping[Any, Any], sections: set[str], prefix: str = "") -
             yield from _given_keys(value, sections, f"{key}.")
 
 
-def _refuse_unknown_keys(tree: Mapping[str, Any]) -> None:
+def _reject_unknown_keys(tree: Mapping[str, Any]) -> None:
     valid = list(_valid_keys(RunConfig))
     sections = {key.rpartition(".")[0] for key in valid}
     for key in _given_keys(tree, sections):
@@ -139,12 +137,19 @@ def _validate(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "configuration"
         given = first.get("input")
-        shown = "" if isinstance(given, dict) else f"={given!r}"
-        raise ConfigError(f"{key}{shown}: {_one_line(first['msg']).removeprefix('Value error, ')}") from error
+        shown = "" if isinstance(given, dict) else f"={_shown(given)}"
+        message = " ".join(str(first["msg"]).split()).removeprefix("Value error, ")
+        hint = ": quote it if it is text" if first["type"] == "string_type" and not isinstance(given, list) else ""
+        raise ConfigError(f"{key}{shown}: {message}{hint}") from error
 
 
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+def _shown(value: object) -> str:
+    if isinstance(value, date):
+        return str(value)
+    try:
+        return reprlib.repr(value) if isinstance(value, (list, tuple, set)) else shortened(repr(value), 300)
+    except ValueError:  # an integer of more digits than Python converts
+        return "a number of thousands of digits"

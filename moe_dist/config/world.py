@@ -1,4 +1,4 @@
-"""What a configuration means for a given number of ranks: the mesh sizes and the batch each rank takes."""
+"""Resolution of a configuration for a number of ranks: mesh sizes and batch per rank."""
 
 from dataclasses import dataclass
 from math import gcd
@@ -9,7 +9,7 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class WorldShape:
-    """Sizes of the three axes; world = data x cluster x shard."""
+    """Sizes of the three mesh axes; world = data x cluster x shard."""
 
     data: int
     cluster: int
@@ -17,7 +17,7 @@ class WorldShape:
 
     @property
     def ranks(self) -> int:
-        """Their product: how many ranks the job has."""
+        """Number of ranks of the job."""
         return self.data * self.cluster * self.shard
 
     def __str__(self) -> str:
@@ -26,14 +26,14 @@ class WorldShape:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Sequences a rank takes: `accumulation` micro-batches of `micro` sequences each step."""
+    """Batch of a rank: `accumulation` micro-batches of `micro` sequences per step."""
 
     micro: int
     accumulation: int
 
 
 def _divisible_units(config: RunConfig) -> int:
-    """What the cluster axis divides: clusters, or (standard) experts per shard, or (dense) nothing."""
+    """Return the number that the cluster axis must divide: clusters, experts per shard (standard), or 1 (dense)."""
     moe = config.moe
     if moe.kind == "clustered":
         return moe.clusters
@@ -41,10 +41,10 @@ def _divisible_units(config: RunConfig) -> int:
 
 
 def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
-    """Fits `world.data|cluster|shard` to the number of ranks, filling in the axes left null.
+    """Resolve `world.data|cluster|shard` for a number of ranks; axes that are null are filled in.
 
     Raises:
-        ConfigError: the axes do not multiply to `ranks`, naming keys and values.
+        ConfigError: the product of the axes is not `ranks`.
     """
     world = config.world
     if ranks % world.shard:
@@ -63,10 +63,10 @@ def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
 
 
 def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:
-    """Divides `train.global_batch_size` over the ranks and into micro-batches.
+    """Divide `train.global_batch_size` over the ranks and into micro-batches.
 
     Raises:
-        ConfigError: it does not divide, naming keys and values.
+        ConfigError: it does not divide.
     """
     train = config.train
     if train.global_batch_size % ranks:

@@ -1,1 +1,1 @@
-"""Turns standard experts into clustered ones: what they are given, which belong together, base and residuals."""
+"""Conversion of standard experts to clustered ones: calibration, grouping, shared bases and low-rank residuals."""

@@ -1,4 +1,4 @@
-"""Real tokens of every expert, caught on their way through the model.
+"""Calibration tokens of every expert, captured in the model's forward pass.
 
 Shapes: P rows sorted by local expert, A rows at a shard, L rows of one expert, D hidden, K chosen experts.
 """
@@ -12,21 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.distributed.mesh import GroupKind, Mesh, RankGroup
+from moe_dist.distributed.mesh import GroupKind, RankGroup
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.standard_moe import StandardMoE
 
 LARGEST_SAMPLE = 4096
-"""Tokens of an expert that are kept at most; more would not change second moments much."""
+"""Limit of the tokens kept per expert; more would not change second moments much."""
 
 LayerTokens = dict[int, Tensor]
-"""x_LD of each local expert by its number, float32."""
+"""Tokens x_LD of each local expert by its number, float32."""
 
 
 @dataclass(frozen=True)
-class _Post:
-    """Where the tokens of some experts come by, and how the module's inputs divide among them."""
+class _TokenHook:
+    """Hook on a module that receives the tokens of some experts, and the split of its inputs among them."""
 
     module: nn.Module
     experts: tuple[int, ...]
@@ -34,13 +34,13 @@ class _Post:
 
 
 def standard_layers(model: LanguageModel) -> list[StandardMoE]:
-    """The layers of standard experts, in order."""
+    """Return the layers of standard experts, in order."""
     return [module for module in model.modules() if isinstance(module, StandardMoE)]
 
 
 @torch.no_grad()
 def mean_loss(model: LanguageModel, batches_BS: Sequence[Tensor]) -> float:
-    """Over all ranks' micro-batches, as many on every rank; collective."""
+    """Return the mean loss over all ranks' micro-batches, whose number is the same on every rank; collective."""
     with model.evaluating():
         losses = torch.stack([model(batch_BS).double() for batch_BS in batches_BS])
     mean = losses.mean()
@@ -49,69 +49,69 @@ def mean_loss(model: LanguageModel, batches_BS: Sequence[Tensor]) -> float:
 
 
 def sample_tokens(model: LanguageModel, batches_BS: Sequence[Tensor]) -> tuple[list[LayerTokens], float]:
-    """What each local expert of each layer is given on some batches, and their mean loss over all ranks; collective.
+    """Return each local expert's tokens on some batches, by layer, and the mean loss over all ranks; collective.
 
-    Replicas of an expert share what they saw, so that they go on alike.
+    Replicas of an expert share their tokens, so that they stay equal.
 
     Args:
-        batches_BS: this rank's micro-batches, as many on every rank.
+        batches_BS: this rank's micro-batches, the same number on every rank.
     """
     mesh = model.context.mesh
-    posts = [_standard_posts(layer, mesh) for layer in standard_layers(model)]
-    posts += [_clustered_posts(layer) for layer in model.clustered_layers()]
-    caught: list[dict[int, list[Tensor]]] = [{e: [] for post in layer for e in post.experts} for layer in posts]
-    with ExitStack() as watching:
-        for layer, rows in zip(posts, caught, strict=True):
-            for post in layer:
-                watching.enter_context(_watch(post, rows))
+    hooks = [_standard_hooks(layer) for layer in standard_layers(model)]
+    hooks += [_clustered_hooks(layer) for layer in model.clustered_layers()]
+    captured: list[dict[int, list[Tensor]]] = [{e: [] for hook in layer for e in hook.experts} for layer in hooks]
+    with ExitStack() as stack:
+        for layer, rows in zip(hooks, captured, strict=True):
+            for hook in layer:
+                stack.enter_context(_capture(hook, rows))
         loss = mean_loss(model, batches_BS)
     replicas, nothing = mesh.group(GroupKind.EXPERT_DATA), torch.zeros(0, model.config.model.hidden_size)
     device = batches_BS[0].device
     tokens = [
         {e: _shared(torch.cat([nothing.to(device), *rows])[:LARGEST_SAMPLE], replicas) for e, rows in layer.items()}
-        for layer in caught
+        for layer in captured
     ]
     return tokens, loss
 
 
-def _standard_posts(layer: StandardMoE, mesh: Mesh) -> list[_Post]:
+def _standard_hooks(layer: StandardMoE) -> list[_TokenHook]:
     first, local = layer.first_expert, len(layer.experts.w_in)
 
     def divide(x_PD: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
         return torch.split(x_PD, list(counts))
 
-    return [_Post(layer.experts, tuple(range(first, first + local)), divide)]
+    return [_TokenHook(layer.experts, tuple(range(first, first + local)), divide)]
 
 
-def _clustered_posts(layer: ClusteredMoE) -> list[_Post]:
+def _clustered_hooks(layer: ClusteredMoE) -> list[_TokenHook]:
     at, placement = layer.context.mesh.at, layer.placement
-    posts = []
+    hooks = []
     for cluster, part in zip(placement.clusters_of_block(at.cluster), layer.clusters, strict=True):
         experts = placement.experts_of(cluster, at.shard)
 
         def divide(x_AD: Tensor, slot_AK: Tensor, _: Tensor, slots: int = len(experts)) -> Sequence[Tensor]:
             return [x_AD[(slot_AK == slot).any(1)] for slot in range(slots)]
 
-        posts.append(_Post(part, experts, divide))
-    return posts
+        hooks.append(_TokenHook(part, experts, divide))
+    return hooks
 
 
 @contextmanager
-def _watch(post: _Post, caught: dict[int, list[Tensor]]) -> Iterator[None]:
-    def catch(_: nn.Module, inputs: Any) -> None:
-        for expert, x_LD in zip(post.experts, post.divide(*inputs), strict=True):
-            if sum(map(len, caught[expert])) < LARGEST_SAMPLE:
-                caught[expert].append(x_LD.float().clone())
+def _capture(hook: _TokenHook, captured: dict[int, list[Tensor]]) -> Iterator[None]:
+    def capture(_: nn.Module, inputs: Any) -> None:
+        for expert, x_LD in zip(hook.experts, hook.divide(*inputs), strict=True):
+            if sum(map(len, captured[expert])) < LARGEST_SAMPLE:
+                captured[expert].append(x_LD.float().clone())
 
-    hook = post.module.register_forward_pre_hook(catch)
+    handle = hook.module.register_forward_pre_hook(capture)
     try:
         yield
     finally:
-        hook.remove()
+        handle.remove()
 
 
 def _shared(x_LD: Tensor, replicas: RankGroup) -> Tensor:
-    """The rows of all replicas, in the order of their ranks."""
+    """Gather the rows of all replicas, in the order of their ranks."""
     if replicas.size == 1:
         return x_LD
     count = torch.tensor([len(x_LD)], device=x_LD.device)

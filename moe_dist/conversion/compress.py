@@ -1,7 +1,7 @@
-"""One layer's experts made into clusters: bases where clusters live, residuals where experts will live.
+"""Compression of one layer's experts into clusters: shared bases and low-rank residuals.
 
-The rank that holds a full expert makes its residual, so that the work is divided as the experts are and no full expert
-travels: a cluster's base is a sum over ranks, and what goes to the cluster's ranks is thin.
+The rank that holds a full expert computes its residual, so that the work is divided as the experts are and no full
+expert is sent: a cluster's base is an all-reduce, and only low-rank factors go to the cluster's ranks.
 
 Shapes: E experts, D hidden, F expert hidden, H = 2 F.
 """
@@ -22,33 +22,34 @@ from moe_dist.compression import (
 )
 from moe_dist.config import MoEConfig
 from moe_dist.conversion.full_experts import VECTORS, FullExpert, FullExpertLayer
-from moe_dist.conversion.residual_exchange import ResidualState, crossing, exchange_residuals, owners
+from moe_dist.conversion.residual_exchange import ResidualState, bytes_moved, exchange_residuals, owner_ranks
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.optimizer_state import MASTER
 
 EXACT_UP_TO = 512
-"""Widths up to which residuals are decomposed exactly; wider ones by the seeded search."""
+"""Width up to which residuals are decomposed exactly; wider ones use the randomized decomposition."""
 
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """This rank's share of the clusters that were made, and how well all their experts are approximated."""
+    """This rank's share of the new clusters, and the approximation error of all their experts."""
 
     placement: ExpertPlacement
     bases: dict[int, ExpertMatrices]
-    """By cluster, of those that live here."""
+    """Bases by cluster, for the clusters of this rank."""
     residuals: dict[int, ResidualState]
-    """By expert, of those that live here."""
+    """Residuals by expert, for the experts of this rank."""
     output_error_E: Tensor
-    """`|y' - y| / |y|` of each expert of the layer on held-back tokens, float64; 0 where nothing was made."""
+    """Relative error `|y' - y| / |y|` of each expert on held-out tokens, float64; 0 if not compressed."""
     base_output_error_E: Tensor
-    """The same with the base alone."""
+    """Relative error with the base alone."""
     whitened: float
-    """Share of the matrices for which whitening lost less."""
+    """Share of the matrices for which whitening had the smaller error."""
     bytes: int
-    """That crossed between the ranks that hold these experts: residuals sent, and bases added up (each rank's part of a
-    sum once for every other rank)."""
+    """Bytes sent between the ranks that hold these experts: residuals, and all-reduces of bases (each rank's part of a
+    sum once for every other rank).
+    """
 
 
 @torch.no_grad()
@@ -61,12 +62,12 @@ def compress_layer(
     seed: int,
     clusters: Collection[int] | None = None,
 ) -> CompressedLayer:
-    """Bases and residuals of a layer, each on its rank; collective.
+    """Compute bases and residuals of a layer, each on its rank; collective.
 
     Args:
         usage_E: weight of every expert in its cluster's base.
-        seed: of the randomised decomposition of wide matrices.
-        clusters: only these; None: all.
+        seed: seed of the randomized decomposition of wide matrices.
+        clusters: clusters to compress; None: all.
     """
     local = {expert.number: expert for expert in layer.experts}
     chosen = [c for c in range(placement.clusters) if clusters is None or c in clusters]
@@ -79,14 +80,14 @@ def compress_layer(
         if placement.block_of_cluster[cluster] == mesh.at.cluster:
             bases[cluster] = base
         for expert in (local[e] for e in members if e in local):
-            factorised = _factorise(expert, base, moe, seed)
-            made[expert.number] = _residual_state(expert, factorised, layer.kinds)
-            figures_E3[expert.number] = _figures(expert, base, factorised)
+            factorized = _factorize(expert, base, moe, seed)
+            made[expert.number] = _residual_state(expert, factorized, layer.kinds)
+            figures_E3[expert.number] = _figures(expert, base, factorized)
     if layer.group.size > 1:
         dist.all_reduce(figures_E3, group=layer.group.handle)
-    maker_of = {e: layer.holder_of[e] for c in chosen for e in placement.members[c]}
+    source_of = {e: layer.holder_of[e] for c in chosen for e in placement.members[c]}
     like = _template(layer, moe)
-    residuals = exchange_residuals(made, like, maker_of, owners(placement), layer.group, mesh.rank)
+    residuals = exchange_residuals(made, like, source_of, owner_ranks(placement), layer.group, mesh.rank)
     error_E, base_error_E, whitened_E = figures_E3.unbind(1)
     return CompressedLayer(
         placement,
@@ -94,13 +95,13 @@ def compress_layer(
         residuals,
         error_E,
         base_error_E,
-        whitened=float(whitened_E.sum()) / len(maker_of),
-        bytes=crossing(like, maker_of, owners(placement)) + len(chosen) * _sum_bytes(layer),
+        whitened=float(whitened_E.sum()) / len(source_of),
+        bytes=bytes_moved(like, source_of, owner_ranks(placement)) + len(chosen) * _sum_bytes(layer),
     )
 
 
 def _base(layer: FullExpertLayer, members: tuple[int, ...], usage_E: Tensor) -> ExpertMatrices:
-    """Mean of the weights by usage, over all ranks' members."""
+    """Compute the usage-weighted mean of the weights over all ranks' members."""
     share_E, like = _shares(usage_E, members), layer.experts[0].matrices
     w_in_DH, w_out_FD = (torch.zeros_like(w, dtype=torch.float64) for w in (like.w_in_DH, like.w_out_FD))
     for expert in (one for one in layer.experts if one.number in members):
@@ -112,14 +113,14 @@ def _base(layer: FullExpertLayer, members: tuple[int, ...], usage_E: Tensor) -> 
 
 
 def _sum_bytes(layer: FullExpertLayer) -> int:
-    """Of one cluster's base, added up over the ranks in float64."""
+    """Return the bytes of one cluster's base in the float64 all-reduce."""
     one, ranks = layer.experts[0], layer.group.size
     entries = one.matrices.w_in_DH.numel() + one.matrices.w_out_FD.numel()
     return entries * 8 * ranks * (ranks - 1)
 
 
 def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:
-    """Weights of a cluster's members, of sum 1; equal where none was used."""
+    """Return the weights of a cluster's members, of sum 1; equal if none was used."""
     share_E = torch.zeros_like(usage_E)
     share_E[list(members)] = usage_E[list(members)]
     if not share_E.any():
@@ -127,7 +128,7 @@ def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:
     return share_E / share_E.sum()
 
 
-def _factorise(expert: FullExpert, base: ExpertMatrices, moe: MoEConfig, seed: int) -> FactorizedExpert:
+def _factorize(expert: FullExpert, base: ExpertMatrices, moe: MoEConfig, seed: int) -> FactorizedExpert:
     exact = min(expert.matrices.w_out_FD.shape) <= EXACT_UP_TO
     matrices = expert.matrices.double()
     fit, check = (
@@ -145,15 +146,15 @@ def _factorise(expert: FullExpert, base: ExpertMatrices, moe: MoEConfig, seed: i
     )
 
 
-def _residual_state(expert: FullExpert, factorised: FactorizedExpert, kinds: tuple[str, ...]) -> ResidualState:
-    """Factors, with moments of zero where they come with any, and the vectors as they are."""
-    residual = factorised.residual.float()
+def _residual_state(expert: FullExpert, factorized: FactorizedExpert, kinds: tuple[str, ...]) -> ResidualState:
+    """Return the factors, with moments of zero if moments are needed, and the vectors unchanged."""
+    residual = factorized.residual.float()
     states = {kind: residual if kind == MASTER else residual.zeros() for kind in kinds}
     return {kind: replace(state, **expert.vectors.get(kind, {})) for kind, state in states.items()}
 
 
 def _template(layer: FullExpertLayer, moe: MoEConfig) -> ResidualState:
-    """A state of the right shapes."""
+    """Return a state of the right shapes."""
     like = layer.experts[0].matrices.w_out_FD
     (width, hidden), zeros = like.shape, like.new_zeros
     vectors = dict(zip(VECTORS, (zeros(width), zeros(2 * width), zeros(hidden)), strict=True))
@@ -167,8 +168,8 @@ def _template(layer: FullExpertLayer, moe: MoEConfig) -> ResidualState:
     return dict.fromkeys(layer.kinds, residual)
 
 
-def _figures(expert: FullExpert, base: ExpertMatrices, factorised: FactorizedExpert) -> Tensor:
-    """Output error on held-back tokens, with the residual and without; share of whitened matrices."""
-    residual = factorised.residual.float()
+def _figures(expert: FullExpert, base: ExpertMatrices, factorized: FactorizedExpert) -> Tensor:
+    """Return the output error on held-out tokens, with the residual and without, and the share of whitened matrices."""
+    residual = factorized.residual.float()
     errors = [expert.output_error(approximation) for approximation in (base.with_residual(residual), base)]
-    return torch.tensor([*errors, sum(factorised.whitened) / len(factorised.whitened)], dtype=torch.float64)
+    return torch.tensor([*errors, sum(factorized.whitened) / len(factorized.whitened)], dtype=torch.float64)

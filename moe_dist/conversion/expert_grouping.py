@@ -1,4 +1,4 @@
-"""Which standard experts of a layer belong together, and how often each is used.
+"""Grouping of a layer's standard experts into clusters, and their usage.
 
 Shapes: E experts, N local experts, S entries of a sketch, D hidden, G clusters.
 """
@@ -25,7 +25,7 @@ from moe_dist.distributed.mesh import RankGroup
 
 
 def usage_of(fit: LayerTokens, check: LayerTokens, experts: int, group: RankGroup) -> Tensor:
-    """Tokens that each expert of a layer was given, float64 [E]; collective."""
+    """Return the number of tokens of each expert of a layer, float64 [E]; collective."""
     usage_E = torch.zeros(experts, dtype=torch.float64, device=next(iter(fit.values())).device)
     for expert in fit:
         usage_E[expert] = len(fit[expert]) + len(check[expert])
@@ -35,9 +35,7 @@ def usage_of(fit: LayerTokens, check: LayerTokens, experts: int, group: RankGrou
 
 
 def similarity_of(layer: FullExpertLayer, router_ED: Tensor, usage_E: Tensor, config: RunConfig) -> FusedSimilarity:
-    """Fused similarity, as `recluster` weighs it, of the experts' full weights, the centroids of their tokens, and the
-    rows of their router; collective.
-    """
+    """Compute the fused similarity of weights, token centroids and router rows (`recluster.*` weights); collective."""
     recluster = config.recluster
     sketch_ES = gather_rows(_sketches(layer, config.seed, recluster.sketch_size), layer.group)
     centroids = [torch.cat([e.fit_LD, e.check_LD]).double().sum(0).float() for e in layer.experts]
@@ -53,7 +51,7 @@ def similarity_of(layer: FullExpertLayer, router_ED: Tensor, usage_E: Tensor, co
 
 
 def members_of(similarity: FusedSimilarity, usage_E: Tensor, config: RunConfig) -> tuple[tuple[int, ...], ...]:
-    """The members of each cluster; decided by the first rank, told to all."""
+    """Return the members of each cluster, which the first rank decides and broadcasts."""
     assignment = assign_balanced(
         similarity.fused_EE.cpu().numpy(),
         config.moe.clusters,
@@ -67,7 +65,7 @@ def members_of(similarity: FusedSimilarity, usage_E: Tensor, config: RunConfig) 
 
 
 def gather_rows(x_NS: Tensor, group: RankGroup) -> Tensor:
-    """The rows of all ranks of a group, in their order; as many on each."""
+    """Gather the rows of all ranks of a group, in their order; their number is the same on each."""
     if group.size == 1:
         return x_NS
     found = [torch.empty_like(x_NS) for _ in range(group.size)]
@@ -76,7 +74,7 @@ def gather_rows(x_NS: Tensor, group: RankGroup) -> Tensor:
 
 
 def _sketches(layer: FullExpertLayer, seed: int, size: int) -> Tensor:
-    """Of the local experts' whole weights: each is a base of its own, without a residual."""
+    """Compute sketches of the local experts' full weights: each is a base of its own, without a residual."""
     everyone = torch.arange(len(layer.experts))
     projections = []
     for matrices in zip(*(expert.matrices.projections() for expert in layer.experts), strict=True):

@@ -1,4 +1,4 @@
-"""Experts as conversion takes them: full weights in float32, and tokens they are given.
+"""Input of conversion: full expert weights in float32, and calibration tokens.
 
 Shapes: L tokens of one expert, D model width, F hidden width, H = 2 F (gate | up).
 """
@@ -22,15 +22,15 @@ class FullExpert:
 
     number: int
     matrices: ExpertMatrices
-    """The full weights."""
+    """Full weights."""
     fit_LD: Tensor
     check_LD: Tensor
-    """Tokens that compression is fitted to, and others that it is checked on."""
+    """Tokens for validation; `fit_LD` are those that compression is fitted to."""
     vectors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """By `STATE_NAMES` and `VECTORS`, of an expert that has vectors: they stay as they are."""
+    """Vectors by `STATE_NAMES` and `VECTORS`, for an expert that has them; compression keeps them."""
 
     def hidden(self, x_LD: Tensor, matrices: ExpertMatrices) -> Tensor:
-        """The hidden units of some tokens, with this expert's vectors and other matrices, [L, F]."""
+        """Compute the hidden units of some tokens with other matrices and this expert's vectors, [L, F]."""
         if not self.vectors:
             return matrices.hidden(x_LD)
         gate_F, bias_H, _ = (self.vectors[MASTER][name].to(x_LD) for name in VECTORS)
@@ -38,18 +38,18 @@ class FullExpert:
         return functional.silu(gate_LF) * up_LF * (1 + torch.tanh(gate_F))
 
     def output_error(self, matrices: ExpertMatrices) -> float:
-        """`|y' - y| / |y|` on the tokens held back, with other matrices; what a bias adds to the output is left out."""
+        """Return `|y' - y| / |y|` on the validation tokens with other matrices, without the output bias."""
         y_LD, other_LD = (self.hidden(self.check_LD, one) @ one.w_out_FD for one in (self.matrices, matrices))
         return relative_error(other_LD, y_LD)
 
 
 @dataclass(frozen=True)
 class FullExpertLayer:
-    """The experts of a layer that this rank holds, and the ranks that together hold all of them once."""
+    """Experts of a layer on this rank, and the ranks that together hold all of them once."""
 
     experts: list[FullExpert]
     holder_of: dict[int, int]
-    """The rank that holds each expert of the layer, as an index into the group."""
+    """Rank that holds each expert of the layer, as an index into the group."""
     group: RankGroup
     kinds: tuple[str, ...]
-    """Which of `STATE_NAMES` residuals come with: weights alone for a fresh optimizer, or all."""
+    """Names of `STATE_NAMES` that residuals have: weights alone for a new optimizer, or all."""

@@ -1,4 +1,4 @@
-"""Experts' thin states on their way from the ranks that made them to the ranks of their new clusters.
+"""Exchange of low-rank expert states between the ranks that computed them and the ranks of their new clusters.
 
 Shapes: W float32 entries of one expert's state, N experts here.
 """
@@ -24,42 +24,42 @@ STACKED = {
     "hidden_bias_H": "hidden_bias_NH",
     "output_bias_D": "output_bias_ND",
 }
-"""What holds an expert's tensor together with those of its cluster."""
+"""Name of the tensor that stacks an expert's tensor for all experts of its cluster."""
 
 ResidualState = dict[str, ExpertResidual]
-"""By those of `STATE_NAMES` that come along."""
+"""Residuals by the names of `STATE_NAMES` that are present."""
 
 
 def exchange_residuals(
     made: dict[int, ResidualState],
     like: ResidualState,
-    maker_of: Mapping[int, int],
+    source_of: Mapping[int, int],
     owner_of: Mapping[int, int],
     group: RankGroup,
     rank: int,
 ) -> dict[int, ResidualState]:
-    """Every expert's state on the rank that owns it from now on; collective.
+    """Send every expert's state to the rank that owns it; collective.
 
     Args:
-        made: by expert, what this rank made.
+        made: states that this rank computed, by expert.
         like: any expert's state, for shapes.
-        maker_of: index into the group of the rank that made each expert that is delivered.
-        owner_of: of the rank that will own it.
+        source_of: rank that computed each expert, as an index into the group.
+        owner_of: rank that will own each expert, as an index into the group.
     """
     me = group.ranks.index(rank)
     leaving = sorted(made, key=lambda expert: (owner_of[expert], expert))
-    coming = sorted((e for e in maker_of if owner_of[e] == me), key=lambda expert: (maker_of[expert], expert))
+    coming = sorted((e for e in source_of if owner_of[e] == me), key=lambda expert: (source_of[expert], expert))
     rows_NW = _exchange(
         torch.stack([_packed(made[expert]) for expert in leaving]) if made else _packed(like)[None, :][:0],
         [sum(owner_of[expert] == peer for expert in leaving) for peer in range(group.size)],
-        [sum(maker_of[expert] == peer for expert in coming) for peer in range(group.size)],
+        [sum(source_of[expert] == peer for expert in coming) for peer in range(group.size)],
         group,
     )
     return {expert: _unpacked(row_W, like) for expert, row_W in zip(coming, rows_NW, strict=True)}
 
 
-def owners(placement: ExpertPlacement) -> dict[int, int]:
-    """The rank of every expert, as an index into the group that together holds all experts once."""
+def owner_ranks(placement: ExpertPlacement) -> dict[int, int]:
+    """Return the rank of every expert, as an index into the group that together holds all experts once."""
     return {
         expert: block * placement.shards + shard
         for cluster, block in enumerate(placement.block_of_cluster)
@@ -68,8 +68,8 @@ def owners(placement: ExpertPlacement) -> dict[int, int]:
     }
 
 
-def stacked(states: list[ResidualState]) -> dict[str, GatheredOptimizerState]:
-    """By the names of `ClusterWeights`: the states of a cluster's experts here, in the order of their slots."""
+def stack_states(states: list[ResidualState]) -> dict[str, GatheredOptimizerState]:
+    """Stack the states of a cluster's local experts, in slot order, by the names of `ClusterWeights`."""
     return {
         STACKED[name]: {kind: torch.stack([getattr(state[kind], name) for state in states]) for kind in states[0]}
         for name, value in vars(states[0][MASTER]).items()
@@ -77,9 +77,9 @@ def stacked(states: list[ResidualState]) -> dict[str, GatheredOptimizerState]:
     }
 
 
-def crossing(like: ResidualState, maker_of: Mapping[int, int], owner_of: Mapping[int, int]) -> int:
-    """Bytes of the states that change ranks."""
-    return sum(owner_of[e] != maker for e, maker in maker_of.items()) * _packed(like).numel() * 4
+def bytes_moved(like: ResidualState, source_of: Mapping[int, int], owner_of: Mapping[int, int]) -> int:
+    """Return the bytes of the states that change ranks."""
+    return sum(owner_of[e] != maker for e, maker in source_of.items()) * _packed(like).numel() * 4
 
 
 def _exchange(rows_NW: Tensor, send: list[int], receive: list[int], group: RankGroup) -> Tensor:

@@ -1,8 +1,8 @@
-"""What processes need to share a cache folder: one works while the others wait, and no file is seen half-written.
+"""Sharing of a cache folder by processes: a file lock, and files that appear whole.
 
-A lock is released by the kernel when its holder ends, however it ends, so a crash wedges nobody. On a shared file
-system without locks the work is done more than once, which is harmless: every file is complete when it takes its name,
-and its content depends only on what the name stands for.
+The kernel releases a lock when its holder ends, also after a crash. On a shared file system without locks the work is
+repeated, which is harmless: files are renamed to their names when complete, and their content depends only on their
+names.
 """
 
 import errno
@@ -22,7 +22,7 @@ _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Holds the lock file `path` (made if need be, never removed), waiting for as long as another process holds it."""
+    """Hold the lock file `path` (created if missing, never removed); wait while another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -35,8 +35,8 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what is written there takes the name `path` at once, or never."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; a file written there is renamed to `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_own_prefix()}{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -49,7 +49,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what crashed processes of this machine left half-written in `folder`; needs the folder's lock held."""
+    """Remove temporary files of crashed processes of this machine; the caller holds the folder's lock."""
     for leftover in folder.glob(f"{_own_prefix()}*.tmp"):
         leftover.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""From `corpus.*` keys to documents to train on and documents held out."""
+"""Corpora: documents to train on and documents held out, from the `corpus.*` keys."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from moe_dist.errors import DataError
 
 
 class Source(Protocol):
-    """Where texts come from; `fingerprint` is much cheaper than reading them, and tells whether they changed."""
+    """Source of texts."""
 
     def fingerprint(self) -> str:
-        """A text that changes when the texts, or the way they are read, may have changed."""
+        """Return a text that changes with the texts or the way they are read; much cheaper than reading them."""
 
     def texts(self) -> Iterator[str]:
-        """Reads every text, in the same order each time.
+        """Read every text, in the same order each time.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: the source cannot be read.
         """
 
     def __str__(self) -> str: ...
@@ -29,14 +29,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training source, and the validation source if it is one of its own."""
+    """Training source, and validation source if there is a separate one."""
 
     config: CorpusConfig
     train: Source
     validation: Source | None
 
     def identity(self) -> dict[str, object]:
-        """All that the documents depend on, as JSON values; two corpora of one identity have the same documents."""
+        """Return the inputs that decide the documents, as JSON values; an equal identity means equal documents."""
         return {
             "kind": self.config.kind,
             "train": self.train.fingerprint(),
@@ -45,17 +45,17 @@ class Corpus:
         }
 
     def documents(self) -> HeldOutSplit:
-        """Reads everything; `corpus.max_bytes` limits each source.
+        """Read all documents; `corpus.max_bytes` limits each source.
 
         Raises:
-            DataError: a source cannot be read, or one of the two sides is left without text.
+            DataError: a source cannot be read, or no text is left for training or validation.
         """
         train = self._read(self.train)
         if not self.validation:
             return hold_out(train, self.config.validation_fraction)
         split = drop_held_out(train, self._read(self.validation))
         if not split.train:
-            raise DataError(f"{self.train} holds only documents that {self.validation} holds, too: nothing to train on")
+            raise DataError(f"{self.train} holds only documents that {self.validation} holds too: nothing to train on")
         return split
 
     def _read(self, source: Source) -> list[Document]:
@@ -66,10 +66,10 @@ class Corpus:
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:
-    """Finds the sources without reading them.
+    """Open the sources without reading them.
 
     Raises:
-        DataError: no file matches.
+        DataError: a path matches no file.
     """
     if config.kind == "stdlib":
         return Corpus(config, stdlib_source(), None)
@@ -79,10 +79,11 @@ def open_corpus(config: CorpusConfig) -> Corpus:
     if not config.validation_paths:
         return Corpus(config, FileSource(train, config.text_column), None)
     held = match_files("corpus.validation_paths", config.validation_paths)
-    # a glob such as data/*.txt may well take in the validation file, too
-    train = tuple(path for path in train if path not in held)
+    # a glob such as data/*.txt may match the validation file too
+    held_out = {path.resolve() for path in held}
+    train = tuple(path for path in train if path.resolve() not in held_out)
     if not train:
-        raise DataError("corpus.paths names only files that corpus.validation_paths names, too: nothing to train on")
+        raise DataError("corpus.paths names only files that corpus.validation_paths names too: nothing to train on")
     return Corpus(config, FileSource(train, config.text_column), FileSource(held, config.text_column))
 
 

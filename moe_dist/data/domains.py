@@ -1,9 +1,9 @@
-"""A corpus of four clearly different domains in equal parts, made from what every machine has, the same for one seed.
+"""Corpus of four distinct domains in equal parts, generated from the standard library and a seed.
 
-english   docstrings of the standard library, or a text that is given
+english   docstrings of the standard library, or a given text
 code      the standard library's source without docstrings and comments
-cyrillic  other English text, its letters replaced by Cyrillic ones
-tables    lines of drawn names, dates and numbers, separated by commas
+cyrillic  other English text with Cyrillic letters
+tables    lines of random names, dates and numbers, separated by commas
 """
 
 import ast
@@ -27,18 +27,18 @@ _GOODS = ("bolt", "cable", "drill", "filter", "gasket", "hinge", "lamp", "motor"
 def write_domains(
     folder: Path, seed: int, characters: int, validation: float = 0.1, english: Path | None = None
 ) -> Mapping[str, Path]:
-    """Writes one file of shuffled training documents and, for each domain, one of held-out documents (JSON lines).
+    """Write one file of shuffled training documents and one of held-out documents per domain (JSON lines).
 
     Args:
-        characters: of each domain, in all.
+        characters: characters per domain.
         validation: share of a domain's documents that is held out.
-        english: a text file for the two domains of English origin; None: docstrings.
+        english: text file for the two domains of English origin; None: docstrings.
 
     Returns:
-        Each domain's held-out file; the training documents are in `folder / TRAIN`.
+        Held-out file of each domain; the training documents are in `folder / TRAIN`.
 
     Raises:
-        DataError: a domain has less text than asked for.
+        DataError: a domain has too little text.
     """
     draw = random.Random(seed)
     documents = _documents(seed, characters, english)
@@ -67,7 +67,7 @@ def _documents(seed: int, characters: int, english: Path | None) -> dict[str, li
 
 
 def _cut(domain: str, texts: Iterable[str], characters: int) -> list[str]:
-    """Documents of equal length from the texts in their order."""
+    """Cut the texts, in order, into documents of equal length."""
     count, found, rest = max(2, characters // DOCUMENT_CHARACTERS), [], ""
     for text in texts:
         rest += text + "\n"
@@ -94,7 +94,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _documented(module: ast.Module) -> Iterator[tuple[Documented, str]]:
-    """What has a docstring, and that."""
+    """Yield the nodes that have a docstring, and the docstring."""
     for node in ast.walk(module):
         if isinstance(node, Documented):
             text = ast.get_docstring(node)

@@ -1,4 +1,4 @@
-"""Text on this machine: the Python standard library's source, and files the user names."""
+"""Local text: the Python standard library's source, and files that the user names."""
 
 import glob
 import hashlib
@@ -8,31 +8,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_dist.data.documents import split_rows, split_text
-from moe_dist.data.hub import offline, quiet, rows_of
+from moe_dist.data.documents import normalize_lines, split_rows, split_text
+from moe_dist.data.table_files import jsonl_texts, parquet_texts
 from moe_dist.errors import DataError
 
 PLAIN = (".txt", ".tokens", ".raw")  # the last two are WikiText's own
 SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 
-# Left out: what is not the library (site-packages), what this machine's build wrote (config-*, _sysconfigdata*), tests
-# (more bytes than the library), and encodings, whose near-identical tables would put copies on both sides of the split.
+# Skipped: packages of others (site-packages), files of this machine's build (config-*, _sysconfigdata*), tests (more
+# bytes than the library), and encodings, whose near-identical tables would put copies on both sides of the split.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 _BUILD_PREFIXES = ("config-", "_sysconfigdata")
 
 
 @dataclass(frozen=True)
 class StdlibSource:
-    """The Python standard library's own modules in the order of their names; a module is a document."""
+    """Modules of the Python standard library, sorted by name; a module is a document."""
 
     root: Path
 
     def fingerprint(self) -> str:
-        """Changes with the name or content of any module."""
+        """Return a digest of the names and contents of all modules."""
         return _digest_of(self._modules(), names=self.root)
 
     def texts(self) -> Iterator[str]:
-        """Every module that is UTF-8 (a few old ones are not, and are left out)."""
+        """Yield every module that is UTF-8; a few old ones are not."""
         for path in self._modules():
             try:
                 yield path.read_bytes().decode()
@@ -53,13 +53,17 @@ class StdlibSource:
 
 
 def stdlib_source() -> StdlibSource:
-    """The standard library of the running Python."""
+    """Return the source of the running Python's standard library."""
     return StdlibSource(Path(sysconfig.get_path("stdlib")))
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """Files in the order of their names: plain text is cut into documents (`split_text`), tables give one a row."""
+    """Files sorted by name: plain text is split into documents (`split_text`), a table has one per row.
+
+    Line ends (CRLF, CR) become LF and a byte-order mark is dropped before texts are split. The suffix of the path that
+    the user named decides the format, also of a symbolic link. Of a table only the text column is read.
+    """
 
     files: tuple[Path, ...]
     text_column: str
@@ -68,54 +72,54 @@ class FileSource:
         return str(self.files[0]) + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
 
     def fingerprint(self) -> str:
-        """Changes with the content or format of any file, and with the column read."""
+        """Return a digest of the content and format of all files, and the column."""
         return f"{self.text_column} {_digest_of(self.files)}"
 
     def texts(self) -> Iterator[str]:
-        """Texts of all documents.
+        """Yield the texts of all documents.
 
         Raises:
             DataError: a file is not UTF-8, not a table, or lacks the column.
         """
         for path in self.files:
             if path.suffix in PLAIN:
-                yield from split_text(_read_utf8(path))
+                yield from split_text(normalize_lines(_read_utf8(path)))
             else:
-                yield from split_rows(self._rows(path))
-
-    def _rows(self, path: Path) -> Iterator[str]:
-        # datasets takes more than a second to import, and most runs do without it
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        if not path.stat().st_size:
-            return  # datasets fails on an empty .jsonl
-        builder = "json" if path.suffix == ".jsonl" else "parquet"
-        try:
-            with offline(), quiet():
-                table = load_dataset(builder, data_files=[glob.escape(str(path))], split="train", streaming=True)
-                yield from rows_of(table, self.text_column, str(path))
-        except (OSError, ValueError, TypeError, StopIteration, DatasetsError) as error:
-            raise DataError(f"{path} cannot be read as {path.suffix}: {_first_line(error)}") from error
+                read = jsonl_texts if path.suffix == ".jsonl" else parquet_texts
+                yield from split_rows(map(normalize_lines, read(path, self.text_column)))
 
 
 def match_files(key: str, patterns: Sequence[str]) -> tuple[Path, ...]:
-    """Files that the paths or globs (`**` and `~` allowed) name, each once, sorted.
+    """Return the files that paths or globs (`**` and `~` allowed) name, each once, sorted by name.
+
+    A path that exists is taken literally, even if it has a glob's characters.
 
     Raises:
-        DataError: a pattern matches no file, or a file is of a format not read here.
+        DataError: a pattern matches no file, or the format of a file is not supported.
     """
-    found: set[Path] = set()
+    found: dict[str, Path] = {}
     for pattern in patterns:
-        matches = {Path(name).resolve() for name in glob.glob(os.path.expanduser(pattern), recursive=True)}
-        files = {path for path in matches if path.is_file()}
+        files = _files_of(key, os.path.expanduser(pattern))
         if not files:
             raise DataError(f"{key}: {pattern!r} matches no file (relative to {Path.cwd()})")
-        found |= files
-    for path in sorted(found):
+        for name in sorted(map(os.path.abspath, files)):
+            found.setdefault(os.path.realpath(name), Path(name))
+    for path in sorted(found.values()):
         if path.suffix not in SUFFIXES:
-            raise DataError(f"{key}: {path} is not one of the formats read: {' '.join(SUFFIXES)}")
-    return tuple(sorted(found))
+            raise DataError(f"{key}: {path} has none of the supported formats: {' '.join(SUFFIXES)}")
+    return tuple(sorted(found.values()))
+
+
+def _files_of(key: str, pattern: str) -> list[str]:
+    if not os.path.lexists(pattern):
+        return [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+    if os.path.isdir(pattern):
+        raise DataError(f"{key}: {pattern!r} is a folder: name its files, such as {os.path.join(pattern, '*.txt')}")
+    if not os.path.exists(pattern):
+        raise DataError(
+            f"{key}: {pattern!r} is a link to {os.readlink(pattern)!r}, which does not exist: fetch the data"
+        )
+    return [pattern]
 
 
 def _read_utf8(path: Path) -> str:
@@ -128,7 +132,7 @@ def _read_utf8(path: Path) -> str:
 
 
 def _digest_of(files: Sequence[Path], names: Path | None = None) -> str:
-    """SHA-256 over the files' contents, and over their names below `names` or else their suffixes."""
+    """Return a SHA-256 over the files' contents, and over their names below `names` or else their suffixes."""
     total = hashlib.sha256()
     for path in files:
         name = path.relative_to(names).as_posix() if names else path.suffix
@@ -139,8 +143,3 @@ def _digest_of(files: Sequence[Path], names: Path | None = None) -> str:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
         total.update(f"{name}\n{content}\n".encode())
     return total.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

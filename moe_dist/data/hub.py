@@ -1,16 +1,18 @@
-"""Data sets of the Hugging Face hub; without a network, those that were downloaded before.
+"""Data sets of the Hugging Face hub, local folders of the same format, and cached downloads without a network.
 
 The `datasets` library is imported inside functions: it takes more than a second, and most runs do without it.
 """
 
+import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from moe_dist.data.documents import split_rows
+from moe_dist.data.documents import normalize_lines, split_rows
+from moe_dist.data.table_files import checked_text, no_column
 from moe_dist.errors import DataError
 
 _PROBE_SECONDS = 5.0
@@ -18,86 +20,84 @@ _PROBE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class HubSource:
-    """One split of a data set on the hub; a row is a document, WikiText's lines are joined to articles."""
+    """Split of a data set; a row is a document, WikiText's lines are joined to articles."""
 
     name: str
+    """Name on the hub, or a local folder."""
     subset: str | None
     split: str
     text_column: str
     split_key: str = "corpus.split"
     key: str = "corpus."
-    """Before the names of the other keys, where a message tells them."""
+    """Prefix of the other keys in messages."""
     instead: str = "corpus.kind=text with local files in corpus.paths"
 
     def __str__(self) -> str:
         return f"{self.split_key}={self.split} of {self.name}"
 
     def fingerprint(self) -> str:
-        """Changes with the data set's version, split and column."""
+        """Return a text that changes with the data set's version, split and column."""
         return f"{self.name} {self.subset} {self.split} {self.text_column} {self.table._fingerprint}"
 
     def texts(self) -> Iterator[str]:
-        """Texts of all documents.
+        """Yield the texts of all documents; rows whose text is null are skipped.
 
         Raises:
-            DataError: the data set cannot be had, or has no such split or column.
+            DataError: the data set cannot be loaded, or has no such split or column.
         """
-        return split_rows(rows_of(self.table, self.text_column, f"data set {self.name}"))
+        return split_rows(map(normalize_lines, self._rows()))
+
+    def _rows(self) -> Iterator[str]:
+        origin, column = f"data set {self.name}", self.text_column
+        names = self.table.column_names
+        if column not in names:
+            raise no_column(origin, column, names)
+        for number, row in enumerate(self.table.select_columns([column])):  # others may need libraries to decode
+            if row[column] is not None:
+                yield checked_text(row[column], f"{origin}: row {number}", column, names)
 
     @cached_property
     def table(self) -> Any:
-        """The rows.
+        """Rows of the split.
 
         Raises:
-            DataError: they cannot be had.
+            DataError: they cannot be loaded.
         """
         from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
 
-        reachable = hub_reachable()
+        local = os.path.exists(self.name)
+        reachable = local or hub_reachable()
         try:
-            with nullcontext() if reachable else offline():
+            with nullcontext() if reachable and not local else offline(), quiet():
                 return load_dataset(self.name, self.subset, split=self.split)
-        except (OSError, ValueError, DatasetsError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(self._advice(reason, reachable)) from error
+        except Exception as error:  # data sets fail with whatever their readers and loading scripts raise
+            raise DataError(self._advice(error, reachable)) from error
 
-    def _advice(self, reason: str, reachable: bool) -> str:
+    def _advice(self, error: Exception, reachable: bool) -> str:
+        from datasets.exceptions import DatasetNotFoundError
+
         named = f"{self.key}name={self.name} ({self.key}subset={self.subset}, {self.split_key}={self.split})"
-        if reachable:
-            hint = "; null holds out a fraction instead" if self.split_key == "corpus.validation_split" else ""
-            return f"{named} cannot be loaded: {reason}{hint}"
-        return (
-            f"{named} is not in this machine's cache and the Hugging Face hub cannot be reached: run once "
-            f"where there is a network and share that cache (HF_HOME), or use {self.instead}"
-        )
-
-
-def rows_of(table: Iterable[Mapping[str, Any]], column: str, origin: str) -> Iterator[str]:
-    """The text column of each row; rows where it is null are left out.
-
-    Raises:
-        DataError: the column is missing, or holds something other than text.
-    """
-    for number, row in enumerate(table):
-        if column not in row:
-            raise DataError(f"{origin} has no column corpus.text_column={column}; it has: {', '.join(row)}")
-        text = row[column]
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise DataError(
-                f"{origin}: row {number} of corpus.text_column={column} is {type(text).__name__}, not text; other "
-                f"columns: {', '.join(name for name in row if name != column) or 'none'}"
+        if not reachable and isinstance(error, (ConnectionError, DatasetNotFoundError)):
+            return (
+                f"{named} is not in this machine's cache and the Hugging Face hub cannot be reached: run once "
+                f"where there is a network and share that cache (HF_HOME), or use {self.instead}"
             )
-        yield text
+        hint = "; null holds out a fraction instead" if self.split_key == "corpus.validation_split" else ""
+        return f"{named} cannot be loaded: {_cause(error)}{hint}"
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the error that caused the others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers one request within seconds.
+    """Return True if the hub answers one request within seconds.
 
-    `load_dataset` itself repeats each request six times, 24 s in all, before it looks into its cache. A thread, because
-    a name server that does not answer holds a request for longer than the request's own timeout.
+    `load_dataset` itself repeats each request six times, 24 s in total, before it uses its cache. The request runs in a
+    thread, because a name server that does not answer blocks it for longer than its timeout.
     """
     import huggingface_hub
 
@@ -118,7 +118,7 @@ def hub_reachable() -> bool:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Keeps `datasets` from the network, as HF_HUB_OFFLINE=1 would had it been set before the import."""
+    """Disable network access of `datasets`, like HF_HUB_OFFLINE=1 set before its import."""
     import datasets
     import huggingface_hub
 
@@ -135,7 +135,7 @@ def offline() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps `datasets` from logging errors that are raised as well, and then told in our one line."""
+    """Silence the log of `datasets`, whose errors are raised as well."""
     from datasets.utils import logging
 
     before = logging.get_verbosity()

@@ -1,8 +1,8 @@
-"""Training batches: a pure function of (seed, step), the same global batch for any number of ranks.
+"""Training batches: a pure function of (seed, step); the global batch is the same for any number of ranks.
 
-B sequences of the global batch, b = B / ranks of one rank, S tokens a sequence. Sequence i of a token file is its
-tokens [i S, i S + S], one more than S: inputs are the first S, targets the last S, and every token but the first is a
-target once an epoch.
+Shapes: B sequences of the global batch, b = B / ranks of one rank, S tokens per sequence. Sequence i of a token file is
+its tokens [i S, i S + S], one more than S: inputs are the first S, targets the last S, and every token but the first is
+a target once per epoch.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from moe_dist.errors import DataError
 
 
 def sequence_count(tokens: TokenFile, sequence_length: int) -> int:
-    """Whole sequences in a token file; the rest of less than one sequence is left out.
+    """Return the number of whole sequences in a token file.
 
     Raises:
         DataError: there is not even one.
@@ -29,20 +29,21 @@ def sequence_count(tokens: TokenFile, sequence_length: int) -> int:
 
 
 def read_sequences(tokens: TokenFile, sequence_length: int, indices: npt.NDArray[np.int64]) -> torch.Tensor:
-    """Sequences of the given indices [n] as int64 [n, S + 1]."""
+    """Read the sequences of the given indices [n] as int64 [n, S + 1]."""
     positions = indices[:, None] * sequence_length + np.arange(sequence_length + 1)
     return torch.from_numpy(tokens.ids[positions].astype(np.int64))
 
 
 class SequenceLoader:
-    """Deals the sequences of a token file out to ranks, reshuffled every epoch; it has no state to save.
+    """Sequences of a token file, distributed over ranks and reshuffled every epoch; stateless.
 
-    The shuffled epochs follow each other without a gap: step t takes the B positions from t B on, across an epoch's end
-    too, so that each sequence comes exactly once an epoch. Rank r holds rows [r b, (r + 1) b) of the global batch.
+    The shuffled epochs follow each other without a gap: step t takes the B positions from t B on, also across an
+    epoch's end, so that each sequence occurs exactly once per epoch. Rank r holds rows [r b, (r + 1) b) of the global
+    batch.
 
     Raises:
         DataError: the text is shorter than one sequence.
-        ValueError: `global_batch_size` is not divisible by `ranks`, or `rank` is not one of them.
+        ValueError: `global_batch_size` is not divisible by `ranks`, or `rank` is out of range.
     """
 
     def __init__(
@@ -60,17 +61,17 @@ class SequenceLoader:
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
     def batch(self, step: int) -> torch.Tensor:
-        """This rank's part of the batch of `step` (from 0): int64 [b, S + 1]."""
+        """Return this rank's part of the batch of `step` (from 0), int64 [b, S + 1]."""
         return read_sequences(self._tokens, self._sequence_length, self.indices(step))
 
     def indices(self, step: int) -> npt.NDArray[np.int64]:
-        """Which sequences that is: int64 [b]."""
+        """Return the indices of its sequences, int64 [b]."""
         start = step * self._global_batch_size + self._first_row
         positions = range(start, start + self._rank_batch_size)
         return np.array([self._order(p // self.sequences)[p % self.sequences] for p in positions], dtype=np.int64)
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The epoch's permutation [sequences]; the last two epochs' are kept, for steps that span a boundary."""
+        """Return the epoch's permutation [sequences]; two epochs are cached, for steps that span a boundary."""
         if epoch not in self._orders:
             # RandomState's streams are frozen by NumPy's policy (NEP 19), Generator's are not: a run can be resumed
             # under another version of NumPy

@@ -1,6 +1,6 @@
-"""From configuration to token files, once: the first process does the work, the others wait and read.
+"""Preparation of token files, once per corpus and tokenizer: the first process does it, the others wait.
 
-A corpus and tokenizer have one folder in the cache, named by the hash of all they depend on:
+A corpus and tokenizer have one folder in the cache, named by the hash of all inputs:
 
     prepared/<key>/tokenizer.model  train.tokens  validation.tokens  manifest.json (written last)
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from moe_dist.config import CorpusConfig, TokenizerConfig
-from moe_dist.data.cache import exclusive, remove_leftovers, written_whole
+from moe_dist.data.cache import atomic_write, exclusive, remove_leftovers
 from moe_dist.data.corpora import Corpus, open_corpus
 from moe_dist.data.documents import Document, limit_bytes
 from moe_dist.data.token_file import TokenFile, open_token_file, write_token_file
@@ -25,12 +25,12 @@ from moe_dist.errors import DataError
 logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer.model"
-_FORMAT = 1  # raise it when the same corpus and settings give other files
+_FORMAT = 2  # raise it when the same corpus and settings give other files
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Two token files and the tokenizer they were made with; the same `key` on all ranks means the same data."""
+    """Two token files and their tokenizer; an equal `key` on all ranks means equal data."""
 
     train: TokenFile
     validation: TokenFile
@@ -40,9 +40,9 @@ class PreparedData:
 
 
 def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedData:
-    """Finds the data in the cache or makes it; safe in any number of processes at once.
+    """Return the data from the cache, or prepare it; any number of processes may call this at once.
 
-    Damaged files in the cache are made again.
+    Damaged files in the cache are replaced.
 
     Raises:
         DataError: the corpus cannot be read, the vocabulary does not fit it, or the cache cannot be written.
@@ -77,7 +77,7 @@ def _key(corpus: Corpus, tokenizer: TokenizerConfig) -> str:
 
 
 def _open(folder: Path) -> PreparedData | None:
-    """The finished data in `folder`; None if there is none or it is damaged (which is logged)."""
+    """Return the finished data in `folder`; None if it is missing or damaged (which is logged)."""
     manifest = folder / "manifest.json"
     if not manifest.exists():
         return None
@@ -105,7 +105,7 @@ def _make(folder: Path, corpus: Corpus, config: TokenizerConfig) -> None:
     split = corpus.documents()
     logger.info("training a %s tokenizer of %d pieces", config.kind, config.vocab_size)
     model = train_tokenizer(_sample(split.train, config.train_bytes), config)
-    with written_whole(folder / TOKENIZER) as path:
+    with atomic_write(folder / TOKENIZER) as path:
         path.write_bytes(model)
     tokenizer = Tokenizer(folder / TOKENIZER)
     checksums = []
@@ -115,11 +115,11 @@ def _make(folder: Path, corpus: Corpus, config: TokenizerConfig) -> None:
         write_token_file(path, (document.text for document in documents), tokenizer)
         checksums.append(open_token_file(path).checksum)
     manifest = {"tokenizer_sha256": hashlib.sha256(model).hexdigest(), "checksums": checksums}
-    with written_whole(folder / "manifest.json") as path:
+    with atomic_write(folder / "manifest.json") as path:
         path.write_text(json.dumps(manifest))
 
 
 def _sample(documents: list[Document], max_bytes: int) -> Iterable[str]:
-    """Documents up to `max_bytes` in the order of their digests, which no name or place in the corpus biases."""
+    """Return documents up to `max_bytes` in the order of their digests, which is unbiased."""
     by_digest = sorted(documents, key=lambda document: document.digest)
     return (document.text for document in limit_bytes(by_digest, max_bytes))

@@ -1,4 +1,4 @@
-"""One split of a corpus as token ids in one memory-mapped file.
+"""Token ids of one split of a corpus in a memory-mapped file.
 
 Layout: a header block of 4096 bytes (magic, then JSON, then spaces), then the ids as little-endian uint16 or uint32.
 Every document is followed by one end-of-document token. The header holds a CRC-32 over its other facts and all ids.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_dist.data.cache import written_whole
+from moe_dist.data.cache import atomic_write
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.errors import DataError
 
@@ -25,7 +25,7 @@ _HEADER_BYTES = 4096
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What a token file says of itself; bytes (UTF-8), words (between white space) and lines are the text's."""
+    """Metadata of a token file; bytes (UTF-8), words (between white space) and lines are those of the text."""
 
     tokens: int
     documents: int
@@ -39,7 +39,7 @@ class TokenFacts:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """An open token file; `ids` [tokens] is read from disk as it is used.
+    """Open token file; `ids` [tokens] is read from disk on use.
 
     nats per byte = (nats per token) * tokens / bytes.
     """
@@ -54,11 +54,11 @@ class TokenFile:
 
 
 def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> None:
-    """Encodes documents to `path`, which appears whole or not at all."""
+    """Encode documents to `path`, atomically."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     tokens = documents = size = words = lines = crc = 0
     to_count, to_encode = tee(texts)
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(b" " * _HEADER_BYTES)
         for text, ids in zip(to_count, tokenizer.encode_all(to_encode), strict=True):
             data = np.array([*ids, tokenizer.end_of_document], dtype=dtype).tobytes()
@@ -76,7 +76,7 @@ def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> 
 
 
 def open_token_file(path: Path) -> TokenFile:
-    """Maps a token file after checking its size and checksum (about a second a gigabyte).
+    """Map a token file after checking its size and checksum (about a second per gigabyte).
 
     Raises:
         DataError: the file is missing, damaged, cut short or not a token file.

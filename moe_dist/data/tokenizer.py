@@ -1,8 +1,8 @@
-"""SentencePiece, set so that decoding gives back exactly the text that was encoded.
+"""Lossless SentencePiece tokenizer.
 
-Text is not normalised, spaces are kept as they are, newline and tab are pieces of their own, and characters without a
-piece become bytes. One character needs care: SentencePiece writes a space as ▁ (U+2581) and so would decode a ▁ of
-the text as a space; `encode` writes it as its three bytes instead.
+Text is not normalized, spaces are kept, newline and tab are pieces, and characters without a piece become bytes. One
+character needs care: SentencePiece writes a space as ▁ (U+2581) and would decode a ▁ of the text as a space; `encode`
+writes it as its three bytes instead.
 """
 
 import io
@@ -29,7 +29,7 @@ _TRAINING_THREADS = 2
 
 
 class Tokenizer:
-    """Encodes text to token ids in [0, vocab_size) and back, without loss.
+    """Lossless encoder of text to token ids in [0, vocab_size), and decoder.
 
     Raises:
         DataError: the file is not a SentencePiece model.
@@ -47,7 +47,7 @@ class Tokenizer:
         self._space_mark_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without an end-of-document token."""
+        """Return the token ids of `text`, without an end-of-document token."""
         first, *others = text.split(_SPACE_MARK)
         ids: list[int] = self._model.encode(first)
         for part in others:
@@ -56,7 +56,7 @@ class Tokenizer:
         return ids
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """`encode` of each text in order, on all cores this process may use."""
+        """Yield the token ids of each text, in order, computed on all cores that this process may use."""
         threads = len(os.sched_getaffinity(0))
         for batch in _batches(texts):
             # a text with the space mark goes in as nothing, and is encoded apart
@@ -65,13 +65,13 @@ class Tokenizer:
                 yield ids if _SPACE_MARK not in text else self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids; ends of documents vanish, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of token ids; end-of-document tokens vanish, invalid UTF-8 becomes U+FFFD."""
         text: str = self._model.decode(ids)
         return text
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:
-    """Trains on all of `texts` (limited by the caller) and returns the model file's content.
+    """Train on all of `texts` (limited by the caller) and return the content of the model file.
 
     The same texts and settings give the same bytes.
 

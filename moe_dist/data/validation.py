@@ -1,6 +1,6 @@
 """Validation batches: the same sequences and the same mean loss for any number of ranks.
 
-b sequences a batch, S tokens a sequence.
+Shapes: b sequences per batch, S tokens per sequence.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from moe_dist.data.token_file import TokenFile
 
 
 class ValidationBatch(NamedTuple):
-    """Sequences, int64 [b, S + 1], and what each counts, float32 [b]: 1, or 0 for padding.
+    """Sequences, int64 [b, S + 1], and their weights, float32 [b]: 1, or 0 for padding.
 
     mean loss = sum over ranks and batches of weight_b * loss_b / sum of weight_b, with loss_b a sequence's mean.
     """
@@ -26,10 +26,10 @@ class ValidationBatch(NamedTuple):
 def validation_batches(
     tokens: TokenFile, sequence_length: int, max_sequences: int, rank: int, ranks: int, batch: int
 ) -> Iterator[ValidationBatch]:
-    """This rank's share of at most `max_sequences` sequences, spread evenly over the file, none of them twice.
+    """Yield this rank's share of at most `max_sequences` distinct sequences, spread evenly over the file.
 
-    Every rank gets as many batches of the same shapes as the others, since all take part in the model's collectives:
-    where the sequences do not divide by the ranks, the last ranks are padded with sequences of weight 0.
+    Every rank gets the same number of batches of the same shapes, since all take part in the model's collectives: if
+    the sequences do not divide by the ranks, the last ranks are padded with sequences of weight 0.
 
     Raises:
         DataError: the text is shorter than one sequence (at the first batch).

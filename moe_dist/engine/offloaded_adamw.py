@@ -50,7 +50,7 @@ class OffloadedAdamW:
         clusters = list(self.memory.clusters.values())
         for index, cluster in enumerate(clusters):
             for ahead in clusters[index + 1 : index + 2]:
-                self._fetch_ahead(ahead)
+                self._prefetch(ahead)
             self._step_cluster(cluster, learning_rate, clip_factor)
         self.steps += 1
 
@@ -75,14 +75,14 @@ class OffloadedAdamW:
     @contextmanager
     def _gradient(self, cluster: OffloadedCluster) -> Iterator[Tensor]:
         block, device = cluster.block(TensorKind.GRADIENT), self.memory.device
-        gradient = device.acquire(block, blank=not cluster.has_gradient)
+        gradient = device.acquire(block, zero_init=not cluster.has_gradient)
         cluster.has_gradient = True
         try:
             yield gradient
         finally:
             device.release(block, changed=True)
 
-    def _fetch_ahead(self, cluster: OffloadedCluster) -> None:
+    def _prefetch(self, cluster: OffloadedCluster) -> None:
         kinds = [kind for kind in cluster.sizes() if kind is not TensorKind.GRADIENT or cluster.has_gradient]
         self.memory.state.prefetch([cluster.block(kind) for kind in kinds])
 
@@ -121,8 +121,10 @@ class OffloadedAdamW:
             for kind in cluster.sizes():
                 block = cluster.block(kind)
                 if memory.state is not memory.device and kind in (TensorKind.WEIGHT, TensorKind.GRADIENT):
-                    memory.device.send_down(block)
+                    memory.device.evict(block)
                 idle = kind is not TensorKind.WEIGHT
-                blank = kind is TensorKind.GRADIENT and not cluster.has_gradient
-                blocks[kind] = held.enter_context(memory.state.held(block, changed=True, idle=idle, blank=blank))
+                zero_init = kind is TensorKind.GRADIENT and not cluster.has_gradient
+                blocks[kind] = held.enter_context(
+                    memory.state.pinned(block, changed=True, idle=idle, zero_init=zero_init)
+                )
             yield blocks

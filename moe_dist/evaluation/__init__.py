@@ -1,1 +1,1 @@
-"""What a trained model is worth: perplexity on WikiText, and GLUE after fine-tuning."""
+"""Evaluation of trained models: perplexity on WikiText, and GLUE after fine-tuning."""

@@ -1,4 +1,4 @@
-"""`moe-dist eval`: all tasks that were asked for on one trained model, as one of the job's ranks."""
+"""`moe-dist eval` on one rank: runs all requested tasks on one trained model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from moe_dist.evaluation.fine_tune import FineTuning
 from moe_dist.evaluation.glue import GlueSpec, evaluate_glue
 from moe_dist.evaluation.perplexity import perplexity
 from moe_dist.evaluation.texts import encode_text, open_text
-from moe_dist.evaluation.trained_model import Subject, open_subject
+from moe_dist.evaluation.trained_model import EvaluatedModel, open_evaluated_model
 from moe_dist.metrics import installed_versions, write_json
 
 Figures = dict[str, Any]
@@ -24,7 +24,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """What to evaluate and how; fields as in `launcher/evaluate.py`."""
+    """Options of an evaluation; fields as in `moe_dist/launch/rank_evaluate.py`."""
 
     run: Path
     tasks: tuple[str, ...]
@@ -46,7 +46,7 @@ class EvalSpec:
     max_steps: int | None
 
     def glue_spec(self) -> GlueSpec:
-        """What of it concerns GLUE."""
+        """Return the options of GLUE."""
         names = tuple(task.removeprefix("glue:") for task in self.tasks if task.startswith("glue:"))
         return GlueSpec(
             None if "glue" in self.tasks else names,
@@ -59,16 +59,16 @@ class EvalSpec:
 
 
 def evaluate(world: WorldConfig, spec: EvalSpec, memory: MemoryConfig | None = None) -> Figures:
-    """Does every task, and shows and writes the figures on rank 0; collective.
+    """Run every task, and show and write the figures on rank 0; collective.
 
     Args:
-        memory: as `open_subject` takes it.
+        memory: memory tiers, see `open_evaluated_model`.
 
     Raises:
-        MoeDistError: the run, the data or the options cannot be used.
+        MoeDistError: the run, the data or the options are invalid.
     """
     process = init_distributed(world)
-    with open_subject(spec.run, process, world, spec.dtype, memory) as subject:
+    with open_evaluated_model(spec.run, process, world, spec.dtype, memory) as subject:
         figures = _figures(subject, spec, _say if process.rank == 0 else _silent)
     if process.rank == 0:
         view.render(figures, wide_console())
@@ -78,7 +78,7 @@ def evaluate(world: WorldConfig, spec: EvalSpec, memory: MemoryConfig | None = N
     return figures
 
 
-def _figures(subject: Subject, spec: EvalSpec, say: Callable[[str], None]) -> Figures:
+def _figures(subject: EvaluatedModel, spec: EvalSpec, say: Callable[[str], None]) -> Figures:
     figures = _facts(subject, spec)
     if "wikitext" in spec.tasks:
         figures["wikitext"] = _wikitext(subject, spec)
@@ -94,10 +94,10 @@ def _say(line: str) -> None:
 
 
 def _silent(line: str) -> None:
-    """The other ranks know the same."""
+    """Discard output on ranks other than 0."""
 
 
-def _facts(subject: Subject, spec: EvalSpec) -> Figures:
+def _facts(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
     return {
         "run": str(spec.run),
         "name": subject.config.name,
@@ -110,11 +110,11 @@ def _facts(subject: Subject, spec: EvalSpec) -> Figures:
     }
 
 
-def _wikitext(subject: Subject, spec: EvalSpec) -> Figures:
+def _wikitext(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
     longest = subject.config.model.sequence_length
     length = spec.window or longest
     if length > longest:
-        raise ConfigError(f"--window {length} is longer than the sequences that the model was trained on: {longest}")
+        raise ConfigError(f"--window {length} is longer than the sequences of training: {longest}")
     stride = spec.stride or max(1, length // 2)
     if stride > length:
         raise ConfigError(f"--stride {stride} is longer than a window of {length} tokens: tokens would be left out")

@@ -1,4 +1,4 @@
-"""Fine-tunes a trained model on the rows of one task, and predicts the rows it was not given; on any number of ranks.
+"""Fine-tuning of a trained model on one GLUE task, and its predictions; on any number of ranks.
 
 Shapes: B sentences of a batch over all ranks, b of this rank, C outputs, V rows of a validation split.
 """
@@ -17,19 +17,19 @@ from moe_dist.distributed.init import RankInfo
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.errors import TrainingError
 from moe_dist.evaluation.sentence_model import Encoded, SentenceModel, pack
-from moe_dist.evaluation.trained_model import as_kept
+from moe_dist.evaluation.trained_model import quantized_as_stored
 
 WARMUP_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How a task is learnt.
+    """Hyperparameters of a fine-tuning.
 
     Attributes:
-        batch: sentences a step, over all ranks.
-        learning_rate: the highest; None: a quarter of the run's own.
-        max_steps: stop after that many, whatever `epochs` says.
+        batch: sentences per step, over all ranks.
+        learning_rate: peak learning rate; None: a quarter of the run's own.
+        max_steps: upper limit of steps, whatever `epochs` is.
     """
 
     epochs: float = 3.0
@@ -38,12 +38,12 @@ class FineTuning:
     max_steps: int | None = None
 
     def steps(self, rows: int) -> int:
-        """Steps for so many training rows."""
+        """Return the number of steps for `rows` training rows."""
         steps = max(1, round(self.epochs * rows / self.batch))
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def rate(self, step: int, steps: int, highest: float) -> float:
-        """Of step 1 to `steps`: linear warm-up over a tenth of them, then linear down to 0."""
+        """Return the learning rate of a step: linear warm-up over a tenth of the steps, then linear decay to 0."""
         warmup = max(1, round(WARMUP_SHARE * steps))
         return highest * min(step / warmup, (steps - step + 1) / max(1, steps - warmup + 1))
 
@@ -51,13 +51,13 @@ class FineTuning:
 def fine_tune(
     model: SentenceModel, rows: Sequence[Encoded], how: FineTuning, config: RunConfig, seed: int, process: RankInfo
 ) -> DeepSpeedEngine:
-    """Trains all weights; returns the engine, which still holds the model. Collective.
+    """Train all weights and return the engine that holds the model; collective.
 
     Args:
-        config: of the evaluation; its optimizer is used, its learning rate as `how` says.
+        config: configuration of the evaluation; `how` replaces its learning rate.
 
     Raises:
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss is not finite.
     """
     engine = DeepSpeedEngine(model, config, BatchShape(how.batch // process.ranks, 1), process)
     highest = how.learning_rate or config.optimizer.learning_rate / 4
@@ -72,7 +72,7 @@ def fine_tune(
 
 
 def _batches(rows: Sequence[Encoded], batch: int, steps: int, seed: int, process: RankInfo) -> Iterator[Tensor]:
-    """This rank's part of each batch, as wide as the longest sentence of the whole batch; epochs are shuffled anew."""
+    """Yield this rank's part of each batch, padded to the batch's longest sentence; reshuffled each epoch."""
     random, order = np.random.RandomState(seed), np.empty(0, dtype=np.int64)
     share = batch // process.ranks
     for _ in range(steps):
@@ -84,14 +84,14 @@ def _batches(rows: Sequence[Encoded], batch: int, steps: int, seed: int, process
 
 
 def predict(model: SentenceModel, rows: Sequence[Encoded], batch: int, process: RankInfo) -> npt.NDArray[np.float64]:
-    """The number of a class, or a similarity, for every row [V]; collective, the same on all ranks."""
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))  # little to fill up
+    """Return a class number or a similarity for every row, [V]; collective, the same on all ranks."""
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))  # less padding
     found = np.empty(len(rows))
     for start in range(0, len(rows), batch * process.ranks):
         indices = by_length[start : start + batch * process.ranks]
         own = [indices[(process.rank * batch + place) % len(indices)] for place in range(batch)]
         width = max(len(rows[index].tokens) for index in indices)
-        with model.evaluating(), as_kept(model):
+        with model.evaluating(), quantized_as_stored(model):
             out_bC = model.outputs(pack([rows[index] for index in own], width).to(process.device))
         values_b = (out_bC.argmax(dim=1) if model.classes else out_bC[:, 0]).double()
         gathered = [torch.empty_like(values_b) for _ in range(process.ranks)]

@@ -1,4 +1,4 @@
-"""GLUE: every task is learnt from the same trained weights, once for each seed, and scored by its own metrics."""
+"""GLUE: each task is fine-tuned from the same trained weights, once per seed, and scored by its metrics."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,25 +12,26 @@ import torch
 from moe_dist.config import RunConfig
 from moe_dist.errors import ConfigError, TrainingError
 from moe_dist.evaluation.fine_tune import FineTuning, fine_tune, predict
-from moe_dist.evaluation.glue_data import GlueData, is_there, load_task
+from moe_dist.evaluation.glue_data import GlueData, has_task, load_task
 from moe_dist.evaluation.glue_metrics import score
 from moe_dist.evaluation.glue_tasks import TASKS, GlueTask
 from moe_dist.evaluation.sentence_model import Encoded, SentenceModel, encode
 from moe_dist.evaluation.tables import with_spread
-from moe_dist.evaluation.trained_model import Subject, is_packed
+from moe_dist.evaluation.trained_model import EvaluatedModel, is_quantized
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class GlueSpec:
-    """Which tasks, from where, how often, how much.
+    """Options of GLUE.
 
     Attributes:
         tasks: names; None: all that the folder holds.
-        folder: of local data; None: the hub.
-        seeds: fine-tunings of each task.
-        max_train, max_eval: rows at most.
+        folder: local data; None: the hub.
+        seeds: one fine-tuning per seed and task.
+        max_train: limit of training rows.
+        max_eval: limit of validation rows.
     """
 
     tasks: tuple[str, ...] | None = None
@@ -41,21 +42,21 @@ class GlueSpec:
     tuning: FineTuning = field(default_factory=FineTuning)
 
 
-def evaluate_glue(subject: Subject, spec: GlueSpec, dtype: str, say: Callable[[str], None]) -> Figures:
-    """Figures of all tasks and their averages; collective. All data are read before anything is trained.
+def evaluate_glue(subject: EvaluatedModel, spec: GlueSpec, dtype: str, say: Callable[[str], None]) -> Figures:
+    """Evaluate all tasks and return their figures and averages; collective. All data are read before any training.
 
     Raises:
-        DataError: a task's data are missing or wrong.
-        ConfigError: the batch cannot be divided over the ranks, or the weights cannot be trained.
+        DataError: a task's data are missing or invalid.
+        ConfigError: the batch does not divide over the ranks, or the weights are quantized.
         TrainingError: a fine-tuning diverges.
     """
     ranks = subject.process.ranks
     if spec.tuning.batch % ranks:
         raise ConfigError(f"--glue-batch {spec.tuning.batch} is not divisible by the {ranks} ranks")
     wanted = [TASKS[name] for name in spec.tasks or TASKS]
-    there = [task for task in wanted if spec.tasks is not None or is_there(task, spec.folder)]
+    there = [task for task in wanted if spec.tasks is not None or has_task(task, spec.folder)]
     if not there:
-        raise ConfigError(f"--glue {spec.folder}: holds no folder of a task: {', '.join(TASKS)}")
+        raise ConfigError(f"--glue {spec.folder}: holds no task's folder: {', '.join(TASKS)}")
     data = {task.name: load_task(task, spec.folder, spec.max_train, spec.max_eval) for task in there}
     tasks = {}
     for task in there:
@@ -65,7 +66,7 @@ def evaluate_glue(subject: Subject, spec: GlueSpec, dtype: str, say: Callable[[s
 
 
 def summary(tasks: Mapping[str, Figures]) -> Figures:
-    """Averages over tasks, seed by seed; also without WNLI, as much of the literature has it."""
+    """Average over tasks, seed by seed, with and without WNLI, which the literature often leaves out."""
     found: Figures = {"average": spread(_over_tasks(tasks))}
     others = {name: task for name, task in tasks.items() if name != "wnli"}
     found["average_without_wnli"] = spread(_over_tasks(others)) if others else None
@@ -77,11 +78,11 @@ def _over_tasks(tasks: Mapping[str, Figures]) -> list[float]:
 
 
 def spread(values: Sequence[float]) -> Figures:
-    """Mean, sample standard deviation (null for one value), and the values by seed."""
+    """Return mean, sample standard deviation (None for one value), and the values by seed."""
     return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "values": list(values)}
 
 
-def _learn(subject: Subject, task: GlueTask, data: GlueData, spec: GlueSpec, dtype: str) -> Figures:
+def _learn(subject: EvaluatedModel, task: GlueTask, data: GlueData, spec: GlueSpec, dtype: str) -> Figures:
     longest = subject.config.model.sequence_length
     train, *held = (
         [encode(example, subject.tokenizer, longest) for example in rows]
@@ -99,7 +100,7 @@ def _learn(subject: Subject, task: GlueTask, data: GlueData, spec: GlueSpec, dty
 
 
 def _one(
-    subject: Subject,
+    subject: EvaluatedModel,
     task: GlueTask,
     train: Sequence[Encoded],
     validation: Mapping[str, Sequence[Encoded]],
@@ -107,13 +108,11 @@ def _one(
     seed: int,
     dtype: str,
 ) -> dict[str, float]:
-    """Metrics in percent after one fine-tuning."""
+    """Return the metrics of one fine-tuning, in percent."""
     config, process = _tuning_config(subject.config, spec, dtype), subject.process
     language = subject.model(torch.float32)
-    if is_packed(language):
-        raise ConfigError(
-            f"{subject.run}: experts in few bits cannot be fine-tuned: give the run that it was exported from"
-        )
+    if is_quantized(language):
+        raise ConfigError(f"{subject.run}: quantized experts cannot be fine-tuned: give the run that was exported")
     model = SentenceModel(language, task.labels, seed)
     try:
         engine = fine_tune(model, train, spec.tuning, config, seed, process)

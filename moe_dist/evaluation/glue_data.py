@@ -1,4 +1,4 @@
-"""Rows of a GLUE task, from a local folder of JSON lines or from the hub, checked before anything is trained."""
+"""Rows of a GLUE task from a local folder of JSON lines or from the hub, validated before any training."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ class Example:
 
 @dataclass(frozen=True)
 class GlueData:
-    """A task's rows; `validation` by the suffix of its metrics' names."""
+    """Rows of a task; `validation` is keyed by the suffix of its metrics' names."""
 
     train: list[Example]
     validation: dict[str, list[Example]]
@@ -34,15 +34,15 @@ class GlueData:
 def load_task(
     task: GlueTask, folder: Path | None, max_train: int | None = None, max_eval: int | None = None
 ) -> GlueData:
-    """Reads and checks all splits of a task.
+    """Read and validate all splits of a task.
 
     Args:
-        folder: holds `<task>/train.jsonl` and `<task>/validation.jsonl` (MNLI: also `validation_matched.jsonl` and
-            `validation_mismatched.jsonl`) with the columns of the hub's data set; None: the hub.
-        max_train, max_eval: take that many rows at most, always the same ones, drawn at random.
+        folder: local data, `<task>/train.jsonl` and `<task>/validation.jsonl` (MNLI: also `validation_matched.jsonl`
+            and `validation_mismatched.jsonl`), with the columns of the hub's data set; None: the hub.
+        max_train, max_eval: limits of rows; the same random sample each time.
 
     Raises:
-        DataError: a split is missing or empty, lacks a column, or has labels that the task has not.
+        DataError: a split is missing or empty, lacks a column, or has invalid labels.
     """
     train = _checked(task, *_open(task, TRAIN, folder))
     found = {}
@@ -51,13 +51,15 @@ def load_task(
     return GlueData(_limited(train, max_train), found)
 
 
-def is_there(task: GlueTask, folder: Path | None) -> bool:
-    """Whether a local folder holds the task at all; the hub does."""
+def has_task(task: GlueTask, folder: Path | None) -> bool:
+    """Return True if a local folder holds the task; the hub holds all."""
     return folder is None or (folder / task.name).is_dir()
 
 
 def _validation_splits(task: GlueTask, folder: Path | None) -> tuple[tuple[str, str], ...]:
-    """A local `validation.jsonl` of MNLI is the matched one; the mismatched one may be missing there."""
+    """Return the validation splits; a local `validation.jsonl` of MNLI is the matched one, and the mismatched one is
+    optional.
+    """
     if folder is None or len(task.validation) == 1:
         return task.validation
     named = tuple((split, suffix) for split, suffix in task.validation if _file(task, split, folder).is_file())
@@ -69,7 +71,7 @@ def _file(task: GlueTask, split: str, folder: Path) -> Path:
 
 
 def _open(task: GlueTask, split: str, folder: Path | None) -> tuple[str, Iterable[Mapping[str, Any]]]:
-    """Where the rows are from, and the rows."""
+    """Return the name of the source of a split, and its rows."""
     if folder is None:
         source = HubSource(HUB_NAME, task.name, split, "label", "split", "", "--glue with a local folder")
         return f"{HUB_NAME} {task.name}/{split}", source.table
@@ -86,9 +88,9 @@ def _json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line.decode("utf-8"))
                 if not isinstance(row, dict):
-                    raise DataError(f"{file}: line {number} is no JSON object")
+                    raise DataError(f"{file}: line {number} is not a JSON object")
                 yield row
-        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
             raise DataError(f"{file}: line {number} cannot be read: {error}") from error
 
 
@@ -112,12 +114,12 @@ def _example(task: GlueTask, where: str, row: Mapping[str, Any]) -> Example:
 def _label(task: GlueTask, where: str, label: Any) -> float:
     known = isinstance(label, (int, float)) and not isinstance(label, bool)
     if task.labels is None:
-        if not known or not 0 <= label <= STS_B_HIGHEST:  # nor is NaN
-            raise DataError(f"{where}: label={label!r}, but those of {task.name} are numbers from 0 to 5")
+        if not known or not 0 <= label <= STS_B_HIGHEST:  # false for NaN too
+            raise DataError(f"{where}: label={label!r}, expected a number from 0 to 5 ({task.name})")
     elif not known or label not in range(task.labels):
         hint = " (those of test splits are not public)" if label == -1 else ""
         names = ", ".join(map(str, range(task.labels)))
-        raise DataError(f"{where}: label={label!r}, but those of {task.name} are {names}{hint}")
+        raise DataError(f"{where}: label={label!r}, expected {names} ({task.name}){hint}")
     return float(label)
 
 

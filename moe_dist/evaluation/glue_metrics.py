@@ -1,4 +1,4 @@
-"""GLUE's official metrics, by the libraries that everyone takes them from: scikit-learn and scipy."""
+"""GLUE's official metrics, computed by scikit-learn and scipy."""
 
 import math
 import warnings
@@ -14,12 +14,12 @@ Metric = Callable[[Values, Values], float]
 
 
 def score(name: str, predicted: Values, label: Values) -> float:
-    """A metric of predictions against labels, from -1 or 0 to 1.
+    """Compute a metric of predictions against labels, from -1 or 0 to 1.
 
-    A correlation with predictions that are all the same does not exist; it counts as 0, as Matthews' does.
+    A correlation with constant predictions is undefined; it counts as 0, as Matthews' does.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a correlation does not exist
+        warnings.simplefilter("ignore")  # warnings about undefined correlations
         value = float(METRICS[name](label, predicted))
     return value if math.isfinite(value) else 0.0
 

@@ -1,6 +1,6 @@
-"""The tasks of GLUE: their columns, their labels, and the metrics that are theirs (Wang et al. 2018, table 1).
+"""Tasks of GLUE: their columns, labels and metrics (Wang et al. 2018, table 1).
 
-The diagnostic set is left out, since its labels are not public; so are those of the test splits, and figures are of the
+The diagnostic set is left out, since its labels are not public; so are those of the test splits. Figures are of the
 validation splits, as everywhere in the literature.
 """
 
@@ -14,10 +14,10 @@ class GlueTask:
     """One task.
 
     Attributes:
-        columns: of the one or two sentences, as the data set `glue` on the hub names them.
-        labels: how many classes; None: a number from 0 to 5.
+        columns: names of the sentence columns, as in the hub's data set `glue`.
+        labels: number of classes; None: a number from 0 to 5.
         metrics: names in `glue_metrics.py`; the task's score is their mean.
-        validation: name of the split -> what is added to its metrics' names.
+        validation: name of the split -> suffix of its metrics' names.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Perplexity of a language model on a text, the same for any number of ranks."""
+"""Perplexity of a language model on a text, equal for any number of ranks."""
 
 from dataclasses import dataclass
 from math import exp, inf, log
@@ -8,17 +8,17 @@ import torch.distributed as dist
 
 from moe_dist.distributed.init import RankInfo
 from moe_dist.evaluation.texts import EncodedText
-from moe_dist.evaluation.trained_model import as_kept
+from moe_dist.evaluation.trained_model import quantized_as_stored
 from moe_dist.evaluation.windows import window_batches
 from moe_dist.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a text costs a model: `nats` in all, and the same by token, word and byte.
+    """Loss of a text: `nats` in total, and per token, word and byte.
 
-    The end-of-document marks are predicted too: nothing tells the model where an article ends. The literature of
-    WikiText is word-level, with a mark at each line's end that is predicted like a word: `word_perplexity` divides by
+    End-of-document tokens are predicted too, since their positions are not part of the input. The literature of
+    WikiText is word-level, with a token at each line's end that is predicted like a word: `word_perplexity` divides by
     words and line ends (217,646 for the validation split of WikiText-2), `plain_word_perplexity` by words alone, as
     some harnesses do, which gives larger figures.
     """
@@ -31,11 +31,11 @@ class Perplexity:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Loss in nats per token."""
         return self.nats / self.tokens
 
     def figures(self) -> dict[str, float]:
-        """By name, as docs/metrics.md defines them."""
+        """Return the figures by name, as docs/metrics.md defines them."""
         return {
             "nats": self.nats,
             "tokens": self.tokens,
@@ -53,15 +53,15 @@ class Perplexity:
 def perplexity(
     model: LanguageModel, text: EncodedText, length: int, stride: int, batch: int, process: RankInfo
 ) -> Perplexity:
-    """Scores a text by sliding windows; collective.
+    """Score a text by sliding windows; collective.
 
     Args:
-        length: tokens that a window predicts.
+        length: predicted tokens of a window.
         stride: tokens between the starts of windows, from 1 to `length`.
-        batch: windows that a rank holds at once.
+        batch: windows per rank and forward pass.
     """
     total = torch.zeros(2, dtype=torch.float64, device=process.device)
-    with model.evaluating(), as_kept(model):
+    with model.evaluating(), quantized_as_stored(model):
         for window in window_batches(text.ids, length, stride, process.rank, process.ranks, batch):
             loss_bS = model.token_losses(window.sequence_bS.to(process.device)).double()
             scored_bS = window.scored_bS.to(process.device)

@@ -1,4 +1,4 @@
-"""A trained language model that tells a sentence's class, or a number, from the state of its last token.
+"""Classification or regression head on a trained language model, on the state of the last token.
 
 Shapes: B sentences, W tokens of the longest, C outputs (classes, or one number), D hidden.
 """
@@ -16,8 +16,8 @@ from moe_dist.evaluation.glue_tasks import STS_B_HIGHEST as SCALE
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.megatron_backbone import hidden_states
 
-BESIDES = 2
-"""Columns of a batch behind the tokens: the last token's place, and the label's bits."""
+EXTRA_COLUMNS = 2
+"""Columns of a packed batch after the tokens: index of the last token, and bits of the label."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Encoded:
 
 
 def encode(example: Example, tokenizer: Tokenizer, longest: int) -> Encoded:
-    """End of document, the sentences with a line end between, end of document; what is too long is cut at its end.
+    """Encode as end of document, the sentences separated by a line end, end of document; truncated to `longest`.
 
-    That is how a document stands in what the model was trained on; its closing mark has seen all of it. Of two
-    sentences the longer one is cut first.
+    Documents have this form in training, and the state of the last token depends on all of it. Of two sentences the
+    longer one is truncated first.
 
     Args:
-        longest: tokens in all.
+        longest: limit of all tokens together.
     """
     parts = [tokenizer.encode(sentence) for sentence in example.sentences]
     between = tokenizer.encode("\n") if len(parts) > 1 else []
@@ -46,17 +46,17 @@ def encode(example: Example, tokenizer: Tokenizer, longest: int) -> Encoded:
 
 
 def _cut(lengths: list[int], room: int) -> list[int]:
-    """Lengths that together have room, the longest cut first."""
+    """Return the lengths that together fit, truncating the longest first."""
     while sum(lengths) > max(0, room):
         lengths[lengths.index(max(lengths))] -= 1
     return lengths
 
 
 def pack(sentences: Sequence[Encoded], width: int) -> Tensor:
-    """A batch as one int64 tensor [B, W + BESIDES], which is what the training engine hands to a model.
+    """Pack a batch into one int64 tensor [B, W + EXTRA_COLUMNS], the input of the training engine.
 
     Args:
-        width: W; shorter sentences are filled up with their last token, which causal attention keeps from mattering.
+        width: W; shorter sentences are padded with their last token, which causal attention ignores.
     """
     tokens_BW = torch.tensor([[*s.tokens, *s.tokens[-1:] * (width - len(s.tokens))] for s in sentences])
     last_B = torch.tensor([len(s.tokens) - 1 for s in sentences])
@@ -65,15 +65,19 @@ def pack(sentences: Sequence[Encoded], width: int) -> Tensor:
 
 
 class SentenceModel(LanguageModel):
-    """Takes over the parts of a language model, and adds a linear head to them."""
+    """Language model with a linear head; it takes over the parts of the trained one."""
 
     def __init__(self, language: LanguageModel, classes: int | None, seed: int) -> None:
-        """Args: classes: None: the output is one number, scaled to mean 0 to 5 (STS-B)."""
+        """Add a head to a language model.
+
+        Args:
+            classes: number of classes; None: one number, scaled to mean 0 to 5 (STS-B).
+        """
         nn.Module.__init__(self)
         self.config, self.vocab_size, self.context = language.config, language.vocab_size, language.context
         self.gpt, self.classes = language.gpt, classes
         if not language.config.model.tie_embeddings:
-            self.gpt.output_layer.requires_grad_(False)  # nothing here uses it
+            self.gpt.output_layer.requires_grad_(False)  # unused here
         draw = torch.Generator().manual_seed(seed)
         weight_CD = torch.empty(classes or 1, language.config.model.hidden_size)
         nn.init.normal_(weight_CD, std=language.config.model.init_std, generator=draw)
@@ -81,15 +85,15 @@ class SentenceModel(LanguageModel):
         self.head_CD = nn.Parameter(weight_CD.to(like))
 
     def forward(self, packed_B: Tensor) -> Tensor:
-        """Mean loss over a packed batch: cross-entropy, or squared error."""
+        """Return the mean loss over a packed batch: cross-entropy, or squared error."""
         out_BC, label_B = self.outputs(packed_B), packed_B[:, -1].view(torch.float64)
         if self.classes is None:
             return functional.mse_loss(out_BC[:, 0], label_B.to(out_BC.dtype) / SCALE)
         return functional.cross_entropy(out_BC, label_B.long())
 
     def outputs(self, packed_B: Tensor) -> Tensor:
-        """Logits of classes, or a number over `SCALE`, in float32 [B, C]."""
-        tokens_BW, last_B = packed_B[:, :-BESIDES].contiguous(), packed_B[:, -BESIDES]
+        """Return logits, or one number in units of `SCALE`, float32 [B, C]."""
+        tokens_BW, last_B = packed_B[:, :-EXTRA_COLUMNS].contiguous(), packed_B[:, -EXTRA_COLUMNS]
         hidden_BWD = hidden_states(self.gpt, tokens_BW)
         hidden_BD = hidden_BWD[torch.arange(len(last_B), device=last_B.device), last_B]
         return (hidden_BD @ self.head_CD.T).float()

@@ -1,4 +1,4 @@
-"""The figures of an evaluation in the terminal."""
+"""Tables of an evaluation in the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ PERPLEXITIES = {
 
 
 def render(figures: Mapping[str, Any], console: Console) -> None:
-    """Shows the model and each task."""
+    """Print the model and each task."""
     model = f"{figures['name']}: {figures['kind']}, step {figures['step']}, seed {figures['seed']}"
     console.print(f"{model}; {figures['ranks']} rank(s), {figures['dtype']}", highlight=False)
     if "offload" in figures:
@@ -56,5 +56,5 @@ def _glue(found: Mapping[str, Any]) -> Table:
 
 
 def with_spread(found: Mapping[str, Any]) -> str:
-    """A mean and its spread, where there is one."""
+    """Format a mean, with its standard deviation if there is one."""
     return f"{found['mean']:.1f}" + ("" if found["std"] is None else f" ± {found['std']:.1f}")

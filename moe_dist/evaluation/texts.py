@@ -1,6 +1,5 @@
-"""The text that a perplexity is taken on: WikiText's validation or test split, from files or from the hub."""
+"""Text of a perplexity: WikiText's validation or test split, from files or from the hub."""
 
-import glob
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -19,13 +18,13 @@ NAMES = {"validation": ("validation", "valid"), "test": ("test",), "train": ("tr
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A text as tokens, and what it is measured in.
+    """A text as tokens, and its units.
 
     Attributes:
-        ids: token numbers, int64; an end-of-document mark stands before the first document and after each.
+        ids: token numbers, int64, with an end-of-document token before the first document and after each.
         words: runs of characters other than white space.
         lines: line ends.
-        bytes: of its UTF-8.
+        bytes: length in UTF-8.
     """
 
     ids: npt.NDArray[np.int64]
@@ -37,34 +36,34 @@ class EncodedText:
 
 
 def open_text(path: Path | None, split: str, subset: str = HUB_SUBSET) -> FileSource | HubSource:
-    """The text of a split.
+    """Open the text of a split.
 
     Args:
-        path: a file, or a folder that holds the split under a name as WikiText has it (`validation.txt`,
-            `wiki.valid.tokens`, `test.jsonl`, ...); None: from the hub.
+        path: a file, or a folder that holds the split under one of WikiText's names (`validation.txt`,
+            `wiki.valid.tokens`, `test.jsonl`, ...); None: the hub.
 
     Raises:
-        DataError: there is no such file, or not one alone, or it is of a format not read here.
+        DataError: no file or several files match, or the format is not supported.
     """
     if path is None:
         return HubSource(HUB_NAME, subset, split, COLUMN, "--split", "", "--text with a local file or folder")
     if path.is_file():
-        return FileSource(match_files("--text", (glob.escape(str(path)),)), COLUMN)
+        return FileSource(match_files("--text", (str(path),)), COLUMN)
     if not path.is_dir():
         raise DataError(f"--text {path}: no such file or folder")
     known = {f"{prefix}{name}{suffix}" for prefix in ("", "wiki.") for name in NAMES[split] for suffix in SUFFIXES}
     found = sorted(file for file in path.iterdir() if file.name in known)
     if len(found) != 1:
         what = f"holds {', '.join(file.name for file in found)}" if found else f"holds no {split} split"
-        raise DataError(f"--text {path}: {what}: give the one file, such as {path}/{NAMES[split][0]}.txt")
+        raise DataError(f"--text {path}: {what}: give one file, such as {path}/{NAMES[split][0]}.txt")
     return FileSource((found[0],), COLUMN)
 
 
 def encode_text(source: FileSource | HubSource, tokenizer: Tokenizer) -> EncodedText:
-    """Reads and encodes a whole text.
+    """Read and encode a whole text.
 
     Raises:
-        DataError: it cannot be read, or holds no words.
+        DataError: it cannot be read or holds no words.
     """
     to_count, to_encode = tee(text for text in source.texts() if text)
     end = tokenizer.end_of_document
@@ -76,7 +75,7 @@ def encode_text(source: FileSource | HubSource, tokenizer: Tokenizer) -> Encoded
         lines += text.count("\n")
         size += len(text.encode())
     if not words:
-        raise DataError(f"{_name(source)} holds no words: there is nothing to evaluate on")
+        raise DataError(f"{_name(source)} holds no words: nothing to evaluate")
     return EncodedText(np.array(ids, dtype=np.int64), documents, words, lines, size, _name(source))
 
 

@@ -1,4 +1,4 @@
-"""The trained model under evaluation: its weights over any number of ranks, and the tokenizer it was trained with."""
+"""Model under evaluation: its weights over any number of ranks, and its tokenizer."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,18 +17,18 @@ from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.memory.quantized_clusters import StoredMemory
+from moe_dist.memory.quantized_clusters import QuantizedClusterMemory
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is evaluated; the weights are read anew for each `model()`.
+class EvaluatedModel:
+    """Model to be evaluated; each `model()` reads the weights anew.
 
     Attributes:
-        weights: with the configuration that the evaluation uses.
-        memory: keeps the clusters of a model that is loaded, in their stored form (`memory.offload`).
+        weights: weights, with the configuration of the evaluation.
+        memory: storage of the quantized clusters of a loaded model (`memory.offload`).
     """
 
     run: Path
@@ -36,15 +36,15 @@ class Subject:
     tokenizer: Tokenizer
     process: RankInfo
     mesh: Mesh
-    memory: StoredMemory | None = None
+    memory: QuantizedClusterMemory | None = None
 
     @property
     def config(self) -> RunConfig:
-        """The configuration that the evaluation uses."""
+        """Configuration of the evaluation."""
         return self.weights.config
 
     def model(self, dtype: torch.dtype) -> LanguageModel:
-        """The trained model on this rank; collective."""
+        """Load the trained model on this rank; collective."""
         device = self.process.device
         return load_model(self.weights, self.mesh, Links.discover(device), device, dtype, self.memory)
 
@@ -52,40 +52,40 @@ class Subject:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives up what is kept outside of memory."""
+        """Release the memory tiers."""
         if self.memory is not None:
             self.memory.close()
 
 
-def as_kept(model: LanguageModel) -> AbstractContextManager[None]:
-    """While it holds the model computes with what is kept of its experts (`precision`), if that is not all of them."""
-    if model.config.precision.residuals == "none" or is_packed(model):
+def quantized_as_stored(model: LanguageModel) -> AbstractContextManager[None]:
+    """Compute with experts quantized as `precision` configures, if it does, for the length of a `with`."""
+    if model.config.precision.residuals == "none" or is_quantized(model):
         return nullcontext()
     return model.with_quantized_experts()
 
 
-def is_packed(model: LanguageModel) -> bool:
-    """Whether its experts are in few bits already, and cannot be trained: it is from an export with --stored."""
+def is_quantized(model: LanguageModel) -> bool:
+    """Return True if the experts are quantized already and cannot be trained: from an export with --stored."""
     return any(
         isinstance(part, QuantizedClusterExperts) for layer in model.clustered_layers() for part in layer.clusters
     )
 
 
-def open_subject(
+def open_evaluated_model(
     run: Path, process: RankInfo, world: WorldConfig, dtype: str, memory: MemoryConfig | None = None
-) -> Subject:
-    """Finds a run's weights and tokenizer; collective.
+) -> EvaluatedModel:
+    """Find a run's weights and tokenizer; collective.
 
     Args:
-        world: how this job's ranks are laid out; the run's own layout does not matter.
-        dtype: what hidden vectors travel as between ranks.
-        memory: where the clusters of a file of `moe-dist export --stored` are; None, or no `offload`: in memory.
+        world: layout of this job's ranks; that of the run does not matter.
+        dtype: type of hidden vectors in all-to-alls.
+        memory: tiers for the clusters of a `moe-dist export --stored` file; None, or no `offload`: on the device.
 
     Raises:
-        CheckpointError: there are no weights, or they are damaged.
-        ConfigError: the experts cannot be laid out over these ranks, or cannot be offloaded.
-        DataError: the run's tokenizer cannot be had.
-        OffloadError: the memory's directory cannot be used.
+        CheckpointError: the weights are missing or damaged.
+        ConfigError: the experts do not divide over these ranks, or cannot be offloaded.
+        DataError: the run's tokenizer is missing.
+        OffloadError: the offload directory cannot be used.
     """
     weights = find_weights(run)
     memory = memory or MemoryConfig()
@@ -99,19 +99,19 @@ def open_subject(
     tokenizer = _tokenizer(run, weights)
     with raise_on_all_ranks():
         kept = _stored_memory(run, config, mesh, process) if memory.offload else None
-    return Subject(run, replace(weights, config=config), tokenizer, process, mesh, kept)
+    return EvaluatedModel(run, replace(weights, config=config), tokenizer, process, mesh, kept)
 
 
-def _stored_memory(run: Path, config: RunConfig, mesh: Mesh, process: RankInfo) -> StoredMemory:
-    """Its files are beside the exported file where `memory.directory` says nothing."""
+def _stored_memory(run: Path, config: RunConfig, mesh: Mesh, process: RankInfo) -> QuantizedClusterMemory:
+    """Create the memory tiers, beside the exported file unless `memory.directory` is set."""
     beside = config.model_copy(update={"runs_dir": str(run.parent), "name": run.name})
-    return StoredMemory(beside, config.moe.clusters // mesh.shape.cluster, process.rank, process.device)
+    return QuantizedClusterMemory(beside, config.moe.clusters // mesh.shape.cluster, process.rank, process.device)
 
 
 def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory: MemoryConfig) -> RunConfig:
-    """The run's configuration without what would make figures depend on how many ranks and sequences come together.
+    """Return the run's configuration, changed so that figures do not depend on ranks and batch size.
 
-    No token is dropped for want of capacity, nothing is balanced, and nothing is regrouped.
+    Capacity, balancing and re-clustering are off.
     """
     moe = config.moe.model_copy(
         update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none", "overlap_chunks": 1}
@@ -122,7 +122,7 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory:
 
 
 def _tokenizer(run: Path, weights: TrainedWeights) -> Tokenizer:
-    """From the run's folder; where an earlier version has kept none there, from the cache or the corpus again."""
+    """Load the tokenizer of the run's folder, or for earlier versions from the cache or the corpus."""
     folders = (run, *weights.path.parents[:2])  # RUN, RUN/final, RUN/checkpoints/step-...
     kept = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
     tokenizer = Tokenizer(kept or _prepared_again(weights))
@@ -136,7 +136,7 @@ def _prepared_again(weights: TrainedWeights) -> Path:
     data, expected = prepare_data(weights.config.corpus, weights.config.tokenizer), weights.manifest.data
     if data.train.checksum != expected.train_checksum:
         raise DataError(
-            f"{weights.path} keeps no {TOKENIZER}, and corpus.* gives other tokens than the model was trained on: "
+            f"{weights.path} has no {TOKENIZER}, and corpus.* gives other tokens than those of training: "
             f"put the tokenizer.model of that training into the run's folder"
         )
     return data.tokenizer_path

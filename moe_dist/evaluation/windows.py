@@ -1,8 +1,8 @@
-"""Sliding windows: every token of a text is predicted once, with as much context as the stride leaves it.
+"""Sliding windows: every token of a text is predicted once, with the context that the stride leaves.
 
-The text is a row of N tokens of which the first is context alone. Window i starts at token i * stride and predicts the
-S tokens after its first; it scores the last `stride` of them, the first window all: so each of the N - 1 others is
-scored exactly once, with at least S - stride tokens before it once the text is that long.
+The text is a row of N tokens; the first is context only. Window i starts at token i * stride and predicts the S tokens
+after its first. It scores the last `stride` of them, the first window all. So each of the N - 1 other tokens is scored
+exactly once, with at least S - stride tokens before it once the text is that long.
 
 Shapes: b windows of a batch, S tokens a window predicts.
 """
@@ -17,25 +17,24 @@ from torch import Tensor
 
 
 class WindowBatch(NamedTuple):
-    """Token numbers, int64 [b, S + 1], and which of the predicted tokens [b, S] are scored here."""
+    """Token numbers, int64 [b, S + 1], and a mask of the predicted tokens [b, S] that are scored."""
 
     sequence_bS: Tensor
     scored_bS: Tensor
 
 
 def window_count(tokens: int, length: int, stride: int) -> int:
-    """Windows that a text of `tokens` tokens takes."""
+    """Return the number of windows of a text of `tokens` tokens."""
     return 1 + max(0, -(-(tokens - 1 - length) // stride))
 
 
 def window_batches(
     ids: npt.NDArray[Any], length: int, stride: int, rank: int, ranks: int, batch: int
 ) -> Iterator[WindowBatch]:
-    """This rank's share of the windows.
+    """Yield this rank's share of the windows.
 
-    Every rank gets as many batches of the same shapes as the others, since all take part in the model's collectives;
-    what a rank has too many are windows that score nothing. Beyond the text's end the last token is repeated, which no
-    scored token sees.
+    Every rank gets the same number of batches of the same shapes, since all take part in the model's collectives;
+    surplus windows score nothing. Beyond the text's end the last token is repeated, on which no scored token depends.
     """
     count = window_count(len(ids), length, stride)
     per_rank = -(-count // ranks)

@@ -1,1 +1,1 @@
-"""Experts whose weights and training state are larger than the device: tiers, a budget, and what is where."""
+"""Offload of experts whose weights and training state exceed the device: memory tiers, budgets and block caches."""

@@ -1,4 +1,4 @@
-"""Memory within a budget: an accountant that every buffer passes, and buffers that are used again."""
+"""Memory within a budget: accounting of all buffers, and their reuse."""
 
 from collections import defaultdict
 
@@ -9,23 +9,29 @@ from moe_dist.errors import OffloadError
 
 
 class Account:
-    """Counts bytes in and out; to exceed the budget is an error at that moment, not a drift."""
+    """Byte counter of one memory; exceeding its budget raises at once."""
 
-    def __init__(self, budget: int | None, what: str, key: str = "memory.device_budget") -> None:
-        """Args: budget: bytes; None: as much as there is. what: names the memory in errors. key: sets the budget."""
+    def __init__(self, budget: int | None, what: str, key: str = "memory.device_budget_bytes") -> None:
+        """Open an account.
+
+        Args:
+            budget: bytes; None: unlimited.
+            what: name of the memory in errors.
+            key: configuration key of the budget in errors.
+        """
         self.budget, self.in_use, self.peak = budget, 0, 0
         self._what, self._key = what, key
 
     @property
     def room(self) -> float:
-        """Bytes that may still come in."""
+        """Bytes left in the budget."""
         return float("inf") if self.budget is None else self.budget - self.in_use
 
-    def enter(self, size: int) -> None:
-        """Lets a tensor in.
+    def reserve(self, size: int) -> None:
+        """Count bytes that are allocated.
 
         Raises:
-            OffloadError: there is no room for it; nothing is changed.
+            OffloadError: the budget is too small; nothing is changed.
         """
         if size > self.room:
             raise OffloadError(
@@ -35,43 +41,43 @@ class Account:
         self.in_use += size
         self.peak = max(self.peak, self.in_use)
 
-    def leave(self, size: int) -> None:
-        """Takes bytes off the account, which must have been let in."""
-        assert 0 <= size <= self.in_use, f"{size} bytes leave, {self.in_use} are in"
+    def free(self, size: int) -> None:
+        """Count bytes that are freed."""
+        assert 0 <= size <= self.in_use, f"{size} bytes are freed, {self.in_use} are in use"
         self.in_use -= size
 
 
 class Arena:
-    """Buffers on one device; those given back are kept for the next block of their size while nobody needs the room."""
+    """Buffers on one device; released ones are reused for blocks of the same size until their room is needed."""
 
     def __init__(self, account: Account, device: torch.device, pinned: bool = False) -> None:
         self.account, self._device, self._pinned = account, device, pinned
         self._free: dict[int, list[Tensor]] = defaultdict(list)
 
     def fits(self, size: int) -> bool:
-        """Whether `take` would succeed."""
+        """Return True if `take` would succeed."""
         return bool(self._free[size]) or self.account.room + self._idle >= size
 
-    def take(self, size: int) -> Tensor:
-        """A buffer of so many bytes, uint8, its content undefined.
+    def allocate(self, size: int) -> Tensor:
+        """Return a uint8 buffer of `size` bytes, its content undefined.
 
         Raises:
-            OffloadError: the budget does not allow it.
+            OffloadError: the budget is too small.
         """
         if self._free[size]:
             return self._free[size].pop()
         while self.account.room < size and self._idle:
-            self._give_up(max(other for other, buffers in self._free.items() if buffers))
-        self.account.enter(size)
+            self._free_one(max(other for other, buffers in self._free.items() if buffers))
+        self.account.reserve(size)
         return torch.empty(size, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
 
-    def give_back(self, buffer: Tensor) -> None:
-        """Keeps a buffer for the next one of its size."""
+    def release(self, buffer: Tensor) -> None:
+        """Keep a buffer for the next block of its size."""
         self._free[len(buffer)].append(buffer)
 
-    def _give_up(self, size: int) -> None:
+    def _free_one(self, size: int) -> None:
         self._free[size].pop()
-        self.account.leave(size)
+        self.account.free(size)
 
     @property
     def _idle(self) -> int:

@@ -1,17 +1,17 @@
-"""Which blocks are in an arena, over a tier below it.
+"""Write-back cache of blocks in an arena over a lower tier.
 
-A block is *acquired* for use, which brings it in, and *released*; between the two it stays. What is not in use leaves
-when room is needed, in the order of `activity.py`, and is written below only if it has changed. A thread of its own
-brings in what is said to come next, and makes the room for it. A residency is itself a tier to one above it, so that
-device -> host -> disk are two of them over a `DiskTier`.
+A block is *acquired* for use, which loads it, and *released*; in between it is pinned. Blocks that are not pinned are
+evicted when room is needed, in the order of `eviction.py`, and written to the lower tier only if they have changed. A
+thread prefetches the blocks that are announced, and evicts for them. A cache is itself a tier, so that device -> host
+-> disk are two caches over a `DiskTier`.
 
-A fetch ahead is void once its block has been used, sent down, dropped or called unwanted since it was asked for: one
-that is late must not bring up what the tier below is just being given anew. One that is under way is waited for. So,
-from `send_down` to the next `acquire` or `prefetch`, nothing here touches the block, and the tier below may write it.
+A prefetch is cancelled if its block was acquired, evicted or dropped, or the prefetch itself cancelled, since it was
+requested: a late one must not load a block that is being written to the lower tier. One that has begun is waited for.
+So, from `evict` to the next `acquire` or `prefetch`, the cache does not touch the block, and its owner may write the
+lower tier.
 
-Locking: one condition guards the table of residents. While a block is read or written it is *busy* and the lock is not
-held. Only whoever demands a block waits for room; who brings one in ahead gives up where there is none, so that the two
-cannot wait for each other.
+Locking: one condition guards the table of entries. While a block is read or written it is *busy* and the lock is not
+held. Only `acquire` waits for room; a prefetch without room is dropped, so that the two cannot deadlock.
 """
 
 from collections import Counter
@@ -27,12 +27,12 @@ from moe_dist.errors import OffloadError
 from moe_dist.memory.arena import Arena
 from moe_dist.memory.block import Block, BlockSize, Tier
 from moe_dist.memory.copy_streams import Transfers
-from moe_dist.memory.eviction import Activity, Use, leaving_order
+from moe_dist.memory.eviction import Activity, Use, eviction_order
 
 
 @dataclass
 class _Resident:
-    """A block in the arena."""
+    """Entry of a block in the arena."""
 
     buffer: Tensor | None = None
     values: Tensor | None = None
@@ -43,7 +43,7 @@ class _Resident:
 
 
 class BlockCache:
-    """Blocks in a budgeted arena over a tier below."""
+    """Cache of blocks in a budgeted arena over a lower tier."""
 
     def __init__(self, below: Tier, arena: Arena, transfers: Transfers, activity: Activity | None = None) -> None:
         self.arena, self._below, self._activity, self._transfers = arena, below, activity, transfers
@@ -51,40 +51,45 @@ class BlockCache:
         self._residents: dict[Block, _Resident] = {}
         self._condition = Condition()
         self._clock = 0
-        self._turns: Counter[Block] = Counter()  # fetches asked for in an earlier turn of a block are void
+        self._generations: Counter[Block] = Counter()  # prefetches of an earlier generation are cancelled
         self._worker: ThreadPoolExecutor | None = None
         self._ahead: list[Future[None]] = []
         self.bytes_in = self.bytes_out = 0
 
     def register(self, block: Block, size: BlockSize) -> None:
-        """Makes a block known, here and in the tier below."""
+        """Declare a block, here and in the lower tier."""
         self._sizes[block] = size
         self._below.register(block, size)
 
-    def acquire(self, block: Block, *, blank: bool = False) -> Tensor:
-        """The block's values, one-dimensional, to be used until it is released; may be acquired several times.
+    def acquire(self, block: Block, *, zero_init: bool = False) -> Tensor:
+        """Pin a block and return its values, one-dimensional; may be nested.
 
         Args:
-            blank: zeros will do if it is not here: what the tier below has of it is not wanted.
+            zero_init: initialize with zeros instead of reading the lower tier, if the block is not cached.
 
         Raises:
-            OffloadError: there is no room among blocks in use, or the tier below fails.
+            OffloadError: blocks in use leave no room, or the lower tier fails.
         """
         with self._condition:
-            found = self._settled(block)
-            resident = self._begin(block) if found is None else found
+            found = self._idle_entry(block)
+            resident = self._new_entry(block) if found is None else found
             resident.pins += 1
         if found is None:
-            self._bring_in(block, resident, blank, demanded=True)
+            self._load(block, resident, zero_init, demanded=True)
         with self._condition:
             self._clock += 1
             resident.use = Use(self._clock)
         assert resident.values is not None
-        self._transfers.await_arrival(resident.values)
+        self._transfers.wait_for(resident.values)
         return resident.values
 
     def release(self, block: Block, *, changed: bool = False, idle: bool = False) -> None:
-        """Ends one use. `changed`: the values have been written to; `idle`: it will not be needed soon."""
+        """Unpin a block.
+
+        Args:
+            changed: the values have been written to.
+            idle: the block will not be needed soon.
+        """
         with self._condition:
             resident = self._residents[block]
             assert resident.pins, f"{block} is released more often than it was acquired"
@@ -94,16 +99,18 @@ class BlockCache:
             self._condition.notify_all()
 
     @contextmanager
-    def held(self, block: Block, *, changed: bool = False, idle: bool = False, blank: bool = False) -> Iterator[Tensor]:
-        """The block for the length of a `with`."""
-        values = self.acquire(block, blank=blank)
+    def pinned(
+        self, block: Block, *, changed: bool = False, idle: bool = False, zero_init: bool = False
+    ) -> Iterator[Tensor]:
+        """Pin the block for the length of a `with`."""
+        values = self.acquire(block, zero_init=zero_init)
         try:
             yield values
         finally:
             self.release(block, changed=changed, idle=idle)
 
-    def prefetch(self, blocks: Sequence[Block], *, blank: bool = False) -> None:
-        """Begins to bring blocks in, as far as there is room that nobody wants sooner; errors come with `acquire`."""
+    def prefetch(self, blocks: Sequence[Block], *, zero_init: bool = False) -> None:
+        """Start to load blocks as far as there is room; errors are raised by `acquire`."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._ahead = [future for future in self._ahead if not future.done()]
@@ -111,87 +118,87 @@ class BlockCache:
             with self._condition:
                 resident = self._residents.get(block)
                 if resident is not None:
-                    resident.use.wanted = True
+                    resident.use.prefetched = True
                     continue
-                turn = self._turns[block]
-            self._ahead.append(self._worker.submit(self._fetch_ahead, block, blank, turn))
+                generation = self._generations[block]
+            self._ahead.append(self._worker.submit(self._prefetch, block, zero_init, generation))
 
-    def unwant(self, block: Block) -> None:
+    def cancel_prefetch(self, block: Block) -> None:
         """A block that was fetched ahead will not be used after all."""
         with self._condition:
-            self._turns[block] += 1
+            self._generations[block] += 1
             if (resident := self._residents.get(block)) is not None:
-                resident.use.wanted = False
+                resident.use.prefetched = False
 
     def drop(self, block: Block) -> None:
-        """Forgets a block that nobody uses, here and below: it reads as zeros."""
+        """Forget a block that is not in use, here and in the lower tier: it reads as zeros."""
         with self._condition:
-            if (resident := self._settled(block)) is not None:
+            if (resident := self._idle_entry(block)) is not None:
                 self._require_unused(block, resident)
                 self._remove(block, resident)
         self._below.discard(block)
 
     discard = drop
 
-    def send_down(self, block: Block) -> None:
+    def evict(self, block: Block) -> None:
         """Lets a block that nobody uses leave now; it stays away until it is asked for again."""
         with self._condition:
-            if (resident := self._settled(block)) is not None:
+            if (resident := self._idle_entry(block)) is not None:
                 self._require_unused(block, resident)
-                self._evict(block, resident)
+                self._write_back(block, resident)
 
     def read(self, block: Block, into: Tensor) -> None:
-        """As a tier: a copy of a block. It does not pass through the arena unless it is there already."""
+        """Copy a block into `into` (as a tier), past the arena unless it is cached."""
         if self.holds(block):
-            with self.held(block) as values:
+            with self.pinned(block) as values:
                 into.copy_(values)
         else:
             self._below.read(block, into)
 
     def write(self, block: Block, values: Tensor) -> None:
-        """As a tier: replaces a block; in the arena if it is there or fits, else below."""
-        resident = self.acquire(block, blank=True)
+        """Replace a block (as a tier), in the arena."""
+        resident = self.acquire(block, zero_init=True)
         resident.copy_(values)
         self.release(block, changed=True)
 
     def holds(self, block: Block) -> bool:
-        """Whether a block is in the arena, or on its way."""
+        """Return True if a block is cached or being loaded."""
         with self._condition:
             return block in self._residents
 
     def close(self) -> None:
-        """Forgets everything, here and below."""
+        """Forget everything, here and in the lower tier."""
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
         self._residents.clear()
         self._below.close()
 
-    def _settled(self, block: Block) -> _Resident | None:
-        """What is here of a block once no copy of it is under way; what was asked for of it is void."""
-        self._turns[block] += 1
+    def _idle_entry(self, block: Block) -> _Resident | None:
+        """Cancel prefetches of a block, wait for a copy in progress, and return its entry, if any."""
+        self._generations[block] += 1
         while (resident := self._residents.get(block)) is not None and resident.busy:
             self._condition.wait()
         return resident
 
-    def _begin(self, block: Block) -> _Resident:
+    def _new_entry(self, block: Block) -> _Resident:
         resident = self._residents[block] = _Resident()
         return resident
 
-    def _bring_in(self, block: Block, resident: _Resident, blank: bool, demanded: bool) -> bool:
-        """Finds room and values for a block that has begun; False where it is not demanded and there is no room."""
+    def _load(self, block: Block, resident: _Resident, zero_init: bool, demanded: bool) -> bool:
+        """Allocate and load a block whose entry exists; return False if a prefetch found no room."""
         size = self._sizes[block]
         try:
             with self._condition:
                 if not self._make_room(size.bytes, demanded):
                     self._residents.pop(block)
                     return False
-                resident.buffer = self.arena.take(size.bytes)
+                resident.buffer = self.arena.allocate(size.bytes)
                 resident.values = resident.buffer.view(size.dtype)
-            if blank:
+            if zero_init:
                 self._below.discard(block)
                 resident.values.zero_()
             else:
-                with self._transfers.beside(resident.values):
+                with self._transfers.side_stream(resident.values):
                     self._below.read(block, resident.values)
         except BaseException:
             with self._condition:
@@ -202,45 +209,45 @@ class BlockCache:
                 resident.busy = False
                 self._condition.notify_all()
         with self._condition:
-            self.bytes_in += 0 if blank else size.bytes
+            self.bytes_in += 0 if zero_init else size.bytes
         return True
 
     def _make_room(self, size: int, demanded: bool) -> bool:
         while not self.arena.fits(size):
-            leaving = self._next_to_leave(demanded)
-            if leaving is not None:
-                self._evict(leaving, self._residents[leaving])
+            victim = self._next_victim(demanded)
+            if victim is not None:
+                self._write_back(victim, self._residents[victim])
             elif not demanded:
                 return False
             elif any(resident.busy and resident.values is not None for resident in self._residents.values()):
                 self._condition.wait()
             else:
-                self.arena.account.enter(size)  # refuses
-                raise AssertionError("the account let in what does not fit")
+                self.arena.account.reserve(size)  # raises
+                raise AssertionError("the account accepted more than its budget")
         return True
 
-    def _next_to_leave(self, demanded: bool) -> Block | None:
-        free = [(block, resident.use) for block, resident in self._residents.items() if self._may_leave(resident)]
-        order = leaving_order([pair for pair in free if demanded or not pair[1].wanted], self._activity)
+    def _next_victim(self, demanded: bool) -> Block | None:
+        free = [(block, resident.use) for block, resident in self._residents.items() if self._evictable(resident)]
+        order = eviction_order([pair for pair in free if demanded or not pair[1].prefetched], self._activity)
         return order[0] if order else None
 
     @staticmethod
     def _require_unused(block: Block, resident: _Resident) -> None:
         if resident.pins:
-            raise RuntimeError(f"{block} is in use and cannot leave")
+            raise RuntimeError(f"{block} is in use and cannot be evicted")
 
     @staticmethod
-    def _may_leave(resident: _Resident) -> bool:
+    def _evictable(resident: _Resident) -> bool:
         return not resident.pins and not resident.busy
 
-    def _evict(self, block: Block, resident: _Resident) -> None:
-        """Writes a block below if it has changed, without the lock, and takes it out."""
+    def _write_back(self, block: Block, resident: _Resident) -> None:
+        """Write a changed block to the lower tier, without the lock, and remove it."""
         assert resident.values is not None
         if resident.changed:
             resident.busy = True
             self._condition.release()
             try:
-                with self._transfers.beside(resident.values, leaving=True):
+                with self._transfers.side_stream(resident.values, wait=True):
                     self._below.write(block, resident.values)
             finally:
                 self._condition.acquire()
@@ -253,20 +260,20 @@ class BlockCache:
         if self._residents.get(block) is resident:
             del self._residents[block]
         if resident.buffer is not None:
-            self.arena.give_back(resident.buffer)
+            self.arena.release(resident.buffer)
             resident.buffer = resident.values = None
         self._condition.notify_all()
 
-    def _fetch_ahead(self, block: Block, blank: bool, turn: int) -> None:
+    def _prefetch(self, block: Block, zero_init: bool, generation: int) -> None:
         with self._condition:
-            if self._turns[block] != turn:
-                return  # too late: what is below is no longer what was asked for, or is being written
+            if self._generations[block] != generation:
+                return  # cancelled: the lower tier may be writing the block
             if block in self._residents:
-                self._residents[block].use.wanted = True
+                self._residents[block].use.prefetched = True
                 return
-            resident = self._begin(block)
-            resident.use = Use(self._clock, wanted=True)
+            resident = self._new_entry(block)
+            resident.use = Use(self._clock, prefetched=True)
         try:
-            self._bring_in(block, resident, blank, demanded=False)
+            self._load(block, resident, zero_init, demanded=False)
         except OffloadError:
-            return  # whoever demands the block will meet the same error, and say so
+            return  # `acquire` meets the same error and raises it

@@ -1,4 +1,4 @@
-"""Copies between tiers beside the computation: on a stream of their own where the device has streams."""
+"""Copies between tiers concurrent with computation, on a side stream where the device has streams."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 class Transfers:
-    """Orders copies and computation on one device; on a CPU both are done when the call returns."""
+    """Ordering of copies and computation on one device; on a CPU both are synchronous."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: Any = None
-        self._arrived: dict[int, Any] = {}
+        self._events: dict[int, Any] = {}
         if device.type != "cpu":
             self._module = torch.get_device_module(device)
             self._stream = self._module.Stream(device)
 
     @contextmanager
-    def beside(self, values: Tensor, leaving: bool = False) -> Iterator[None]:
-        """Runs copies on the side stream, after what the computation has done to the values so far.
+    def side_stream(self, values: Tensor, wait: bool = False) -> Iterator[None]:
+        """Run copies on the side stream, after the computation that is queued so far.
 
         Args:
-            leaving: the buffer may be used again when this returns, so the copy is waited for.
+            wait: wait for the copies, because the buffer may be reused on return.
         """
         if self._stream is None:
             yield
@@ -31,12 +31,12 @@ class Transfers:
         self._stream.wait_stream(self._module.current_stream(values.device))
         with self._module.stream(self._stream):
             yield
-            self._arrived[values.data_ptr()] = self._stream.record_event()
-        if leaving:
+            self._events[values.data_ptr()] = self._stream.record_event()
+        if wait:
             self._stream.synchronize()
 
-    def await_arrival(self, values: Tensor) -> None:
-        """The computation that follows waits for the values, without stopping the host."""
-        event = self._arrived.pop(values.data_ptr(), None) if self._stream is not None else None
+    def wait_for(self, values: Tensor) -> None:
+        """Make the computation that follows wait for the values, without blocking the host."""
+        event = self._events.pop(values.data_ptr(), None) if self._stream is not None else None
         if event is not None:
             self._module.current_stream(values.device).wait_event(event)

@@ -1,8 +1,8 @@
-"""Blocks in files, one for each layer, with a checksum of each that is verified whenever it is read.
+"""Disk tier: one file per layer, with a checksum of each block that is verified at every read.
 
-Files are read and written by plain system calls into and from the arena's buffers: nothing is mapped, so that what the
-page cache keeps is not this process's memory. They are scratch: nothing is read from them that this process has not
-written, and checkpoints hold what outlives it. Checksums stay in memory.
+Files are read and written by plain system calls into and from the arena's buffers. Nothing is memory-mapped, so the
+page cache does not count as this process's memory. Files are scratch: this process reads only what it has written, and
+checkpoints hold the state that outlives it. Checksums are kept in memory.
 """
 
 import os
@@ -23,7 +23,7 @@ PAGE = 4096
 
 @dataclass
 class _File:
-    """The blocks of one layer."""
+    """File with the blocks of one layer."""
 
     name: str
     places: dict[Block, tuple[int, BlockSize]] = field(default_factory=dict)
@@ -32,26 +32,31 @@ class _File:
 
 
 class DiskTier:
-    """Keeps blocks in a folder of its own; several threads may read and write different blocks at once."""
+    """Tier in a folder of its own; threads may read and write different blocks concurrently."""
 
     def __init__(self, folder: OwnedFolder, describe: Callable[[Block], str] = str) -> None:
-        """Args: describe: names a block's cluster in errors."""
+        """Open the tier.
+
+        Args:
+            describe: returns the name of a block's cluster for errors.
+        """
         self._folder, self._describe = folder, describe
         self._files: dict[int, _File] = {}
         self._digests: dict[Block, int] = {}
         self._opening = Lock()
 
     def register(self, block: Block, size: BlockSize) -> None:
-        """Gives a block its place in the file of its layer, whole pages long; once given it stays."""
+        """Reserve page-aligned room for a block in the file of its layer."""
         file = self._files.setdefault(block.layer, _File(f"layer-{block.layer:03}.bin"))
         if block not in file.places:
             file.places[block] = file.bytes, size
             file.bytes += -(-size.bytes // PAGE) * PAGE
 
     def read(self, block: Block, into: Tensor) -> None:
-        """
+        """Read a block and verify its checksum.
+
         Raises:
-            OffloadError: the file is shorter than it was, damaged, or cannot be read.
+            OffloadError: the file is cut short, damaged, or cannot be read.
         """
         if block not in self._digests:
             into.zero_()
@@ -69,21 +74,22 @@ class DiskTier:
             if not count:
                 raise OffloadError(
                     f"{self._name(file, block)}: only {done:,} of {len(values):,} bytes are left: the file was cut "
-                    "short; go on from the last checkpoint"
+                    "short; resume from the last checkpoint"
                 )
             done += count
         if xxhash.xxh3_64_intdigest(values) != self._digests[block]:
             raise OffloadError(
-                f"{self._name(file, block)} is damaged: its checksum is wrong; look at the disk, and go on "
+                f"{self._name(file, block)} is damaged: its checksum is wrong; check the disk, and resume "
                 "from the last checkpoint"
             )
         if target is not into:
             into.copy_(target)
 
     def write(self, block: Block, values: Tensor) -> None:
-        """
+        """Write a block and remember its checksum.
+
         Raises:
-            OffloadError: the disk is full, or cannot be written.
+            OffloadError: the disk is full or cannot be written.
         """
         data = _bytes_of(values if values.device.type == "cpu" else values.cpu())
         file, offset = self._place(block)
@@ -101,11 +107,11 @@ class DiskTier:
         self._digests[block] = xxhash.xxh3_64_intdigest(data)
 
     def discard(self, block: Block) -> None:
-        """Forgets what was written of a block; its place stays."""
+        """Reset a block to zeros; its room stays reserved."""
         self._digests.pop(block, None)
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         for file in self._files.values():
             if file.descriptor is not None:
                 os.close(file.descriptor)
@@ -115,8 +121,8 @@ class DiskTier:
         self._folder.close()
 
     def _opened(self, file: _File) -> int:
-        """With room on the disk for the whole layer, so that a full one is known at the start."""
-        with self._opening:  # a second thread would open it anew, and so empty what the first has written
+        """Return the layer's file, with disk space allocated for all of its blocks: a full disk shows at the start."""
+        with self._opening:  # a second thread would open it again and truncate it
             if file.descriptor is None:
                 file.descriptor = self._folder.open(file.name)
             if os.fstat(file.descriptor).st_size < file.bytes:

@@ -1,4 +1,4 @@
-"""Which blocks leave first: those said to be idle, then clusters few tokens choose, then by their last use."""
+"""Eviction order: idle blocks, then blocks of clusters with few tokens, then least recently used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,47 +6,51 @@ from dataclasses import dataclass
 from moe_dist.memory.block import Block
 
 COLD = 0.25
-"""A cluster with less than this part of an even share of its layer's rows is cold."""
+"""Share of a uniform load below which a cluster is cold."""
 DECAY = 0.9
 
 
 @dataclass
 class Use:
-    """What is known of a resident block's use."""
+    """Usage of a cached block."""
 
     last: int = 0
-    """When it was last used, on a clock that counts uses."""
-    wanted: bool = False
-    """Brought in ahead of its use, which is still to come."""
+    """Time of the last use, on a clock that counts uses."""
+    prefetched: bool = False
+    """True if the block was prefetched and not used yet."""
     idle: bool = False
-    """Whoever used it last will not need it soon."""
+    """True if the last user will not need the block soon."""
 
 
 class Activity:
-    """Moving averages of the rows that stage one brings to each cluster."""
+    """Moving averages of the rows that each cluster receives."""
 
     def __init__(self, layers: int, clusters: int, cyclic: bool = False) -> None:
-        """Args: cyclic: uses come round in the same order, so that what was used last is needed last."""
+        """Start with no rows.
+
+        Args:
+            cyclic: blocks are used in the same order in every step, so the most recently used one is needed last.
+        """
         self.cyclic = cyclic
-        self._rows = [[0.0] * clusters for _ in range(layers)]  # plain numbers: they are asked for at every eviction
+        self._rows = [[0.0] * clusters for _ in range(layers)]  # plain numbers: read at every eviction
 
     def note(self, layer: int, local: int, rows: int) -> None:
-        """Enters the rows that a cluster got in one pass."""
+        """Record the rows of a cluster in one pass."""
         self._rows[layer][local] = DECAY * self._rows[layer][local] + (1 - DECAY) * rows
 
     def is_cold(self, layer: int, local: int) -> bool:
-        """Whether few tokens of its layer choose a cluster."""
+        """Return True if a cluster receives few of its layer's tokens."""
         rows = self._rows[layer]
         return rows[local] * len(rows) < COLD * sum(rows)
 
 
-def leaving_order(uses: Sequence[tuple[Block, Use]], activity: Activity | None) -> list[Block]:
-    """Blocks in the order in which they should leave; those wanted soon come last of all."""
+def eviction_order(uses: Sequence[tuple[Block, Use]], activity: Activity | None) -> list[Block]:
+    """Return blocks in eviction order; prefetched ones come last."""
     newest_first = activity is not None and activity.cyclic
 
     def rank(pair: tuple[Block, Use]) -> tuple[bool, bool, bool, int]:
         block, use = pair
         cold = activity is not None and activity.is_cold(block.layer, block.local)
-        return use.wanted, not use.idle, not cold, -use.last if newest_first else use.last
+        return use.prefetched, not use.idle, not cold, -use.last if newest_first else use.last
 
     return [block for block, _ in sorted(uses, key=rank)]

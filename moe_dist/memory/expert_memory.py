@@ -1,6 +1,6 @@
-"""All clusters of a model under training on this rank: the order of use, and what is fetched ahead.
+"""Offload of a model's clusters during training: their tiers, the order of use, and prefetching.
 
-Weights and gradients come to the device for use; on an accelerator training state goes no higher than the host.
+Weights and gradients are loaded onto the device for use. On an accelerator, optimizer state stays on the host.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,23 +17,24 @@ from moe_dist.memory.offloaded_cluster import OffloadedCluster
 from moe_dist.memory.tiers import Tiers
 
 Place = tuple[int, int]
-"""A layer, and a cluster's place among those of this rank."""
+"""Layer index, and index of a cluster among this rank's in that layer."""
 GradientFunction = Callable[[OffloadedCluster, Tensor], None]
 
 
 class ExpertMemory:
-    """Where the experts of this rank are; given to a model when it is built, so that it never holds them all at once.
+    """Storage of this rank's experts. It is passed to the model's constructor, so that they are never all in memory.
 
     Attributes:
-        on_gradient: called with each cluster's gradient of a step when its last micro-batch has added to it.
-        refusal: why a cluster could not be taken, in its own words (Megatron-core adds some when it builds a layer).
-        last_pass: the backward pass of the step's last micro-batch is running, or about to.
+        on_gradient: called with each cluster's complete gradient of a step.
+        refusal: reason why a cluster was rejected, without the text that Megatron-core adds while it builds a layer.
+        last_pass: True during the step's last micro-batch.
     """
 
     def __init__(self, config: RunConfig, clusters_per_layer: int, rank: int, device: torch.device) -> None:
-        """
+        """Create the tiers.
+
         Raises:
-            OffloadError: the directory is used by another run, or cannot be made.
+            OffloadError: the directory is used by another run, or cannot be created.
         """
         self._options, self._device = config.memory, device
         self._dtype: torch.dtype = getattr(torch, config.train.precision)
@@ -50,10 +51,10 @@ class ExpertMemory:
         self.last_pass = False
 
     def adopt(self, layer: int, local: int, parameters: Mapping[str, nn.Parameter]) -> OffloadedCluster:
-        """Takes a new cluster's parameters into its keeping; layers and places in order.
+        """Take over the parameters of a new cluster; layers and clusters come in order.
 
         Raises:
-            ConfigError: a budget is less than the least that would do.
+            ConfigError: a budget is too small.
             OffloadError: the disk is full.
         """
         try:
@@ -71,7 +72,7 @@ class ExpertMemory:
         return cluster
 
     def least_budget(self, cluster: OffloadedCluster) -> int:
-        """Bytes of the device that the most demanding moment needs: a backward pass, or an update."""
+        """Return the device bytes that the largest working set needs: a backward pass, or an update."""
         sizes = {kind: size.bytes for kind, size in cluster.sizes().items()}
         at_once = self._per_layer if self.recomputes else 1
         backward = at_once * sizes[TensorKind.WEIGHT] + sizes[TensorKind.GRADIENT]
@@ -79,60 +80,60 @@ class ExpertMemory:
 
     @staticmethod
     def least_host_budget(cluster: OffloadedCluster) -> int:
-        """Bytes of the host below a device: an update's, and a block that passes to or from the device meanwhile."""
+        """Return the host bytes that an update needs, beside a block in transit to or from the device."""
         sizes = [size.bytes for size in cluster.sizes().values()]
         return sum(sizes) + max(sizes)
 
     @property
     def separate_masters(self) -> bool:
-        """Whether FP32 masters are blocks of their own, beside weights in a narrower type."""
+        """True if FP32 master weights are blocks of their own, beside weights of a narrower type."""
         return self._dtype is not torch.float32
 
     def kind_of(self, name: str) -> TensorKind:
-        """The block that holds what the optimizer calls `name`: in float32 weights are their own masters."""
+        """Return the kind of block that holds the optimizer's `name`; float32 weights are their own masters."""
         return TensorKind.WEIGHT if name == TensorKind.MASTER and not self.separate_masters else TensorKind(name)
 
     def of(self, parameter: nn.Parameter) -> tuple[OffloadedCluster, str] | None:
-        """The cluster that a parameter belongs to and its name there; None if it is not kept here."""
+        """Return a parameter's cluster and its name there, or None if it is not offloaded."""
         return self._of_parameter.get(parameter)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter that is kept here."""
+        """Yield all offloaded parameters."""
         return iter(self._of_parameter)
 
     def forward_begins(self, cluster: OffloadedCluster, rows: int) -> None:
-        """Notes the traffic of a cluster, and has the next ones fetched."""
+        """Record a cluster's rows and prefetch the clusters that follow."""
         if torch.is_grad_enabled() and not self.recomputing:
             self.activity.note(cluster.layer, cluster.local, rows)
-        self.device.prefetch([other.block(TensorKind.WEIGHT) for other in self.neighbours(cluster, 1)])
+        self.device.prefetch([other.block(TensorKind.WEIGHT) for other in self.next_clusters(cluster, 1)])
 
     def backward_begins(self, cluster: OffloadedCluster) -> None:
-        """Has the clusters fetched that the backward pass comes to next."""
-        for other in self.neighbours(cluster, -1):
+        """Prefetch the clusters that the backward pass needs next."""
+        for other in self.next_clusters(cluster, -1):
             if other.expects_backward:
                 self.device.prefetch([other.block(TensorKind.WEIGHT)])
-                self.device.prefetch([other.block(TensorKind.GRADIENT)], blank=not other.has_gradient)
+                self.device.prefetch([other.block(TensorKind.GRADIENT)], zero_init=not other.has_gradient)
 
     def gradient_is_complete(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
-        """Tells the optimizer, if no more micro-batch adds to the gradient."""
+        """Notify the optimizer after the last micro-batch."""
         if self.last_pass and self.on_gradient is not None:
             self.on_gradient(cluster, gradient)
 
-    def neighbours(self, cluster: OffloadedCluster, step: int) -> list[OffloadedCluster]:
-        """The clusters that are used after one, `memory.prefetch` of them, in the order of layers or against it."""
+    def next_clusters(self, cluster: OffloadedCluster, step: int) -> list[OffloadedCluster]:
+        """Return the next `memory.prefetch` clusters in order of use, forward or backward."""
         index = cluster.layer * self._per_layer + cluster.local
         places = range(index + step, index + step * (self._options.prefetch + 1), step)
         found = (self.clusters.get(divmod(place, self._per_layer)) for place in places)
         return [other for other in found if other is not None]
 
     def read_run(self, cluster: OffloadedCluster, name: str, kind: TensorKind, start: int, length: int) -> Tensor:
-        """A copy of a run of a parameter's flattened elements, taken where its training state is."""
+        """Return a copy of a run of a parameter's flattened elements, read in the tier of the optimizer state."""
         with self._at_state(cluster, kind, changed=False) as flat:
             first = cluster.layout.spans[name].start + start
             return flat[first : first + length].clone()
 
     def write_run(self, cluster: OffloadedCluster, name: str, kind: TensorKind, start: int, values: Tensor) -> None:
-        """Replaces such a run."""
+        """Overwrite a run of a parameter's flattened elements."""
         with self._at_state(cluster, kind, changed=True) as flat:
             first = cluster.layout.spans[name].start + start
             flat[first : first + len(values)].copy_(values)
@@ -141,10 +142,10 @@ class ExpertMemory:
     def _at_state(self, cluster: OffloadedCluster, kind: TensorKind, changed: bool) -> Iterator[Tensor]:
         block = cluster.block(kind)
         if self.state is not self.device and kind in (TensorKind.WEIGHT, TensorKind.GRADIENT):
-            self.device.send_down(block)
-        with self.state.held(block, changed=changed) as flat:
+            self.device.evict(block)
+        with self.state.pinned(block, changed=changed) as flat:
             yield flat
 
     def close(self) -> None:
-        """Gives up all tiers and their files."""
+        """Release all tiers and their files."""
         self.tiers.close()

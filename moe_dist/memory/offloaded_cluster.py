@@ -1,11 +1,11 @@
-"""A cluster whose parameters are wherever its residency has them, and the computation that brings them in.
+"""Cluster whose parameters are offloaded, and the autograd functions that load them.
 
-While a cluster is not in use each of its parameters is a *placeholder*: one NaN in the parameter's shape, so that what
-computes with an absent weight by mistake is noticed at once. In use, parameters are views of a block.
+While a cluster is not in use each of its parameters is a *placeholder*: one NaN expanded to the parameter's shape, so
+that computing with an absent weight shows at once. In use, parameters are views of a block.
 
-The forward pass brings the weights in and lets them go again. What autograd saves of them is a reference, so that
-nothing holds on to the buffer; the backward pass brings them in once more, beside a gradient to be added to. Two
-identities in the graph mark where a cluster's backward pass begins and ends.
+The forward pass loads the weights and releases them again. Autograd saves references instead of weights, so that
+nothing retains the buffer. The backward pass loads them once more, with a buffer for their gradient. Two identity
+functions in the graph mark the start and the end of a cluster's backward pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,26 +22,26 @@ from moe_dist.memory.block_cache import BlockCache
 
 
 class Schedule(Protocol):
-    """What a cluster tells of its use, and what is decided for it."""
+    """Callbacks of a cluster's use, and the decisions that it asks for."""
 
     recomputing: bool
-    """A forward pass is repeated for the backward pass of its layer, which follows at once."""
+    """True while a forward pass is recomputed for the backward pass that follows at once."""
     recomputes: bool
-    """Forward passes will be repeated: what autograd saves in the first is thrown away."""
+    """True if forward passes will be recomputed, so that the first saves nothing."""
 
     def forward_begins(self, cluster: "OffloadedCluster", rows: int) -> None:
-        """Its weights will be used next, for so many rows."""
+        """Announce a forward pass with this number of rows."""
 
     def backward_begins(self, cluster: "OffloadedCluster") -> None:
-        """Its weights and gradient will be used next."""
+        """Announce a backward pass."""
 
     def gradient_is_complete(self, cluster: "OffloadedCluster", gradient: Tensor) -> None:
-        """The backward pass of a micro-batch has added all that it has; the gradient is still here."""
+        """Announce that a micro-batch's gradient has been added; the gradient is still loaded."""
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """A tensor that autograd would have saved, as its place in the cluster's weights."""
+    """Reference to a weight that autograd would have saved, by its position in the cluster's block."""
 
     size: torch.Size
     stride: tuple[int, ...]
@@ -49,7 +49,7 @@ class _Reference:
 
 
 class OffloadedCluster:
-    """The parameters of one cluster of one layer, kept as blocks."""
+    """Parameters of one cluster of one layer, stored as blocks."""
 
     def __init__(
         self,
@@ -61,7 +61,11 @@ class OffloadedCluster:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Args: dtype: of weights; what the optimizer and gradients have is float32."""
+        """Describe a cluster.
+
+        Args:
+            dtype: type of the weights; optimizer state and gradients are float32.
+        """
         self.layer, self.local, self.dtype, self.device = layer, local, dtype, device
         self.layout = BlockLayout.of({name: parameter.shape for name, parameter in parameters.items()})
         self.parameters = dict(parameters)
@@ -72,13 +76,13 @@ class OffloadedCluster:
         self._flat_gradient: Tensor | None = None
         self._kept_for_backward = False
         self.has_gradient = False
-        """The block of gradients holds those of micro-batches of this step."""
+        """True if the gradient block holds micro-batches of this step."""
         self.expects_backward = 0
-        """Forward passes whose backward passes are still to come."""
+        """Number of forward passes whose backward passes are pending."""
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
     def sizes(self) -> dict[TensorKind, BlockSize]:
-        """Of each block; in float32 the weights are their own masters."""
+        """Return the size of each block; float32 weights are their own masters."""
         masters = [] if self.dtype is torch.float32 else [TensorKind.MASTER]
         wide = dict.fromkeys(
             [TensorKind.GRADIENT, *masters, TensorKind.EXP_AVG, TensorKind.EXP_AVG_SQ],
@@ -87,28 +91,32 @@ class OffloadedCluster:
         return {TensorKind.WEIGHT: BlockSize(self.layout.elements, self.dtype), **wide}
 
     def block(self, kind: TensorKind) -> Block:
-        """The block of this cluster that holds what `kind` says."""
+        """Return this cluster's block of a kind."""
         return Block(self.layer, self.local, kind)
 
     @torch.no_grad()
     def adopt(self, state: BlockCache) -> None:
-        """Takes the parameters' values into blocks, and leaves placeholders. `state`: where training state is kept."""
+        """Move the parameters' values into blocks and leave placeholders.
+
+        Args:
+            state: cache that holds optimizer state.
+        """
         sizes = self.sizes()
         for kind, size in sizes.items():
             on_device = kind in (TensorKind.WEIGHT, TensorKind.GRADIENT)
             (self._residency if on_device else state).register(self.block(kind), size)
         for kind in (TensorKind.WEIGHT, TensorKind.MASTER):
             if kind in sizes:
-                flat = state.acquire(self.block(kind), blank=True)
+                flat = state.acquire(self.block(kind), zero_init=True)
                 for name, view in self.layout.views(flat).items():
-                    view.copy_(self.parameters[name].to(self.dtype))  # masters start rounded, as DeepSpeed's do
+                    view.copy_(self.parameters[name].to(self.dtype))  # master weights start rounded, as DeepSpeed's do
                 state.release(self.block(kind), changed=True)
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._take_gradient)
         self._show_placeholders()
 
     def run(self, compute: Callable[..., Tensor], rows: int, *inputs: Tensor) -> Tensor:
-        """`compute(*inputs)`, which uses the parameters; differentiable in inputs and parameters."""
+        """Return `compute(*inputs)` with the parameters loaded; differentiable in inputs and parameters."""
         self._schedule.forward_begins(self, rows)
         if not torch.is_grad_enabled():
             with self.weights():
@@ -131,13 +139,17 @@ class OffloadedCluster:
         return left
 
     def skip(self) -> None:
-        """Says that a forward pass had no rows for it: its weights stay where they are."""
+        """Record a forward pass without rows: the weights are not loaded."""
         self._schedule.forward_begins(self, 0)
-        self._residency.unwant(self.block(TensorKind.WEIGHT))
+        self._residency.cancel_prefetch(self.block(TensorKind.WEIGHT))
 
     @contextmanager
     def weights(self, *, changed: bool = False) -> Iterator[None]:
-        """The parameters have their values for the length of a `with`. `changed`: they are written to."""
+        """Load the parameters' values for the length of a `with`.
+
+        Args:
+            changed: they are written to.
+        """
         self._bring_weights_in()
         try:
             yield
@@ -145,16 +157,16 @@ class OffloadedCluster:
             self._let_weights_go(changed)
 
     def begin_backward(self) -> None:
-        """Brings the weights in, and room for their gradient."""
+        """Load the weights, and a buffer for their gradient."""
         self._schedule.backward_begins(self)
         self._bring_weights_in()
-        flat = self._residency.acquire(self.block(TensorKind.GRADIENT), blank=not self.has_gradient)
+        flat = self._residency.acquire(self.block(TensorKind.GRADIENT), zero_init=not self.has_gradient)
         self.has_gradient, self._flat_gradient = True, flat
         views = self.layout.views(flat)
         self._gradient = {self.parameters[name]: view for name, view in views.items()}
 
     def finish_backward(self) -> None:
-        """Hands the gradient on; the last of the passes that were expected may follow."""
+        """Store the gradient and release the weights."""
         assert self._flat_gradient is not None
         self._schedule.gradient_is_complete(self, self._flat_gradient)
         self._gradient, self._flat_gradient = {}, None
@@ -166,9 +178,9 @@ class OffloadedCluster:
             self._let_weights_go()
 
     def _take_gradient(self, parameter: nn.Parameter) -> None:
-        """Adds what autograd has accumulated to the block, and keeps nothing beside it."""
+        """Add the gradients that autograd accumulated to the block, and free them."""
         if parameter not in self._gradient:
-            raise RuntimeError(f"layer {self.layer}, cluster place {self.local}: a gradient outside its backward pass")
+            raise RuntimeError(f"layer {self.layer}, cluster index {self.local}: gradient outside of its backward pass")
         assert parameter.grad is not None
         self._gradient[parameter].add_(parameter.grad)
         parameter.grad = None
@@ -203,12 +215,14 @@ class OffloadedCluster:
         if not isinstance(packed, _Reference):
             return packed  # type: ignore[no-any-return]
         if self._weights is None:
-            raise RuntimeError(f"layer {self.layer}, cluster place {self.local}: weights are used while they are away")
+            raise RuntimeError(
+                f"layer {self.layer}, cluster index {self.local}: weights are used while they are offloaded"
+            )
         return torch.as_strided(self._weights, packed.size, packed.stride, packed.offset)
 
 
 class _Enter(torch.autograd.Function):
-    """An identity on what goes into a cluster: the last of its nodes in the backward pass."""
+    """Identity on a cluster's input: its last node in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, cluster: OffloadedCluster, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -222,7 +236,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """An identity on what comes out of it: the first of its nodes in the backward pass."""
+    """Identity on a cluster's output: its first node in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, cluster: OffloadedCluster, result: Tensor) -> Tensor:

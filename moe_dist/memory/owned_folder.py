@@ -1,4 +1,4 @@
-"""A folder that one process owns while it runs: what other runs keep there is refused, what dead ones left removed."""
+"""Folder that one process owns exclusively; leftovers of dead processes are removed."""
 
 import fcntl
 import os
@@ -11,17 +11,18 @@ from moe_dist.errors import OffloadError
 
 LOCK = "lock"
 FILES = "layer-*.bin"
-"""What is kept here, and removed when it is found."""
+"""Pattern of the files in an owned folder, which are removed when found."""
 FOLDER = "rank-{:05}"
 
 
 class OwnedFolder:
-    """Creates, locks and empties a folder; the lock ends with the process, however that ends."""
+    """Locked, empty folder; the lock ends with the process."""
 
     def __init__(self, path: Path) -> None:
-        """
+        """Create, lock and empty the folder.
+
         Raises:
-            OffloadError: another process owns it, or it cannot be made.
+            OffloadError: another process owns it, or it cannot be created.
         """
         self.path = path
         try:
@@ -43,19 +44,19 @@ class OwnedFolder:
         self._remove_leftovers()
 
     def open(self, name: str) -> int:
-        """A descriptor of an empty file of that name, to be read and written."""
+        """Create an empty file of that name and return its descriptor, open for reading and writing."""
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(self.path / name, flags, 0o600)
         except OSError as error:
-            raise OffloadError(f"{self.path / name} cannot be made: {error.strerror}") from error
+            raise OffloadError(f"{self.path / name} cannot be created: {error.strerror}") from error
 
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
+        """Remove a file if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Lets go of the folder, and removes it if nothing else is in it."""
+        """Release the folder, and remove it if it is empty."""
         if self._lock < 0:
             return
         self.remove(LOCK)
@@ -74,12 +75,12 @@ class OwnedFolder:
 
 
 def folder_of(directory: Path, rank: int) -> Path:
-    """Where a rank keeps its files below the directory of a run."""
+    """Return the folder of a rank below a run's directory."""
     return directory / FOLDER.format(rank)
 
 
 def remove_other_ranks(directory: Path, ranks: int) -> None:
-    """Removes what a dead run of more ranks than `ranks` left in those that this one lacks; owned folders stay."""
+    """Remove the leftovers of a dead run with more than `ranks` ranks; folders that are locked stay."""
     for path in directory.glob("rank-*"):
         number = re.fullmatch(r"rank-(\d{5,})", path.name)
         if number is not None and int(number[1]) >= ranks:

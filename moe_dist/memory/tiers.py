@@ -1,11 +1,12 @@
-"""The tiers of one rank, one over the other, and how large they may be.
+"""Memory tiers of one rank, and their budgets.
 
-On an accelerator there are three: its own memory, the host's (pinned), and the disk. On a CPU the device is a budgeted
-part of memory, over the disk.
+An accelerator has three: its own memory, the host's (pinned), and the disk. A CPU has two: a budgeted part of its
+memory, and the disk.
 """
 
 from collections.abc import Callable
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -23,12 +24,12 @@ from moe_dist.memory.owned_folder import OwnedFolder, folder_of, remove_other_ra
 
 
 class Tiers:
-    """What `memory.*` describes, for one rank.
+    """Tiers of one rank, as `memory.*` configures them.
 
     Attributes:
         budget: bytes of the device.
-        device: where blocks are computed with.
-        below: the host's memory on an accelerator; on a CPU the device itself.
+        device: cache on the device that computes.
+        below: cache in host memory on an accelerator; on a CPU the device's own.
     """
 
     def __init__(
@@ -39,13 +40,14 @@ class Tiers:
         activity: Activity,
         describe: Callable[[Block], str],
     ) -> None:
-        """
+        """Create the tiers.
+
         Args:
-            activity: decides which blocks leave the device.
-            describe: names a block's cluster in errors.
+            activity: decides which blocks are evicted from the device.
+            describe: returns the name of a block's cluster for errors.
 
         Raises:
-            OffloadError: the directory is used by another run, or cannot be made.
+            OffloadError: the directory is used by another run, or cannot be created.
         """
         self._options = config.memory
         self._directory = directory_of(config)
@@ -63,28 +65,34 @@ class Tiers:
             self.device = BlockCache(self.below, Arena(account, device), Transfers(device), activity)
 
     def require_room(self, layer: int, device: int, host: int) -> None:
-        """Refuses budgets in which a cluster of that layer has no room.
+        """Reject budgets that are too small for a cluster of that layer.
 
         Args:
-            device, host: bytes that its most demanding moment needs there; the host's only where it is a tier.
+            device: bytes that its largest working set needs on the device.
+            host: the same on the host; checked where the host is a tier.
 
         Raises:
-            ConfigError: one of the two is less.
+            ConfigError: a budget is smaller.
         """
         if self.budget < device:
+            given, least = f"bytes={self.budget}", f"{device}"
+            if self._options.device_budget_bytes is None:
+                ratio = self._options.device_budget_ratio
+                given = f"ratio={ratio:g} ({self.budget:,} bytes)"
+                least = f"{ceil(1000 * ratio * device / self.budget) / 1000:g}"
             raise ConfigError(
-                f"memory.device_budget={self._options.device_budget:g} is {self.budget:,} bytes, but a cluster in use "
-                f"needs {device:,} (layer {layer}): set it to {device} or more"
+                f"memory.device_budget_{given} is less than the {device:,} bytes that one cluster needs (layer "
+                f"{layer}): set it to {least} or more"
             )
-        given = None if self.below is self.device else self.below.arena.account.budget
-        if given is not None and given < host:
+        host_budget = None if self.below is self.device else self.below.arena.account.budget
+        if host_budget is not None and host_budget < host:
             raise ConfigError(
-                f"memory.host_budget={given} is less than the {host:,} bytes of host memory that a cluster needs "
+                f"memory.host_budget={host_budget} is less than the {host:,} bytes of host memory that a cluster needs "
                 f"(layer {layer}): set it to {host} or more"
             )
 
     def figures(self) -> dict[str, int]:
-        """What has moved since the start, bytes."""
+        """Return the bytes transferred since the start."""
         return {
             "budget_bytes": self.budget,
             "peak_device_bytes": self.device.arena.account.peak,
@@ -93,7 +101,7 @@ class Tiers:
         }
 
     def totals(self, device: torch.device) -> dict[str, int]:
-        """What all ranks moved, and the largest that any held on its device; collective."""
+        """Return the bytes that all ranks transferred, and the largest peak of any device; collective."""
         figures = self.figures()
         largest = torch.tensor([figures["budget_bytes"], figures["peak_device_bytes"]], device=device)
         moved = torch.tensor([figures["bytes_in"], figures["bytes_out"]], device=device)
@@ -102,29 +110,27 @@ class Tiers:
         return dict(zip(figures, [*largest.tolist(), *moved.tolist()], strict=True))
 
     def close(self) -> None:
-        """Gives up all tiers and their files."""
+        """Release all tiers and their files."""
         self.device.close()
         if self._options.directory is None:
-            with suppress(OSError):  # other ranks' folders are still there
+            with suppress(OSError):  # other ranks' folders still exist
                 self._directory.rmdir()
                 self._directory.parent.rmdir()
 
 
 def directory_of(config: RunConfig) -> Path:
-    """Where a run keeps what it offloads, a folder a rank below it."""
+    """Return the directory of a run's offload files, with one folder per rank."""
     chosen = config.memory.directory
     return Path(chosen) if chosen is not None else Path(config.runs_dir) / ".offload" / config.name
 
 
 BYTES_PER_PARAMETER = 16
-"""Of a dense model under AdamW: weight, gradient, two moments, and in bfloat16 (2 + 2 + 8) a float32 master."""
-LARGEST_FRACTION = 16
+"""Bytes of a dense model under AdamW: weight, gradient, two moments, and in bfloat16 (2 + 2 + 8) a float32 master."""
 
 
 def budget_of(config: RunConfig) -> int:
-    """`memory.device_budget` in bytes."""
-    given = config.memory.device_budget
-    if given > LARGEST_FRACTION:
-        return int(given)
+    """Return the device budget in bytes."""
+    if config.memory.device_budget_bytes is not None:
+        return config.memory.device_budget_bytes
     dense = config.model.layers * 3 * config.model.hidden_size * config.moe.dense_width
-    return int(given * dense * BYTES_PER_PARAMETER)
+    return int(config.memory.device_budget_ratio * dense * BYTES_PER_PARAMETER)

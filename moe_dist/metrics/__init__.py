@@ -1,4 +1,4 @@
-"""What a run measures and shows: load balance, the run folder, live progress, the final table."""
+"""Metrics and output of a run: load balance, run folder, progress display, final table."""
 
 from moe_dist.metrics.host import installed_versions, peak_rss_bytes, process_seconds, rss_bytes
 from moe_dist.metrics.json_text import strict_json, write_json

@@ -1,4 +1,4 @@
-"""What a process can say about the machine it runs on, without torch."""
+"""Facts about the machine and this process, without torch."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ PACKAGES = ("moe-dist", "torch", "deepspeed", "megatron-core")
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Version of Python and of each package that decides a run's figures; null where one is not installed."""
+    """Return the versions of Python and of the packages that decide a run's figures; None if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -22,17 +22,19 @@ def installed_versions() -> dict[str, str | None]:
 
 
 def process_seconds() -> float | None:
-    """How long ago this process was started, its interpreter and imports included, to 10 ms; None where not Linux."""
+    """Return the age of this process in seconds, imports included, to 10 ms; None if not on Linux."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since boot; fields from the third on, after the name
+    started = int(fields[19]) / os.sysconf(
+        "SC_CLK_TCK"
+    )  # since boot; the list starts at the third field, after the name
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far, in bytes.
+    """Return the largest resident set of this process so far, in bytes.
 
     Linux's VmHWM, since getrusage's ru_maxrss survives exec: a rank would inherit its launcher's peak.
     """
@@ -40,7 +42,7 @@ def peak_rss_bytes() -> int:
 
 
 def rss_bytes() -> int:
-    """Resident set of this process now (Linux's VmRSS), in bytes; 0 where the system does not tell."""
+    """Return the resident set of this process now (Linux's VmRSS), in bytes; 0 if unavailable."""
     return _status_bytes("VmRSS") or 0
 
 

@@ -1,4 +1,4 @@
-"""Strict JSON: text that every reader accepts, in files that are whole or not there."""
+"""Strict JSON, in files that are written atomically."""
 
 import json
 import math
@@ -11,12 +11,12 @@ from moe_dist.errors import MoeDistError
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
-    """JSON without NaN and infinity, for which null stands; numpy and torch scalars become plain numbers."""
+    """Encode as JSON with null for NaN and infinity; numpy and torch scalars become plain numbers."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically: a reader finds the old text or the new one, never a part.
+    """Write a JSON file atomically: a reader finds the old text or the new one, never a part.
 
     Raises:
         MoeDistError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""How evenly the routed copies fall on the experts.
+"""Balance of the experts' loads.
 
 Legend: L layers, E experts.
 """
@@ -13,7 +13,7 @@ Figures = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LoadStatistics:
-    """Balance of one step, each figure a mean over the layers that routed anything (formulas: docs/metrics.md).
+    """Balance of one step, each figure a mean over the layers that routed tokens (formulas: docs/metrics.md).
 
     Attributes:
         variance: Var_e(s_e) of the shares s_e = n_e / sum(n), in share squared; 0 is perfect balance.
@@ -29,7 +29,7 @@ class LoadStatistics:
 
 
 def load_statistics(counts: npt.ArrayLike) -> LoadStatistics:
-    """Balance of the copies routed to each expert.
+    """Compute the balance of the copies routed to each expert.
 
     Args:
         counts: copies per layer and expert, [L, E], or [E] for one layer; summed over ranks, not negative.
@@ -38,7 +38,7 @@ def load_statistics(counts: npt.ArrayLike) -> LoadStatistics:
         The statistics; all NaN when no layer routed anything.
 
     Raises:
-        ValueError: another number of dimensions, no expert, or a negative count.
+        ValueError: wrong number of dimensions, no expert, or a negative count.
     """
     counts_LE: Figures = np.atleast_2d(np.asarray(counts, dtype=np.float64))
     if counts_LE.ndim != 2 or counts_LE.shape[1] == 0 or (counts_LE < 0).any():
@@ -53,11 +53,11 @@ def load_statistics(counts: npt.ArrayLike) -> LoadStatistics:
         variance=variance,
         cv2=variance * experts**2,
         max_over_mean=float(shares_LE.max(axis=1).mean()) * experts,
-        entropy=float(_normalised_entropy(shares_LE).mean()),
+        entropy=float(_normalized_entropy(shares_LE).mean()),
     )
 
 
-def _normalised_entropy(shares_LE: Figures) -> Figures:
+def _normalized_entropy(shares_LE: Figures) -> Figures:
     experts = shares_LE.shape[1]
     if experts == 1:
         return np.ones(len(shares_LE))

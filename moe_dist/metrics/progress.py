@@ -1,4 +1,4 @@
-"""Live progress of a run: a moving display on a terminal, a plain line now and then everywhere else."""
+"""Progress of a run: a live display on a terminal, otherwise a plain line at intervals."""
 
 import time
 from collections.abc import Callable
@@ -15,13 +15,13 @@ FIGURES = ("loss", "validation", "tokens/s", "balance cv²")
 
 
 class Progress:
-    """Shows rank 0's figures while the others work.
+    """Progress display of rank 0.
 
     Args:
-        total_steps: steps the run takes.
-        console: where to show; None: standard output.
-        plain_every: seconds between lines where the console is not a terminal; the last step always gets one.
-        clock: seconds, growing; a test passes its own.
+        total_steps: steps of the run.
+        console: output; None: standard output.
+        plain_every: seconds between lines if the console is not a terminal; the last step always prints one.
+        clock: monotonic time in seconds; tests pass their own.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Progress:
         tokens_per_second: float | None = None,
         load_cv2: float | None = None,
     ) -> None:
-        """Takes the figures after `step` steps; one that is None keeps the value shown before.
+        """Show the figures after `step` steps; a figure that is None keeps the value shown before.
 
         Args:
-            loss, validation_loss: nats a token.
-            load_cv2: balance of the experts' loads, 0 is perfect (`metrics.load`).
+            loss, validation_loss: nats per token.
+            load_cv2: balance of the experts' loads, 0 is perfect (`metrics.load_balance`).
         """
         self._step = step
         if self._first is None:
@@ -70,7 +70,7 @@ class Progress:
             self._plain_line()
 
     def note(self, message: str) -> None:
-        """A lasting line above the display."""
+        """Print a permanent line above the display."""
         self._console.print(message, markup=False, highlight=False)
 
     def __enter__(self) -> Self:
@@ -84,10 +84,10 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             if error is not None:
-                self._print_line()  # the moving display is gone; what it said last stays
+                self._print_line()  # the live display is erased; its last figures stay
 
     def seconds_left(self) -> float | None:
-        """Time to the end at the mean speed since the first step, which alone pays for warming up; None: not known."""
+        """Return the estimated time to the end, from the mean speed after the first step; None: unknown."""
         if self._first is None or self._step <= self._first[0]:
             return None
         step, start = self._first

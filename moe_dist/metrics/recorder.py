@@ -1,4 +1,4 @@
-"""What rank 0 keeps and shows of a run; the other ranks get one that does nothing."""
+"""Recorder of a run on rank 0; other ranks have one that does nothing."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from moe_dist.metrics import Progress, RunFolder, render_summary
 
 
 class Recorder:
-    """Does nothing: the recorder of every rank but the first."""
+    """Recorder that does nothing, for every rank but the first."""
 
     def __enter__(self) -> Self:
         return self
@@ -27,44 +27,44 @@ class Recorder:
         return None
 
     def note(self, message: str) -> None:
-        """A line above the progress display, about something that has just happened."""
+        """Print a line above the progress display."""
 
     def event(self, name: str, step: int, **fields: Any) -> None:
-        """Something that happened, for `events.jsonl`."""
+        """Record an event, in `events.jsonl`."""
 
     def step(self, step: int, values: dict[str, Any]) -> None:
-        """Figures of a logged step."""
+        """Record the figures of a logged step."""
 
     def load(self, step: int, values: dict[str, Any]) -> None:
-        """Copies routed since the last logged step."""
+        """Record the copies routed since the last logged step."""
 
     def traffic(self, values: dict[str, Any]) -> None:
-        """Who sent how much to whom, over the whole run."""
+        """Record the traffic matrices of the whole run."""
 
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
-        """A validation loss."""
+        """Record a validation loss."""
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """The run is complete."""
+        """Record the summary of a complete run."""
 
 
 class NullRecorder(Recorder):
-    """Recorder of a model that is trained to be measured: has a folder, on rank 0, and writes nothing there."""
+    """Recorder of a benchmark's run: has a folder, on rank 0, and writes nothing there."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
     @property
     def folder(self) -> Path | None:
-        """The folder it was given."""
+        """The folder that it was given."""
         return self._path
 
 
 class RunRecorder(Recorder):
-    """Writes the run folder and shows progress and summary.
+    """Recorder that writes the run folder and shows progress and summary.
 
     Args:
-        run: the folder of a run that goes on after `step`; None: the run gets a new one.
+        run: folder of a run that resumes after `step`; None: the run gets a new one.
     """
 
     def __init__(self, config: RunConfig, run: Path | None = None, step: int = 0) -> None:
@@ -95,15 +95,15 @@ class RunRecorder(Recorder):
         return self._folder.path
 
     def note(self, message: str) -> None:
-        """A line above the progress display."""
+        """Print a line above the progress display."""
         self._progress.note(message)
 
     def event(self, name: str, step: int, **fields: Any) -> None:
-        """A line of `events.jsonl`."""
+        """Append a line to `events.jsonl`."""
         self._folder.event(name, step, **fields)
 
     def step(self, step: int, values: dict[str, Any]) -> None:
-        """A line of `metrics.jsonl`, TensorBoard and the progress display."""
+        """Append a line to `metrics.jsonl`, and update TensorBoard and the progress display."""
         self._folder.log(step, values)
         self._progress.update(
             step,
@@ -113,21 +113,21 @@ class RunRecorder(Recorder):
         )
 
     def load(self, step: int, values: dict[str, Any]) -> None:
-        """A line of `load.jsonl`."""
+        """Append a line to `load.jsonl`."""
         self._folder.load(step, values)
 
     def traffic(self, values: dict[str, Any]) -> None:
-        """Writes the traffic matrices."""
+        """Write the traffic matrices."""
         self._folder.write_traffic(values)
 
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
-        """A line of `events.jsonl` and one of `metrics.jsonl`; loss in nats a token."""
+        """Append a line to `events.jsonl` and one to `metrics.jsonl`; loss in nats per token."""
         self._folder.event("evaluation", step, tokens=tokens, loss=loss, perplexity=perplexity(loss))
         self._folder.log(step, {"tokens": tokens, "validation": {"loss": loss, "perplexity": perplexity(loss)}})
         self._progress.update(step, validation_loss=loss)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes the summary and shows it in place of the progress display."""
+        """Write the summary and show it in place of the progress display."""
         self._folder.write_summary(summary)
         self._folder.event("finished", summary["steps"])
         self._progress.__exit__(None, None, None)
@@ -135,5 +135,5 @@ class RunRecorder(Recorder):
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that overflows."""
+    """Return exp(loss), infinity on overflow."""
     return math.exp(loss) if loss < 700 else math.inf

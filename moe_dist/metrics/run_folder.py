@@ -1,14 +1,14 @@
-"""The folder of one run, `runs/<name>/`: a contract that people and tools read (docs/metrics.md).
+"""Folder of one run, `runs/<name>/`: a contract for people and tools (docs/metrics.md).
 
     config.yaml     the resolved configuration
-    metrics.jsonl   one JSON object a logged step
-    load.jsonl      one JSON object a logged step: copies routed to each expert, cluster and rank
+    metrics.jsonl   one JSON object per logged step
+    load.jsonl      one JSON object per logged step: copies routed to each expert, cluster and rank
     traffic.json    bytes and messages from rank to rank over the whole run
-    events.jsonl    one JSON object an event: evaluations, re-clusterings, checkpoints, faults, how the run ended
+    events.jsonl    one JSON object per event: evaluations, re-clusterings, checkpoints, faults, end of the run
     tensorboard/    the metrics again, for TensorBoard
     summary.json    the figures of the finished run
 
-Each line is written whole and flushed, so that a run that is interrupted or killed leaves a folder that can be read.
+Lines are written whole and flushed, so that the folder of a run that is interrupted or killed is readable.
 """
 
 import json
@@ -25,16 +25,20 @@ from moe_dist.metrics.summary import flatten, missing_keys
 
 
 class RunFolder:
-    """Writes one run's files; rank 0 alone holds one.
+    """Writer of one run's files, on rank 0.
 
     Attributes:
-        path: the folder; its name is the run's, with a suffix where that name was taken.
+        path: the folder; its name is the run's, with a number if that name was taken.
     """
 
     def __init__(
         self, path: Path, *, tensorboard: bool = True, summary_copy: str | Path | None = None, step: int | None = None
     ) -> None:
-        """Args: step: after which a run goes on; None: it is a new one."""
+        """Open the folder's files.
+
+        Args:
+            step: step after which a run resumes; None: a new run.
+        """
         self.path = path
         self._summary_copy = summary_copy
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
@@ -53,19 +57,19 @@ class RunFolder:
         tensorboard: bool = True,
         summary_copy: str | Path | None = None,
     ) -> Self:
-        """Makes a new folder, `<name>`, or `<name>-2`, `<name>-3`, ... where earlier runs hold those names.
+        """Create a new folder, `<name>`, or `<name>-2`, `<name>-3`, ... if earlier runs have those names.
 
         Args:
-            config_yaml: text of `config.yaml`.
+            config_yaml: content of `config.yaml`.
             summary_copy: a file that also receives the summary (`--json FILE`).
 
         Raises:
-            ConfigError: the folder cannot be made.
+            ConfigError: the folder cannot be created.
         """
         try:
             path = _claim_folder(Path(runs_dir), name)
         except OSError as error:
-            raise ConfigError(f"runs_dir={str(runs_dir)!r}: cannot make a run folder: {error.strerror}") from error
+            raise ConfigError(f"runs_dir={str(runs_dir)!r}: cannot create a run folder: {error.strerror}") from error
         (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         return cls(path, tensorboard=tensorboard, summary_copy=summary_copy)
 
@@ -79,9 +83,9 @@ class RunFolder:
         tensorboard: bool = True,
         summary_copy: str | Path | None = None,
     ) -> Self:
-        """Goes on with a run after `step`: what its files say of later steps, which come again, is removed.
+        """Reopen the folder of a run that resumes after `step`, and remove the lines of later steps.
 
-        `events.jsonl` keeps all it has, since what happened has happened; a summary made too early goes.
+        `events.jsonl` keeps its lines, since events are history; a summary of an earlier end is removed.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -92,11 +96,11 @@ class RunFolder:
             (path / "summary.json").unlink(missing_ok=True)
             (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"{path}: cannot go on with this run: {error.strerror}") from error
+            raise ConfigError(f"{path}: cannot resume this run: {error.strerror}") from error
         return cls(path, tensorboard=tensorboard, summary_copy=summary_copy, step=step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds a line to `metrics.jsonl`, and each number in it to TensorBoard under its dotted key."""
+        """Append a line to `metrics.jsonl`, and each number in it to TensorBoard under its dotted key."""
         self._last_step = step
         self._write_line(self._metrics, {"step": step, "time": time.time(), **values})
         if self._board is not None:
@@ -105,25 +109,25 @@ class RunFolder:
                     self._board.add_scalar(key.replace(".", "/", 1), value, step)
 
     def load(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds a line to `load.jsonl`, which a model without experts does not have."""
+        """Append a line to `load.jsonl`; a model without experts has no such file."""
         if self._loads is None:
             self._loads = (self.path / "load.jsonl").open("a", encoding="utf-8")
         self._write_line(self._loads, {"step": step, "time": time.time(), **values})
 
     def write_traffic(self, traffic: Mapping[str, Any]) -> None:
-        """Writes `traffic.json` whole or not at all."""
+        """Write `traffic.json` atomically."""
         write_json(self.path / "traffic.json", traffic)
 
     def event(self, name: str, step: int, **fields: Any) -> None:
-        """Adds a line to `events.jsonl`."""
+        """Append a line to `events.jsonl`."""
         self._write_line(self._events, {"event": name, "step": step, "time": time.time(), **fields})
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Writes `summary.json` (and its copy) whole or not at all.
+        """Write `summary.json` (and its copy) atomically.
 
         Raises:
             MoeDistError: a file cannot be written.
-            ValueError: a key of the contract is missing.
+            ValueError: a required key is missing.
         """
         if missing := missing_keys(summary):
             raise ValueError(f"summary lacks {', '.join(missing)}")
@@ -132,7 +136,7 @@ class RunFolder:
             write_json(Path(self._summary_copy), summary)
 
     def close(self) -> None:
-        """Closes the files; doing so twice is harmless."""
+        """Close the files; may be called twice."""
         self._metrics.close()
         self._events.close()
         if self._loads is not None:
@@ -159,7 +163,7 @@ class RunFolder:
 
 
 def _claim_folder(runs_dir: Path, name: str) -> Path:
-    """`mkdir` refuses an existing folder atomically, so that two runs started together never share one."""
+    """Create the first free folder; `mkdir` is atomic, so that two runs started together get different ones."""
     runs_dir.mkdir(parents=True, exist_ok=True)
     path, number = runs_dir / name, 1
     while True:
@@ -172,7 +176,7 @@ def _claim_folder(runs_dir: Path, name: str) -> Path:
 
 
 def _cut_back(file: Path, step: int | None) -> None:
-    """Keeps the lines up to `step` (None: all) of a file of JSON lines, and none that a crash left half-written."""
+    """Keep the lines up to `step` (None: all) of a file of JSON lines, and drop an incomplete last line."""
     kept = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -188,6 +192,6 @@ def _cut_back(file: Path, step: int | None) -> None:
 
 
 def _open_tensorboard(path: Path, step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # here, since it loads torch
+    from torch.utils.tensorboard import SummaryWriter  # imported here: it loads torch
 
     return SummaryWriter(log_dir=str(path), flush_secs=10, purge_step=None if step is None else step + 1)

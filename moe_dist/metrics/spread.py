@@ -1,4 +1,4 @@
-"""The middle of repeated measurements and how far they spread."""
+"""Median and spread of repeated measurements."""
 
 import statistics
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Quartiles are inclusive: with few rounds they stay within what was seen."""
+        """Compute the statistics; quartiles are inclusive, so that with few rounds they stay within the data."""
         lower, _, upper = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
         return cls(statistics.median(values), lower, upper, min(values), max(values))
 
     @classmethod
     def of_ratios(cls, above: Sequence[float], below: Sequence[float]) -> "Spread":
-        """Of the ratios within rounds."""
+        """Compute the statistics of the ratios within rounds."""
         return cls.of([a / b for a, b in zip(above, below, strict=True)])
 
     def text(self, factor: float = 1.0, digits: int = 2) -> str:
-        """`median [lower-upper]`, for a rich table."""
+        """Format as `median [lower-upper]`, for a rich table."""
         median, lower, upper = (f"{factor * value:.{digits}f}" for value in (self.median, self.lower, self.upper))
         return f"{median} \\[{lower}-{upper}]"

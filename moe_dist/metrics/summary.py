@@ -1,4 +1,4 @@
-"""The contract of `summary.json`: the keys every run's summary has (docs/metrics.md gives each its formula)."""
+"""Contract of `summary.json`: the keys of every run's summary (formulas: docs/metrics.md)."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,7 +34,7 @@ REQUIRED_KEYS = (
 
 
 def look_up(tree: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """The value under a dotted key, or `default` where a part of the key is missing."""
+    """Return the value under a dotted key, or `default` if a part of the key is missing."""
     value: Any = tree
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
@@ -44,13 +44,13 @@ def look_up(tree: Mapping[str, Any], key: str, default: Any = None) -> Any:
 
 
 def missing_keys(summary: Mapping[str, Any]) -> list[str]:
-    """Required keys that a summary lacks; a key that is there with the value null counts as present."""
+    """Return the required keys that a summary lacks; a key with the value null is present."""
     absent = object()
     return [key for key in REQUIRED_KEYS if look_up(summary, key, absent) is absent]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a tree of mappings with its dotted key."""
+    """Return every leaf of a tree of mappings by its dotted key."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")

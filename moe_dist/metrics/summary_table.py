@@ -1,4 +1,4 @@
-"""The table that ends a run: the figures of `summary.json` as a person reads them."""
+"""Final table of a run: the figures of `summary.json` for reading."""
 
 from collections.abc import Mapping, Sequence
 from math import exp
@@ -18,11 +18,11 @@ MISSING = "-"
 
 
 def render_summary(summary: Mapping[str, Any], console: Console, folder: Path | None = None) -> None:
-    """Prints a run's figures: the curve of its evaluations, then speed, size, traffic, balance, memory, files.
+    """Print a run's figures: the evaluation curve, then speed, size, traffic, balance, memory, files.
 
     Args:
-        summary: the tree of `summary.json`; a figure that is missing or null is shown as a dash.
-        folder: where the run's files are.
+        summary: the tree of `summary.json`; missing or null figures show as a dash.
+        folder: the run's folder.
     """
     console.print()
     console.print(_headline(summary, folder.name if folder else None))
@@ -60,7 +60,7 @@ def _curve_table(curve: Sequence[Mapping[str, Any]], width: int) -> Table:
     bar_width = max(10, min(40, width - 55))
     for point in _spread(points, CURVE_ROWS):
         loss = point["loss"]
-        share = 0.08 + 0.92 * (loss - lowest) / span  # the best point keeps a stub, so that its row has a bar
+        share = 0.08 + 0.92 * (loss - lowest) / span  # the best point keeps a short bar
         table.add_row(
             _number(point.get("tokens"), ",d"),
             _number(point.get("step"), ",d"),
@@ -72,7 +72,7 @@ def _curve_table(curve: Sequence[Mapping[str, Any]], width: int) -> Table:
 
 
 def _spread(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
-    """At most `most` points, evenly spread, the first and the last among them."""
+    """Return at most `most` points, evenly spaced, including the first and the last."""
     if len(points) <= most:
         return list(points)
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
@@ -96,11 +96,12 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None) -> Table:
     table.add_row("speed", f"{_number(at('tokens_per_second'), ',.0f')} tokens/s")
     if (first := at("first_step_seconds")) is not None:
         table.add_row("first step", f"done {first:.1f} s after rank 0 was started")
-    table.add_row("parameters", f"{_count(at('parameters.total'))} in all")
+    table.add_row("parameters", f"{_count(at('parameters.total'))} total")
     table.add_row("in experts", _experts(summary))
     table.add_row(
         "all-to-all",
-        f"{_bytes(at('all_to_all.bytes_per_token_layer'))} a token and layer, {_bytes(at('all_to_all.bytes'))} in all, "
+        f"{_bytes(at('all_to_all.bytes_per_token_layer'))} per token and layer, "
+        f"{_bytes(at('all_to_all.bytes'))} total, "
         f"{_bytes(at('all_to_all.bytes_inter_node'))} between nodes",
     )
     table.add_row(

@@ -15,7 +15,7 @@ from moe_dist.compression import ClusterWeights, GroupFormat, QuantizedCluster, 
 from moe_dist.config import RunConfig
 from moe_dist.kernels import packed_experts
 from moe_dist.memory.block import BlockLayout
-from moe_dist.memory.quantized_clusters import StoredBlock, StoredMemory
+from moe_dist.memory.quantized_clusters import QuantizedBlock, QuantizedClusterMemory
 
 
 def storage_format(config: RunConfig) -> StorageFormat:
@@ -55,9 +55,9 @@ class QuantizedClusterExperts(nn.Module):
         self.register_buffer("expert_NB", packed.experts.to_bytes())
         self.dtype, self.backend = dtype, backend
         self._like = packed.experts.without_values()
-        self._kept: StoredBlock | None = None
+        self._kept: QuantizedBlock | None = None
 
-    def keep_in(self, memory: StoredMemory, layer: int, local: int) -> None:
+    def keep_in(self, memory: QuantizedClusterMemory, layer: int, local: int) -> None:
         """Hands the bytes over to a memory.
 
         Raises:
@@ -74,7 +74,7 @@ class QuantizedClusterExperts(nn.Module):
     @contextmanager
     def packed(self, rows: int = 0) -> Iterator[QuantizedCluster]:
         """The value that this holds, for the length of a `with`. `rows`: that will be computed."""
-        with nullcontext() if self._kept is None else self._kept.held(rows) as flat:
+        with nullcontext() if self._kept is None else self._kept.pinned(rows) as flat:
             parts = dict(self.named_buffers())
             if flat is not None:
                 views = self._layout.views(flat)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_dist.conversion.calibration_tokens import sample_tokens
 from moe_dist.conversion.compress import CompressedLayer, compress_layer
 from moe_dist.conversion.expert_grouping import usage_of
-from moe_dist.conversion.full_experts_of_clustered import hold_clustered
+from moe_dist.conversion.read_clustered_experts import read_clustered_experts
 from moe_dist.conversion.write_parameters import parameters_of, write_layer
 from moe_dist.distributed.mesh import GroupKind
 from moe_dist.distributed.placement import ExpertPlacement
@@ -79,7 +79,7 @@ class Refit:
         mesh, config = self._model.context.mesh, self._config
         fit, check = self._fit[layer.layer], self._check[layer.layer]
         usage_E = usage_of(fit, check, new.experts, mesh.group(GroupKind.EXPERT_PARALLEL))
-        held = hold_clustered(layer, self._engine.training_state(), fit, check, clusters)
+        held = read_clustered_experts(layer, self._engine.training_state(), fit, check, clusters)
         return compress_layer(held, new, usage_E, config.moe, mesh, config.seed, clusters)
 
     def _enter(

@@ -25,7 +25,7 @@ from moe_dist.data.domains import TRAIN, write_domains
 from moe_dist.data.files import FileSource
 from moe_dist.distributed.init import init_distributed, shutdown
 from moe_dist.evaluation.texts import encode_text
-from moe_dist.evaluation.trained_model import open_subject
+from moe_dist.evaluation.trained_model import open_evaluated_model
 from moe_dist.evaluation.windows import window_batches
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.report.read import read_runs
@@ -114,7 +114,7 @@ def domain_counts(run: Path, held: Mapping[str, Path]) -> tuple[npt.NDArray[np.i
     """
     process = init_distributed(WorldConfig(threads=1))
     try:
-        subject = open_subject(run, process, WorldConfig(), "float32")
+        subject = open_evaluated_model(run, process, WorldConfig(), "float32")
         model, length = subject.model(torch.float32), subject.config.model.sequence_length
         texts = [encode_text(FileSource((file,), "text"), subject.tokenizer) for file in held.values()]
         count_DLE = np.stack([_count(model, text.ids, length) for text in texts])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.conversion.calibration_tokens import mean_loss, sample_tokens
-from moe_dist.conversion.from_standard import ClusteredStart, read_clustered, write_clustered
+from moe_dist.conversion.standard_to_clustered import ClusteredStart, read_clustered, write_clustered
 from moe_dist.engine.callback import Callback, StepReport
 
 if TYPE_CHECKING:

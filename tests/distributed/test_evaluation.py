@@ -14,7 +14,7 @@ from moe_dist.distributed.init import init_distributed
 from moe_dist.errors import ConfigError, MoeDistError, OffloadError
 from moe_dist.evaluation.evaluate import EvalSpec, evaluate
 from moe_dist.evaluation.texts import EncodedText, encode_text, open_text
-from moe_dist.evaluation.trained_model import Subject, open_subject
+from moe_dist.evaluation.trained_model import EvaluatedModel, open_evaluated_model
 from moe_dist.memory.owned_folder import OwnedFolder
 from moe_dist.moe.quantized_experts import stored_sizes
 from moe_dist.training.trainer import train
@@ -41,7 +41,7 @@ def _evaluate(run: Path, more: dict[str, Any], memory: MemoryConfig | None = Non
 
 def _by_hand(run: Path, file: Path, stride: int) -> float:
     """Nats of the whole text: every token predicted alone, from the tokens its window has before it."""
-    subject: Subject = open_subject(run, init_distributed(WORLD), WORLD, "float32")
+    subject: EvaluatedModel = open_evaluated_model(run, init_distributed(WORLD), WORLD, "float32")
     text: EncodedText = encode_text(open_text(file, "validation"), subject.tokenizer)
     model, length = subject.model(torch.float32), subject.config.model.sequence_length
     nats = 0.0
@@ -85,7 +85,7 @@ def test_a_stored_export_is_evaluated_within_a_budget(tmp_path: Path) -> None:
     file = run / "smoke.safetensors"
     export_weights(find_weights(run), file, stored=True)
     cluster = stored_sizes(find_weights(file).config, 4).nbytes + 48
-    memory = MemoryConfig(offload=True, device_budget=cluster)
+    memory = MemoryConfig(offload=True, device_budget_bytes=cluster)
     in_memory = run_ranks(_evaluate, 2, file, options)
     for found, expected in zip(run_ranks(_evaluate, 2, file, options, memory), in_memory, strict=True):
         assert "offload" not in expected

@@ -35,7 +35,7 @@ STEPS = 20
 REGROUPED: dict[int, list[Move]] = {6: [(0, (0, 5)), (0, (1, 6, 11)), (1, (2, 13))], 13: [(1, (0, 5)), (0, (0, 9))]}
 RECLUSTER = ["recluster.period=2", "recluster.start=1", "recluster.max_loss_increase=1e9"]
 BLOCKS = {2: [(1, 0, 0, 1), (0, 0, 1, 1)], 1: [(0, 0, 0, 0), (0, 0, 0, 0)]}
-TIGHT = "memory.device_budget=80000"
+TIGHT = "memory.device_budget_bytes=80000"
 BLOCK = 12_032
 """Bytes of each block of a cluster of these; of weights in bfloat16 half as much."""
 
@@ -116,8 +116,13 @@ def test_twenty_steps_with_reclusterings_are_the_same_to_the_last_bit(tmp_path: 
 def test_every_stage_precision_and_pass_is_the_same(tmp_path: Path) -> None:
     variants = [
         [TIGHT, "world.zero_stage=0", "optimizer.clip_norm=0", "train.micro_batch_size=8"],
-        ["memory.device_budget=120000", "world.zero_stage=2", "model.activation_checkpointing=true"],
-        ["memory.device_budget=120000", "memory.prefetch=0", "train.precision=bfloat16", "train.micro_batch_size=8"],
+        ["memory.device_budget_bytes=120000", "world.zero_stage=2", "model.activation_checkpointing=true"],
+        [
+            "memory.device_budget_bytes=120000",
+            "memory.prefetch=0",
+            "train.precision=bfloat16",
+            "train.micro_batch_size=8",
+        ],
     ]
     for stories in run_ranks(_both, 1, (1, 1, 1), variants, 4, tmp_path, timeout=300):
         _assert_same(stories)
@@ -141,7 +146,7 @@ def _bytes_by_kind(residuals: list[str], directory: Path) -> list[tuple[dict[str
         memory = ExpertMemory(config, config.moe.clusters, process.rank, process.device)
         LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), 8, memory=memory)
         for cluster in memory.clusters.values():
-            memory.device.send_down(cluster.block(TensorKind.WEIGHT))
+            memory.device.evict(cluster.block(TensorKind.WEIGHT))
         sizes = [cluster.sizes() for cluster in memory.clusters.values()]
         by_kind = {kind.value: sum(size[kind].bytes for size in sizes) for kind in sizes[0]}
         files = sum(file.stat().st_size for file in directory.glob("*/layer-*.bin"))
@@ -164,15 +169,15 @@ def test_tiers_of_training_hold_weights_and_masters_and_nothing_in_few_bits(tmp_
 
 def _refused(directory: Path) -> str:
     with pytest.raises(ConfigError) as refusal:
-        _story((1, 1, 1), ["memory.device_budget=20000"], 1, directory)
+        _story((1, 1, 1), ["memory.device_budget_bytes=20000"], 1, directory)
     return str(refusal.value)
 
 
 def test_a_budget_that_cannot_do_is_refused_with_the_least_that_would(tmp_path: Path) -> None:
     message = run_ranks(_refused, 1, tmp_path)[0]
-    assert message.startswith("memory.device_budget=20000 is 20,000 bytes, but a cluster in use needs ")
+    assert message.startswith("memory.device_budget_bytes=20000 is less than the ")
     least = int(message.rpartition("set it to ")[2].removesuffix(" or more"))
-    run_ranks(_both, 1, (1, 1, 1), [[f"memory.device_budget={least}"]], 1, tmp_path)
+    run_ranks(_both, 1, (1, 1, 1), [[f"memory.device_budget_bytes={least}"]], 1, tmp_path)
 
 
 def _damaged(directory: Path) -> str:
@@ -184,7 +189,7 @@ def _damaged(directory: Path) -> str:
     memory = ExpertMemory(config, config.moe.clusters, 0, process.device)
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation, memory=memory)
     engine = DeepSpeedEngine(model, config, batch, process)
-    memory.device.send_down(memory.clusters[1, 2].block(TensorKind.WEIGHT))
+    memory.device.evict(memory.clusters[1, 2].block(TensorKind.WEIGHT))
     with (directory / "rank-00000" / "layer-001.bin").open("r+b") as file:
         file.write(bytes([1]) * (1 << 20))
     with pytest.raises(OffloadError) as error:
@@ -220,7 +225,7 @@ def test_runs_with_and_without_tiers_go_on_from_each_others_checkpoints(tmp_path
     runs = tmp_path / "runs"
     common = [f"runs_dir={runs}", f"corpus.cache_dir={tmp_path}/cache", "tensorboard=false", "train.steps=6"]
     common += ["checkpoint.every=3", "recluster.period=2", "recluster.start=2", "recluster.threshold=0"]
-    away = ["memory.offload=true", f"memory.device_budget={BUDGET}"]
+    away = ["memory.offload=true", f"memory.device_budget_bytes={BUDGET}"]
     for name, words in {
         "plain": [],
         "away": away,

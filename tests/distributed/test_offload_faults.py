@@ -88,7 +88,7 @@ class Run:
         self._words = [
             f"runs_dir={folder}/runs", f"corpus.cache_dir={folder}/cache", "tensorboard=false", f"name={name}",
             "checkpoint.resume=auto", "checkpoint.every=2", "memory.offload=true", f"memory.directory={self.directory}",
-            "memory.device_budget=120000", "world.timeout_seconds=200",
+            "memory.device_budget_bytes=120000", "world.timeout_seconds=200",
         ]  # fmt: skip
 
     def live(self, fault: Fault | None = None) -> None:

@@ -19,7 +19,7 @@ from tests.distributed.test_offload import Story, _assert_same, _story
 from tests.unit.memory.stacked import LateTiers, StackedTiers
 
 pytestmark = pytest.mark.timeout(400)
-BUDGETS = ["memory.device_budget=25000", "memory.host_budget=120000"]
+BUDGETS = ["memory.device_budget_bytes=25000", "memory.host_budget=120000"]
 """A block of weights or of a gradient takes 12,032 bytes: two fit on the device, of 28 on each of two ranks."""
 
 
@@ -61,7 +61,7 @@ def test_a_device_over_a_host_trains_the_same_and_what_migrates_never_comes_to_t
         assert set(moved) == {TensorKind.WEIGHT, TensorKind.EXP_AVG, TensorKind.EXP_AVG_SQ} | masters
 
 
-LEAST = ["memory.device_budget=60160", "memory.host_budget=60160"]
+LEAST = ["memory.device_budget_bytes=60160", "memory.host_budget=60160"]
 """Of the device: the weights of a layer's clusters and a gradient; of the host: the blocks of one, and one more."""
 
 

@@ -23,7 +23,7 @@ from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
-from moe_dist.memory.quantized_clusters import StoredMemory
+from moe_dist.memory.quantized_clusters import QuantizedClusterMemory
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts, stored_sizes
@@ -125,9 +125,11 @@ def _loaded_in_tiers(axes: tuple[int, int, int], folder: Path) -> list[tuple[Ten
             continue
         cluster = stored_sizes(weights.config, 4).nbytes
         directory = folder / f"tier-{number}"
-        memory = MemoryConfig(offload=True, device_budget=2 * (cluster + 48), directory=str(directory), prefetch=1)
+        memory = MemoryConfig(
+            offload=True, device_budget_bytes=2 * (cluster + 48), directory=str(directory), prefetch=1
+        )
         config = weights.config.model_copy(update={"memory": memory})
-        kept = StoredMemory(config, config.moe.clusters // axes[1], process.rank, process.device)
+        kept = QuantizedClusterMemory(config, config.moe.clusters // axes[1], process.rank, process.device)
         links = Links.discover(process.device)
         with mock.patch.object(ClusteredExperts, "__init__", _no_experts):
             model = load_model(weights, mesh, links, process.device, memory=kept)
@@ -135,7 +137,7 @@ def _loaded_in_tiers(axes: tuple[int, int, int], folder: Path) -> list[tuple[Ten
         assert not any(
             buffer.numel() for name, buffer in model.named_buffers() if "base" in name and not buffer.is_meta
         )
-        assert 0 < figures["peak_device_bytes"] <= memory.device_budget
+        assert 0 < figures["peak_device_bytes"] <= (memory.device_budget_bytes or 0)
         sizes = [size.bytes for size in kept.tiers.device._sizes.values()]
         assert sum(sizes) < len(sizes) * (cluster + 48)
         files = list((directory / f"rank-{process.rank:05}").glob("*.bin"))

@@ -54,10 +54,16 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "guard": (2, (*RANDOM, "recluster.max_loss_increase=0", "world.cluster=2")),
     "quantization-aware": (2, ("precision.residuals=qat", "precision.group_size=32", "world.cluster=2")),
     "stored at the end": (2, ("precision.residuals=post", "precision.group_size=32", "world.cluster=2")),
-    "offload": (2, ("memory.offload=true", "memory.device_budget={budget}", "world.cluster=2")),
+    "offload": (2, ("memory.offload=true", "memory.device_budget_bytes={budget}", "world.cluster=2")),
     "offload, adopt": (
         2,
-        (*RANDOM, "memory.offload=true", "memory.device_budget={budget}", "world.cluster=2", "world.zero_stage=2"),
+        (
+            *RANDOM,
+            "memory.offload=true",
+            "memory.device_budget_bytes={budget}",
+            "world.cluster=2",
+            "world.zero_stage=2",
+        ),
     ),
     "warm-up": (2, ("moe.warmup_standard=0.5", "world.cluster=2")),
     "reference kernel": (1, ("moe.backend=reference",)),
@@ -67,6 +73,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 
 OLD_WORDS = {
     "recluster.transition=refit": "recluster.transition=refactor",
+    "memory.device_budget_bytes=100000": "memory.device_budget=100000",
     "moe.backend=reference": "moe.form=reference",
     "moe.backend=masked": "moe.form=mask",
     "moe.backend=sorted": "moe.form=sort",

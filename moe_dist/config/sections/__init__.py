@@ -1,1 +1,1 @@
-"""The sections of a configuration, a file each."""
+"""Sections of the configuration, one file each."""

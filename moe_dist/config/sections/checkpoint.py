@@ -1,23 +1,23 @@
-"""What is kept of a run."""
+"""Checkpoints and resuming."""
 
 from typing import Annotated
 
 from pydantic import Field
 
-from moe_dist.config.sections.base import NonNegative, Positive, Section
+from moe_dist.config.sections.base import NonNegative, PathText, Positive, Section
 
 
 class CheckpointConfig(Section):
-    """What is kept of a run, and from where it goes on (docs/checkpoints.md)."""
+    """Checkpoints of a run, and the checkpoint to resume from (docs/checkpoints.md)."""
 
-    every: NonNegative = Field(500, description="steps between checkpoints; 0: only where a stop is requested")
-    keep_last: Positive = Field(2, description="newest checkpoints kept; older ones are deleted")
-    keep_every: NonNegative = Field(0, description="a checkpoint whose step this divides is never deleted; 0: none")
-    asynchronous: bool = Field(True, description="training goes on while a checkpoint is written")
-    save_final: bool = Field(True, description="keep the trained weights at the end, for evaluation and export")
-    resume: Annotated[str, Field(min_length=1)] = Field(
+    every: NonNegative = Field(500, description="steps between checkpoints; 0: only when a stop is requested")
+    keep_last: Positive = Field(2, description="number of newest checkpoints to keep; older ones are deleted")
+    keep_every: NonNegative = Field(0, description="keep every checkpoint whose step this divides; 0: none")
+    asynchronous: bool = Field(True, description="continue training while a checkpoint is written")
+    save_final: bool = Field(True, description="save the final weights, for evaluation and export")
+    resume: Annotated[PathText, Field(min_length=1)] = Field(
         "requeued",
-        description="none; auto: the newest good checkpoint of the newest run of this name; requeued: as auto, in a "
-        "job that was started again, else none; or a path: of a run, which goes on, or of a checkpoint, from which a "
-        "new run branches off",
+        description="none; auto: the newest valid checkpoint of the runs of this name; requeued: auto in a job that "
+        "was restarted, else none; or a path: of a run, which is continued, or of a checkpoint, from which a new run "
+        "branches off",
     )

@@ -1,30 +1,34 @@
-"""Where the text comes from, and what cuts it into tokens."""
+"""Corpus and tokenizer."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moe_dist.config.sections.base import Positive, Section
+from moe_dist.config.sections.base import PathText, Positive, Section
 from moe_dist.errors import ConfigError
 
 
 class CorpusConfig(Section):
-    """Where the text comes from."""
+    """Source of training and validation text."""
 
     kind: Literal["stdlib", "text", "hub"] = Field("stdlib", description="stdlib: Python's own library source, offline")
-    paths: list[str] = Field([], description="files or globs: .txt .jsonl .parquet (text)")
-    validation_paths: list[str] = Field([], description="held-out files (text); empty: a fraction of the documents")
-    name: str | None = Field(None, description="data set on the Hugging Face hub (hub)")
+    paths: list[PathText] = Field([], description="files or globs: .txt .jsonl .parquet (text)")
+    validation_paths: list[PathText] = Field(
+        [], description="held-out files (text); empty: a fraction of the documents"
+    )
+    name: PathText | None = Field(None, description="data set on the Hugging Face hub, or a local folder of one (hub)")
     subset: str | None = Field(None, description="configuration of that data set (hub)")
-    split: str = Field("train", description="split to train on (hub)")
-    validation_split: str | None = Field("validation", description="split to validate on (hub); null: a fraction")
-    text_column: str = Field("text", description="column of .jsonl, .parquet and hub data that holds the text")
+    split: str = Field("train", description="training split (hub)")
+    validation_split: str | None = Field("validation", description="validation split (hub); null: hold out a fraction")
+    text_column: str = Field("text", description="text column of .jsonl, .parquet and hub data; no other is read")
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of documents held out")
-    max_bytes: Positive | None = Field(None, description="read at most this much text; null: all")
-    cache_dir: str = Field("~/.cache/moe-dist", description="where tokenizers and token files are kept, by content")
+    max_bytes: Positive | None = Field(None, description="limit of text per source; null: no limit")
+    cache_dir: PathText = Field(
+        "~/.cache/moe-dist", validate_default=True, description="cache of tokenizers and token files, by content"
+    )
 
     @model_validator(mode="after")
-    def _source_named(self) -> Self:
+    def _require_source(self) -> Self:
         if self.kind == "text" and not self.paths:
             raise ConfigError("corpus.kind=text needs corpus.paths: a list of files or globs (.txt, .jsonl, .parquet)")
         if self.kind == "hub" and not self.name:
@@ -37,10 +41,10 @@ class CorpusConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """SentencePiece, trained once on the corpus."""
+    """SentencePiece tokenizer, trained on the corpus."""
 
     kind: Literal["bpe", "unigram"] = "bpe"
-    vocab_size: Annotated[int, Field(ge=260)] = Field(
-        4096, description="pieces, the 256 bytes of the fallback included"
+    vocab_size: Annotated[int, Field(ge=260, le=2**31 - 1)] = Field(
+        4096, description="vocabulary size, including the 256 bytes of the fallback"
     )
-    train_bytes: Positive = Field(4_000_000, description="at most this much text trains the tokenizer")
+    train_bytes: Positive = Field(4_000_000, description="limit of the text that trains the tokenizer, bytes")

@@ -1,4 +1,4 @@
-"""The transformer around the MoE layers."""
+"""Transformer around the MoE layers."""
 
 import math
 from typing import Annotated, Self
@@ -10,7 +10,7 @@ from moe_dist.errors import ConfigError
 
 
 class ModelConfig(Section):
-    """The transformer around the MoE layers, the same for every `moe.kind`."""
+    """Transformer around the MoE layers, the same for every `moe.kind`."""
 
     layers: Positive = 2
     hidden_size: Positive = 128
@@ -18,8 +18,8 @@ class ModelConfig(Section):
     kv_heads: Positive | None = Field(
         None, description="key/value heads (grouped-query attention); null: as many as heads"
     )
-    sequence_length: Positive = Field(256, description="tokens a sequence")
-    tie_embeddings: bool = Field(True, description="the output layer shares the token embedding's weights")
+    sequence_length: Positive = Field(256, description="tokens per sequence")
+    tie_embeddings: bool = Field(True, description="share the token embedding's weights with the output layer")
     rope_base: Positive = 10000
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -27,11 +27,11 @@ class ModelConfig(Section):
 
     @property
     def output_init_std(self) -> float:
-        """Initial std of what adds to the residual stream: init_std / sqrt(2 layers), as GPT-2."""
+        """Initial std of layers that add to the residual stream: init_std / sqrt(2 layers), as in GPT-2."""
         return self.init_std / math.sqrt(2 * self.layers)
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> Self:
+    def _check_heads(self) -> Self:
         require_divisible("model.hidden_size", self.hidden_size, "model.heads", self.heads)
         if self.kv_heads is not None:
             require_divisible("model.heads", self.heads, "model.kv_heads", self.kv_heads)

@@ -1,4 +1,4 @@
-"""The experts: their kind, number, sizes, balance and routing."""
+"""Experts: kind, number, sizes, balancing and routing."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,50 +11,59 @@ WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 class MoEConfig(Section):
-    """The feed-forward part of every layer: clustered experts, standard experts, or one dense network."""
+    """Feed-forward part of every layer: clustered experts, standard experts, or one dense network."""
 
     kind: Literal["clustered", "standard", "dense"] = "clustered"
-    experts: Positive = Field(32, description="E: experts in a layer")
+    experts: Positive = Field(32, description="E: experts per layer")
     clusters: Positive = Field(4, description="G: clusters of E/G experts (clustered)")
-    top_clusters: Positive = Field(1, description="m: clusters a token goes to (clustered)")
-    top_k: Positive = Field(2, description="k: experts chosen in each cluster (clustered) or among all (standard)")
+    top_clusters: Positive = Field(1, description="m: clusters per token (clustered)")
+    top_k: Positive = Field(
+        2, description="k: experts per token, in each chosen cluster (clustered) or among all (standard)"
+    )
     expert_hidden: Positive = Field(256, description="f: hidden width of an expert, and of a cluster's base")
     dense_hidden: Positive | None = Field(None, description="hidden width of `dense`; null: top_k * expert_hidden")
     rank: Positive = Field(4, description="r: rank of an expert's residual (clustered)")
-    expert_vectors: bool = Field(True, description="per-expert gate and biases on the hidden units, bias on the output")
+    expert_vectors: bool = Field(
+        True, description="per-expert gates and biases of hidden units, and output biases (clustered)"
+    )
     shared_init: bool = Field(
-        False, description="all bases (clustered) or all experts (standard, or in a warm-up) start from one draw"
+        False, description="initialize all bases (clustered) or all experts (standard) with the same values"
     )
     warmup_standard: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the steps first trained with standard experts, which are then clustered (clustered)"
+        0.0, description="share of the steps that train standard experts before these are clustered (clustered)"
     )
-    shared_expert_hidden: NonNegative = Field(0, description="width of an expert every token uses (standard); 0: none")
-    balance: Literal["bias", "aux_loss", "none"] = Field("bias", description="what keeps the experts' loads equal")
-    balance_rate: Annotated[float, Field(ge=0)] = Field(0.02, description="step of a selection bias (balance: bias)")
-    aux_loss_weight: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of the loss (balance: aux_loss)")
-    z_loss_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the router z-loss, in each stage")
+    shared_expert_hidden: NonNegative = Field(0, description="hidden width of a shared expert (standard); 0: none")
+    balance: Literal["bias", "aux_loss", "none"] = Field(
+        "bias", description="load balancing: selection biases, auxiliary loss, or none"
+    )
+    balance_rate: Annotated[float, Field(ge=0)] = Field(
+        0.02, description="update of a selection bias per step (balance: bias)"
+    )
+    aux_loss_weight: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="weight of the auxiliary loss (balance: aux_loss)"
+    )
+    z_loss_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of the router z-loss, for each stage")
     capacity_factor: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="copies that a cluster takes of each rank's micro-batch, and an expert of all ranks', over an even "
-        "share; null: all",
+        description="capacity of a cluster and of an expert, as a multiple of a uniform share; null: no dropping",
     )
-    gate_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on a layer's gates, else of sum 1")
+    gate_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="sum of a token's gates")
     backend: Literal["auto", "masked", "sorted", "cpu", "triton", "reference"] = Field(
-        "auto", description="how clustered experts are computed"
+        "auto", description="kernel of clustered experts; auto: the fastest that is available"
     )
     wire_dtype: WireDtype = Field(
-        "bfloat16", description="what hidden vectors travel as between ranks; int8: with a scale for each"
+        "bfloat16", description="type of hidden vectors in all-to-alls; int8: with a scale per vector"
     )
     overlap_chunks: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         "auto",
-        description="chunks of a rank's tokens, of which one travels between clusters while another is computed "
-        "(clustered); auto: what pays by the speeds measured at the start",
+        description="chunks of a rank's tokens whose all-to-all overlaps with the computation of others (clustered); "
+        "auto: chosen by speeds measured at the start",
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_kind(self) -> Self:
         if self.kind == "clustered":
-            self._clustered_possible()
+            self._check_clustered()
         elif self.warmup_standard:
             raise ConfigError(
                 f"moe.warmup_standard={self.warmup_standard} works with moe.kind=clustered only, not {self.kind}: set "
@@ -64,7 +73,7 @@ class MoEConfig(Section):
             raise ConfigError(f"moe.top_k={self.top_k} is larger than moe.experts={self.experts}")
         return self
 
-    def _clustered_possible(self) -> None:
+    def _check_clustered(self) -> None:
         require_divisible("moe.experts", self.experts, "moe.clusters", self.clusters)
         if self.top_k > self.experts_per_cluster:
             raise ConfigError(
@@ -75,8 +84,8 @@ class MoEConfig(Section):
             raise ConfigError(f"moe.top_clusters={self.top_clusters} is larger than moe.clusters={self.clusters}")
         if self.overlap_chunks not in ("auto", 1) and (key := self.needs_whole_batches):
             raise ConfigError(
-                f"moe.overlap_chunks={self.overlap_chunks} does not work with {key}, which is for all of a cluster's "
-                "tokens together: use auto or 1"
+                f"moe.overlap_chunks={self.overlap_chunks} does not work with {key}, which needs all tokens of "
+                "a micro-batch together: use auto or 1"
             )
         if self.shared_expert_hidden:
             raise ConfigError(
@@ -86,14 +95,14 @@ class MoEConfig(Section):
 
     @property
     def needs_whole_batches(self) -> str | None:
-        """The key by which an expert's tokens of a micro-batch must be seen together, if there is one."""
+        """Key that requires all tokens of a micro-batch together, or None."""
         if self.capacity_factor is not None:
             return f"moe.capacity_factor={self.capacity_factor}"
         return "moe.balance=aux_loss" if self.balance == "aux_loss" and self.aux_loss_weight else None
 
     @property
     def experts_per_cluster(self) -> int:
-        """n = E/G."""
+        """Experts per cluster, n = E/G."""
         return self.experts // self.clusters
 
     @property

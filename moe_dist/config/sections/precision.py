@@ -1,4 +1,4 @@
-"""What experts are stored as."""
+"""Quantization of experts."""
 
 from typing import Literal
 
@@ -8,17 +8,17 @@ from moe_dist.config.sections.base import Section
 
 
 class PrecisionConfig(Section):
-    """What clustered experts are stored as when they are not being updated (moe.kind=clustered)."""
+    """Storage format of clustered experts in exports and evaluation (moe.kind=clustered)."""
 
     residuals: Literal["none", "qat", "post"] = Field(
         "none",
-        description="factors in few bits: none; post: at the end, in evaluation and export; qat: the forward pass of "
-        "training sees them so too",
+        description="quantization of low-rank factors: none; post: after training, in evaluation and export; qat: "
+        "fake-quantized in training's forward pass too",
     )
-    bits: Literal[4, 8] = Field(4, description="of a factor's number")
-    group_size: Literal[32, 64, 128] = Field(64, description="neighbouring numbers along d or f that share a scale")
-    symmetric: bool = Field(True, description="no zero points beside the scales")
-    scale_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="what scales are kept as")
+    bits: Literal[4, 8] = Field(4, description="bits per number of a factor")
+    group_size: Literal[32, 64, 128] = Field(64, description="neighboring numbers along d or f that share a scale")
+    symmetric: bool = Field(True, description="symmetric quantization, without zero points")
+    scale_dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="type of the scales")
     bases: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="what bases are stored as; null: train.precision"
+        None, description="storage type of bases; null: train.precision"
     )

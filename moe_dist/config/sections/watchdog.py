@@ -1,4 +1,4 @@
-"""What happens when a rank hangs."""
+"""Detection of hangs."""
 
 from pydantic import Field
 
@@ -6,10 +6,10 @@ from moe_dist.config.sections.base import NonNegative, Section
 
 
 class WatchdogConfig(Section):
-    """What happens when a rank hangs."""
+    """Detection of hanging ranks."""
 
     seconds: NonNegative | None = Field(
         None,
-        description="without progress for so long, all ranks write their stacks and stop; 0: never; null: half of "
-        "world.timeout_seconds",
+        description="time without progress after which all ranks write their stacks and stop; 0: never; null: half "
+        "of world.timeout_seconds",
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moe_dist.data import prepare_data
 from moe_dist.errors import DataError, MoeDistError
-from moe_dist.evaluation.glue_data import is_there, load_task
+from moe_dist.evaluation.glue_data import has_task, load_task
 from moe_dist.evaluation.glue_tasks import TASKS
 from moe_dist.metrics import installed_versions, write_json
 from moe_dist.studies.reproduction import evaluations as evaluate
@@ -97,7 +97,7 @@ def require_data(plan: ReproductionPlan) -> None:
     if plan.evaluations.glue in (None, "hub"):
         return
     folder = Path(str(plan.evaluations.glue))
-    there = [task for task in TASKS.values() if is_there(task, folder)]
+    there = [task for task in TASKS.values() if has_task(task, folder)]
     if not there:
         raise DataError(f"--glue {folder}: holds no folder of a task: {', '.join(TASKS)}")
     for task in there:

@@ -53,7 +53,7 @@ def test_what_may_differ_is_said(words: list[str], said: list[str]) -> None:
 )
 def test_other_tokens_are_refused(words: list[str], why: str) -> None:
     other = DATA.model_copy(update={"train_checksum": 99})
-    with pytest.raises(CheckpointError, match="trained on other tokens") as caught:
+    with pytest.raises(CheckpointError, match="training tokens differ") as caught:
         check_config_compatible(manifest(), load_config(None, words), other)
     assert str(caught.value).endswith(why)
 

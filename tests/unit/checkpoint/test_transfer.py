@@ -49,7 +49,7 @@ def test_a_part_alone_is_read_and_its_type_converted(tmp_path: Path) -> None:
 def test_what_is_away_is_written_in_several_files_and_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "AWAY_FILE_BYTES", 40)  # two of four pieces, of 16 bytes each
+    monkeypatch.setattr(storage, "OFFLOADED_FILE_BYTES", 40)  # two of four pieces, of 16 bytes each
     values, target = torch.arange(16.0), torch.zeros(16)
 
     def away(piece: int) -> OffloadedShard:
@@ -78,7 +78,7 @@ def test_the_index_says_what_is_where(tmp_path: Path) -> None:
 
 def test_a_tensor_with_a_hole_is_never_written(tmp_path: Path) -> None:
     torn: State = {"x": ShardedTensor((4,), torch.float32, [Shard(0, torch.zeros(3))])}
-    with pytest.raises(CheckpointError, match=r"x of shape \[4\] is not whole"):
+    with pytest.raises(CheckpointError, match=r"x of shape \[4\] is incomplete"):
         write_checkpoint(tmp_path / "c", manifest(), torn, rank=0)
     assert not (tmp_path / "c").exists()
 

@@ -77,9 +77,9 @@ def test_a_pickle_instead_of_tensors_is_not_executed(tmp_path: Path, writer: str
         ({"chunks": [[0, 12, "../../../secret.safetensors"]]}, "should match pattern"),
         ({"chunks": [[0, 12, "/etc/passwd"]]}, "should match pattern"),
         ({"chunks": [[0, 12, "rank-00007.safetensors"]]}, "in a file not listed"),
-        ({"chunks": [[0, 3, SHARD]]}, "is not whole"),
+        ({"chunks": [[0, 3, SHARD]]}, "is incomplete"),
         ({"chunks": [[-1, 12, SHARD]]}, "greater than or equal to 0"),
-        ({"shape": [10**9, 10**9], "chunks": [[0, 10**18, SHARD]]}, "more than its files hold"),
+        ({"shape": [10**9, 10**9], "chunks": [[0, 10**18, SHARD]]}, "more data than its files hold"),
         ({"dtype": "object"}, "Input should be"),
         ({"extra": 1}, "Extra inputs are not permitted"),
     ],
@@ -125,7 +125,7 @@ def test_a_configuration_from_nowhere_is_refused(tmp_path: Path) -> None:
     (checkpoint,) = saved(tmp_path, 1)
     manifest = read_manifest(checkpoint)
     write_manifest(checkpoint, manifest.model_copy(update={"config": {"name": "$(touch x)"}}))
-    with pytest.raises(CheckpointError, match=r"is not one of this version: .*name"):
+    with pytest.raises(CheckpointError, match=r"is invalid in this version: .*name"):
         find_weights(tmp_path)
 
 
@@ -153,7 +153,7 @@ def test_what_is_no_run_is_refused_by_what_it_is(tmp_path: Path) -> None:
         tmp_path / "out.safetensors" / "run": "out.safetensors/run does not exist: give the folder of a run",
         checkpoint / "index.json": r"index.json cannot be read as a file of moe-dist export \(.*\): give one, or the",
         checkpoint / SHARD: r"is not a file that moe-dist export wrote \(no step in its metadata\): give one, or the",
-        tmp_path / "out.safetensors": "out.safetensors is an exported file already: give the run or checkpoint",
+        tmp_path / "out.safetensors": "out.safetensors is an exported file already: give its run or checkpoint",
     }
     for path, said in cases.items():
         with pytest.raises(CheckpointError, match=said):

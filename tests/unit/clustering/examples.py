@@ -37,8 +37,8 @@ def materialised(projections: list[FactoredProjection]) -> Tensor:
 
 def cosines(x_ES: Tensor) -> Tensor:
     """Cosines of the rows less their mean, [E, E]."""
-    centred_ES = x_ES - x_ES.mean(0)
-    unit_ES: Tensor = centred_ES / centred_ES.norm(dim=1, keepdim=True)
+    centered_ES = x_ES - x_ES.mean(0)
+    unit_ES: Tensor = centered_ES / centered_ES.norm(dim=1, keepdim=True)
     return unit_ES @ unit_ES.T
 
 

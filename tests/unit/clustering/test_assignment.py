@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.clustering import adjusted_rand_index, assign_balanced, cluster_quality
-from moe_dist.clustering.exact import balanced_clusterings, best_balanced
 from moe_dist.clustering.objective import affinities, pair_sum, pair_weights
+from tests.oracles.balanced_clustering import balanced_clusterings, best_balanced
 from tests.unit.clustering.examples import Labels, Matrix, planted_groups, planted_similarity
 
 SMALL = [(4, 2), (6, 2), (6, 3), (8, 2), (8, 4)]
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused() -> None:
         assign_balanced(similarity_EE, 3, seed=0)
     with pytest.raises(ValueError, match=r"must be \[E, E\]"):
         assign_balanced(similarity_EE[:4], 2, seed=0)
-    with pytest.raises(ValueError, match="nothing to begin with"):
+    with pytest.raises(ValueError, match="leaves no start"):
         assign_balanced(similarity_EE, 2, seed=0, restarts=0)
     for start in ([0, 0, 0, 0, 0, 1, 1, 1], [0] * 4 + [2] * 4, [0, 1]):
         with pytest.raises(ValueError, match="2 equal clusters"):

@@ -100,5 +100,5 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     (p,) = draw_projections(0, [(4, 5)], 2, 3, 2)
     with pytest.raises(ValueError, match=r"\[C, I, O\]"):
         replace(p, v_ERO=p.v_ERO[:2])
-    with pytest.raises(ValueError, match="bases 0 to 1, name"):
+    with pytest.raises(ValueError, match="in 0 to 1, got"):
         replace(p, base_of_E=torch.tensor([0, 1, 2]))

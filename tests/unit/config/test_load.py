@@ -100,7 +100,16 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
         (["recluster.period=20", "recluster.start=50", "recluster.stop=40"], ["recluster.stop=40"]),
         (["recluster.alpha=1.5"], ["recluster.alpha=1.5"]),
         (["recluster.max_moved=0"], ["recluster.max_moved=0"]),
-        (["memory.device_budget=1e300"], ["memory.device_budget='1e300'", "less than or equal to 1000000000000000000"]),
+        (
+            ["memory.device_budget_bytes=1e300"],
+            ["memory.device_budget_bytes", "less than or equal to 1000000000000000000"],
+        ),
+        (["memory.device_budget_bytes=1.5"], ["memory.device_budget_bytes=1.5", "valid integer"]),
+        (["memory.device_budget_ratio=0"], ["memory.device_budget_ratio=0", "greater than 0"]),
+        (
+            ["memory.device_budget_bytes=2e9", "memory.device_budget_ratio=0.5"],
+            ["memory.device_budget_bytes=2000000000", "memory.device_budget_ratio=0.5", "null"],
+        ),
         (["memory.host_budget=2000000000000000000"], ["memory.host_budget=2000000000000000000", "less than or equal"]),
         (["recluster.period=20", "recluster.max_moved=0.06"], ["recluster.max_moved=0.06", "moe.experts=32", "0.0625"]),
         (["recluster.period=20", "moe.clusters=32", "moe.top_k=1"], ["recluster.period=20", "moe.clusters=32"]),
@@ -197,3 +206,59 @@ def test_a_standard_warm_up_stores_nothing_in_few_bits() -> None:
     assert config.phase_after(0).precision.residuals == "none"
     assert config.phase_after(config.standard_steps).precision.residuals == "qat"
     RunConfig.model_validate(config.phase_after(0).model_dump())  # as a checkpoint of that phase is read
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("name: 2026-13-45", ["'2026-13-45' on line 1", "timestamp", "quote it"]),
+        ("seed: 0b_", ["'0b_' on line 1", "int", "quote it"]),
+        ("seed: " + "9" * 5000, ["'999", "on line 1", "quote it"]),
+        ("name: !!timestamp soon", ["'soon' on line 1", "timestamp"]),
+        ("seed: !!bool maybe", ["'maybe' on line 1", "bool"]),
+        ("seed: 1\n? [a, b]\n: 2", ["key on line 2", "list or a mapping"]),
+        ("moe: " + "[" * 5000, ["nested too deeply"]),
+        ("moe: &a [*a]", ["moe=[[", "valid dictionary"]),
+        ("name: 20261129", ["name=20261129", "valid string", "quote it"]),
+        ("name: 2026-11-29", ["name=2026-11-29", "valid string", "quote it"]),
+        ("name: yes", ["name=True", "quote it"]),
+        ("runs_dir: 7", ["runs_dir=7", "quote it"]),
+        ("seed: 9223372036854775808", ["seed=9223372036854775808", "less than or equal to 9223372036854775807"]),
+        ("seed: 0x" + "f" * 5000, ["seed=a number of thousands of digits", "less than or equal to"]),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_oddities_of_yaml_are_one_line_in_files_and_words(write: Write, text: str, parts: list[str]) -> None:
+    for part in parts:
+        assert part in refusal(write("run.yaml", text))
+    key, _, value = text.partition(": ")
+    if "\n" not in text:
+        for part in parts:
+            assert part in refusal(None, f"{key}={value}")
+
+
+def test_quoted_values_are_text(write: Write) -> None:
+    assert load_config(write("run.yaml", 'name: "20261129"\n')).name == "20261129"
+    assert load_config(None, ['name="2026-11-29"']).name == "2026-11-29"
+    assert load_config(None, ["seed=9223372036854775807"]).seed == 2**63 - 1
+
+
+PATH_KEYS = ["runs_dir", "summary_copy", "corpus.cache_dir", "corpus.name", "memory.directory", "checkpoint.resume"]
+
+
+@pytest.mark.parametrize("key", [*PATH_KEYS, "corpus.paths", "corpus.validation_paths"])
+def test_every_path_expands_the_home_directory(key: str, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    value = "[~/text.txt]" if key.endswith("paths") else "~/text.txt"
+    kind = "hub" if key == "corpus.name" else "text"
+    words = [f"corpus.kind={kind}", "corpus.paths=[a.txt]", f"corpus.name={'a/b' if kind == 'hub' else 'null'}"]
+    found: object = load_config(None, [*words, f"{key}={value}"])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == (["/home/someone/text.txt"] if key.endswith("paths") else "/home/someone/text.txt")
+
+
+def test_includes_expand_the_home_directory(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("base.yaml", "seed: 5\n")
+    assert load_config(write("run.yaml", "include: ['~/base.yaml']\n")).seed == 5

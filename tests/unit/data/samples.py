@@ -31,3 +31,19 @@ def tokens_in_memory(count: int) -> TokenFile:
     """A token file whose ids are 0, 1, 2, ...: an id tells its position."""
     facts = TokenFacts(count, 1, count, count, 0, max(count, 1), 0, "<u4")
     return TokenFile(Path("train.tokens"), facts, 0, np.arange(count, dtype="<u4"))
+
+
+def wikitext_article(number: int) -> str:
+    """One article in the format of WikiText's files, from its title to the blank line before the next."""
+    prose = "".join(documents_of(number, 3)).replace("\n", " \n").replace(".", " @,@ 5 <unk> .")
+    first, second, third = prose.splitlines(keepends=True)
+    parts = [f" = Title {number} = \n \n {first}"]
+    parts += [f" = = Section {part} = = \n \n {second} = = = Part = = = \n \n {third}" for part in range(3)]
+    parts.append(f" = Played {number} , W = Won \n = Played , W = \n {first}")
+    blank = " \n" if number % 2 else " \n \n"
+    return f"{blank.join(parts)} \n"
+
+
+def wikitext_like(articles: int) -> str:
+    """A text file of that many articles."""
+    return "".join(wikitext_article(number) for number in range(articles))

@@ -1,7 +1,5 @@
 """Cutting text into documents, and holding some of them out."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,12 +11,12 @@ from moe_dist.data.documents import (
     drop_held_out,
     hold_out,
     limit_bytes,
+    normalize_lines,
     split_rows,
     split_text,
 )
 from moe_dist.errors import DataError
-
-WIKITEXT = Path("../shared/data/wikitext")
+from tests.unit.data.samples import wikitext_article, wikitext_like
 
 LINES = st.sampled_from(
     ["\n", " \n", " = Title = \n", " = = Section = = \n", " = Played , W = \n", "Some words .\n", "x"]
@@ -53,11 +51,31 @@ def test_wikitext_lines_become_articles_from_text_and_from_rows() -> None:
     assert list(split_rows(["a row", "another row"])) == ["a row", "another row"]
 
 
-@pytest.mark.skipif(not WIKITEXT.exists(), reason=f"no WikiText-2 in {WIKITEXT}")
-@pytest.mark.parametrize(("split", "articles"), [("train", 600), ("validation", 60)])
-def test_wikitext_2_has_its_official_number_of_articles(split: str, articles: int) -> None:
-    text = (WIKITEXT / f"{split}.txt").read_text()
-    assert sum(1 for _ in as_documents(split_text(text))) == articles
+def test_every_article_of_a_text_like_wikitext_is_a_document() -> None:
+    """As in WikiText-2's files: sections, tables, formulas and unknown words inside of articles, ragged blank lines."""
+    assert list(split_text(wikitext_like(120))) == [wikitext_article(number) for number in range(120)]
+    assert wikitext_like(120).count(" = ") > 1000  # of which 120 begin an article
+
+
+def test_line_ends_of_other_systems_give_the_same_documents() -> None:
+    text = wikitext_like(120)
+    for line_end in ("\r\n", "\r"):
+        assert normalize_lines(text.replace("\n", line_end)) == text
+    assert normalize_lines("\ufeff" + text) == text
+    assert normalize_lines("a\r\r\nb\n\rc\ufeff") == "a\n\nb\n\nc\ufeff"
+
+
+def test_a_long_line_is_cut_at_sentences_words_or_length() -> None:
+    """A sentence of 50 characters ends at multiples of 50: the first after 16,384 is at 16,400."""
+    sentence = "The quick brown fox jumps over the lazy dogs now. "
+    assert len(sentence) == 50
+    sections = list(split_text(sentence * 3600))
+    assert [len(section) for section in sections] == [16_400] * 10 + [16_000]
+    words = list(split_text("word " * 36_000))  # 180,000 characters; words end at multiples of 5
+    assert [len(section) for section in words] == [16_385] * 10 + [16_150]
+    assert [len(section) for section in split_text("x" * 180_000)] == [32_768] * 5 + [16_160]
+    chinese = list(split_text(("\u5b57" * 99 + "\u3002") * 400))  # 40,000 characters without a space
+    assert [len(section) for section in chinese] == [16_400, 16_400, 7_200]
 
 
 @settings(deadline=None)

@@ -106,3 +106,67 @@ def test_offline_is_undone() -> None:
     with hub.offline():
         assert all(switch.HF_HUB_OFFLINE for switch in switches)
     assert [switch.HF_HUB_OFFLINE for switch in switches] == before
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> CorpusConfig:
+    """A data set in a local folder, with a training split alone."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": f"text {number}", "label": number}) + "\n" for number in range(20))
+    (folder / "train.jsonl").write_text(rows)
+    return CorpusConfig(kind="hub", name=str(folder), validation_split=None)
+
+
+def test_a_local_folder_needs_no_network(local: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "hub_reachable", lambda: pytest.fail("the hub was asked"))
+    found = documents_or_line(local)
+    assert isinstance(found, list)
+    assert sorted(found) == sorted(f"text {number}" for number in range(20))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"split": "trian"}, 'corpus.split=trian) cannot be loaded: Unknown split "trian". Should be one of'),
+        ({"validation_split": "validation"}, 'cannot be loaded: Unknown split "validation". Should be one of'),
+        (
+            {"subset": "other"},
+            "corpus.subset=other, corpus.split=train) cannot be loaded: BuilderConfig 'other' not found",
+        ),
+        ({"text_column": "body"}, "has no column corpus.text_column=body; it has: text, label"),
+        ({"text_column": "label"}, "row 0: corpus.text_column=label is int, not text; other columns: text"),
+    ],
+    ids=["split", "validation split", "subset", "column", "type"],
+)
+def test_the_cause_is_told_for_a_local_folder(local: CorpusConfig, change: dict[str, str], said: str) -> None:
+    line = documents_or_line(local.model_copy(update=change))
+    assert isinstance(line, str)
+    assert said in line
+    assert "\n" not in line
+    assert "reached" not in line
+    assert line.endswith("; null holds out a fraction instead") == ("validation_split" in change)
+
+
+def test_differing_columns_and_scripts_of_a_local_folder_are_told(local: CorpusConfig, tmp_path: Path) -> None:
+    folder = Path(str(local.name))
+    (folder / "train-2.jsonl").write_text('{"text": "more", "new": "x"}\n')
+    line = documents_or_line(local)
+    assert "cannot be loaded: " in line
+    assert "columns" in line or "column names" in line
+    script = tmp_path / "scripted"
+    script.mkdir()
+    (script / "scripted.py").write_text("import datasets\n")
+    line = documents_or_line(local.model_copy(update={"name": str(script / "scripted.py")}))
+    assert "cannot be loaded: Dataset scripts are no longer supported" in line
+
+
+def test_a_cached_data_set_without_the_split_tells_so_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(*names: Any, **settings: Any) -> None:
+        raise ValueError("Couldn't find cache for Some/wikitext for config 'raw'")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    assert "cannot be loaded: Couldn't find cache for Some/wikitext for config 'raw'" in documents_or_line(HUB)

@@ -14,7 +14,7 @@ import pytest
 
 from moe_dist.config import CorpusConfig, TokenizerConfig
 from moe_dist.data import PreparedData, Tokenizer, prepare_data
-from moe_dist.data.cache import exclusive, written_whole
+from moe_dist.data.cache import atomic_write, exclusive
 from moe_dist.data.corpora import open_corpus
 from moe_dist.data.prepare import _key
 from moe_dist.data.tokenizer import train_tokenizer
@@ -153,7 +153,7 @@ def folder_of(corpus: CorpusConfig) -> Path:
 
 def _hang_while_working(corpus: CorpusConfig, working: Event) -> None:
     def hang(*arguments: Any) -> bytes:
-        with written_whole(folder_of(corpus) / "train.tokens") as path:
+        with atomic_write(folder_of(corpus) / "train.tokens") as path:
             path.write_bytes(b"half")
             working.set()
             time.sleep(300)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.config import TokenizerConfig
+from moe_dist.data.files import stdlib_source
 from moe_dist.data.tokenizer import Tokenizer, train_tokenizer
 from moe_dist.errors import DataError
-from tests.unit.data.samples import documents_of
+from tests.unit.data.samples import documents_of, wikitext_like
 
-WIKITEXT = Path("../shared/data/wikitext/validation.txt")
 AWKWARD = [
     "",
     "\n\n\n",
@@ -103,7 +103,11 @@ def test_long_lines_train_the_tokenizer_too() -> None:
     train_tokenizer(["ab" * 200_000 + words], TokenizerConfig(vocab_size=400))
 
 
-@pytest.mark.skipif(not WIKITEXT.exists(), reason=f"no WikiText-2 in {WIKITEXT}")
-def test_real_text_comes_back_whole(tokenizer: Tokenizer) -> None:
-    text = WIKITEXT.read_text()
+def test_text_of_many_kinds_comes_back_whole(tokenizer: Tokenizer) -> None:
+    """Articles in WikiText's format, Python source with its indentation, and letters that training never saw."""
+    source = next(text for text in stdlib_source().texts() if "\n        " in text)
+    foreign = (
+        "na\u00efve \u043f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d \U0001f600 \u2581 a\u0301 \u200d\ufeff\t\r\n"
+    )
+    text = wikitext_like(40) + source + foreign * 20
     assert tokenizer.decode(tokenizer.encode(text)) == text

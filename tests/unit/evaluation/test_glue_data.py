@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moe_dist.errors import DataError
-from moe_dist.evaluation.glue_data import Example, is_there, load_task
+from moe_dist.evaluation.glue_data import Example, has_task, load_task
 from moe_dist.evaluation.glue_tasks import TASKS
 
 GOOD = [{"sentence1": f"a {n}", "sentence2": f"b {n}", "label": n % 2, "idx": n} for n in range(4)]
@@ -30,8 +30,8 @@ def test_rows_are_read_as_they_are(folder: Path) -> None:
     data = load_task(TASKS["rte"], folder)
     assert data.train == data.validation[""]
     assert data.train[1] == Example(("a 1", "b 1"), 1.0)
-    assert is_there(TASKS["rte"], folder)
-    assert not is_there(TASKS["cola"], folder)
+    assert has_task(TASKS["rte"], folder)
+    assert not has_task(TASKS["cola"], folder)
 
 
 def test_fewer_rows_are_always_the_same_ones(folder: Path) -> None:
@@ -62,15 +62,15 @@ def _without(column: str) -> dict[str, Any]:
         ([], r"rte/validation.jsonl: the split is empty"),
         ([GOOD[0], _without("sentence2")], r"row 2 has no column 'sentence2'; it has: sentence1, label, idx"),
         ([_without("label")], r"row 1 has no column 'label'"),
-        ([{**GOOD[0], "label": -1}], r"label=-1, but those of rte are 0, 1 \(those of test splits are not public\)"),
-        ([{**GOOD[0], "label": 2}], r"label=2, but those of rte are 0, 1"),
+        ([{**GOOD[0], "label": -1}], r"label=-1, expected 0, 1 \(rte\) \(those of test splits are not public\)"),
+        ([{**GOOD[0], "label": 2}], r"label=2, expected 0, 1 \(rte\)"),
         ([{**GOOD[0], "label": 0.5}], r"label=0.5"),
         ([{**GOOD[0], "label": float("nan")}], r"label=nan"),
         ([{**GOOD[0], "label": 10**400}], r"label=1000"),
         ([{**GOOD[0], "label": None}], r"label=None"),
         ([{**GOOD[0], "label": True}], r"label=True"),
         ([{**GOOD[0], "sentence1": None}], r"sentence1 is None, not text"),
-        ([[1]], r"line 1 is no JSON object"),
+        ([[1]], r"line 1 is not a JSON object"),
     ],
 )
 def test_wrong_rows_are_one_clear_line(folder: Path, rows: list[Any], said: str) -> None:
@@ -109,5 +109,5 @@ def test_lines_that_are_no_json_are_named(folder: Path, line: bytes, said: str) 
 @pytest.mark.parametrize("label", [5.5, -0.1, "3", float("nan"), float("inf"), 10**400])
 def test_similarities_are_from_0_to_5(tmp_path: Path, label: Any) -> None:
     write(tmp_path, "stsb", "train", [{**GOOD[0], "label": 3.8}, {**GOOD[0], "label": label}])
-    with pytest.raises(DataError, match=r"row 2: label=.*, but those of stsb are numbers from 0 to 5"):
+    with pytest.raises(DataError, match=r"row 2: label=.*, expected a number from 0 to 5 \(stsb\)"):
         load_task(TASKS["stsb"], tmp_path)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moe_dist.evaluation.fine_tune import FineTuning
 from moe_dist.evaluation.glue_data import Example
-from moe_dist.evaluation.sentence_model import BESIDES, Encoded, _cut, encode, pack
+from moe_dist.evaluation.sentence_model import EXTRA_COLUMNS, Encoded, _cut, encode, pack
 
 
 class Letters:
@@ -43,8 +43,8 @@ def test_a_cut_fills_the_room_and_takes_from_the_longest(lengths: list[int], roo
 
 def test_a_packed_batch_keeps_lengths_and_labels_exactly() -> None:
     packed = pack([Encoded([0, 7, 0], 3.8), Encoded([0, 1, 2, 3, 0], 1.0)], 6)
-    assert packed[:, :-BESIDES].tolist() == [[0, 7, 0, 0, 0, 0], [0, 1, 2, 3, 0, 0]]
-    assert packed[:, -BESIDES].tolist() == [2, 4]
+    assert packed[:, :-EXTRA_COLUMNS].tolist() == [[0, 7, 0, 0, 0, 0], [0, 1, 2, 3, 0, 0]]
+    assert packed[:, -EXTRA_COLUMNS].tolist() == [2, 4]
     assert packed[:, -1].view(torch.float64).tolist() == [3.8, 1.0]
 
 

@@ -45,14 +45,14 @@ def test_rows_of_a_table_are_joined_to_the_same_articles(tmp_path: Path, tokeniz
 def test_data_errors_are_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=r"--text .*/nowhere: no such file or folder"):
         open_text(tmp_path / "nowhere", "test")
-    with pytest.raises(DataError, match=r"holds no test split: give the one file, such as .*/test.txt"):
+    with pytest.raises(DataError, match=r"holds no test split: give one file, such as .*/test.txt"):
         open_text(tmp_path, "test")
     (tmp_path / "README.md").write_text("words\n")
-    with pytest.raises(DataError, match=r"--text: .*/README.md is not one of the formats read: .txt"):
+    with pytest.raises(DataError, match=r"--text: .*/README.md has none of the supported formats: .txt"):
         open_text(tmp_path / "README.md", "test")
     for name in ("test.txt", "wiki.test.raw"):
         (tmp_path / name).write_text(" \n")
-    with pytest.raises(DataError, match=r"holds test.txt, wiki.test.raw: give the one file"):
+    with pytest.raises(DataError, match=r"holds test.txt, wiki.test.raw: give one file"):
         open_text(tmp_path, "test")
     with pytest.raises(DataError, match=r"test.txt holds no words"):
         encode_text(open_text(tmp_path / "test.txt", "test"), tokenizer)

@@ -11,7 +11,7 @@ class LateWorker:
     def __init__(self) -> None:
         self._queue: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
         self.done: list[Any] = []
-        """The blocks whose turn has come."""
+        """The blocks whose generation has come."""
 
     def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
         """Puts work off."""

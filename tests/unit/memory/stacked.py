@@ -31,15 +31,15 @@ class LateTiers(StackedTiers):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        worker, held = LateWorker(), self.below.held
+        worker, pinned = LateWorker(), self.below.pinned
         self.device._worker = worker  # type: ignore[assignment]
 
         @contextmanager
-        def held_when_a_fetch_comes(block: Block, *, changed: bool = False, **how: bool) -> Iterator[Tensor]:
-            with held(block, changed=changed, **how) as values:
+        def pinned_when_a_prefetch_comes(block: Block, *, changed: bool = False, **how: bool) -> Iterator[Tensor]:
+            with pinned(block, changed=changed, **how) as values:
                 if changed:
                     worker.catch_up(block)
                 yield values
 
-        self.below.held = held_when_a_fetch_comes  # type: ignore[method-assign]
+        self.below.pinned = pinned_when_a_prefetch_comes  # type: ignore[method-assign]
         self.late = worker.done

@@ -27,19 +27,19 @@ def stacked(path: Path, on_device: int, on_host: int) -> tuple[BlockCache, Block
     return device, host, worker
 
 
-@pytest.mark.parametrize("how", ["send_down", "unwant", "drop"])
+@pytest.mark.parametrize("how", ["evict", "cancel_prefetch", "drop"])
 def test_what_is_fetched_too_late_does_not_bring_up_what_is_being_replaced_below(tmp_path: Path, how: str) -> None:
     """A block that the device had, and was to have again, is updated in the host's memory before the thread's turn."""
     device, host, worker = stacked(tmp_path, 2, 3)
     device.write(BLOCKS[0], values_of(1))
-    device.send_down(BLOCKS[0])
+    device.evict(BLOCKS[0])
     device.prefetch([BLOCKS[0]])
     getattr(device, how)(BLOCKS[0])
-    with host.held(BLOCKS[0], changed=True) as values:
+    with host.pinned(BLOCKS[0], changed=True) as values:
         worker.catch_up()
         values.fill_(2)
     assert not device.holds(BLOCKS[0])
-    with device.held(BLOCKS[0]) as values:
+    with device.pinned(BLOCKS[0]) as values:
         assert torch.equal(values, values_of(2))
     device.close()
 
@@ -68,10 +68,10 @@ def test_what_is_being_fetched_has_arrived_before_it_is_sent_down(
     monkeypatch.setattr(device._condition, "wait", telling_wait)
     device.prefetch([BLOCKS[0]])
     assert begun.wait(60)
-    device.send_down(BLOCKS[0])
+    device.evict(BLOCKS[0])
     assert waited_for.is_set()
     host.write(BLOCKS[0], values_of(2))
-    with device.held(BLOCKS[0]) as values:
+    with device.pinned(BLOCKS[0]) as values:
         assert torch.equal(values, values_of(2))
     device.close()
 
@@ -91,31 +91,31 @@ def test_stacked_blocks_read_as_they_were_left_however_late_fetches_are(
     for number, (block, what) in enumerate(steps, 1):
         match what:
             case "use":
-                with device.held(block, changed=True) as values:
+                with device.pinned(block, changed=True) as values:
                     assert torch.equal(values, values_of(expected[block]))
                     values.fill_(number)
                 expected[block] = number
             case "fetch":
                 device.prefetch([block])
             case "unwant":
-                device.unwant(block)
+                device.cancel_prefetch(block)
             case "update":
-                device.send_down(block)
-                with host.held(block, changed=True) as values:
+                device.evict(block)
+                with host.pinned(block, changed=True) as values:
                     assert torch.equal(values, values_of(expected[block]))
                     worker.catch_up()
                     values.fill_(number)
                 expected[block] = number
             case "drop":
-                device.send_down(block)
+                device.evict(block)
                 host.drop(block)
                 expected[block] = 0
             case "hold":
-                with host.held(block):
+                with host.pinned(block):
                     worker.catch_up()
             case "late":
                 worker.catch_up()
     for block, number in expected.items():
-        with device.held(block) as values:
+        with device.pinned(block) as values:
             assert torch.equal(values, values_of(number))
     device.close()

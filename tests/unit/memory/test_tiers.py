@@ -18,7 +18,7 @@ from moe_dist.memory.block import ALIGN, Block, BlockLayout, BlockSize, TensorKi
 from moe_dist.memory.block_cache import BlockCache
 from moe_dist.memory.copy_streams import Transfers
 from moe_dist.memory.disk_tier import DiskTier
-from moe_dist.memory.eviction import Activity, Use, leaving_order
+from moe_dist.memory.eviction import Activity, Use, eviction_order
 from moe_dist.memory.owned_folder import OwnedFolder
 
 CPU = torch.device("cpu")
@@ -64,22 +64,22 @@ def test_parameters_lie_apart_and_aligned(shapes: list[list[int]], data: st.Data
 
 def test_the_account_refuses_what_exceeds_the_budget() -> None:
     account = Account(100, "memory of the test")
-    account.enter(60)
+    account.reserve(60)
     with pytest.raises(OffloadError, match=r"memory of the test: 41 bytes more than the 60 in use .* budget of 100"):
-        account.enter(41)
+        account.reserve(41)
     assert (account.in_use, account.peak) == (60, 60)
     with pytest.raises(OffloadError, match=r"budget of 5: raise memory.host_budget$"):
-        Account(5, "the host's", "memory.host_budget").enter(6)
-    account.leave(60)
-    account.enter(100)
+        Account(5, "the host's", "memory.host_budget").reserve(6)
+    account.free(60)
+    account.reserve(100)
     assert account.peak == 100
 
 
 def test_idle_buffers_make_room_for_other_sizes() -> None:
     arena = Arena(Account(100, "memory"), CPU)
-    arena.give_back(arena.take(60))
+    arena.release(arena.allocate(60))
     assert arena.fits(100)
-    arena.take(100)
+    arena.allocate(100)
     assert not arena.fits(1)
 
 
@@ -88,8 +88,8 @@ def test_cold_clusters_leave_first_then_the_least_recently_used() -> None:
     for local, rows in enumerate((100, 1, 100)):
         activity.note(0, local, rows)
     hot, cold, other = (Block(0, local, TensorKind.WEIGHT) for local in range(3))
-    assert leaving_order([(hot, Use(1)), (cold, Use(3)), (other, Use(2))], activity) == [cold, hot, other]
-    assert leaving_order([(hot, Use(1)), (cold, Use(3, wanted=True)), (other, Use(2, idle=True))], activity) == [
+    assert eviction_order([(hot, Use(1)), (cold, Use(3)), (other, Use(2))], activity) == [cold, hot, other]
+    assert eviction_order([(hot, Use(1)), (cold, Use(3, prefetched=True)), (other, Use(2, idle=True))], activity) == [
         other,
         hot,
         cold,
@@ -97,7 +97,7 @@ def test_cold_clusters_leave_first_then_the_least_recently_used() -> None:
 
 
 STEPS = st.tuples(
-    st.sampled_from(BLOCKS), st.sampled_from(["write", "read", "fetch", "blank", "drop", "down", "copy", "replace"])
+    st.sampled_from(BLOCKS), st.sampled_from(["write", "read", "fetch", "zero_init", "drop", "down", "copy", "replace"])
 )
 
 
@@ -110,23 +110,23 @@ def test_blocks_read_as_they_were_left(
     for number, (block, what) in enumerate(steps, 1):
         match what:
             case "write":
-                with tier.held(block, changed=True) as values:
+                with tier.pinned(block, changed=True) as values:
                     assert torch.equal(values, values_of(expected[block]))
                     values.fill_(number)
                 expected[block] = number
             case "read":
-                with tier.held(block) as values:
+                with tier.pinned(block) as values:
                     assert torch.equal(values, values_of(expected[block]))
             case "fetch":
                 tier.prefetch([block])
-            case "blank":
-                with tier.held(block, blank=True) as values:
+            case "zero_init":
+                with tier.pinned(block, zero_init=True) as values:
                     expected[block] = int(values[0])  # what is here already is kept
             case "drop":
                 tier.drop(block)
                 expected[block] = 0
             case "down":
-                tier.send_down(block)
+                tier.evict(block)
             case "copy":
                 tier.read(block, copy := torch.empty(SIZE.elements))
                 assert torch.equal(copy, values_of(expected[block]))
@@ -137,7 +137,7 @@ def test_blocks_read_as_they_were_left(
             buffers = [resident.buffer for resident in tier._residents.values() if resident.buffer is not None]
             assert tier.arena.account.in_use == tier.arena._idle + SIZE.bytes * len(buffers) <= room * SIZE.bytes
     for block, number in expected.items():
-        with tier.held(block) as values:
+        with tier.pinned(block) as values:
             assert torch.equal(values, values_of(number))
     tier.close()
 
@@ -148,10 +148,10 @@ def test_tiers_stack(tmp_path: Path) -> None:
     device = BlockCache(host, Arena(Account(2 * SIZE.bytes, "device"), CPU), Transfers(CPU))
     for number, block in enumerate(BLOCKS, 1):
         device.register(block, SIZE)
-        with device.held(block, changed=True) as values:
+        with device.pinned(block, changed=True) as values:
             values.fill_(number)
     for number, block in enumerate(BLOCKS, 1):
-        with device.held(block) as values:
+        with device.pinned(block) as values:
             assert torch.equal(values, values_of(number))
     assert (device.arena.account.peak, host.arena.account.peak) == (2 * SIZE.bytes, 3 * SIZE.bytes)
     assert device.bytes_in > 0
@@ -161,10 +161,10 @@ def test_tiers_stack(tmp_path: Path) -> None:
 
 def test_only_what_changed_is_written(tmp_path: Path) -> None:
     tier = residency(tmp_path, 1)
-    with tier.held(BLOCKS[0], changed=True):
+    with tier.pinned(BLOCKS[0], changed=True):
         pass
     for block in (*BLOCKS[1:3], BLOCKS[0], BLOCKS[1]):
-        with tier.held(block):
+        with tier.pinned(block):
             pass
     assert tier.bytes_out == SIZE.bytes
     tier.close()
@@ -173,12 +173,12 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
 def test_blocks_in_use_stay_and_are_counted(tmp_path: Path) -> None:
     tier = residency(tmp_path, 1)
     with (
-        tier.held(BLOCKS[0]),
-        pytest.raises(OffloadError, match=r"budget of 4,000: raise memory.device_budget"),
-        tier.held(BLOCKS[1]),
+        tier.pinned(BLOCKS[0]),
+        pytest.raises(OffloadError, match=r"budget of 4,000: raise memory.device_budget_bytes"),
+        tier.pinned(BLOCKS[1]),
     ):
         pass
-    with tier.held(BLOCKS[1]):
+    with tier.pinned(BLOCKS[1]):
         pass
     tier.close()
 
@@ -233,18 +233,18 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_what_is_fetched_too_late_does_not_blank_what_has_been_used(tmp_path: Path) -> None:
-    """The thread that fetches lags behind: the block has been filled and sent down before its turn comes."""
+    """The thread that fetches lags behind: the block has been filled and sent down before its generation comes."""
     tier, gate = residency(tmp_path, 2), threading.Event()
     tier.prefetch([])
     assert tier._worker is not None
     tier._worker.submit(gate.wait)
-    tier.prefetch([BLOCKS[0]], blank=True)
-    with tier.held(BLOCKS[0], blank=True, changed=True) as values:
+    tier.prefetch([BLOCKS[0]], zero_init=True)
+    with tier.pinned(BLOCKS[0], zero_init=True, changed=True) as values:
         values.fill_(7)
-    tier.send_down(BLOCKS[0])
+    tier.evict(BLOCKS[0])
     gate.set()
     tier._worker.submit(int).result()
-    with tier.held(BLOCKS[0]) as values:
+    with tier.pinned(BLOCKS[0]) as values:
         assert torch.equal(values, values_of(7))
     tier.close()
 
@@ -253,12 +253,12 @@ def test_an_error_below_leaves_the_table_whole(tmp_path: Path) -> None:
     """What could not be fetched ahead says so when it is demanded, and other blocks go on."""
     tier = residency(tmp_path, 1)
     tier.write(BLOCKS[-1], values_of(1))
-    tier.send_down(BLOCKS[-1])
+    tier.evict(BLOCKS[-1])
     os.truncate(tmp_path / "layer-001.bin", 0)
     tier.prefetch([BLOCKS[-1]])
     with pytest.raises(OffloadError, match="cut short"):
         tier.acquire(BLOCKS[-1])
-    with tier.held(BLOCKS[0]) as values:
+    with tier.pinned(BLOCKS[0]) as values:
         assert torch.equal(values, values_of(0))
     tier.close()
 
@@ -272,11 +272,11 @@ def test_a_device_over_pinned_host_memory(tmp_path: Path) -> None:
     above = BlockCache(host, Arena(Account(2 * SIZE.bytes, "device"), device), Transfers(device))
     for number, block in enumerate(BLOCKS, 1):
         above.register(block, SIZE)
-        with above.held(block, changed=True) as values:
+        with above.pinned(block, changed=True) as values:
             values.fill_(number)
     for number, block in enumerate(BLOCKS, 1):
         above.prefetch([block])
-        with above.held(block) as values:
+        with above.pinned(block) as values:
             assert torch.equal(values.cpu(), values_of(number))
     above.close()
 

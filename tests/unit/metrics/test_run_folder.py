@@ -49,7 +49,7 @@ def test_a_taken_name_gets_a_suffix_and_keeps_its_files(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MoeDistError, match=r"^runs_dir='.*file': cannot make a run folder: [^\n]+$"):
+    with pytest.raises(MoeDistError, match=r"^runs_dir='.*file': cannot create a run folder: [^\n]+$"):
         RunFolder.create(tmp_path / "file", "demo", "", tensorboard=False)
 
 
@@ -146,5 +146,5 @@ def test_a_run_that_goes_on_repeats_no_line(tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_go_on_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot go on with this run: [^\n]+$"):
+    with pytest.raises(ConfigError, match=r"cannot resume this run: [^\n]+$"):
         RunFolder.reopen(tmp_path / "nowhere", 3, "", tensorboard=False)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_dist.clustering.exact import balanced_clusterings, best_balanced, number_of_clusterings
+from tests.oracles.balanced_clustering import balanced_clusterings, best_balanced, number_of_clusterings
 
 
 @pytest.mark.parametrize(("experts", "clusters", "count"), [(4, 2, 3), (6, 3, 15), (8, 2, 35), (8, 4, 105), (5, 1, 1)])

@@ -1,6 +1,6 @@
-"""Initial values: one function for a base, one for an expert's residual.
+"""Initialization of bases and of experts' residuals.
 
-Each takes its own generator, so that a cluster or an expert starts the same on whatever rank it lives. The recipe was
+Each function takes its own generator, so that a cluster or an expert starts the same on any rank. The recipe was
 measured on small models: U with std fan_in^-1/2 and V with a small std make the residual start near zero but with
 gradients on both factors; vectors start at zero, where they change nothing.
 
@@ -18,7 +18,7 @@ V_STD = 0.02
 
 @dataclass(frozen=True)
 class ExpertResidual:
-    """The tensors of one expert: one entry of each per-expert tensor of `ClusterWeights`."""
+    """Tensors of one expert: one entry of each per-expert tensor of `ClusterWeights`."""
 
     in_u_DR: Tensor  # [d, 2r]
     in_v_RH: Tensor  # [2, r, f]
@@ -29,11 +29,11 @@ class ExpertResidual:
     output_bias_D: Tensor | None  # [d]
 
     def float(self) -> "ExpertResidual":
-        """In float32."""
+        """Convert to float32."""
         return self._each(lambda value: value.float())
 
     def zeros(self) -> "ExpertResidual":
-        """Zeros of the same shapes."""
+        """Return zeros of the same shapes."""
         return self._each(torch.zeros_like)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "ExpertResidual":
@@ -44,7 +44,7 @@ class ExpertResidual:
 def init_base(
     hidden: int, expert_hidden: int, in_std: float, out_std: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A cluster's base, normal: [d, 2f] with std `in_std` and [f, d] with std `out_std`, float32."""
+    """Initialize a cluster's base, normal: [d, 2f] with std `in_std` and [f, d] with std `out_std`, float32."""
     base_in_DH = torch.randn(hidden, 2 * expert_hidden, generator=generator) * in_std
     return base_in_DH, torch.randn(expert_hidden, hidden, generator=generator) * out_std
 
@@ -52,7 +52,7 @@ def init_base(
 def init_residual(
     hidden: int, expert_hidden: int, rank: int, vectors: bool, generator: torch.Generator
 ) -> ExpertResidual:
-    """An expert's factors (U: std fan_in^-1/2, V: std 0.02) and, if asked for, its vectors (zero), float32."""
+    """Initialize an expert's factors (U: std fan_in^-1/2, V: std 0.02) and optional vectors (zero), float32."""
     return ExpertResidual(
         in_u_DR=torch.randn(hidden, 2 * rank, generator=generator) * hidden**-0.5,
         in_v_RH=torch.randn(2, rank, expert_hidden, generator=generator) * V_STD,

@@ -1,7 +1,7 @@
-"""A standard model under training becomes a clustered one: its state read out, and put into a new model.
+"""Conversion of a standard model under training into a clustered one.
 
-Two halves, so that the standard model and its optimizer can be freed in between: `read_clustered` gives what a
-clustered model of the same shape starts from, this rank's share of it alone; `write_clustered` puts it there.
+It has two halves, so that the standard model and its optimizer can be freed in between: `read_clustered` computes this
+rank's share of a clustered model's initial state; `write_clustered` writes it into the new model.
 
 Shapes: L layers, E experts, G clusters, D hidden.
 """
@@ -17,7 +17,7 @@ from moe_dist.config import RunConfig
 from moe_dist.conversion.calibration_tokens import LayerTokens, standard_layers
 from moe_dist.conversion.compress import CompressedLayer, compress_layer
 from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage_of
-from moe_dist.conversion.full_experts_of_standard import hold_standard
+from moe_dist.conversion.read_standard_experts import read_standard_experts
 from moe_dist.conversion.write_parameters import write_layer
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.gathered_optimizer_state import OwnedState, write_whole
@@ -28,15 +28,15 @@ from moe_dist.moe.parameter_class import ParameterClass, class_of
 
 @dataclass(frozen=True)
 class ClusteredStart:
-    """What a clustered model starts from, as this rank's share."""
+    """Initial state of a clustered model, this rank's share."""
 
     steps: int
     dense: dict[str, OwnedState]
-    """By the name that the parameter has in the clustered model; routers among them."""
+    """Parameters outside of the experts, routers included, by name in the clustered model."""
     layers: list[CompressedLayer]
     expert_bias_LE: Tensor
     similarity: dict[str, float]
-    """Mean over the layers of the clusters' similarity, as clustered and by its parts."""
+    """Mean similarity within clusters over the layers, fused and by its parts."""
 
 
 def read_clustered(
@@ -46,16 +46,16 @@ def read_clustered(
     fit: Sequence[LayerTokens],
     check: Sequence[LayerTokens],
 ) -> ClusteredStart:
-    """Clusters and compresses the experts of a standard model, layer by layer; collective.
+    """Cluster and compress the experts of a standard model, layer by layer; collective.
 
     Args:
-        config: of the clustered model.
-        fit, check: tokens of the local experts of each layer, of two different batches (`sample_tokens`).
+        config: configuration of the clustered model.
+        fit, check: calibration tokens of two different batches, by layer (`sample_tokens`).
     """
     mesh, moe, layers, alike = model.context.mesh, config.moe, [], []
     for number, layer in enumerate(standard_layers(model)):
         usage_E = usage_of(fit[number], check[number], moe.experts, layer.dispatcher.all_to_all.group)
-        held = hold_standard(layer, state, mesh, fit[number], check[number], usage_E)
+        held = read_standard_experts(layer, state, mesh, fit[number], check[number], usage_E)
         similarity = similarity_of(held, layer.router.weight_ED, usage_E, config)
         members = members_of(similarity, usage_E, config)
         alike.append(_within(similarity, members))
@@ -71,7 +71,7 @@ def read_clustered(
 
 
 def write_clustered(start: ClusteredStart, model: LanguageModel, state: OptimizerState) -> None:
-    """Puts all of it into a clustered model and its optimizer; collective."""
+    """Write the initial state into a clustered model and its optimizer; collective."""
     context, device = model.context, model.context.balance.expert_bias_LE.device
     for number, layer in enumerate(model.clustered_layers()):
         context.placements[number] = start.layers[number].placement
@@ -85,7 +85,7 @@ def write_clustered(start: ClusteredStart, model: LanguageModel, state: Optimize
 
 
 def _within(similarity: FusedSimilarity, members: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Mean similarity within clusters, fused and by its parts."""
+    """Return the mean similarity within clusters, fused and by its parts."""
     cluster_of = {expert: cluster for cluster, group in enumerate(members) for expert in group}
     labels = [cluster_of[expert] for expert in range(len(cluster_of))]
     parts = {"fused": similarity.fused_EE, **similarity.parts}
@@ -93,7 +93,7 @@ def _within(similarity: FusedSimilarity, members: Sequence[Sequence[int]]) -> di
 
 
 def _write_biases(start: ClusteredStart, model: LanguageModel) -> None:
-    """Experts keep their selection biases; a cluster's are to its prototype's scores as its members' to theirs."""
+    """Copy the experts' selection biases; a cluster's is their sum over sqrt(n), like its prototype's score."""
     balance = model.context.balance
     balance.expert_bias_LE.copy_(start.expert_bias_LE)
     for number, compressed in enumerate(start.layers):

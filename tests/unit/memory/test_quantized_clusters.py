@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_dist.compression import ClusterWeights, GroupFormat, QuantizedCluster, StorageFormat
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ConfigError, OffloadError
-from moe_dist.memory.quantized_clusters import StoredBlock, StoredMemory
+from moe_dist.memory.quantized_clusters import QuantizedBlock, QuantizedClusterMemory
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 
 CPU = torch.device("cpu")
@@ -18,12 +18,12 @@ FORM = StorageFormat(GroupFormat(group_size=32), torch.bfloat16)
 
 
 def config(path: Path, budget: int, prefetch: int = 0) -> RunConfig:
-    memory = [f"memory.device_budget={budget}", f"memory.directory={path}", f"memory.prefetch={prefetch}"]
+    memory = [f"memory.device_budget_bytes={budget}", f"memory.directory={path}", f"memory.prefetch={prefetch}"]
     return load_config(None, [f"model.layers={LAYERS}", "memory.offload=true", *memory])
 
 
-def filled(path: Path, at_once: int, prefetch: int = 0) -> tuple[StoredMemory, list[StoredBlock]]:
-    memory = StoredMemory(config(path, at_once * BYTES, prefetch), CLUSTERS, 0, CPU)
+def filled(path: Path, at_once: int, prefetch: int = 0) -> tuple[QuantizedClusterMemory, list[QuantizedBlock]]:
+    memory = QuantizedClusterMemory(config(path, at_once * BYTES, prefetch), CLUSTERS, 0, CPU)
     places = [(layer, local) for layer in range(LAYERS) for local in range(CLUSTERS)]
     return memory, [memory.adopt(*place, values(number)) for number, place in enumerate(places)]
 
@@ -39,7 +39,7 @@ def test_every_pass_finds_the_bytes_within_the_budget(tmp_path: Path, at_once: i
     written = memory.tiers.figures()["bytes_out"]
     for _ in range(3):
         for number, block in enumerate(blocks):
-            with block.held(10) as flat:
+            with block.pinned(10) as flat:
                 assert torch.equal(flat, values(number))
     figures = memory.tiers.figures()
     assert figures["peak_device_bytes"] <= at_once * BYTES
@@ -55,7 +55,7 @@ def test_what_has_room_stays_from_pass_to_pass(tmp_path: Path) -> None:
     def brought_in_by_a_pass() -> int:
         before = memory.tiers.figures()["bytes_in"]
         for block in blocks:
-            with block.held(10):
+            with block.pinned(10):
                 pass
         return memory.tiers.figures()["bytes_in"] - before
 
@@ -74,8 +74,10 @@ def test_a_cluster_without_rows_is_not_brought_in(tmp_path: Path) -> None:
 
 
 def test_a_budget_below_a_cluster_is_refused(tmp_path: Path) -> None:
-    memory = StoredMemory(config(tmp_path, BYTES - 1), CLUSTERS, 0, CPU)
-    with pytest.raises(ConfigError, match=r"device_budget=999 is 999 bytes, but .* needs 1,000 .*: set it to 1000 or"):
+    memory = QuantizedClusterMemory(config(tmp_path, BYTES - 1), CLUSTERS, 0, CPU)
+    with pytest.raises(
+        ConfigError, match=r"device_budget_bytes=999 is less than the 1,000 bytes .*: set it to 1000 or more"
+    ):
         memory.adopt(0, 0, values(0))
     memory.close()
 
@@ -84,8 +86,8 @@ def test_damage_is_named(tmp_path: Path) -> None:
     memory, blocks = filled(tmp_path, 1)
     (tmp_path / "rank-00000" / "layer-000.bin").write_bytes(b"\xa5" * 3 * 4096)
     with (
-        pytest.raises(OffloadError, match=r"layer-000.bin: stored form of layer 0, cluster place 1 is damaged"),
-        blocks[1].held(1),
+        pytest.raises(OffloadError, match=r"layer-000.bin: quantized weights of layer 0, cluster index 1 is damaged"),
+        blocks[1].pinned(1),
     ):
         pass
     memory.close()
@@ -102,7 +104,7 @@ def test_experts_compute_the_same_wherever_their_bytes_are(tmp_path: Path, vecto
     experts = QuantizedClusterExperts(packed, torch.float32)
     inputs = (torch.randn(9, 40, generator=draw), torch.randint(4, (9, 2), generator=draw), torch.rand(9, 2))
     expected, weights = experts(*inputs), experts.weights()
-    memory = StoredMemory(config(tmp_path, packed.nbytes + 48), 1, 0, CPU)
+    memory = QuantizedClusterMemory(config(tmp_path, packed.nbytes + 48), 1, 0, CPU)
     experts.keep_in(memory, 0, 0)
     other = QuantizedClusterExperts(packed, torch.float32)
     other.keep_in(memory, 1, 0)  # there is room for one of the two

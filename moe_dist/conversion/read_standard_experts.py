@@ -1,4 +1,4 @@
-"""Reads the standard experts of a layer, their hidden units in an order that all of them share."""
+"""Full experts of a standard layer, with their hidden units in a common order."""
 
 import torch
 import torch.distributed as dist
@@ -14,13 +14,13 @@ from moe_dist.errors import TrainingError
 from moe_dist.moe.standard_moe import StandardMoE
 
 
-def hold_standard(
+def read_standard_experts(
     layer: StandardMoE, state: OptimizerState, mesh: Mesh, fit: LayerTokens, check: LayerTokens, usage_E: Tensor
 ) -> FullExpertLayer:
-    """Reads a layer's local experts and aligns their units to those of the most used expert; collective.
+    """Read a layer's local experts and align their units to those of the most used expert; collective.
 
     Raises:
-        TrainingError: on every rank, if experts of any hold NaN or infinity.
+        TrainingError: on all ranks, if an expert of any rank holds NaN or infinity.
     """
     group, local = mesh.group(GroupKind.EXPERT_PARALLEL), len(layer.experts.w_in)
     first = layer.first_expert
@@ -44,7 +44,7 @@ def _whole_expert(layer: StandardMoE, e: int, state: OptimizerState, mesh: Mesh)
 
 
 def _broadcast(whole: list[ExpertMatrices], expert: int, group: RankGroup) -> ExpertMatrices:
-    """One expert's weights, from the rank that holds it."""
+    """Broadcast one expert's weights from the rank that holds it."""
     owner, local = divmod(expert, len(whole))
     matrices = ExpertMatrices(whole[local].w_in_DH.clone(), whole[local].w_out_FD.clone())
     if group.size > 1:

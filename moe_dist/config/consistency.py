@@ -1,0 +1,104 @@
+"""Checks between sections of a configuration; each raises a `ConfigError` that names keys and values."""
+
+from moe_dist.config.sections.memory import MemoryConfig
+from moe_dist.config.sections.model import ModelConfig
+from moe_dist.config.sections.moe import MoEConfig
+from moe_dist.config.sections.precision import PrecisionConfig
+from moe_dist.config.sections.recluster import ReclusterConfig
+from moe_dist.config.sections.train import TrainConfig
+from moe_dist.config.sections.world import WorldConfig
+from moe_dist.errors import ConfigError
+
+
+def standard_steps(moe: MoEConfig, train: TrainConfig) -> int:
+    """Return the number of steps of the standard warm-up, 0 without one."""
+    return round(moe.warmup_standard * train.steps)
+
+
+def check_warmup(moe: MoEConfig, train: TrainConfig) -> None:
+    """Require at least one step before and after the end of a standard warm-up."""
+    steps = standard_steps(moe, train)
+    if moe.warmup_standard and not 0 < steps < train.steps:
+        raise ConfigError(
+            f"moe.warmup_standard={moe.warmup_standard} of train.steps={train.steps} is {steps} steps: at least 1 "
+            "must be trained before and after the experts are clustered"
+        )
+
+
+def check_precision(precision: PrecisionConfig, moe: MoEConfig) -> None:
+    """Require low-rank factors where quantization is configured."""
+    if precision.residuals != "none" and moe.kind != "clustered":
+        raise ConfigError(
+            f"precision.residuals={precision.residuals} works with moe.kind=clustered only, not {moe.kind}: set it to "
+            "none"
+        )
+
+
+def check_rank(model: ModelConfig, moe: MoEConfig, recluster: ReclusterConfig) -> None:
+    """Limit the rank of residuals that are factorized from full experts."""
+    largest = min(model.hidden_size, moe.expert_hidden)
+    needed = moe.warmup_standard > 0 or recluster.transition == "refit"
+    if needed and moe.kind == "clustered" and moe.rank > largest:
+        raise ConfigError(
+            f"moe.rank={moe.rank} is more than experts of model.hidden_size={model.hidden_size} and "
+            f"moe.expert_hidden={moe.expert_hidden} can be cut to: at most {largest} with moe.warmup_standard or "
+            "recluster.transition=refit"
+        )
+
+
+def check_offload(memory: MemoryConfig, moe: MoEConfig, recluster: ReclusterConfig) -> None:
+    """Reject features that offload does not support."""
+    if not memory.offload:
+        return
+    if moe.kind != "clustered":
+        raise ConfigError(f"memory.offload=true works with moe.kind=clustered only, not {moe.kind}")
+    if moe.warmup_standard or recluster.transition == "refit":
+        key = "moe.warmup_standard" if moe.warmup_standard else "recluster.transition=refit"
+        raise ConfigError(f"memory.offload=true does not work with {key} yet: full experts would have to fit in memory")
+    if moe.overlap_chunks not in ("auto", 1):
+        raise ConfigError(
+            f"moe.overlap_chunks={moe.overlap_chunks} does not work with memory.offload=true, which would load a "
+            "cluster for each chunk: use auto or 1"
+        )
+
+
+def check_layout(world: WorldConfig, moe: MoEConfig) -> None:
+    """Require that experts divide over the mesh axes that are set."""
+    if moe.kind == "clustered":
+        if world.cluster is not None and moe.clusters % world.cluster:
+            raise ConfigError(f"moe.clusters={moe.clusters} cannot be divided over world.cluster={world.cluster}")
+        if moe.experts_per_cluster % world.shard:
+            raise ConfigError(
+                f"a cluster of {moe.experts_per_cluster} experts (moe.experts={moe.experts} / "
+                f"moe.clusters={moe.clusters}) cannot be divided over world.shard={world.shard}"
+            )
+    if moe.kind == "standard" and moe.experts % ((world.cluster or 1) * world.shard):
+        raise ConfigError(
+            f"moe.experts={moe.experts} cannot be divided over world.cluster={world.cluster or 1} x "
+            f"world.shard={world.shard} ranks"
+        )
+
+
+def check_recluster(recluster: ReclusterConfig, moe: MoEConfig, train: TrainConfig) -> None:
+    """Reject re-clustering that has nothing to move or no step to do it."""
+    if recluster.period is None:
+        return
+    if moe.kind != "clustered":
+        raise ConfigError(
+            f"recluster.period={recluster.period} works with moe.kind=clustered only, not {moe.kind}: set it to null"
+        )
+    if moe.experts_per_cluster == 1 or moe.clusters == 1:
+        raise ConfigError(
+            f"recluster.period={recluster.period} has nothing to regroup: moe.experts={moe.experts} in "
+            f"moe.clusters={moe.clusters}"
+        )
+    if int(recluster.max_moved * moe.experts) < 2:
+        raise ConfigError(
+            f"recluster.max_moved={recluster.max_moved:g} of moe.experts={moe.experts} allows less than one exchange "
+            f"of two experts: must be >= {2 / moe.experts:g}"
+        )
+    for key, value in (("period", recluster.period), ("start", recluster.start)):
+        if value >= train.steps:
+            raise ConfigError(f"recluster.{key}={value} is longer than the run: train.steps={train.steps}")
+    if recluster.stop is not None and recluster.stop < recluster.start:
+        raise ConfigError(f"recluster.stop={recluster.stop} is before recluster.start={recluster.start}")
