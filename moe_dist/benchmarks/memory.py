@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.benchmarks import subruns
+from moe_dist.benchmarks.layer.spec import CLUSTERS, EXPERT_WIDTH, EXPERTS, RANK, THREADS, WIDTH
 from moe_dist.errors import ConfigError, TrainingError
+from moe_dist.launch.options import option
 
 OFFLOAD = "clustered + offload"
 CASES: dict[str, tuple[str, ...]] = {
@@ -37,24 +39,24 @@ _FOOTPRINT = "import moe_dist.training.trainer; from moe_dist.metrics import pea
 
 @dataclass(frozen=True)
 class MemoryBenchSpec:
-    """The shape, and how long it is trained. `budget`: as `memory.device_budget`."""
+    """Benchmark of the memory of training: shape of the model, and length of each run."""
 
-    hidden: int = 512
-    expert_hidden: int = 1408
-    layers: int = 6
-    experts: int = 32
-    clusters: int = 8
-    rank: int = 8
-    sequence_length: int = 256
-    sequences: int = 16
-    steps: int = 5
-    repeats: int = 1
-    threads: int = 1
-    budget: float = 0.75
-    cases: tuple[str, ...] = tuple(CASES)
+    hidden: int = option(512, WIDTH)
+    expert_hidden: int = option(1408, EXPERT_WIDTH)
+    layers: int = option(6, "Layers of the model.")
+    experts: int = option(32, EXPERTS)
+    clusters: int = option(8, CLUSTERS)
+    rank: int = option(8, RANK)
+    sequence_length: int = option(256, "Tokens per sequence.")
+    sequences: int = option(16, "Sequences per step.")
+    steps: int = option(5, "Steps of each run; the first is not timed.")
+    repeats: int = option(1, "Rounds over all cases; medians are reported.")
+    threads: int = option(1, THREADS)
+    budget: float = option(0.75, "As memory.device_budget.")
+    cases: tuple[str, ...] = option(tuple(CASES), "A case; may be given again. Default: all.", flag="--case")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured, in one line."""
+        """Check that the specification can be measured."""
         for name in ("steps", "repeats", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moe_dist.benchmarks.recluster_spec import ReclusterBenchSpec
 from moe_dist.clustering import (
     FactoredProjection,
     assign_balanced,
@@ -33,37 +34,9 @@ from moe_dist.clustering import (
     sketched_parameter_similarity,
 )
 from moe_dist.compression import WhiteningRoots, factorize_cluster
-from moe_dist.errors import ConfigError
 from moe_dist.metrics.spread import Spread
 
 PARTS = ("gram", "sketch", "assign", "assign warm", "factorise", "whitened")
-
-
-@dataclass(frozen=True)
-class ReclusterBenchSpec:
-    """What to measure. `sampled`: members of the cluster that is factorised; its whole time follows from theirs."""
-
-    experts: tuple[int, ...] = (32, 64, 128, 256)
-    hidden: tuple[int, ...] = (128, 512, 2048)
-    clusters: int = 8
-    rank: int = 8
-    tokens: int = 256
-    sampled: int = 4
-    repeats: int = 5
-    threads: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be measured, in one line."""
-        for name in ("clusters", "rank", "tokens", "sampled", "repeats", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
-        for experts in self.experts:
-            if experts < 1 or experts % self.clusters:
-                raise ConfigError(f"experts={experts} is not divisible by clusters={self.clusters}")
-        for hidden in self.hidden:
-            if hidden < self.rank:
-                raise ConfigError(f"hidden={hidden} must be at least rank={self.rank}")
 
 
 @dataclass(frozen=True)

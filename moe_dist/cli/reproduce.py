@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 from rich.markdown import Markdown
 
-from moe_dist.cli.words import Json, Overrides
+from moe_dist.cli.options import Json, Overrides
 from moe_dist.console import wide_console
 from moe_dist.errors import ConfigError
-from moe_dist.launch.rank import writable
 
 
 class ScaleName(StrEnum):
@@ -33,7 +32,7 @@ class ReproduceLauncher(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command of this file."""
+    """Add the command of this file."""
     app.command()(reproduce)
 
 
@@ -73,7 +72,6 @@ def reproduce(
     from moe_dist.studies.reproduction import evaluations as evaluate
     from moe_dist.studies.reproduction.scales import KINDS, SCALES
 
-    target = json_file and writable(json_file)
     chosen, console = SCALES[scale.value], wide_console()
     unknown = [name for name in kind or () if name not in KINDS]
     if unknown:
@@ -112,7 +110,7 @@ def reproduce(
         return  # nothing has arrived yet
     console.print(Markdown((home / "results.md").read_text(encoding="utf-8")))
     typer.echo(f"{home}/: results.md, {run.RESULTS}, runs.csv, *.png")
-    if target is not None:
-        shutil.copyfile(home / run.RESULTS, target)
+    if json_file is not None:
+        shutil.copyfile(home / run.RESULTS, json_file)
     if not on_slurm:
         run.require_all(plan, results)

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.cli.words import Config, Json, Overrides
+from moe_dist.cli.options import Config, Json, Overrides
 from moe_dist.console import wide_console
 from moe_dist.errors import MoeDistError
-from moe_dist.launch.rank import writable
+from moe_dist.metrics import write_json
 
 
 class StudyMode(StrEnum):
@@ -29,7 +29,7 @@ class StudyLauncher(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command of this file."""
+    """Add the command of this file."""
     app.command()(study)
 
 
@@ -55,8 +55,6 @@ def study(
     json_file: Json = None,
 ) -> None:
     """Run every combination of the axes, repeatedly: speed, efficiency, bytes, memory. Finished cells are kept."""
-    target = writable(json_file) if json_file else None
-    from moe_dist.metrics import write_json
     from moe_dist.studies.scaling import cells, plots, run, slurm, tables
 
     console = wide_console()
@@ -73,8 +71,8 @@ def study(
     tables.write_csv(outcomes, rows, folder)
     plots.plot(rows, folder / "study.png")
     typer.echo(f"{folder}/: cells.csv, table.csv, study.png")
-    if target is not None:
-        write_json(Path(target), tables.to_dict(rows))
+    if json_file is not None:
+        write_json(Path(json_file), tables.to_dict(rows))
     failed = [outcome.cell.name for outcome in outcomes if not outcome.summary and not outcome.cell.refusal]
     if failed and launcher is not StudyLauncher.SLURM:
         raise MoeDistError(f"{len(failed)} of {len(outcomes)} cells failed: {', '.join(failed)}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.table import Table
 
-from moe_dist.cli.words import Config, Hostfile, Nodes, Overrides, Ranks, RanksPerNode
+from moe_dist.cli.options import Config, Overrides, takes
 from moe_dist.config import RunConfig, WorldShape, load_config, resolve_world
 from moe_dist.console import wide_console
 from moe_dist.launch.hostfile import Node
@@ -31,22 +31,20 @@ KINDS = {  # which of them a kind of layer has
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command of this file."""
+    """Add the command of this file."""
     app.command()(topology)
 
 
+@takes(size=JobSize)
 def topology(
     config: Config,
+    size: JobSize,
     overrides: Overrides = None,
-    ranks: Ranks = None,
-    nodes: Nodes = None,
-    ranks_per_node: RanksPerNode = None,
-    hostfile: Hostfile = None,
 ) -> None:
     """Show which node, clusters and experts each rank has, and which traffic stays inside nodes."""
     # SLURM's rule for sizes fits here: machines need not be named.
-    launcher = Launcher.SLURM if hostfile is None else Launcher.LOCAL
-    job = plan(launcher, JobSize(ranks, nodes, ranks_per_node, hostfile), config, overrides or ())
+    launcher = Launcher.SLURM if size.hostfile is None else Launcher.LOCAL
+    job = plan(launcher, size, config, overrides or ())
     resolved = load_config(config, overrides or ())
     shape = resolve_world(resolved, job.ranks)
     from moe_dist.distributed.node_layout import crossings, nodes_of_ranks

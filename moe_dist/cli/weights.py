@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import require_run, writable
+from moe_dist.cli.options import TrainedRun
+from moe_dist.launch.files import require_run, writable
 
 
 class ExportDtype(StrEnum):
@@ -18,12 +19,12 @@ class ExportDtype(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands of this file."""
+    """Add the commands of this file."""
     app.command("export")(export)
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo, or a checkpoint.")],
+    run: TrainedRun,
     output: Annotated[
         Path,
         typer.Option(

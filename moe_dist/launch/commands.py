@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 
 from moe_dist.errors import LaunchError
 from moe_dist.launch.environment import free_port
-from moe_dist.launch.job import ENTRY, Job, Launcher, visible_gpus
+from moe_dist.launch.job import RANK_SCRIPT, Job, Launcher, visible_gpus
+from moe_dist.launch.tasks import TRAIN
 
-TRAIN_SBATCH = ENTRY.parents[2] / "slurm" / "train.sbatch"
+TRAIN_SBATCH = RANK_SCRIPT.parents[2] / "slurm" / "train.sbatch"
 
 
 def node_command(job: Job, node: int) -> list[str]:
@@ -19,7 +20,7 @@ def node_command(job: Job, node: int) -> list[str]:
         Launcher.TORCHRUN: _torchrun,
         Launcher.DEEPSPEED: _deepspeed,
     }[job.launcher]
-    return [*build(job, node), *job.options, str(job.entry), *job.words]
+    return [*build(job, node), *job.options, *job.rank_command]
 
 
 def _local(job: Job, node: int) -> list[str]:
@@ -68,7 +69,7 @@ def mpirun(job: Job, exported: Iterable[str]) -> list[str]:
     hosts = ",".join(f"{node.host}:{node.ranks}" for node in job.nodes)
     command = ["mpirun", "-n", str(job.ranks), "--host", hosts, "--bind-to", "none"]
     names = [] if job.is_here else [word for name in sorted(exported) for word in ("-x", name)]
-    return [*command, *names, *job.options, sys.executable, "-u", str(job.entry), *job.words]
+    return [*command, *names, *job.options, sys.executable, "-u", *job.rank_command]
 
 
 def sbatch(job: Job) -> list[str]:
@@ -77,7 +78,7 @@ def sbatch(job: Job) -> list[str]:
     Raises:
         LaunchError: the job is no training, which is all that the template does.
     """
-    if job.entry != ENTRY:
+    if job.task != TRAIN:
         raise LaunchError(
             "--launcher slurm submits nothing but training: give this command inside an allocation, such as salloc's, "
             f"where srun starts its {job.ranks} ranks"
@@ -90,4 +91,4 @@ def srun(job: Job) -> list[str]:
     """Starts the ranks inside an allocation that exists; the first that fails ends the others on all nodes."""
     size = [f"--nodes={len(job.nodes)}", f"--ntasks={job.ranks}", f"--ntasks-per-node={job.nodes[0].ranks}"]
     command = ["srun", *size, "--kill-on-bad-exit=1", *job.options]
-    return [*command, sys.executable, "-u", str(job.entry), *job.words]
+    return [*command, sys.executable, "-u", *job.rank_command]

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.benchmarks.collective_timer import CollectiveTimer, StepPhase, timing_collectives
-from moe_dist.benchmarks.traffic.measure import TrafficSpec, measure_traffic, of_kind
+from moe_dist.benchmarks.traffic.measure import measure_traffic
+from moe_dist.benchmarks.traffic.spec import TrafficSpec
 from moe_dist.config import WorldShape, load_config
-from moe_dist.launch import rank_measure as measure
+from moe_dist.launch.options import from_json, to_json
 from moe_dist.report import page, read_runs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_traffic import HIDDEN, TOKENS, TWO_CLUSTERS, layer_of
@@ -122,18 +123,14 @@ def test_watched_collectives_do_what_they_did() -> None:
 
 
 def test_options_survive_their_way_to_the_ranks() -> None:
-    options = measure.TrafficOptions(("clustered", "dense"), 5, 1, True, "/a file.json")
-    assert measure.parse(["run.yaml", "seed=1", *options.words(), "seed=2"]) == (
-        "run.yaml",
-        ["seed=1", "seed=2"],
-        options,
-    )
+    spec = TrafficSpec(("clustered", "dense"), 5, 1, True, "/a file.json")
+    assert from_json(TrafficSpec, to_json(spec)) == spec
 
 
 def test_another_kind_is_validated() -> None:
     config = load_config(SMOKE)
-    assert of_kind(config, "standard", TrafficSpec()).moe.kind == "standard"
-    assert of_kind(config, "dense", TrafficSpec()).train.warmup_steps == 0
+    assert TrafficSpec().config_for(config, "standard").moe.kind == "standard"
+    assert TrafficSpec().config_for(config, "dense").train.warmup_steps == 0
 
 
 def test_the_watch_is_idle_until_asked() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from moe_dist import __version__, cli
+from moe_dist.benchmarks.layer.spec import LayerBenchSpec
 from moe_dist.cli import training
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import TrainingError
@@ -209,7 +210,7 @@ def test_doctor_asks_its_launcher_for_ranks(moe_dist: Any, config: str, monkeypa
         (Launcher.LOCAL, 2, ()),
         (Launcher.TORCHRUN, 4, (config, "seed=1")),
     ]
-    assert {job.entry.name for job in jobs} == {"doctor.py"}
+    assert {job.task for job in jobs} == {"doctor"}
 
 
 def test_launch_passes_on_the_exit_code_and_the_json_file(
@@ -265,15 +266,14 @@ def test_errors_end_in_one_line(
 def test_bench_layer_takes_what_is_given_and_writes_json(
     moe_dist: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    specs: list[dict[str, Any]] = []
+    specs: list[LayerBenchSpec] = []
 
-    def run(spec: dict[str, Any]) -> SimpleNamespace:
+    def run(spec: LayerBenchSpec) -> SimpleNamespace:
         specs.append(spec)
         return SimpleNamespace(to_dict=lambda: {"ratio": float("nan")})
 
     bench = ModuleType("moe_dist.benchmarks.layer.local")
     vars(bench).update(
-        LayerBenchSpec=lambda **given: given,
         run_layer_bench=run,
         render=lambda result, console: console.print("a table"),
     )
@@ -295,5 +295,5 @@ def test_bench_layer_takes_what_is_given_and_writes_json(
     ]
     code, out, _ = moe_dist("bench", "layer", *words, "--json", str(target))
     assert (code, out) == (0, "a table\n")
-    assert specs == [{"tokens": 64, "top_k": (2, 4), "dtypes": ("float32",), "vectors": False, "backend": "masked"}]
+    assert specs == [LayerBenchSpec(tokens=64, top_k=(2, 4), dtypes=("float32",), vectors=False, backend="masked")]
     assert json.loads(target.read_text()) == {"ratio": None}

@@ -25,52 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moe_dist.benchmarks.layer.spec import LayerBenchSpec
 from moe_dist.compression import ClusterWeights, init_base, init_residual
 from moe_dist.errors import ConfigError
 from moe_dist.kernels import BACKENDS, choose_backend, clustered_experts
 from moe_dist.metrics.spread import Spread
 from moe_dist.moe.standard_experts import experts_grouped, experts_loop, swiglu
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STANDARD = ("standard/loop", "standard/grouped_mm")
-
-
-@dataclass(frozen=True)
-class LayerBenchSpec:
-    """Sizes of the layer and what to time; `backends`: further backends of the clustered layer to show."""
-
-    tokens: int = 4096
-    hidden: int = 512
-    expert_hidden: int = 1408
-    experts: int = 32
-    clusters: int = 4
-    rank: int = 8
-    top_k: tuple[int, ...] = (1, 2, 4)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    threads: int = 1
-    repeats: int = 7
-    vectors: bool = False
-    backend: str = "auto"
-    backends: tuple[str, ...] = ()
-    device: str = "cpu"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be measured, in one line."""
-        for name in ("tokens", "hidden", "expert_hidden", "experts", "clusters", "rank", "threads", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.experts % self.clusters:
-            raise ConfigError(f"experts={self.experts} is not divisible by clusters={self.clusters}")
-        for top_k in self.top_k:
-            if not 1 <= top_k <= self.experts // self.clusters:
-                raise ConfigError(f"top_k={top_k} must be in 1..{self.experts // self.clusters}, a cluster's experts")
-        if unknown := sorted(set(self.dtypes) - set(_DTYPES)):
-            raise ConfigError(f"dtype {unknown[0]!r} is unknown: use {' or '.join(_DTYPES)}")
-        if unknown := sorted({self.backend, *self.backends} - set(BACKENDS)):
-            raise ConfigError(f"backend {unknown[0]!r} is unknown: use one of {', '.join(BACKENDS)}")
-        if self.device not in (here := ("cpu", *_accelerators())):
-            raise ConfigError(f"device={self.device} is not here: use {' or '.join(here)}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +87,17 @@ class _Layer:
 
 
 def run_layer_bench(spec: LayerBenchSpec) -> LayerBenchResult:
-    """Measure all cases of `spec` in this process, on `spec.threads` threads."""
+    """Measure all cases of `spec` in this process, on `spec.threads` threads.
+
+    Raises:
+        ConfigError: a backend is unknown, or the device is not available.
+    """
+    if unknown := sorted({spec.backend, *spec.backends} - set(BACKENDS)):
+        raise ConfigError(f"backend {unknown[0]!r} is unknown: use one of {', '.join(BACKENDS)}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    available = ["cpu", *([accelerator.type] if accelerator else [])]
+    if spec.device not in available:
+        raise ConfigError(f"device {spec.device!r} is not available: use {' or '.join(available)}")
     result = LayerBenchResult(spec, [], {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()})
     with _threads(spec.threads):
         for dtype in spec.dtypes:
@@ -160,7 +132,7 @@ def render(result: LayerBenchResult, console: Console) -> None:
 
 
 def _measure(spec: LayerBenchSpec, dtype: str, top_k: int) -> LayerBenchCase:
-    layer = _draw_layer(spec, _DTYPES[dtype], top_k)
+    layer = _draw_layer(spec, getattr(torch, dtype), top_k)
     backend = spec.backend
     if backend == "auto":
         backend = choose_backend(layer.x_TD.device, layer.x_TD.dtype, layer.clustered[0])
@@ -206,11 +178,6 @@ def _time_rounds(layer: _Layer, contenders: dict[str, Callable[[], Tensor]], rep
             if index:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def _accelerators() -> list[str]:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return [] if found is None else [found.type]
 
 
 def _wait_for(device: torch.device) -> None:

@@ -6,7 +6,6 @@ with the routing observed; and, if asked for, profiled, with every collective sy
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from moe_dist.benchmarks.baselines import traffic as peer
 from moe_dist.benchmarks.collective_timer import CollectiveTimer, StepPhase, timing_collectives
 from moe_dist.benchmarks.traffic import tables as traffic_view
 from moe_dist.benchmarks.traffic.figures import gather_figures, gather_seconds
+from moe_dist.benchmarks.traffic.spec import TrafficSpec
 from moe_dist.config import RunConfig, dump_config, resolve_batch, resolve_world
 from moe_dist.console import wide_console
 from moe_dist.data import PreparedData, prepare_data
 from moe_dist.dispatch.routing_trace import RoutingTrace
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
-from moe_dist.errors import ConfigError
 from moe_dist.metrics import RunFolder, write_json
 from moe_dist.metrics.recorder import NullRecorder
 from moe_dist.training.preemption import StopSignals
@@ -30,45 +29,6 @@ from moe_dist.training.trainer import Trainer
 
 KEPT_ROWS = 4096
 Figures = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TrafficSpec:
-    """What to measure.
-
-    Attributes:
-        kinds: kinds of layer, one after the other, or `deepspeed` and `megatron` for their own MoE layers; empty: the
-            configuration's and `standard`.
-        steps: of each round, after `warmup` steps.
-        profile: also tell compute, all-to-all, reduction and waiting apart, and save a trace.
-        json_file: also write the figures here.
-    """
-
-    kinds: tuple[str, ...] = ()
-    steps: int = 3
-    warmup: int = 2
-    profile: bool = False
-    json_file: str | None = None
-
-    def kinds_for(self, config: RunConfig) -> tuple[str, ...]:
-        """What is measured of a configuration: the kinds asked for, else its own and `standard`."""
-        return self.kinds or tuple(dict.fromkeys((config.moe.kind, "standard")))
-
-
-def of_kind(config: RunConfig, kind: str, spec: TrafficSpec) -> RunConfig:
-    """The configuration with another kind of layer, and as many steps as the measurement takes.
-
-    Raises:
-        ConfigError: the kind does not fit the other settings.
-    """
-    steps = spec.warmup + (4 if spec.profile else 2) * spec.steps + 1
-    tree = config.model_dump()
-    tree["moe"]["kind"] = kind
-    tree["train"].update(steps=steps, warmup_steps=0, eval_every=0, log_every=steps + 1)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValueError as error:
-        raise ConfigError(f"--kind {kind} does not fit this configuration: {' '.join(str(error).split())}") from error
 
 
 def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
@@ -80,7 +40,7 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
     with timing_collectives() as watch:  # before DeepSpeed is initialised
         process = init_distributed(config.world)
         kinds = spec.kinds_for(config)
-        configs = {kind: of_kind(config, kind, spec) for kind in kinds if kind not in peer.PEERS}
+        configs = {kind: spec.config_for(config, kind) for kind in kinds if kind not in peer.PEERS}
         data = prepare_data(config.corpus, config.tokenizer)
         results = {kind: _Measurement(single, process, data, watch).take(spec) for kind, single in configs.items()}
         for name in filter(peer.PEERS.__contains__, kinds):

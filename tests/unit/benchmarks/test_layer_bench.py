@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 
 from moe_dist.benchmarks.layer.local import (
-    LayerBenchSpec,
     _contenders,
     _draw_layer,
     render,
     run_layer_bench,
 )
+from moe_dist.benchmarks.layer.spec import LayerBenchSpec
 from moe_dist.errors import ConfigError
 from moe_dist.metrics.spread import Spread
 

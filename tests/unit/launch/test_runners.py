@@ -15,7 +15,7 @@ from moe_dist.launch import commands, runners
 from moe_dist.launch import job as jobs
 from moe_dist.launch.commands import node_command
 from moe_dist.launch.environment import free_port
-from moe_dist.launch.job import ENTRY, Job, JobSize, Launcher, plan
+from moe_dist.launch.job import RANK_SCRIPT, Job, JobSize, Launcher, plan
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def test_deepspeed_command(config: str) -> None:
     assert words[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert "--num_gpus=4" in words  # data 2 x cluster 2
     assert "--master_addr=127.0.0.1" in words
-    assert words[-3:] == [str(ENTRY), config, "seed=1"]
-    assert ENTRY.is_file()
+    assert words[-3:] == [str(RANK_SCRIPT), config, "seed=1"]
+    assert RANK_SCRIPT.is_file()
 
 
 def test_torchrun_command_names_no_port(config: str) -> None:
