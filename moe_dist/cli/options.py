@@ -48,28 +48,29 @@ def takes(**specifications: type | tuple[type, ...]) -> Callable[[Command], Comm
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command).parameters
-        options: dict[str, inspect.Parameter] = {}
-        for name in own:
-            given = specifications.get(name, ())
+        declared: dict[str, dict[str, inspect.Parameter]] = {name: {} for name in own if name in specifications}
+        for name, options in declared.items():
+            given = specifications[name]
             for specification in given if isinstance(given, tuple) else (given,):
                 options |= {key: _parameter(key, *found) for key, found in _declared(specification).items()}
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            named = {name: values.pop(name) for name in options}
-            set_ = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in named.items()
-                if value not in (None, [])
-            }
-            built = {
-                name: set_ if isinstance(kind, tuple) else build(kind, set_) for name, kind in specifications.items()
-            }
-            command(**values, **built)
+            for name, options in declared.items():
+                given = {key: values.pop(key) for key in options}
+                given = {
+                    key: tuple(value) if isinstance(value, list) else value
+                    for key, value in given.items()
+                    if value not in (None, [])
+                }
+                kind = specifications[name]
+                values[name] = given if isinstance(kind, tuple) else build(kind, given)
+            command(**values)
 
         parameters = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in (*(own[name] for name in own if name not in specifications), *options.values())
+            for name in own
+            for parameter in (declared[name].values() if name in declared else [own[name]])
         ]
         vars(run)["__signature__"] = inspect.Signature(parameters)
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
