@@ -28,15 +28,15 @@ def _local(job: Job, node: int) -> list[str]:
     command = [sys.executable, "-m", "moe_dist.launch.local_launcher", f"--ranks={len(ranks)}"]
     if job.is_here:
         return command
-    meet = f"--meet={job.nodes[0].host}:{job.port}"
-    return [*command, f"--first-rank={ranks.start}", f"--world-size={job.ranks}", meet]
+    rendezvous = f"--rendezvous={job.nodes[0].host}:{job.port}"
+    return [*command, f"--first-rank={ranks.start}", f"--world-size={job.ranks}", rendezvous]
 
 
 def _torchrun(job: Job, node: int) -> list[str]:
     torchrun, ranks = [sys.executable, "-m", "torch.distributed.run"], f"--nproc-per-node={job.nodes[node].ranks}"
     if job.is_here:
         return [*torchrun, "--standalone", "--local-addr=127.0.0.1", ranks]
-    return [*torchrun, f"--nnodes={len(job.nodes)}", f"--node-rank={node}", *_meeting(job, "-"), ranks]
+    return [*torchrun, f"--nnodes={len(job.nodes)}", f"--node-rank={node}", *_rendezvous(job, "-"), ranks]
 
 
 def _deepspeed(job: Job, node: int) -> list[str]:
@@ -49,10 +49,10 @@ def _deepspeed(job: Job, node: int) -> list[str]:
     world = json.dumps({at.host: list(range(at.ranks)) for at in job.nodes})
     world_info = f"--world_info={base64.urlsafe_b64encode(world.encode()).decode()}"
     launch = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level=critical"]
-    return [*launch, world_info, f"--node_rank={node}", *_meeting(job, "_")]
+    return [*launch, world_info, f"--node_rank={node}", *_rendezvous(job, "_")]
 
 
-def _meeting(job: Job, dash: str) -> list[str]:
+def _rendezvous(job: Job, dash: str) -> list[str]:
     return [f"--master{dash}addr={job.nodes[0].host}", f"--master{dash}port={job.port}"]
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError
-from moe_dist.launch import sibling_ranks as peers
+from moe_dist.launch import sibling_ranks
 
 JOB_FOLDER = "MOE_DIST_JOB_FOLDER"
 SUPERVISOR = "MOE_DIST_SUPERVISOR_PID"
@@ -60,7 +60,7 @@ def supervised_folder() -> Path | None:
 
 def folder_of_ranks() -> Path | None:
     """Where ranks tell how they fare: the supervisor's folder, or one that the launcher's ranks here share."""
-    return supervised_folder() or peers.shared_folder()
+    return supervised_folder() or sibling_ranks.shared_folder()
 
 
 def register(rank: int, *, leave_with_parent: bool) -> None:
@@ -69,7 +69,7 @@ def register(rank: int, *, leave_with_parent: bool) -> None:
     if supervised_folder() is not None:
         watched.append(int(os.environ[SUPERVISOR]))
     else:
-        peers.remove_abandoned()
+        sibling_ranks.remove_abandoned()
     if (folder := folder_of_ranks()) is not None:
         _write(folder / f"rank-{rank}.pid", json.dumps({"pid": os.getpid(), "group": os.getpgid(0)}))
         for how in ("done", "fault"):  # of an earlier start by the same launcher: no news of this one
@@ -157,7 +157,7 @@ def _cause_among_peers(folder: Path) -> str | None:
         first = root_cause(told)
         if first is not None and not first.consequence:
             return f"rank {first.rank} failed: {first.line}"
-        if (killed := peers.killed_rank(folder)) is not None:
+        if (killed := sibling_ranks.killed_rank(folder)) is not None:
             return f"rank {killed[0]} failed: its process (pid {killed[1]}) was killed or ended without a word"
         time.sleep(PEER_SECONDS / 30)
     return None

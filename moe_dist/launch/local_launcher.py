@@ -1,6 +1,6 @@
 """Starts ranks on this machine, with nothing but the standard library: what `--launcher local` runs on each node.
 
-python -m moe_dist.launch.local_launcher --ranks 2 [--first-rank 2 --world-size 4 --meet n1:29500] ENTRY [word ...]
+python -m moe_dist.launch.local_launcher --ranks 2 [--first-rank 2 --world-size 4 --rendezvous n1:29500] ENTRY [word ...]
 
 Whoever supervises it (`supervise.py`) tells which rank failed and why; here the first failure ends the others.
 """
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, required=True, help="how many to start here")
     parser.add_argument("--first-rank", type=int, default=0, help="number of the first of them")
     parser.add_argument("--world-size", type=int, help="ranks of the whole job; default: those started here")
-    parser.add_argument("--meet", metavar="HOST:PORT", help="where they meet, of rank 0's machine")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where they meet, of rank 0's machine")
     parser.add_argument("command", nargs=REMAINDER, help="the script of a rank and its words")
     words = parser.parse_args()
     common = {
@@ -35,8 +35,8 @@ def main() -> int:
         "WORLD_SIZE": str(words.world_size or words.ranks),
         "LOCAL_WORLD_SIZE": str(words.ranks),
     }
-    if words.meet:
-        common["MASTER_ADDR"], _, common["MASTER_PORT"] = words.meet.rpartition(":")
+    if words.rendezvous:
+        common["MASTER_ADDR"], _, common["MASTER_PORT"] = words.rendezvous.rpartition(":")
     running = []
     for local_rank in range(words.ranks):
         place = {"RANK": str(words.first_rank + local_rank), "LOCAL_RANK": str(local_rank)}

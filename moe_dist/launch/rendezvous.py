@@ -36,7 +36,7 @@ def describe(place: RankEnvironment, environment: Mapping[str, str]) -> str:
     where = environment.get(INIT_METHOD) or f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
     by = {"slurm": "srun", "mpi": "mpirun", "local": "moe-dist", "environment": "RANK and WORLD_SIZE"}
     nodes = "this node" if place.local_world_size == place.world_size else f"{place.local_world_size} on this node"
-    return f"started by {by.get(place.kind, place.kind)}: {place.world_size} ranks, {nodes}; they meet at {where}"
+    return f"started by {by.get(place.kind, place.kind)}: {place.world_size} ranks, {nodes}; rendezvous at {where}"
 
 
 def _found(place: RankEnvironment, environment: Mapping[str, str]) -> dict[str, str]:

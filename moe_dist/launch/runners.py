@@ -11,8 +11,7 @@ from pathlib import Path
 from shutil import which
 
 from moe_dist.errors import LaunchError
-from moe_dist.launch import commands
-from moe_dist.launch import ssh_runner as fleet
+from moe_dist.launch import commands, ssh_runner
 from moe_dist.launch.environment import INIT_METHOD, STARTER, has_gpu, prepare_process
 from moe_dist.launch.job import Job, Launcher
 from moe_dist.launch.supervisor import run_job
@@ -20,7 +19,7 @@ from moe_dist.launch.supervisor import run_job
 RANK_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", INIT_METHOD, STARTER,
 )  # fmt: skip
-TRAVELLING = re.compile(  # what other machines are given of this one's environment
+EXPORTED = re.compile(  # what other machines are given of this one's environment
     r"PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(PYTHON|OMP_|MKL_|OPENBLAS_|DS_|TORCH|NCCL_|GLOO_|UCX_|MOE_DIST_|HF_|CUDA_HOME).*"
 )
 
@@ -36,11 +35,9 @@ def environment(job: Job) -> dict[str, str]:
     return variables
 
 
-def travelling(variables: Mapping[str, str]) -> dict[str, str]:
+def exported_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """The part of an environment that other machines are given too: paths and settings of the libraries we use."""
-    return {
-        name: value for name, value in variables.items() if TRAVELLING.fullmatch(name) and name not in RANK_VARIABLES
-    }
+    return {name: value for name, value in variables.items() if EXPORTED.fullmatch(name) and name not in RANK_VARIABLES}
 
 
 def launch(job: Job) -> int:
@@ -61,7 +58,7 @@ def launch(job: Job) -> int:
             rendezvous_file=job.launcher is not Launcher.TORCHRUN,
         )
     else:
-        outcome = fleet.run(job, travelling(os.environ))
+        outcome = ssh_runner.run(job, exported_variables(os.environ))
     if outcome.line:
         print(f"moe-dist: {outcome.line}", file=sys.stderr, flush=True)
     return outcome.exit_code
@@ -74,12 +71,16 @@ def dry_run(job: Job) -> str:
         given = [f"{name}={shlex.quote(value)}" for name, value in _for_template(command).items()]
         return " ".join([*given, shlex.join(command)])
     told = [
-        f"{name}={'...' if SECRET.search(name) else value}" for name, value in sorted(travelling(os.environ).items())
+        f"{name}={'...' if SECRET.search(name) else value}"
+        for name, value in sorted(exported_variables(os.environ).items())
     ]
     lines = []
     for number, node in enumerate(job.nodes):
         there = ["env", *told, *commands.node_command(job, number)]
-        lines += [f"# on {node.host}, started by: {shlex.join(fleet.ssh_command(node.host or ''))}", shlex.join(there)]
+        lines += [
+            f"# on {node.host}, started by: {shlex.join(ssh_runner.ssh_command(node.host or ''))}",
+            shlex.join(there),
+        ]
     return "\n".join(lines)
 
 
@@ -96,7 +97,7 @@ def _command(job: Job) -> list[str]:
 
 def _foreign_command(job: Job) -> list[str]:
     if job.launcher is Launcher.MPI:
-        return commands.mpirun(job, travelling(os.environ))
+        return commands.mpirun(job, exported_variables(os.environ))
     if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
         return commands.srun(job)
     if not commands.TRAIN_SBATCH.is_file():

@@ -155,6 +155,7 @@ def _signals_passed_to(parts: list[_RemotePart]) -> Iterator[list[int]]:
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {signum: signal.signal(signum, handle) for signum in signals}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the process that started this one may have blocked them
     try:
         yield heard
     finally:

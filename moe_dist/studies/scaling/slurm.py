@@ -48,8 +48,8 @@ case "$SLURM_ARRAY_TASK_ID" in
 {cases}
 *) echo "no cell $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;
 esac
-meeting=$(mktemp -d {shlex.quote(str(home))}/meeting-XXXXXX)
-trap 'rm -rf "$meeting"' EXIT
-export MOE_DIST_INIT_METHOD="file://$meeting/ranks"
+rendezvous=$(mktemp -d {shlex.quote(str(home))}/rendezvous-XXXXXX)
+trap 'rm -rf "$rendezvous"' EXIT
+export MOE_DIST_INIT_METHOD="file://$rendezvous/ranks"
 srun --kill-on-bad-exit=1 {shlex.quote(python)} -m moe_dist {command} "${{words[@]}}"
 """

@@ -27,7 +27,7 @@ def wait_until_watched() -> None:
 
 
 def wait_for_all(rank: str, what: str) -> None:
-    folder = Path(os.environ.get("FAKE_MEETING") or os.environ["MOE_DIST_JOB_FOLDER"])
+    folder = Path(os.environ.get("FAKE_RENDEZVOUS") or os.environ["MOE_DIST_JOB_FOLDER"])
     (folder / f"{rank}.{what}").touch()
     while len(list(folder.glob(f"*.{what}"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)

@@ -153,7 +153,7 @@ def test_each_machine_gets_its_part(config: str, hostfile: Path) -> None:
     assert {"--nnodes=2", "--node-rank=1", "--nproc-per-node=3", "--master-addr=n1", "--master-port=1234"} < set(
         words(Launcher.TORCHRUN)
     )
-    assert {"--ranks=3", "--first-rank=2", "--world-size=5", "--meet=n1:1234"} < set(words(Launcher.LOCAL))
+    assert {"--ranks=3", "--first-rank=2", "--world-size=5", "--rendezvous=n1:1234"} < set(words(Launcher.LOCAL))
     deepspeed = words(Launcher.DEEPSPEED)
     assert {"deepspeed.launcher.launch", "--node_rank=1", "--master_addr=n1", "--master_port=1234"} < set(deepspeed)
     (world,) = [word.partition("=")[2] for word in deepspeed if word.startswith("--world_info")]

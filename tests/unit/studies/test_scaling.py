@@ -164,12 +164,12 @@ def test_a_job_array_runs_every_missing_cell(tmp_path: Path) -> None:
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}
     for task, cell in enumerate(cells[2:4]):
         subprocess.run(["bash", str(script)], env={**environment, "SLURM_ARRAY_TASK_ID": str(task)}, check=True)
-        meeting, option, *command = (tmp_path / "seen").read_text().splitlines()
-        assert meeting.startswith(f"file://{folder}/meeting-")
+        rendezvous, option, *command = (tmp_path / "seen").read_text().splitlines()
+        assert rendezvous.startswith(f"file://{folder}/rendezvous-")
         assert option == "--kill-on-bad-exit=1"
         assert command[:5] == ["python of the job", "-m", "moe_dist", "train", str(SMOKE)]
         assert load_config(command[4], [word for word in command[5:] if "=" in word]).moe.experts == 16 * (task + 1)
         assert command[-2:] == ["--json", str(cell.result_file(folder))]
-    assert not list(folder.glob("meeting-*"))
+    assert not list(folder.glob("rendezvous-*"))
     other = subprocess.run(["bash", str(script)], env={**environment, "SLURM_ARRAY_TASK_ID": "9"}, check=False)
     assert other.returncode == 2

@@ -1,8 +1,10 @@
 """The entry script, alone and as DeepSpeed starts it."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,13 @@ SCRIPT = Path(rank.__file__)
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the entry script writes into the environment is taken back after each test."""
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take back what the entry script changes: the environment, and the signal that it blocks."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR", "MOE_DIST_JOB_FOLDER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 @pytest.mark.parametrize("file", ["/nowhere/at/all.json", "/"])
@@ -88,12 +92,12 @@ def test_an_interrupted_run_returns_130(
 
 
 SRUN = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+RENDEZVOUS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 @pytest.mark.parametrize(
     ("variables", "code"),
-    [({}, 75), ({**SRUN, **MEETING}, 0), ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MEETING}, 75)],
+    [({}, 75), ({**SRUN, **RENDEZVOUS}, 0), ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **RENDEZVOUS}, 75)],
     ids=["alone", "srun, which would kill the others", "by hand"],
 )
 def test_a_run_that_stopped_as_asked_says_so(

@@ -1,6 +1,6 @@
 """The real entry script with another `train`: the ranks only meet over gloo, and tell where each of them runs.
 
-With MOE_DIST_TEST_MEETING=sleep they then sleep; with exit:R rank R then ends with exit code 3, while the others sleep.
+With MOE_DIST_TEST_AFTER_RENDEZVOUS=sleep they then sleep; with exit:R rank R then ends with exit code 3, while the others sleep.
 """
 
 import os
@@ -25,7 +25,7 @@ def meet(config: RunConfig, task: str, options: object | None) -> bool:
     line = f"rank {dist.get_rank()} met {hosts}, seed {config.seed}\n"
     os.write(sys.stdout.fileno(), line.encode())  # whole: print may let another rank in before the end of the line
     dist.barrier()
-    what, _, who = os.environ.get("MOE_DIST_TEST_MEETING", "").partition(":")
+    what, _, who = os.environ.get("MOE_DIST_TEST_AFTER_RENDEZVOUS", "").partition(":")
     if what == "exit" and int(who) == dist.get_rank():
         os._exit(3)
     if what:
