@@ -1,8 +1,8 @@
-"""What training takes in memory, kind by kind of experts: every case a `moe-dist train` process of its own.
+"""Memory of training by kind of experts; every case is a `moe-dist train` process of its own.
 
 The peak of a case is its process's largest resident set less that of a process that only imports the same libraries.
-Cases run one after another, round by round, so that ratios of speeds are of neighbours in time. What is offloaded lies
-in files that the page cache holds if the machine has the room.
+Cases run one after another, round by round, so that ratios compare runs close in time. Offloaded blocks are in files,
+which the page cache holds if there is enough memory.
 """
 
 import json
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, ...]] = {
     OFFLOAD: ("memory.offload=true",),
     "clustered + INT4 + offload": ("precision.residuals=qat", "memory.offload=true"),
 }
-"""What distinguishes each case, by name."""
+"""Overrides of each case, by name."""
 _FOOTPRINT = "import moe_dist.training.trainer; from moe_dist.metrics import peak_rss_bytes; print(peak_rss_bytes())"
 
 
@@ -67,7 +67,7 @@ class MemoryBenchSpec:
             raise ConfigError(f"case={unknown[0]!r} is unknown: it must be one of {', '.join(CASES)}")
 
     def words(self, case: str, folder: Path) -> list[str]:
-        """The configuration of a case, as overrides."""
+        """Return the configuration of a case as overrides."""
         return [
             f"name={case.replace(' + ', '-')}",
             f"runs_dir={folder}",
@@ -101,38 +101,38 @@ class MemoryBenchSpec:
 
 @dataclass(frozen=True)
 class MemoryBenchCase:
-    """Figures of one case; lists have an entry a round. Sizes in bytes."""
+    """Figures of one case; lists have one entry per round. Sizes in bytes."""
 
     name: str
     peak_bytes: list[int]
-    """Peak resident set over the footprint."""
+    """Peak resident set less the footprint of the libraries."""
     model_bytes: int
-    """Weights, gradients and training state, wherever they are."""
+    """Size of weights, gradients and training state on all tiers."""
     peak_device_bytes: int
-    """Of them, the most that was counted on the device at once."""
+    """Peak of the part of them that was counted on the device."""
     tokens_per_second: list[float]
     bytes_moved_per_step: float
 
 
 @dataclass
 class MemoryBenchResult:
-    """All cases, and what they were measured with."""
+    """Result of all cases, with the specification."""
 
     spec: MemoryBenchSpec
     footprint_bytes: int
     cases: list[MemoryBenchCase] = field(default_factory=list)
 
     def case(self, name: str) -> MemoryBenchCase | None:
-        """A case by its name, None where it was not asked for."""
+        """Return a case by its name; None if it was not run."""
         return next((case for case in self.cases if case.name == name), None)
 
     def ratio(self, name: str, other: str, figure: Callable[[MemoryBenchCase], float]) -> float | None:
-        """Of a figure of two cases."""
+        """Return the ratio of a figure of two cases."""
         one, two = self.case(name), self.case(other)
         return None if one is None or two is None else figure(one) / figure(two)
 
     def ratios(self) -> dict[str, float | None]:
-        """The figures to reach."""
+        """Return the ratios that have a target."""
         return {
             "offload_peak_over_dense": self.ratio(OFFLOAD, "dense", lambda case: median(case.peak_bytes)),
             "clustered_bytes_over_standard": self.ratio("clustered", "standard", lambda case: case.model_bytes),
@@ -142,7 +142,7 @@ class MemoryBenchResult:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures for `--json`: spec, footprint, cases and ratios."""
+        """Return the figures for `--json`: specification, footprint, cases and ratios."""
         cases = [asdict(case) for case in self.cases]
         return {
             "spec": asdict(self.spec),
@@ -153,10 +153,10 @@ class MemoryBenchResult:
 
 
 def run_memory_bench(spec: MemoryBenchSpec, note: Callable[[str], None]) -> MemoryBenchResult:
-    """Runs every case in every round.
+    """Run every case in every round.
 
     Raises:
-        TrainingError: a case failed; its last line.
+        TrainingError: a case failed; holds its last line.
     """
     result = MemoryBenchResult(spec, _footprint(spec))
     summaries: dict[str, list[dict[str, Any]]] = {case: [] for case in spec.cases}
@@ -170,7 +170,7 @@ def run_memory_bench(spec: MemoryBenchSpec, note: Callable[[str], None]) -> Memo
 
 
 def render(result: MemoryBenchResult, console: Console) -> None:
-    """One table, and the ratios that count."""
+    """Print one table, and the ratios that have a target."""
     table = Table(title="Memory of training, in megabytes")
     for column in ("case", "peak", "model", "device peak", "moved a step", "tokens/s (min, max)"):
         table.add_column(column, justify="left" if column == "case" else "right")

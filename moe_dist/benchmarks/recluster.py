@@ -1,17 +1,17 @@
-"""What a re-clustering round costs on one process, part by part, against the number and the width of the experts.
+"""Cost of a re-clustering round on one process, part by part, against the number and the width of the experts.
 
-Drawn clustered experts (G bases, E residuals), as wide inside as outside (f = d). Parts of a round of one layer:
+Experts are drawn (G bases, E residuals), with f = d. Parts of a round of one layer:
 
     gram        similarity of all effective weights by exact Gram matrices
-    sketch      the same by random sketches: what ranks make of their experts and gather
+    sketch      the same by random sketches, which ranks compute of their experts and gather
     assign      balanced assignment from random starts
-    assign warm the same improved from a clustering that is nearly right, without random starts
-    factorise   base and residuals of one cluster of full experts, plain, by the seeded search; and
-    whitened    the same fitted to tokens and checked on others (`refactor` and the end of a standard warm-up only)
+    assign warm the same from a clustering that is nearly right, without random starts
+    factorise   base and residuals of one cluster of full experts, by the seeded search
+    whitened    the same fitted to tokens and checked on others (`refit` and the end of a standard warm-up only)
 
-Times are CPU time of this process, over all its threads, so that what else runs on the machine counts little.
+Times are CPU time of this process over all its threads, so that other processes count little.
 
-A round that adopts costs sketch + assign warm (or assign) for each layer, shared among the ranks that hold experts.
+A round that adopts costs sketch + assign warm (or assign) for each layer, divided among the ranks that hold experts.
 """
 
 import time
@@ -50,14 +50,14 @@ class ReclusterBenchCase:
 
 @dataclass(frozen=True)
 class ReclusterBenchResult:
-    """All cases, and what they were measured with."""
+    """Result of all cases, with the specification and versions."""
 
     spec: ReclusterBenchSpec
     cases: list[ReclusterBenchCase] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; times in seconds."""
+        """Return plain numbers and strings for JSON; times in seconds."""
         return asdict(self)
 
 
@@ -79,7 +79,7 @@ def run_recluster_bench(spec: ReclusterBenchSpec, report: Callable[[str], None])
 
 
 def render(result: ReclusterBenchResult, console: Console) -> None:
-    """One table: a row for each width and number of experts."""
+    """Print one table: a row for each width and number of experts."""
     s = result.spec
     title = (
         f"one layer, f = d, G={s.clusters}, r={s.rank}, {s.threads} thread(s): CPU ms, median of {s.repeats} rounds "
@@ -123,7 +123,7 @@ def _measure(spec: ReclusterBenchSpec, experts: int, hidden: int) -> ReclusterBe
 
 
 def _time(work: Callable[[], Any], repeats: int, scale: float) -> Spread:
-    """CPU time of `scale` times the work; a first round warms up."""
+    """Return the CPU time of a function in each round, times `scale`; the first round warms up."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.process_time()

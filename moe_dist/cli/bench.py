@@ -72,7 +72,7 @@ def bench_quality(
 
 
 def _text_corpus(word: str) -> tuple[str, list[str]]:
-    """`NAME=TRAIN,VALIDATION` as a name and the overrides that select these files."""
+    """Parse `NAME=TRAIN,VALIDATION` into a name and the overrides that select these files."""
     name, equals, files = word.partition("=")
     train, comma, validation = files.partition(",")
     if not (name and equals and train and comma and validation):

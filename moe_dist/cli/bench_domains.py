@@ -1,4 +1,4 @@
-"""`moe-dist bench domains`: do clusters follow the domains of a text, and does it pay?"""
+"""`moe-dist bench domains`: agreement of clusters with the domains of a text, and its effect on the loss."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ def bench_domains(
     folder: FinishedRuns = Path("results/domains"),
     json_file: Json = None,
 ) -> None:
-    """Train on English, code, Cyrillic and tables at once: loss, and whether a cluster's experts serve one domain."""
+    """Train on English, code, Cyrillic and tables at once: loss, and agreement of clusters with domains."""
     from moe_dist.studies import domains
 
     console = wide_console()

@@ -18,7 +18,7 @@ def bench_growth(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw time and weights, as PNG.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Time and memory of clustered and standard layers as E grows, k fixed and G = sqrt(2E); one process."""
+    """Measure time and memory of clustered and standard layers as E grows, k fixed and G = sqrt(2E); one process."""
     picture = plot and writable(plot, "--plot")
     spec.check()
     from moe_dist.benchmarks.growth import bench as growth

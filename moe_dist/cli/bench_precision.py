@@ -1,4 +1,4 @@
-"""`moe-dist bench precision`: how many bytes an expert takes, by how it is kept."""
+"""`moe-dist bench precision`: bytes per expert by storage format."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ def bench_precision(
     vectors: Annotated[bool, typer.Option(help="Experts with vectors.")] = True,
     json_file: Json = None,
 ) -> None:
-    """Bytes of an expert at published shapes: standard, clustered, clustered with factors in few bits; runs nothing."""
+    """Count bytes per expert at published shapes: standard, clustered, quantized; runs nothing."""
     config = load_config(None, ["precision.residuals=post", "precision.bases=bfloat16", *(overrides or ())])
     from moe_dist.benchmarks import precision as precision_table
     from moe_dist.moe.quantized_experts import storage_format

@@ -10,7 +10,7 @@ from moe_dist.metrics import write_json
 
 @takes(spec=ReclusterBenchSpec)
 def bench_recluster(spec: ReclusterBenchSpec, json_file: Json = None) -> None:
-    """CPU time of the parts of a re-clustering round of one layer: similarity, assignment, factorising; one process."""
+    """Measure CPU time of the parts of a re-clustering round: similarity, assignment, factorization; one process."""
     from moe_dist.benchmarks import recluster
 
     console = wide_console()

@@ -22,7 +22,7 @@ def bench_step(
     port: Port = DEFAULT_PORT,
     json_file: Json = None,
 ) -> None:
-    """Tokens/s of clustered against standard layers on the same backbone, and the time of each part of a step."""
+    """Compare tokens/s of clustered and standard layers on one backbone, and divide the time of a step into parts."""
     spec.configs(load_config(config, overrides or ()))
     job = plan(launcher, size, config, overrides or (), port)
     raise typer.Exit(runners.launch(job.with_task(BENCH_STEP, replace(spec, json_file=json_file))))

@@ -1,4 +1,4 @@
-"""`moe-dist calibrate`: fits the constants of `plan` and `simulate` to steps that were measured."""
+"""`moe-dist calibrate`: fit of the constants of `plan` and `simulate` to measured steps."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ def calibrate(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Fit the simulator to folders of `measure traffic`, and show how well it predicts those that are held out."""
+    """Fit the simulator to folders of `measure traffic`, and show how well it predicts the held-out ones."""
     machine_file = writable(output, "--output") if output else None
     from moe_dist.simulator import calibration
     from moe_dist.simulator import tables as view

@@ -91,7 +91,7 @@ def build(specification: type, values: dict[str, Any]) -> Any:
 
 
 def _declared(specification: type) -> dict[str, tuple[Any, OptionHelp, Any]]:
-    """Type, help and default of every option of a specification by field name; its own before those of nested ones."""
+    """Return type, help and default of every option of a specification, nested ones included, by field name."""
     hints = get_type_hints(specification)
     found: dict[str, tuple[Any, OptionHelp, Any]] = {}
     for field in fields(specification):

@@ -1,4 +1,4 @@
-"""`moe-dist plan` and `moe-dist simulate`: predictions for machines that are not here."""
+"""`moe-dist plan` and `moe-dist simulate`: predictions for other machines."""
 
 from pathlib import Path
 from typing import Annotated

@@ -14,7 +14,7 @@ from moe_dist.errors import ConfigError
 
 
 class ScaleName(StrEnum):
-    """As in measurement/reproduce/scales.py."""
+    """Scales of `studies/reproduction/scales.py`."""
 
     SMOKE = "smoke"
     TINY = "tiny"
@@ -23,7 +23,7 @@ class ScaleName(StrEnum):
 
 
 class ReproduceLauncher(StrEnum):
-    """Who starts the ranks of a run."""
+    """Program that starts the ranks of a run."""
 
     LOCAL = "local"
     DEEPSPEED = "deepspeed"
@@ -64,9 +64,9 @@ def reproduce(
     only_cost: Annotated[bool, typer.Option("--cost", help="Only predict what it costs on GPUs.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Train and evaluate dense, standard and clustered models at equal tokens: table, plots, the paper's claims.
+    """Train and evaluate dense, standard and clustered models on equal tokens: table, plots, the paper's claims.
 
-    What has finished is kept and not run again; a part that fails is reported, and the others go on.
+    Finished parts are kept and not run again; a failed part is reported, and the others continue.
     """
     from moe_dist.studies.reproduction import cells
     from moe_dist.studies.reproduction import evaluations as evaluate

@@ -13,14 +13,14 @@ from moe_dist.metrics import write_json
 
 
 class StudyMode(StrEnum):
-    """What stays the same as ranks are added."""
+    """Quantity that stays constant as ranks are added."""
 
     STRONG = "strong"
     WEAK = "weak"
 
 
 class StudyLauncher(StrEnum):
-    """Who starts the ranks of a cell."""
+    """Program that starts the ranks of a cell."""
 
     LOCAL = "local"
     DEEPSPEED = "deepspeed"

@@ -1,4 +1,4 @@
-"""`moe-dist topology`: where ranks, clusters and experts lie, and what each kind of traffic has to cross."""
+"""`moe-dist topology`: placement of ranks, clusters and experts on nodes, and the traffic between nodes."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -78,7 +78,7 @@ def _map(config: RunConfig, shape: WorldShape, nodes: Sequence[Node], node_of_ra
 
 
 def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
-    """The clusters and experts that a rank has when a run starts; `recluster` may move them later."""
+    """Return the clusters and experts of a rank at the start of a run; re-clustering may move them later."""
     moe = config.moe
     if moe.kind == "dense":
         return "the whole layer"
@@ -94,7 +94,7 @@ def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
 
 
 def _run(numbers: Sequence[int]) -> str:
-    """Numbers in short: 0-3, 8-11."""
+    """Format numbers as ranges: 0-3, 8-11."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and parts[-1][1] == number - 1:
@@ -116,7 +116,7 @@ def _crossings(found: list[tuple[str, "Crossing"]]) -> Table:
 
 
 def _verdict(config: RunConfig, shape: WorldShape, found: list[tuple[str, "Crossing"]], nodes: Sequence[Node]) -> str:
-    """What matters most: stage two must not leave a node."""
+    """Return the main finding: whether the traffic of stage two stays inside nodes."""
     if config.moe.kind != "clustered":
         return ""
     broken = next(entry.crossing for _, entry in found if _name(entry) == "cluster")

@@ -11,7 +11,7 @@ from moe_dist.launch.files import require_run, writable
 
 
 class ExportDtype(StrEnum):
-    """What exported weights are stored as."""
+    """Data type of exported weights."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"

@@ -1,4 +1,4 @@
-"""The command of each launcher, one word an item: no shell reads it, so no word of a configuration can become one."""
+"""Command lines of the launchers, one word per item: no shell reads them, so configuration words need no quoting."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ TRAIN_SBATCH = RANK_SCRIPT.parents[2] / "slurm" / "train.sbatch"
 
 
 def node_command(job: Job, node: int) -> list[str]:
-    """What starts the ranks of one machine of a `local`, `torchrun` or `deepspeed` job."""
+    """Return the command that starts the ranks of one machine of a `local`, `torchrun` or `deepspeed` job."""
     build: Callable[[Job, int], list[str]] = {
         Launcher.LOCAL: _local,
         Launcher.TORCHRUN: _torchrun,
@@ -40,7 +40,7 @@ def _torchrun(job: Job, node: int) -> list[str]:
 
 
 def _deepspeed(job: Job, node: int) -> list[str]:
-    """Its runner on this machine; on several, what its runner starts on each of them."""
+    """Return DeepSpeed's runner for this machine, or on several machines the program that its runner starts on each."""
     if job.is_here:
         # Ranks meet through a file (supervise.py); DeepSpeed still exports a port, so it gets one free just now.
         address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
@@ -57,7 +57,7 @@ def _rendezvous(job: Job, dash: str) -> list[str]:
 
 
 def _devices(ranks: int) -> str:
-    """DeepSpeed's `--num_gpus` would take the machine's first GPUs, whatever CUDA_VISIBLE_DEVICES says."""
+    """Select visible GPUs; DeepSpeed's `--num_gpus` takes the machine's first ones and ignores CUDA_VISIBLE_DEVICES."""
     visible = visible_gpus()
     if len(visible) < ranks:  # none are listed, or the ranks use the CPU
         return f"--num_gpus={ranks}"
@@ -65,7 +65,7 @@ def _devices(ranks: int) -> str:
 
 
 def mpirun(job: Job, exported: Iterable[str]) -> list[str]:
-    """Open MPI's command for any number of machines; `exported` names the variables that other machines get too."""
+    """Return Open MPI's command; `exported` names the variables that other machines receive too."""
     hosts = ",".join(f"{node.host}:{node.ranks}" for node in job.nodes)
     command = ["mpirun", "-n", str(job.ranks), "--host", hosts, "--bind-to", "none"]
     names = [] if job.is_here else [word for name in sorted(exported) for word in ("-x", name)]
@@ -73,10 +73,10 @@ def mpirun(job: Job, exported: Iterable[str]) -> list[str]:
 
 
 def sbatch(job: Job) -> list[str]:
-    """Submits the shipped template; options win over what it says itself.
+    """Return the command that submits the shipped template; its options win over those in the template.
 
     Raises:
-        LaunchError: the job is no training, which is all that the template does.
+        LaunchError: the job is no training, the only task of the template.
     """
     if job.task != TRAIN:
         raise LaunchError(
@@ -88,7 +88,7 @@ def sbatch(job: Job) -> list[str]:
 
 
 def srun(job: Job) -> list[str]:
-    """Starts the ranks inside an allocation that exists; the first that fails ends the others on all nodes."""
+    """Return the command that starts ranks inside an allocation; the first failure ends all ranks on all nodes."""
     size = [f"--nodes={len(job.nodes)}", f"--ntasks={job.ranks}", f"--ntasks-per-node={job.nodes[0].ranks}"]
     command = ["srun", *size, "--kill-on-bad-exit=1", *job.options]
     return [*command, sys.executable, "-u", *job.rank_command]

@@ -1,4 +1,4 @@
-"""Checks of files that the user named, before anything is imported that takes seconds."""
+"""Checks of files that the user named, before imports that take seconds."""
 
 import json
 import os

@@ -64,7 +64,7 @@ class Job:
 
     @property
     def rank_command(self) -> list[str]:
-        """Script of a rank and its arguments."""
+        """Arguments of Python for one rank: the script and its words."""
         task = [] if self.task == TRAIN else ["--task", self.task]
         options = ["--options", self.task_options] if self.task_options else []
         return [str(self.entry), *task, *options, *self.words]

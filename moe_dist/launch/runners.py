@@ -1,4 +1,4 @@
-"""`moe-dist launch`: runs a job by the launcher it names, on this machine or on several, or shows what it would run."""
+"""Execution of a job by its launcher, on this machine or on several, or display of its commands."""
 
 import os
 import re
@@ -27,7 +27,7 @@ SECRET = re.compile("TOKEN|SECRET|PASSWORD|_KEY")
 
 
 def environment(job: Job) -> dict[str, str]:
-    """This process's environment made fit for ranks here: their own place removed, threads and accelerator set."""
+    """Return this process's environment for ranks here: without its rank, with threads and accelerator set."""
     variables = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     prepare_process(variables, job.threads, job.ranks)
     if not has_gpu() and any(name == "lo" for _, name in socket.if_nameindex()):
@@ -36,15 +36,15 @@ def environment(job: Job) -> dict[str, str]:
 
 
 def exported_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """The part of an environment that other machines are given too: paths and settings of the libraries we use."""
+    """Return the variables that other machines receive too: paths and settings of the libraries in use."""
     return {name: value for name, value in variables.items() if EXPORTED.fullmatch(name) and name not in RANK_VARIABLES}
 
 
 def launch(job: Job) -> int:
-    """Runs the job to its end and returns its exit code; submits it where SLURM is to run it later.
+    """Run the job to its end and return its exit code; under SLURM outside an allocation, submit it.
 
     Raises:
-        LaunchError: a program that it takes is not installed here.
+        LaunchError: a program is not installed here.
     """
     if job.launcher in (Launcher.MPI, Launcher.SLURM) and not _supervised(job):
         command = _installed(_foreign_command(job))
@@ -65,7 +65,7 @@ def launch(job: Job) -> int:
 
 
 def dry_run(job: Job) -> str:
-    """The command, or one for each machine, as one would type it."""
+    """Return the command of the job, or one for each machine, as one would type it."""
     if job.launcher in (Launcher.MPI, Launcher.SLURM) or job.is_here:
         command = _command(job) if job.is_here else _foreign_command(job)
         given = [f"{name}={shlex.quote(value)}" for name, value in _for_template(command).items()]
@@ -85,7 +85,7 @@ def dry_run(job: Job) -> str:
 
 
 def _supervised(job: Job) -> bool:
-    """mpirun and srun end all ranks of a job themselves; on this machine we can say more about the one that failed."""
+    """Return whether to supervise mpirun: on this machine alone; elsewhere mpirun and srun end all ranks themselves."""
     return job.launcher is Launcher.MPI and job.is_here
 
 
@@ -106,7 +106,7 @@ def _foreign_command(job: Job) -> list[str]:
 
 
 def _for_template(command: list[str]) -> dict[str, str]:
-    """What a template that is submitted is to find in its environment: this Python, whatever folder we are in."""
+    """Return the variables of a submitted template: this Python as VENV, independent of the folder."""
     return {"VENV": sys.prefix} if command[0] == "sbatch" and "VENV" not in os.environ else {}
 
 

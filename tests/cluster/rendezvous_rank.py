@@ -1,6 +1,6 @@
-"""The real entry script with another `train`: the ranks only meet over gloo, and tell where each of them runs.
+"""The real entry script with another task: the ranks connect over gloo and print the host of each.
 
-With MOE_DIST_TEST_AFTER_RENDEZVOUS=sleep they then sleep; with exit:R rank R then ends with exit code 3, while the others sleep.
+MOE_DIST_TEST_AFTER_RENDEZVOUS=sleep: they then sleep; exit:R: rank R ends with exit code 3 while the others sleep.
 """
 
 import os

@@ -1,10 +1,10 @@
 """Speed of one feed-forward layer: clustered experts against standard experts and the dense floor, side by side.
 
-All contenders see the same tokens and the same drawn routing (the router itself is left out), in one process, one after
+All contenders get the same tokens and the same drawn routing (the router is left out), in one process, one after
 the other in every round, so that a busy machine slows them alike: ratios are taken within a round, and their median and
 quartiles are reported. A time is forward + backward, with gradients of the input, the gates and all weights:
 
-    dense       SwiGLU of width f on every token: the floor, what a token's base work costs
+    dense       SwiGLU of width f on every token: the floor, the cost of a token's base
     standard    k of E full experts: sort by expert, gather, experts, weighted scatter (loop over leaf parameters, and
                 grouped_mm over weights stacked beforehand); ratios use the faster one
     clustered   k experts of one cluster on a shared base: sort by cluster, gather, clustered experts, scatter
@@ -37,7 +37,7 @@ _STANDARD = ("standard/loop", "standard/grouped_mm")
 
 @dataclass(frozen=True)
 class LayerBenchCase:
-    """One dtype and k: seconds of each contender, and ratios within rounds."""
+    """Result of one dtype and k: seconds of each contender, and ratios within rounds."""
 
     dtype: str
     top_k: int
@@ -52,14 +52,14 @@ class LayerBenchCase:
 
 @dataclass(frozen=True)
 class LayerBenchResult:
-    """All cases, and what they were measured with."""
+    """Result of all cases, with the specification and versions."""
 
     spec: LayerBenchSpec
     cases: list[LayerBenchCase] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; times in seconds."""
+        """Return plain numbers and strings for JSON; times in seconds."""
         return asdict(self)
 
 
@@ -78,7 +78,7 @@ class _Layer:
     clustered: list[ClusterWeights]
 
     def leaves(self) -> Iterator[Tensor]:
-        """Everything that gets a gradient."""
+        """Return all tensors that get a gradient."""
         yield from (self.x_TD, self.gate_TK, *self.dense, *self.stacked)
         for pair in self.loop:
             yield from pair
@@ -106,7 +106,7 @@ def run_layer_bench(spec: LayerBenchSpec) -> LayerBenchResult:
 
 
 def render(result: LayerBenchResult, console: Console) -> None:
-    """One table: a row for each contender, a block for each dtype and k."""
+    """Print one table: a row for each contender, a block for each dtype and k."""
     s = result.spec
     title = (
         f"forward + backward, T={s.tokens} d={s.hidden} f={s.expert_hidden} E={s.experts} G={s.clusters} r={s.rank}"
@@ -163,7 +163,7 @@ def _contenders(layer: _Layer, backend: str, more_backends: Sequence[str]) -> di
 
 
 def _time_rounds(layer: _Layer, contenders: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; a first round warms up; each starts a round in turn."""
+    """Return the seconds of each contender in each round; the first round warms up; each starts a round in turn."""
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(repeats + 1):
@@ -181,7 +181,7 @@ def _time_rounds(layer: _Layer, contenders: dict[str, Callable[[], Tensor]], rep
 
 
 def _wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was given; a CPU has."""
+    """Wait until an accelerator has finished its queue."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
@@ -214,7 +214,7 @@ def _clustered(layer: _Layer, backend: str) -> Tensor:
 
 
 def _draw_layer(spec: LayerBenchSpec, dtype: torch.dtype, top_k: int) -> _Layer:
-    """Weights and a roughly balanced random routing: each token a cluster, k of its experts, gates that sum to 1."""
+    """Draw weights and a roughly balanced routing: a cluster per token, k of its experts, gates that sum to 1."""
     generator = torch.Generator().manual_seed(spec.seed)
     size = spec.experts // spec.clusters
     x_TD, d_y_TD = torch.randn(2, spec.tokens, spec.hidden, generator=generator).to(dtype).unbind()

@@ -1,4 +1,4 @@
-"""Which functions make up which part of a step: they are wrapped from outside, so that training itself pays nothing."""
+"""Assignment of functions to parts of a step; they are wrapped from outside, so that training itself pays nothing."""
 
 import inspect
 from collections.abc import Iterator
@@ -48,11 +48,11 @@ PARTS: dict[StepPart, list[tuple[Any, str]]] = {
     StepPart.METRICS: [(LoadRecord, "add"), (Trainer, "_figures"), (Trainer, "_record_loads")],
     StepPart.OPTIMIZER: [(DeepSpeedEngine, "update")],
 }
-"""The innermost function that runs decides: experts inside a dispatch are experts."""
+"""Functions of each part. The innermost function that runs decides: experts inside a dispatch are experts."""
 
 
 class _Timed(CollectiveTimer):
-    """Collectives as parts of the step: the time until all ranks have come, then the exchange."""
+    """Timer that reports collectives to the step profiler: the wait for all ranks, then the exchange."""
 
     def __init__(self, clock: StepProfiler) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _Timed(CollectiveTimer):
 
 @contextmanager
 def step_clock() -> Iterator[StepProfiler]:
-    """A clock to which every part of `PARTS` and every collective reports; entered before DeepSpeed is initialised."""
+    """Yield a profiler to which every function of `PARTS` and every collective reports; enter before DeepSpeed starts."""
     clock = StepProfiler()
     before = [(owner, name, getattr(owner, name)) for members in PARTS.values() for owner, name in members]
     for part, members in PARTS.items():
@@ -87,5 +87,5 @@ def step_clock() -> Iterator[StepProfiler]:
 
 
 def clock_attention(clock: StepProfiler, attention: Any) -> None:
-    """Its projections and rotary positions are part of attention too."""
+    """Count the projections and rotary positions of a layer as attention too."""
     attention.forward = clock.wrap(StepPart.ATTENTION, attention.forward)

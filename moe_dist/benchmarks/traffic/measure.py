@@ -1,7 +1,7 @@
-"""`moe-dist measure traffic`: trains a few steps of each kind of layer and tells what crossed between ranks.
+"""`moe-dist measure traffic`: a few training steps of each kind of layer, with the bytes between ranks.
 
-Every rank of the job calls `measure_traffic`. Steps come in three rounds on the same model: timed as they are; counted,
-with the routing observed; and, if asked for, profiled, with every collective synchronised.
+Every rank of the job calls `measure_traffic`. Steps come in three rounds on the same model: timed without changes;
+counted, with the routing recorded; and on request profiled, with every collective synchronized.
 """
 
 import time
@@ -32,7 +32,7 @@ Figures = dict[str, Any]
 
 
 def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
-    """Measures every kind, and shows and writes the figures on rank 0; collective.
+    """Measure every kind, and print and write the figures on rank 0; collective.
 
     Raises:
         MoeDistError: a kind cannot be run with this configuration and number of ranks.
@@ -53,7 +53,7 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
 
 
 class _Measurement:
-    """One kind of layer under measurement."""
+    """Measurement of one kind of layer."""
 
     def __init__(self, config: RunConfig, process: RankInfo, data: PreparedData, watch: CollectiveTimer) -> None:
         self.config, self.process, self.watch = config, process, watch
@@ -69,7 +69,7 @@ class _Measurement:
         self.ledger = self.run.model.context.ledger
 
     def take(self, spec: TrafficSpec) -> Figures:
-        """All rounds; returns the figures, whole on rank 0, and leaves them in the run folder."""
+        """Run all rounds, write the figures to the run folder, and return them (complete on rank 0)."""
         self._steps(spec.warmup)
         seconds = self._steps(spec.steps)
         self.ledger.clear()
@@ -86,7 +86,7 @@ class _Measurement:
         return figures
 
     def _steps(self, steps: int) -> list[float]:
-        """Trains on; returns the seconds of each step."""
+        """Train some steps; return the seconds of each step."""
         seconds = []
         for _ in range(steps):
             self.steps_done += 1
@@ -96,7 +96,7 @@ class _Measurement:
         return seconds
 
     def _profile(self, steps: int) -> Figures:
-        """Mean seconds of a step by part on every rank, then one more step traced."""
+        """Return the mean seconds of a step by part on every rank, then trace one more step."""
         self.watch.clear()
         self.watch.active = True
         total = sum(self._steps(steps))

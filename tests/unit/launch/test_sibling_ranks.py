@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.launch import faults
-from moe_dist.launch import sibling_ranks
+from moe_dist.launch import faults, sibling_ranks
 
 ENDED = "import os; os._exit(0)"
 

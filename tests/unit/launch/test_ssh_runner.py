@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.errors import LaunchError
-from moe_dist.launch import agent
-from moe_dist.launch import ssh_runner
+from moe_dist.launch import agent, ssh_runner
 from moe_dist.launch.commands import node_command
 from moe_dist.launch.faults import Fault
 from moe_dist.launch.hostfile import Node
