@@ -68,7 +68,7 @@ class CollectiveTimer:
         self.messages_to.clear()
 
     def wrap(self, part: StepPhase, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the same collective; while the timer is active, a barrier precedes it and its time is added to `part`."""
+        """Return the same collective; while the timer is active, a barrier precedes it and `part` gets its time."""
         signature = inspect.signature(function)
 
         def watched(*args: Any, **kwargs: Any) -> Any:

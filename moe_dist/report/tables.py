@@ -1,4 +1,4 @@
-"""Tables of the report, as HTML; every word from a run is escaped."""
+"""Tables of the report as HTML; every word from a run is escaped."""
 
 from collections.abc import Callable, Sequence
 from html import escape
@@ -11,7 +11,7 @@ MOST_EVENTS = 200
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of plain text as an HTML table that scrolls sideways where it does not fit."""
+    """Return rows of plain text as an HTML table that scrolls sideways if it is too wide."""
     cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     heads = "".join(f"<th>{escape(word)}</th>" for word in head)
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
@@ -36,7 +36,7 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def comparison(runs: Sequence[RunFiles]) -> str:
-    """One row a figure, one column a run; figures that no run has are left out."""
+    """Return one row per figure, one column per run; figures that no run has are left out."""
     rows = [["ended", *(run.status for run in runs)], ["layout", *(_layout(run) for run in runs)]]
     for title, key, form in FIGURES:
         values = [number(run.summary, key) for run in runs]
@@ -70,7 +70,7 @@ RECLUSTER = (
 
 
 def reclusterings(run: RunFiles) -> str:
-    """Re-clusterings: what moved, how many bytes, in what time, and what it did to loss and objective; or nothing."""
+    """Return the re-clusterings: moved experts, bytes, time, and change of loss and objective; empty without any."""
     events = [event for event in run.events if event.get("event") == "recluster"]
     if not events:
         return ""
@@ -80,7 +80,7 @@ def reclusterings(run: RunFiles) -> str:
 
 
 def other_events(run: RunFiles) -> str:
-    """Everything else that happened, evaluations left out: the curve shows those."""
+    """Return all other events; evaluations are left out, since the curve shows them."""
     hidden = ("evaluation", "recluster", "placement")
     events = [event for event in run.events if event.get("event") not in hidden]
     rows = [

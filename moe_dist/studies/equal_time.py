@@ -1,6 +1,6 @@
-"""Steps for each recipe that take as long as a yardstick's: who is better after equal time, not after equal tokens.
+"""Numbers of steps that take equally long for every recipe: comparison at equal time instead of equal tokens.
 
-Short runs of every recipe, in turns, tell how many tokens a second each trains; the yardstick keeps its steps.
+Short interleaved runs measure the tokens per second of every recipe; the reference recipe keeps its steps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,15 +25,15 @@ PROBE = (
 def steps_for_equal_time(
     todo: Sequence[QualityCell], yardstick: str, folder: Path, jobs: int, report: Callable[[str], None]
 ) -> list[QualityCell]:
-    """The same cells, with the steps that each recipe trains in the time the yardstick takes for its own.
+    """Return the same cells with the steps that each recipe trains in the time of the reference recipe.
 
     Args:
-        yardstick: recipe whose cells stay as they are.
-        folder: where the summaries of the short runs are kept, so that the same command finds the same steps again.
-        jobs: runs at a time, as the cells themselves will be run.
+        yardstick: reference recipe, whose cells keep their steps.
+        folder: folder of the short runs' summaries, so that the same command finds the same steps again.
+        jobs: runs at a time, as for the cells themselves.
 
     Raises:
-        ConfigError: the yardstick is none of the recipes.
+        ConfigError: the reference is none of the recipes.
         MoeDistError: a short run failed.
     """
     if yardstick not in {cell.recipe for cell in todo}:
@@ -53,7 +53,7 @@ def steps_for_equal_time(
 
 
 def speeds(results: Mapping[QualityCell, Summary]) -> dict[str, float]:
-    """Tokens a second of each recipe: the median over its short runs."""
+    """Return tokens per second of each recipe: the median over its short runs."""
     told: dict[str, list[float]] = {}
     for cell, summary in results.items():
         told.setdefault(cell.recipe, []).append(summary["tokens_per_second"])

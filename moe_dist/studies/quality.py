@@ -1,8 +1,8 @@
 """Clustered experts against their baselines: the same text, tokens and steps, several seeds, one table.
 
-Each cell (recipe, corpus, seed) is a `moe-dist train` process of its own, or a `moe-dist launch` where its recipe lays
-out several ranks, so that any cell can be had alone by the same command. A finished cell is a JSON file named by a hash
-of its configuration and of this package's source: it is not run again.
+Each cell (recipe, corpus, seed) is a `moe-dist train` process, or a `moe-dist launch` if its recipe has several ranks,
+so that one command repeats any cell alone. A finished cell is a JSON file named by a hash of its configuration and of
+this package's source; it is not run again.
 """
 
 import json
@@ -39,18 +39,18 @@ class QualityCell:
 
     @property
     def name(self) -> str:
-        """`RECIPE-CORPUS-SEED`: what messages, its run folder and its result file call it."""
+        """Name in messages, of the run folder and of the result file: `RECIPE-CORPUS-SEED`."""
         return f"{self.recipe}-{self.corpus}-{self.seed}"
 
     def result_file(self, folder: Path) -> Path:
-        """Where its summary is kept; another configuration has another file, and so has other code."""
+        """Return the file of its summary; another configuration or other code has another file."""
         return subruns.result_file(folder, self.name, load_config(self.config, self.overrides), PACKAGE)
 
 
 def cells(
     configs: Path, corpora: Mapping[str, Sequence[str]], seeds: int, recipes: Sequence[str], overrides: Sequence[str]
 ) -> list[QualityCell]:
-    """All runs of the comparison, seed by seed, so that an early stop leaves whole rows.
+    """Return all runs of the comparison, seed by seed, so that an early stop leaves complete rows.
 
     Args:
         configs: folder of the `quality-<recipe>.yaml` files.
@@ -75,7 +75,7 @@ def cells(
 def run_cells(
     todo: Sequence[QualityCell], folder: Path, jobs: int, report: Callable[[str], None]
 ) -> dict[QualityCell, Summary]:
-    """Runs what is not there yet, `jobs` at a time; a cell that fails is reported and the others go on."""
+    """Run the missing cells, `jobs` at a time; report a cell that fails and continue with the others."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def finish(cell: QualityCell) -> tuple[QualityCell, Summary | None]:
@@ -94,7 +94,7 @@ def run_cells(
 
 
 def _train(cell: QualityCell, file: Path, folder: Path) -> str | None:
-    """Trains one cell; returns what went wrong, in one line."""
+    """Train one cell; return the last line of its error, None after success."""
     world = load_config(cell.config, cell.overrides).world
     alone = (world.data or 1) * (world.cluster or 1) * world.shard == 1
     command = ["train"] if alone else ["launch", "--launcher", "local"]
@@ -104,19 +104,19 @@ def _train(cell: QualityCell, file: Path, folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """A recipe on a corpus, over its seeds."""
+    """Result of a recipe on a corpus over its seeds."""
 
     recipe: str
     corpus: str
     losses: dict[int, float]
     stored: dict[int, float]
-    """With what is stored of the experts, of runs that store them in few bits."""
+    """Validation losses with experts quantized as stored, by seed; empty without quantization."""
     expert_share: float | None
     """Expert parameters over those of standard experts."""
     load_variance: float | None
     steps: int
     seconds: float
-    """Of training alone, mean over seeds."""
+    """Training time, mean over seeds."""
 
     @property
     def spread(self) -> float:
@@ -125,7 +125,7 @@ class QualityRow:
 
 
 def rows(results: dict[QualityCell, Summary]) -> list[QualityRow]:
-    """One row for each corpus and recipe, in the order of the cells."""
+    """Return one row for each corpus and recipe, in the order of the cells."""
     groups: dict[tuple[str, str], list[tuple[QualityCell, Summary]]] = {}
     for cell, summary in results.items():
         groups.setdefault((cell.corpus, cell.recipe), []).append((cell, summary))
@@ -143,7 +143,7 @@ def rows(results: dict[QualityCell, Summary]) -> list[QualityRow]:
 
 
 def differences(table: Sequence[QualityRow], row: QualityRow, yardstick: str) -> list[float]:
-    """Loss less the yardstick's, seed by seed, on the same corpus; empty where that was not run."""
+    """Return the loss less that of a baseline, seed by seed, on the same corpus; empty if the baseline was not run."""
     base = next((other for other in table if (other.corpus, other.recipe) == (row.corpus, yardstick)), None)
     if base is None:
         return []
@@ -151,7 +151,7 @@ def differences(table: Sequence[QualityRow], row: QualityRow, yardstick: str) ->
 
 
 def render(results: dict[QualityCell, Summary], console: Console) -> None:
-    """Prints the table."""
+    """Print the table."""
     table = rows(results)
     view = Table(title="validation loss, nats a token (mean ± standard deviation over seeds)", title_justify="left")
     stored = any(row.stored for row in table)
@@ -180,7 +180,7 @@ def _with_range(values: Sequence[float]) -> str:
 
 
 def to_dict(results: dict[QualityCell, Summary]) -> dict[str, Any]:
-    """The figures for `--json`: the table, and every cell's summary."""
+    """Return the figures for `--json`: the table, and every cell's summary."""
     table = rows(results)
     return {
         "rows": [
@@ -191,6 +191,6 @@ def to_dict(results: dict[QualityCell, Summary]) -> dict[str, Any]:
 
 
 def require_all(results: dict[QualityCell, Summary], wanted: Sequence[QualityCell]) -> None:
-    """Raises MoeDistError naming the cells that failed."""
+    """Raise a MoeDistError that names the failed cells, if there are any."""
     if failed := [cell.name for cell in wanted if cell not in results]:
         raise MoeDistError(f"{len(failed)} of {len(wanted)} runs failed: {', '.join(failed)}")

@@ -45,7 +45,7 @@ class StepFigures:
 
     @property
     def overhead(self) -> float | None:
-        """Share of routing, permutation, counters and metrics in the time of MoE layers and metrics; None: not profiled."""
+        """Share of routing, permutation, counters and metrics in MoE layers and metrics; None: not profiled."""
         layers = sum(self.parts.get(part, 0.0) for part in {*OF_MOE_LAYERS, *OVERHEAD})
         return sum(self.parts.get(part, 0.0) for part in OVERHEAD) / layers if layers else None
 

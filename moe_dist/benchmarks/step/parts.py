@@ -71,7 +71,7 @@ class _Timed(CollectiveTimer):
 
 @contextmanager
 def step_clock() -> Iterator[StepProfiler]:
-    """Yield a profiler to which every function of `PARTS` and every collective reports; enter before DeepSpeed starts."""
+    """Yield a profiler of every function in `PARTS` and of every collective; enter before DeepSpeed starts."""
     clock = StepProfiler()
     before = [(owner, name, getattr(owner, name)) for members in PARTS.values() for owner, name in members]
     for part, members in PARTS.items():

@@ -93,8 +93,8 @@ class StepProfiler:
     def _mark(self, part: StepPart, value: Any) -> None:
         """Begin `part` in the backward pass before autograd runs the nodes that made the tensors in `value`.
 
-        The first mark of a node counts, which is that of the part that created it: a tensor that a function only passes on
-        belongs to neither side.
+        The first mark of a node counts, which is that of the part that created it: a tensor that a function only passes
+        on belongs to neither side.
         """
         for tensor in _tensors(value):
             node: Any = tensor.grad_fn  # torch annotates its metadata wrongly

@@ -55,8 +55,8 @@ def gather_figures(run: Trainer, observed: RoutingTrace, steps: int) -> dict[str
 def _lower_bound(run: Trainer, observed: RoutingTrace, token_layers: int) -> dict[str, Any]:
     """Return the minimum of bytes of hidden vectors for the same routing.
 
-    One vector of each token to each other rank that holds one of its experts, and one back, in both passes; between nodes,
-    one to each other node with one of its experts.
+    One vector of each token to each other rank that holds one of its experts, and one back, in both passes; between
+    nodes, one to each other node with one of its experts.
     """
     vector = {hop.stage: hop.hidden for hop in hop_costs(run.config.model, run.config.moe, run.shape)}
     mine = torch.zeros(2, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""A reproduction on a cluster: what it will cost, and the job arrays that do it."""
+"""Reproduction on a SLURM cluster: predicted cost, and job arrays."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ MOST_NODES_IN_A_POD = 32
 
 
 def show_cost(plan: ReproductionPlan, gpu: str, nodes: int, console: Console) -> None:
-    """Predicts the cost of one training of each kind, and of all.
+    """Predict the cost of one training of each kind, and of all.
 
     Raises:
         ConfigError: the GPU is unknown, or the ranks cannot be divided over the nodes.
@@ -29,12 +29,12 @@ def show_cost(plan: ReproductionPlan, gpu: str, nodes: int, console: Console) ->
 
 
 def write_arrays(plan: ReproductionPlan, nodes: int, say: Callable[[str], None], gpus: bool = False) -> None:
-    """Writes what is still to do as sbatch scripts, the next ones to submit: the grid, then trainings, evaluations.
+    """Write the missing parts as sbatch scripts, the next ones to submit: the grid, then trainings, then evaluations.
 
-    A training that is started again goes on from its newest checkpoint.
+    A training that is started again resumes from its newest checkpoint.
 
     Args:
-        gpus: the commands it says ask for one GPU a rank.
+        gpus: the printed commands ask for one GPU per rank.
 
     Raises:
         ConfigError: the ranks cannot be divided over the nodes.

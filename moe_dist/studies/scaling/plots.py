@@ -14,7 +14,7 @@ Value = Callable[[StudyRow], float | None]
 
 
 def plot(rows: Sequence[StudyRow], target: Path) -> None:
-    """Writes a PNG of four panels; combinations without a result have no point."""
+    """Write a PNG of four panels; combinations without a result have no point."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
     over_ranks = any(axis == RANKS for axis, _ in rows[0].values)
@@ -62,7 +62,7 @@ def _place(row: StudyRow, over_ranks: bool) -> int | str:
 
 
 def _ideal(panel: Any, rows: Sequence[StudyRow]) -> None:
-    """From the fewest ranks of each line, as many times faster as there are ranks."""
+    """Draw the ideal line of each curve: speed of its fewest ranks times the ratio of ranks."""
     for index, members in enumerate(_lines(rows, over_ranks=True).values()):
         measured = [(row.ranks, speed) for row in members if (speed := row.middle("tokens_per_second")) is not None]
         if len(measured) > 1:

@@ -1,4 +1,4 @@
-"""Runs what a study still lacks, and gathers what it has."""
+"""Runner of a study: runs the missing cells and collects the results."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from moe_dist.studies.scaling.cells import StudyCell
 
 @dataclass(frozen=True)
 class StudyOutcome:
-    """A cell and its summary, or the reason why there is none."""
+    """Cell with its summary, or with the reason why there is none."""
 
     cell: StudyCell
     summary: Summary | None
@@ -21,24 +21,24 @@ class StudyOutcome:
 
 
 def train_words(cell: StudyCell, folder: Path) -> list[str]:
-    """Configuration, overrides and options of the cell's training command, each a word."""
+    """Return configuration, overrides and options of the cell's training command, one word each."""
     own = [f"name={run_name(cell, folder)}", f"runs_dir={json.dumps(str((folder / 'runs').absolute()))}"]
     return [str(cell.config), *cell.overrides, *own, "--json", str(cell.result_file(folder).absolute())]
 
 
 def run_name(cell: StudyCell, folder: Path) -> str:
-    """Of the cell's run: another configuration and other code have another, so that nothing wrong is gone on with."""
+    """Return the name of the cell's run; it depends on configuration and code, so that no wrong run is resumed."""
     return cell.result_file(folder).stem
 
 
 def run_study(
     cells: Sequence[StudyCell], folder: Path, launcher: str, seconds: float | None, say: Callable[[str], None]
 ) -> list[StudyOutcome]:
-    """Runs cell after cell, each alone on the machine; a finished one is read, a failed one does not stop the others.
+    """Run cell after cell, each alone on the machine; read finished ones, and continue after a failure.
 
     Args:
-        launcher: who starts the ranks, as `moe-dist launch --launcher`.
-        seconds: the most that one cell may take.
+        launcher: launcher of the ranks, as `moe-dist launch --launcher`.
+        seconds: time limit of one cell.
     """
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
@@ -52,12 +52,12 @@ def run_study(
 
 
 def gather(cells: Sequence[StudyCell], folder: Path) -> list[StudyOutcome]:
-    """What there is by now, nothing run."""
+    """Return the available outcomes and run nothing."""
     return [known(cell, folder) or StudyOutcome(cell, None, "not run yet") for cell in cells]
 
 
 def known(cell: StudyCell, folder: Path) -> StudyOutcome | None:
-    """What there is of a cell without running it: its summary, or why it cannot run."""
+    """Return the outcome of a cell that has finished or cannot run; None otherwise."""
     if cell.refusal:
         return StudyOutcome(cell, None, cell.refusal)
     summary = read_summary(cell.result_file(folder))
@@ -65,7 +65,7 @@ def known(cell: StudyCell, folder: Path) -> StudyOutcome | None:
 
 
 def finish(cell: StudyCell, folder: Path, launcher: str, seconds: float | None) -> StudyOutcome:
-    """Runs one cell, or reads what an earlier run of it has left."""
+    """Run one cell, or read its earlier summary."""
     if outcome := known(cell, folder):
         return outcome
     command = [sys.executable, "-m", "moe_dist", "launch", "--launcher", launcher, "--ranks", str(cell.ranks)]

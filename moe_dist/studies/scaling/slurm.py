@@ -1,4 +1,4 @@
-"""A study as SLURM array jobs: one file for each number of ranks, one array task for each cell that is not done."""
+"""SLURM job arrays of a study: one script for each number of ranks, one array task for each missing cell."""
 
 import shlex
 import sys
@@ -11,11 +11,11 @@ from moe_dist.studies.scaling.run import train_words
 
 
 def array_jobs(cells: Sequence[StudyCell], folder: Path, python: str = sys.executable) -> dict[str, str]:
-    """File name -> text of the sbatch scripts that run what `folder` still lacks.
+    """Return file name -> text of the sbatch scripts that run the cells missing in `folder`.
 
-    Tasks of one array run one at a time (`%1`), so that cells do not disturb each other; ranks meet through a file in
-    `folder`, which all nodes must see, as they must see Python and the configuration. What sbatch is to ask for
-    beyond the number of tasks (partition, GPUs, time) is given on its command line, which wins over the file.
+    Tasks of one array run one at a time (`%1`), so that cells do not disturb each other; ranks use a rendezvous file in
+    `folder`, which all nodes must share, with Python and the configuration. Resources beyond the number of tasks
+    (partition, GPUs, time) are given on sbatch's command line, which wins over the file.
     """
     missing = [cell for cell in cells if not cell.refusal and read_summary(cell.result_file(folder)) is None]
     by_ranks: dict[int, list[StudyCell]] = {}
@@ -32,7 +32,7 @@ def array_jobs(cells: Sequence[StudyCell], folder: Path, python: str = sys.execu
 def array_job(
     command: str, ranks: int, tasks: Mapping[str, Sequence[str]], folder: Path, python: str = sys.executable
 ) -> str:
-    """Text of an sbatch script that runs `moe-dist <command> WORDS` for each task, by its name, on so many ranks."""
+    """Return the text of an sbatch script that runs `moe-dist <command> WORDS` for each task on so many ranks."""
     home = folder.absolute()
     cases = "\n".join(
         f"{index}) words=({shlex.join(words)}) ;;  # {name}" for index, (name, words) in enumerate(tasks.items())
