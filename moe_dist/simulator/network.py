@@ -75,7 +75,7 @@ def _spine_seconds(bytes_R: Floats, fabric: Fabric) -> float:
 
 
 def reduce_seconds(bytes_held: float, sharing: int, on_node: int, fabric: Fabric) -> float:
-    """Return seconds of one pass of a ring (reduce-scatter, all-gather) of n = `sharing` ranks: (n-1)/n of `bytes_held`.
+    """Return seconds of one ring pass (reduce-scatter, all-gather) of n = `sharing` ranks: (n-1)/n of `bytes_held`.
 
     Args:
         on_node: ranks of the ring that are neighbors on one node, whose interfaces they share.

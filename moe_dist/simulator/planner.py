@@ -83,7 +83,7 @@ def plan(config: RunConfig, fabric: Fabric, vocabulary: int, skew: float) -> Pla
 
 
 def layouts(config: RunConfig, ranks: int) -> Iterator[LayoutOption]:
-    """Return shapes that divide experts and ranks, with every ZeRO stage and micro-batch, with and without recomputation.
+    """Return shapes that divide experts and ranks, with every ZeRO stage, micro-batch and choice of recomputation.
 
     Raises:
         ConfigError: the batch does not divide over the ranks.

@@ -18,7 +18,7 @@ SAMPLE = 4096
 
 
 def zipf(experts: int, skew: float, layers: int, generator: np.random.Generator) -> Floats:
-    """Return popularity_LE: the share of the i-th most popular expert is proportional to 1 / i^skew; indices are drawn."""
+    """Return popularity_LE: the i-th most popular expert, drawn, has a share proportional to 1 / i^skew."""
     share_E = np.arange(1, experts + 1) ** -float(skew)
     return np.stack([generator.permutation(share_E / share_E.sum()) for _ in range(layers)])
 

@@ -44,7 +44,7 @@ class Flow:
     rows_PP: Floats
 
     def bytes(self, tokens: float) -> Floats:
-        """Return bytes_PP of a micro-batch of `tokens` on every rank, forward and backward, by the ledger's formulas."""
+        """Return bytes_PP of `tokens` on every rank, forward and backward, by the traffic ledger's formulas."""
         found = self.hop.volumes(tokens * self.rows_PP)
         found[Payload.COUNTS, Direction.FORWARD] = found[Payload.COUNTS, Direction.FORWARD] * (self.rows_PP > 0)
         bytes_PP: Floats = np.sum(list(found.values()), axis=0)
