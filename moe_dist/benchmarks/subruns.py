@@ -43,6 +43,19 @@ def run(command: Sequence[str], seconds: float | None = None) -> str | None:
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
+def run_once(file: Path, command: Sequence[str], seconds: float | None = None) -> tuple[Summary | None, str | None]:
+    """Return the summary in a file, after running the command that writes it if there is none.
+
+    Returns:
+        The summary and None, or None and the reason why there is none.
+    """
+    problem = None
+    if (summary := read_summary(file)) is None:
+        problem = run(command, seconds)
+        summary = read_summary(file)
+    return summary, None if summary else problem or "it left no summary"
+
+
 def read_summary(file: Path) -> Summary | None:
     """Return a complete summary; None without one."""
     try:

@@ -55,6 +55,7 @@ def bench_quality(
     """Train clustered experts and their baselines on the same text and compare losses; finished runs are kept."""
     from moe_dist.studies import quality
     from moe_dist.studies.equal_time import steps_for_equal_time
+    from moe_dist.studies.runner import require_all, run_cells, validation_loss
 
     console = wide_console()
     corpora = {"stdlib": ["corpus.kind=stdlib"]} if stdlib else {}
@@ -64,11 +65,12 @@ def bench_quality(
     todo = quality.cells(configs, corpora, seeds, recipe or quality.RECIPES, overrides or ())
     if equal_time is not None:
         todo = steps_for_equal_time(todo, equal_time, folder / "speed", jobs, console.print)
-    results = quality.run_cells(todo, folder, jobs, console.print)
+    outcomes = run_cells(todo, folder, console.print, validation_loss, jobs=jobs)
+    results = {outcome.cell: outcome.summary for outcome in outcomes if outcome.summary}
     quality.render(results, console)
     if json_file is not None:
         write_json(Path(json_file), quality.to_dict(results))
-    quality.require_all(results, todo)
+    require_all(outcomes)
 
 
 def _text_corpus(word: str) -> tuple[str, list[str]]:

@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.benchmarks.subruns import Summary
 from moe_dist.clustering import adjusted_rand_index
 from moe_dist.config import WorldConfig
 from moe_dist.data.domains import TRAIN, write_domains
@@ -29,7 +28,8 @@ from moe_dist.evaluation.trained_model import open_subject
 from moe_dist.evaluation.windows import window_batches
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.report.read import read_runs
-from moe_dist.studies.quality import QualityCell, cells, require_all, run_cells
+from moe_dist.studies.quality import cells
+from moe_dist.studies.runner import StudyOutcome, require_all, run_cells, validation_loss
 
 RECIPES = ("cheap", "cheap-random", "cheap-parameter", "cheap-activation", "cheap-fused")
 BATCH = 8  # windows at a time
@@ -84,18 +84,19 @@ def run_domains(spec: DomainSpec, report: Callable[[str], None]) -> list[DomainR
     validation = json.dumps([str(file.absolute()) for file in held.values()])
     selection = ("corpus.kind=text", f"corpus.paths={paths}", f"corpus.validation_paths={validation}")
     todo = cells(spec.configs, {"domains": selection}, spec.seeds, spec.recipes, spec.overrides)
-    results = run_cells(todo, spec.folder, spec.jobs, report)
-    require_all(results, todo)
-    return [_measure(cell, results[cell], held, spec.folder) for cell in todo]
+    outcomes = run_cells(todo, spec.folder, report, validation_loss, jobs=spec.jobs)
+    require_all(outcomes)
+    return [_measure(outcome, held, spec.folder) for outcome in outcomes]
 
 
-def _measure(cell: QualityCell, summary: Summary, held: Mapping[str, Path], folder: Path) -> DomainRun:
-    run = folder / "runs" / cell.name
+def _measure(outcome: StudyOutcome, held: Mapping[str, Path], folder: Path) -> DomainRun:
+    cell, summary = outcome.cell, outcome.summary or {}
+    run = folder / "runs" / cell.run_name(folder)
     count_DLE, cluster_LE = domain_counts(run, held)
     rounds = [event for event in read_runs([run])[0].events if event.get("event") == "recluster"]
     return DomainRun(
-        cell.recipe,
-        cell.seed,
+        cell.value("recipe"),
+        cell.repeat,
         summary["validation"]["loss"],
         domain_index(count_DLE, cluster_LE),
         domain_purity(count_DLE),

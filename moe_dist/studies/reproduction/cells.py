@@ -10,7 +10,7 @@ import yaml
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ConfigError
 from moe_dist.studies.reproduction.scales import KINDS, RecipeKind, Scale
-from moe_dist.studies.scaling.cells import StudyCell
+from moe_dist.studies.runner import StudyCell
 
 GRID_SEED = 1000
 """Seed of the grid's runs; differs from those of the reported runs."""

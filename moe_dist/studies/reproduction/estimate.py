@@ -10,7 +10,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.planner import GIB, plan
 from moe_dist.studies.reproduction.cells import kind_of
-from moe_dist.studies.scaling.cells import StudyCell
+from moe_dist.studies.runner import StudyCell
 
 SKEW = 0.2
 FINE_TUNING_TOKENS = 150e6

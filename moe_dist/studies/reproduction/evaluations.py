@@ -8,8 +8,7 @@ from typing import Any
 
 from moe_dist.benchmarks import subruns
 from moe_dist.studies.reproduction.scales import Scale
-from moe_dist.studies.scaling.cells import StudyCell
-from moe_dist.studies.scaling.run import run_name
+from moe_dist.studies.runner import StudyCell
 
 Figures = dict[str, Any]
 
@@ -58,12 +57,12 @@ def choose(scale: Scale, text: str, test_text: Path | None, glue: str | None, su
 def result_file(cell: StudyCell, folder: Path, words: list[str]) -> Path:
     """Return the file of the figures; another training or other options have another file."""
     key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
-    return folder / f"eval_{run_name(cell, folder)}-{key}.json"
+    return folder / f"eval_{cell.run_name(folder)}-{key}.json"
 
 
 def trained_run(cell: StudyCell, folder: Path) -> Path:
     """Return the folder of the cell's finished run; after an aborted start its name may have a suffix."""
-    name, runs = run_name(cell, folder), folder / "runs"
+    name, runs = cell.run_name(folder), folder / "runs"
     found = [path for path in runs.glob(f"{name}*") if (path / "summary.json").is_file()]
     return max(found, key=lambda path: (len(path.name), path.name), default=runs / name)
 
@@ -83,9 +82,5 @@ def evaluate(
     cell: StudyCell, folder: Path, words: list[str], seconds: float | None
 ) -> tuple[Figures | None, str | None]:
     """Evaluate, or read the figures; return the figures, or the last line of the error."""
-    if figures := known(cell, folder, words):
-        return figures, None
     command = [sys.executable, "-m", "moe_dist", "eval", f"--ranks={cell.ranks}", *command_words(cell, folder, words)]
-    problem = subruns.run(command, seconds)
-    figures = known(cell, folder, words)
-    return figures, None if figures else problem or "the evaluation left no figures"
+    return subruns.run_once(result_file(cell, folder, words), command, seconds)

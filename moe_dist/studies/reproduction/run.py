@@ -18,8 +18,7 @@ from moe_dist.studies.reproduction.plots import plot_all
 from moe_dist.studies.reproduction.progress import StudyProgress
 from moe_dist.studies.reproduction.scales import KINDS, RecipeKind
 from moe_dist.studies.reproduction.tables import Rates
-from moe_dist.studies.scaling.cells import StudyCell
-from moe_dist.studies.scaling.run import StudyOutcome, finish, known
+from moe_dist.studies.runner import StudyCell, StudyOutcome, finish, known, validation_loss
 
 RATE, RESULTS = "rate", "results.json"
 
@@ -179,7 +178,7 @@ def _train(plan: ReproductionPlan, cell: StudyCell, sort: str, progress: StudyPr
     def work() -> str:
         found.append(finish(cell, plan.folder, plan.launcher, plan.limit))
         summary = found[0].summary
-        return f"validation loss {summary['validation']['loss']:.4f}" if summary else f"failed: {found[0].problem}"
+        return validation_loss(summary) if summary else f"failed: {found[0].problem}"
 
     progress.run(sort, _shown(cell), work)
     return found[0]

@@ -10,7 +10,7 @@ from moe_dist.studies.reproduction import estimate
 from moe_dist.studies.reproduction import evaluations as evaluate
 from moe_dist.studies.reproduction.cells import main_cells
 from moe_dist.studies.reproduction.run import ReproductionPlan, best_rates, known_grid
-from moe_dist.studies.scaling.run import known
+from moe_dist.studies.runner import known
 from moe_dist.studies.scaling.slurm import array_job, array_jobs
 
 MOST_NODES_IN_A_POD = 32

@@ -6,9 +6,9 @@ from enum import StrEnum
 from itertools import product
 from pathlib import Path
 
-from moe_dist.benchmarks.subruns import result_file
-from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
+from moe_dist.config import RunConfig, resolve_batch, resolve_world
 from moe_dist.errors import ConfigError
+from moe_dist.studies.runner import StudyCell
 
 RANKS = "ranks"
 SHORT = {
@@ -46,42 +46,6 @@ class Axis:
     def key(self) -> str:
         """Key of the configuration."""
         return SHORT.get(self.name, self.name)
-
-
-@dataclass(frozen=True)
-class StudyCell:
-    """One run of a study.
-
-    Attributes:
-        values: (axis, value) in the axes' order.
-        refusal: reason why it cannot run; None: it can.
-    """
-
-    values: tuple[tuple[str, str], ...]
-    ranks: int
-    repeat: int
-    config: Path
-    overrides: tuple[str, ...]
-    refusal: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Name made of the axes' values and the repeat, in characters that are safe in a file name."""
-        words = [f"{axis.rpartition('.')[2]}-{value}" for axis, value in self.values]
-        kept = "_".join(words) or "cell"
-        return "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{kept}_{self.repeat}")
-
-    def load(self) -> RunConfig:
-        """Load the run's configuration.
-
-        Raises:
-            ConfigError: these overrides are refused.
-        """
-        return load_config(self.config, self.overrides)
-
-    def result_file(self, folder: Path) -> Path:
-        """Return the file of its summary, by name, configuration and code; the name contains ranks and repeat."""
-        return result_file(folder, f"r{self.ranks}_{self.name}", self.load())
 
 
 def parse_axis(word: str) -> Axis:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_dist.benchmarks.subruns import read_summary
-from moe_dist.studies.scaling.cells import StudyCell
-from moe_dist.studies.scaling.run import train_words
+from moe_dist.studies.runner import StudyCell
 
 
 def array_jobs(cells: Sequence[StudyCell], folder: Path, python: str = sys.executable) -> dict[str, str]:
@@ -23,7 +22,7 @@ def array_jobs(cells: Sequence[StudyCell], folder: Path, python: str = sys.execu
         by_ranks.setdefault(cell.ranks, []).append(cell)
     return {
         f"study-{ranks}.sbatch": array_job(
-            "train", ranks, {c.name: train_words(c, folder) for c in held}, folder, python
+            "train", ranks, {c.name: c.train_words(folder) for c in held}, folder, python
         )
         for ranks, held in by_ranks.items()
     }

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.metrics.summary import look_up
+from moe_dist.studies.runner import StudyOutcome
 from moe_dist.studies.scaling.cells import RANKS
-from moe_dist.studies.scaling.run import StudyOutcome
 
 FIGURES = {
     "tokens_per_second": "tokens_per_second",

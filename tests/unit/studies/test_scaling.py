@@ -15,9 +15,9 @@ from rich.console import Console
 from moe_dist.benchmarks import subruns
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError
-from moe_dist.studies.scaling.cells import Axis, Mode, StudyCell, build_cells, parse_axis
+from moe_dist.studies.runner import StudyCell, StudyOutcome, gather, run_cells, speed
+from moe_dist.studies.scaling.cells import Axis, Mode, build_cells, parse_axis
 from moe_dist.studies.scaling.plots import plot
-from moe_dist.studies.scaling.run import StudyOutcome, gather, run_study
 from moe_dist.studies.scaling.slurm import array_jobs
 from moe_dist.studies.scaling.tables import render, rows, to_dict, write_csv
 
@@ -87,14 +87,14 @@ def test_finished_cells_are_kept_failed_ones_tried_again(tmp_path: Path, monkeyp
     monkeypatch.setattr(subruns, "run", _stand_in(started, lambda ranks: None if ranks == 4 else 100.0))
     cells = build_cells(SMOKE, AXES, Mode.STRONG, 1, 1, ())
     said: list[str] = []
-    outcomes = run_study(cells, tmp_path, "torchrun", None, said.append)
+    outcomes = run_cells(cells, tmp_path, said.append, speed, launcher="torchrun")
     assert [outcome.problem for outcome in outcomes] == [None, None, *["rank 1 failed: out of luck"] * 2]
     assert said[0].startswith("1/4 ranks-2_experts-16_0: 100 tokens/s")
     assert "no result: rank 1 failed" in said[3]
     command = started[0]
     assert command[:5] == [sys.executable, "-m", "moe_dist", "launch", "--launcher"]
     load_config(command[8], [word for word in command[9:] if "=" in word])
-    run_study(cells, tmp_path, "torchrun", None, said.append)
+    run_cells(cells, tmp_path, said.append, speed, launcher="torchrun")
     assert len(started) == 4 + 2
     assert [bool(outcome.summary) for outcome in gather(cells, tmp_path)] == [True, True, False, False]
 
