@@ -87,19 +87,23 @@ class CollectiveTimer:
     def _run(self, part: StepPhase, function: Callable[..., Any], given: inspect.BoundArguments) -> None:
         group = given.arguments.get("group")
         arguments = {**given.arguments, "async_op": False}
-        _settle()
-        started = time.perf_counter()
-        with torch.profiler.record_function(f"moe-dist {StepPhase.WAITING}"):
+        with self.phase(StepPhase.WAITING):
             if dist.get_world_size(group) > 1:
                 dist.barrier(group=group)
-        met = time.perf_counter()
-        with torch.profiler.record_function(f"moe-dist {part}"):
+        with self.phase(part):
             function(**arguments)
-            _settle()
-        self.seconds[StepPhase.WAITING] += met - started
-        self.seconds[part] += time.perf_counter() - met
         if part is StepPhase.ALL_TO_ALL:
             self._count(arguments, dist.get_process_group_ranks(group or dist.group.WORLD))
+
+    @contextmanager
+    def phase(self, part: StepPhase) -> Iterator[None]:
+        """Add the time of the block to `part`."""
+        _settle()
+        started = time.perf_counter()
+        with torch.profiler.record_function(f"moe-dist {part}"):
+            yield
+            _settle()
+        self.seconds[part] += time.perf_counter() - started
 
     def _count(self, arguments: dict[str, Any], ranks: Sequence[int]) -> None:
         for peer, chunk in zip(ranks, _chunks(arguments, len(ranks)), strict=True):
@@ -122,14 +126,14 @@ def _settle() -> None:
 
 
 @contextmanager
-def timing_collectives(watch: CollectiveTimer | None = None) -> Iterator[CollectiveTimer]:
+def timing_collectives(timer: CollectiveTimer | None = None) -> Iterator[CollectiveTimer]:
     """Put a timer between torch.distributed and everything that calls its collectives through the module."""
-    watch = watch or CollectiveTimer()
+    timer = timer or CollectiveTimer()
     before = {name: (part, getattr(dist, name)) for part, names in WATCHED.items() for name in names}
     for name, (part, function) in before.items():
-        setattr(dist, name, watch.wrap(part, function))
+        setattr(dist, name, timer.wrap(part, function))
     try:
-        yield watch
+        yield timer
     finally:
         for name, (_, function) in before.items():
             setattr(dist, name, function)

@@ -193,18 +193,14 @@ def render(result: MemoryBenchResult, console: Console) -> None:
 
 def _run(spec: MemoryBenchSpec, case: str, folder: Path) -> dict[str, Any]:
     words = spec.words(case, folder)
-    command = [sys.executable, "-m", "moe_dist", "train", str(_empty_config(folder)), *words]
+    config = folder / "config.yaml"
+    config.write_text("{}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "moe_dist", "train", str(config), *words]
     error = subruns.run([*command, "--json", str(folder / "summary.json")])
     if error is not None:
         raise TrainingError(f"bench memory: the case {case!r} failed: {error}")
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary
-
-
-def _empty_config(folder: Path) -> Path:
-    file = folder / "config.yaml"
-    file.write_text("{}\n", encoding="utf-8")
-    return file
 
 
 def _footprint(spec: MemoryBenchSpec) -> int:

@@ -161,7 +161,9 @@ def check_devices(facts: Sequence[Facts]) -> Check:
 
 def check_names(nodes: Sequence[Facts]) -> Check:
     """Check that a node's own name does not resolve to a loopback address, which other nodes could not reach."""
-    bad = [f"{node.host} is {node.address or 'unknown'}" for node in nodes if _is_loopback(node.address)]
+    bad = [
+        f"{node.host} is {node.address or 'unknown'}" for node in nodes if (node.address or "127.").startswith("127.")
+    ]
     if len(nodes) > 1 and bad:
         return Check(
             "fail",
@@ -169,10 +171,6 @@ def check_names(nodes: Sequence[Facts]) -> Check:
             f"{', '.join(bad)} to itself: give its address in /etc/hosts, or set GLOO_SOCKET_IFNAME",
         )
     return Check("ok", "host names", ", ".join(f"{node.host} is {node.address or 'unknown'}" for node in nodes))
-
-
-def _is_loopback(address: str | None) -> bool:
-    return address is None or address.startswith("127.")
 
 
 def check_speed(kind: LinkKind, speed: Speed | None) -> Check:

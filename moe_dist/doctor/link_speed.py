@@ -31,8 +31,9 @@ class Speed:
 
 def exchange_speed(process: RankInfo, links: Links, kind: LinkKind) -> Speed | None:
     """Run an all-to-all that uses one kind of link alone; None without such a link. Collective."""
-    nodes = links.node_of_rank
-    joined = [[_kind(nodes, rank, peer) is kind for peer in range(process.ranks)] for rank in range(process.ranks)]
+    nodes = tuple(links.node_of_rank)
+    all_links = [Links(rank, nodes) for rank in range(process.ranks)]
+    joined = [[own.kind(peer) is kind for peer in range(process.ranks)] for own in all_links]
     most = max(map(sum, joined))
     if most == 0:
         return None
@@ -53,10 +54,6 @@ def exchange_speed(process: RankInfo, links: Links, kind: LinkKind) -> Speed | N
     else:
         busiest = max(per_rank)
     return Speed(busiest / statistics.median(seconds), tuple(wrong.nonzero().flatten().tolist()))
-
-
-def _kind(nodes: Sequence[int], rank: int, peer: int) -> LinkKind:
-    return Links(rank, tuple(nodes)).kind(peer)
 
 
 def _timed_exchange(received: torch.Tensor, sent: torch.Tensor, split: list[int], process: RankInfo) -> float:

@@ -46,7 +46,8 @@ def launch(job: Job) -> int:
     Raises:
         LaunchError: a program is not installed here.
     """
-    if job.launcher in (Launcher.MPI, Launcher.SLURM) and not _supervised(job):
+    supervised = job.launcher is Launcher.MPI and job.is_here  # elsewhere mpirun and srun end all ranks themselves
+    if job.launcher in (Launcher.MPI, Launcher.SLURM) and not supervised:
         command = _installed(_foreign_command(job))
         variables = {**_for_template(command), **os.environ}
         return subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, check=False).returncode
@@ -82,11 +83,6 @@ def dry_run(job: Job) -> str:
             shlex.join(there),
         ]
     return "\n".join(lines)
-
-
-def _supervised(job: Job) -> bool:
-    """Return whether to supervise mpirun: on this machine alone; elsewhere mpirun and srun end all ranks themselves."""
-    return job.launcher is Launcher.MPI and job.is_here
 
 
 def _command(job: Job) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from moe_dist.report.read import Line, RunFiles, number
+from moe_dist.report.read import RunFiles, number
 
 MISSING = "-"
 MOST_EVENTS = 200
@@ -83,15 +83,11 @@ def other_events(run: RunFiles) -> str:
     """Return all other events; evaluations are left out, since the curve shows them."""
     hidden = ("evaluation", "recluster", "placement")
     events = [event for event in run.events if event.get("event") not in hidden]
-    rows = [
-        [str(event.get("event", MISSING)), str(event.get("step", MISSING)), _details(event)]
-        for event in events[-MOST_EVENTS:]
-    ]
+    rows = []
+    for event in events[-MOST_EVENTS:]:
+        details = (f"{key}: {_text(value)}" for key, value in event.items() if key not in ("event", "step", "time"))
+        rows.append([str(event.get("event", MISSING)), str(event.get("step", MISSING)), ", ".join(details)])
     return table(["event", "step", ""], rows) if rows else ""
-
-
-def _details(event: Line) -> str:
-    return ", ".join(f"{key}: {_text(value)}" for key, value in event.items() if key not in ("event", "step", "time"))
 
 
 def _text(value: Any) -> str:

@@ -134,11 +134,8 @@ def read_case(case: Case) -> Measured:
         raise ConfigError(f"case {case.run}: is no folder of `moe-dist measure traffic`: {why}") from error
     if not seconds or min(seconds) <= 0 or shape.ranks % nodes:
         raise ConfigError(f"case {case.run}: needs timed steps, and nodes of as many ranks each")
-    return Measured(case, config, shape, nodes, seconds, _popularity(case.run, config))
-
-
-def _popularity(run: Path, config: RunConfig) -> Floats:
-    return np.ones((1, 1)) if config.moe.kind == "dense" else recorded(run, config.moe.experts)
+    popularity_LE = np.ones((1, 1)) if config.moe.kind == "dense" else recorded(case.run, config.moe.experts)
+    return Measured(case, config, shape, nodes, seconds, popularity_LE)
 
 
 def fit(start: Machine, measured: Sequence[Measured]) -> Machine:

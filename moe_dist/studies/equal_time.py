@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import median
 
 from moe_dist.benchmarks.subruns import Summary
-from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.studies.runner import StudyCell, run_cells, speed
 
@@ -23,12 +22,12 @@ PROBE = (
 
 
 def steps_for_equal_time(
-    todo: Sequence[StudyCell], yardstick: str, folder: Path, jobs: int, report: Callable[[str], None]
+    todo: Sequence[StudyCell], baseline: str, folder: Path, jobs: int, report: Callable[[str], None]
 ) -> list[StudyCell]:
     """Return the same cells with the steps that each recipe trains in the time of the reference recipe.
 
     Args:
-        yardstick: reference recipe, whose cells keep their steps.
+        baseline: reference recipe, whose cells keep their steps.
         folder: folder of the short runs' summaries, so that the same command finds the same steps again.
         jobs: runs at a time, as for the cells themselves.
 
@@ -36,10 +35,10 @@ def steps_for_equal_time(
         ConfigError: the reference is none of the recipes.
         MoeDistError: a short run failed.
     """
-    if yardstick not in {cell.value("recipe") for cell in todo}:
+    if baseline not in {cell.value("recipe") for cell in todo}:
         recipes = ", ".join(dict.fromkeys(cell.value("recipe") for cell in todo))
-        raise ConfigError(f"--equal-time {yardstick}: not among the recipes that are run ({recipes})")
-    short = {cell: _probe(cell) for cell in todo}
+        raise ConfigError(f"--equal-time {baseline}: not among the recipes that are run ({recipes})")
+    short = {cell: replace(cell, overrides=(*cell.overrides, *PROBE)) for cell in todo}
     report(f"how fast each recipe is: {len(short)} runs of {PROBE_STEPS} steps")
     outcomes = run_cells(
         list(short.values()),
@@ -53,8 +52,12 @@ def steps_for_equal_time(
         raise MoeDistError(f"short runs failed, so that no speed is known: {', '.join(failed)}; see {folder}")
     found = speeds(results)
     for recipe, tokens in found.items():
-        report(f"{recipe}: {tokens:,.0f} tokens/s, {tokens / found[yardstick]:.2f} of {yardstick}")
-    return [_stretched(cell, found[cell.value("recipe")] / found[yardstick]) for cell in todo]
+        report(f"{recipe}: {tokens:,.0f} tokens/s, {tokens / found[baseline]:.2f} of {baseline}")
+    timed = []
+    for cell in todo:
+        steps = cell.load().train.steps * found[cell.value("recipe")] / found[baseline]
+        timed.append(replace(cell, overrides=(*cell.overrides, f"train.steps={max(1, round(steps))}")))
+    return timed
 
 
 def speeds(results: Mapping[StudyCell, Summary]) -> dict[str, float]:
@@ -63,12 +66,3 @@ def speeds(results: Mapping[StudyCell, Summary]) -> dict[str, float]:
     for cell, summary in results.items():
         told.setdefault(cell.value("recipe"), []).append(summary["tokens_per_second"])
     return {recipe: median(values) for recipe, values in told.items()}
-
-
-def _probe(cell: StudyCell) -> StudyCell:
-    return replace(cell, overrides=(*cell.overrides, *PROBE))
-
-
-def _stretched(cell: StudyCell, factor: float) -> StudyCell:
-    steps = load_config(cell.config, cell.overrides).train.steps
-    return replace(cell, overrides=(*cell.overrides, f"train.steps={max(1, round(steps * factor))}"))

@@ -19,7 +19,7 @@ from moe_dist.metrics.summary import look_up
 from moe_dist.studies.runner import StudyCell
 
 RECIPES = ("dense", "standard-aux", "standard-bias", "cheap", "good")
-YARDSTICKS = ("standard-aux", "standard-bias")
+BASELINES = ("standard-aux", "standard-bias")
 
 
 def cells(
@@ -90,9 +90,9 @@ def rows(results: dict[StudyCell, Summary]) -> list[QualityRow]:
     return found
 
 
-def differences(table: Sequence[QualityRow], row: QualityRow, yardstick: str) -> list[float]:
+def differences(table: Sequence[QualityRow], row: QualityRow, baseline: str) -> list[float]:
     """Return the loss less that of a baseline, seed by seed, on the same corpus; empty if the baseline was not run."""
-    base = next((other for other in table if (other.corpus, other.recipe) == (row.corpus, yardstick)), None)
+    base = next((other for other in table if (other.corpus, other.recipe) == (row.corpus, baseline)), None)
     if base is None:
         return []
     return [loss - base.losses[seed] for seed, loss in row.losses.items() if seed in base.losses]
@@ -103,8 +103,8 @@ def render(results: dict[StudyCell, Summary], console: Console) -> None:
     table = rows(results)
     view = Table(title="validation loss, nats a token (mean ± standard deviation over seeds)", title_justify="left")
     stored = any(row.stored for row in table)
-    less_yardsticks = (f"less {yardstick}" for yardstick in YARDSTICKS)
-    names = ("corpus", "recipe", "loss", *(("as stored",) if stored else ()), *less_yardsticks)
+    less_baselines = (f"less {baseline}" for baseline in BASELINES)
+    names = ("corpus", "recipe", "loss", *(("as stored",) if stored else ()), *less_baselines)
     for name in (*names, "expert parameters", "load variance", "steps", "seconds", "seeds"):
         view.add_column(name, justify="left" if name in ("corpus", "recipe") else "right")
     for row in table:
@@ -113,7 +113,7 @@ def render(results: dict[StudyCell, Summary], console: Console) -> None:
             row.recipe,
             f"{mean(row.losses.values()):.4f} ± {row.spread:.4f}",
             *((f"{mean(row.stored.values()):.4f}" if row.stored else "-",) if stored else ()),
-            *(_with_range(differences(table, row, yardstick)) for yardstick in YARDSTICKS),
+            *(_with_range(differences(table, row, baseline)) for baseline in BASELINES),
             "-" if row.expert_share is None else f"{row.expert_share:.1%}",
             "-" if row.load_variance is None else f"{row.load_variance:.1e}",
             f"{row.steps:,}",
@@ -132,7 +132,7 @@ def to_dict(results: dict[StudyCell, Summary]) -> dict[str, Any]:
     table = rows(results)
     return {
         "rows": [
-            {**vars(row), "difference": {base: differences(table, row, base) for base in YARDSTICKS}} for row in table
+            {**vars(row), "difference": {base: differences(table, row, base) for base in BASELINES}} for row in table
         ],
         "cells": [{**dict(c.values), "seed": c.repeat, **s} for c, s in results.items()],
     }

@@ -1,4 +1,4 @@
-"""`moe-dist measure traffic` on ranks: its figures against the account of a watch from outside, and what it leaves."""
+"""`moe-dist measure traffic` on ranks: its figures against the account of a timer from outside, and what it leaves."""
 
 import gzip
 import json
@@ -84,13 +84,13 @@ def test_the_peers_own_layers_are_counted_from_outside(tmp_path: Path) -> None:
 
 
 def _watched_layer() -> tuple[int, int, int, int]:
-    """All-to-all bytes and messages of a layer's two passes, by the watch and by the ledger."""
+    """All-to-all bytes and messages of a layer's two passes, by the timer and by the ledger."""
     layer = layer_of(TWO_CLUSTERS, WorldShape(1, 2, 1), nodes=(0, 1))
-    with timing_collectives() as watch:
-        watch.active = True
+    with timing_collectives() as timer:
+        timer.active = True
         layer(torch.randn(TOKENS, HIDDEN, requires_grad=True)).square().sum().backward()
     sent = layer.context.ledger.total()  # type: ignore[union-attr, operator]
-    return sum(watch.bytes_to.values()), sum(watch.messages_to.values()), sent.bytes, sent.messages
+    return sum(timer.bytes_to.values()), sum(timer.messages_to.values()), sent.bytes, sent.messages
 
 
 def test_the_watch_sees_what_the_ledger_counts() -> None:
@@ -101,17 +101,17 @@ def test_the_watch_sees_what_the_ledger_counts() -> None:
 
 def _collectives() -> tuple[dict[str, float], float, bool]:
     before = dist.all_reduce
-    with timing_collectives() as watch:
+    with timing_collectives() as timer:
         quiet = torch.ones(3)
         dist.all_reduce(quiet)
-        assert not watch.seconds
-        watch.active = True
+        assert not timer.seconds
+        timer.active = True
         value = torch.ones(3)
         work = dist.all_reduce(value, async_op=True)
         work.wait()
         gathered = [torch.empty(3) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, torch.full((3,), float(dist.get_rank())))
-        seconds = {part.value: time for part, time in watch.seconds.items()}
+        seconds = {part.value: time for part, time in timer.seconds.items()}
     return seconds, float(value[0]), dist.all_reduce is before
 
 
@@ -134,5 +134,5 @@ def test_another_kind_is_validated() -> None:
 
 
 def test_the_watch_is_idle_until_asked() -> None:
-    watch = CollectiveTimer()
-    assert watch.wrap(StepPhase.REDUCTION, lambda x: x + 1)(1) == 2
+    timer = CollectiveTimer()
+    assert timer.wrap(StepPhase.REDUCTION, lambda x: x + 1)(1) == 2

@@ -46,7 +46,7 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class MeasuredHop:
+class OverlapFigures:
     """Number of chunks of an overlapped layer, with the measured speeds if it was chosen automatically."""
 
     chunks: int
@@ -65,7 +65,7 @@ class RanksBenchCase:
     """Time of the fastest other library (without one: standard) over that of each clustered layer."""
     fastest_peer: str
     bytes_per_token: dict[str, Bytes]
-    hops: dict[str, MeasuredHop]
+    hops: dict[str, OverlapFigures]
     """Choices of the layers with overlap, by name."""
 
 
@@ -90,13 +90,13 @@ def bench_ranks(config: RunConfig, spec: RanksBenchSpec) -> None:
     Raises:
         ConfigError: the layer cannot be divided over so many ranks.
     """
-    with timing_collectives() as watch:  # before DeepSpeed and Megatron-core are initialised
+    with timing_collectives() as timer:  # before DeepSpeed and Megatron-core are initialised
         process = init_distributed(config.world)
         spec.check(process.ranks)
         mesh = mesh_for(spec.shape, process)
         result = RanksBenchResult(spec, process.ranks, torch.get_num_threads())
         for dtype in spec.dtypes:
-            result.cases.extend(_measure(spec, dtype, top_k, process, mesh, watch) for top_k in spec.top_k)
+            result.cases.extend(_measure(spec, dtype, top_k, process, mesh, timer) for top_k in spec.top_k)
     if process.rank == 0:
         console = wide_console()
         console.width = max(console.width, _WIDTH)
@@ -107,7 +107,7 @@ def bench_ranks(config: RunConfig, spec: RanksBenchSpec) -> None:
 
 
 def _measure(
-    spec: RanksBenchSpec, dtype: str, top_k: int, process: RankInfo, mesh: Mesh, watch: CollectiveTimer
+    spec: RanksBenchSpec, dtype: str, top_k: int, process: RankInfo, mesh: Mesh, timer: CollectiveTimer
 ) -> RanksBenchCase:
     shape, ours = spec.shape, (*CLUSTERED, *map(overlapped, spec.overlap))
     names = (DENSE, *ours, STANDARD, *spec.peers)
@@ -124,28 +124,28 @@ def _measure(
         over_dense={name: Spread.of_ratios(values, rounds[DENSE]) for name, values in rounds.items()},
         peer_over_clustered={name: Spread.of_ratios(rounds[peer], rounds[name]) for name in ours},
         fastest_peer=peer,
-        bytes_per_token=count_bytes(contenders, x_TD, d_y_TD, process, watch),
+        bytes_per_token=count_bytes(contenders, x_TD, d_y_TD, process, timer),
         hops=hops,
     )
 
 
-def _divide(contender: Contender, asked: str, tokens: int) -> MeasuredHop:
+def _divide(contender: Contender, asked: str, tokens: int) -> OverlapFigures:
     """Set the layer's number of chunks as that value of `moe.overlap_chunks` does; collective."""
     layer = contender.module
     assert isinstance(layer, ClusteredMoE)
     if layer.one.alone:
-        hop = MeasuredHop(1)
+        hop = OverlapFigures(1)
     elif asked == "auto":
         speed = measure_hop(layer, tokens)
-        hop = MeasuredHop(choose_chunks(speed), speed)
+        hop = OverlapFigures(choose_chunks(speed), speed)
     else:
-        hop = MeasuredHop(int(asked))
+        hop = OverlapFigures(int(asked))
     layer.divide(hop.chunks)
     return hop
 
 
 def count_bytes(
-    contenders: Mapping[str, Contender], x_TD: Tensor, d_y_TD: Tensor, process: RankInfo, watch: CollectiveTimer
+    contenders: Mapping[str, Contender], x_TD: Tensor, d_y_TD: Tensor, process: RankInfo, timer: CollectiveTimer
 ) -> dict[str, Bytes]:
     """Count the bytes of each contender in one more pass; collective."""
     counted = torch.zeros(len(contenders), 2, dtype=torch.int64)
@@ -153,11 +153,11 @@ def count_bytes(
         observed = RoutingTrace(process.rank, [0] * process.ranks)
         if contender.ledger is not None:
             contender.ledger.observer = observed
-        watch.clear()
-        watch.active = True
+        timer.clear()
+        timer.active = True
         contender.run(x_TD, d_y_TD)
-        watch.active = False
-        row[0], row[1] = sum(watch.bytes_to.values()), _rows_needed_elsewhere(observed)
+        timer.active = False
+        row[0], row[1] = sum(timer.bytes_to.values()), _rows_needed_elsewhere(observed)
         if contender.ledger is not None:
             contender.ledger.observer = None
     dist.all_reduce(counted := counted.to(process.device))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.benchmarks.step.parts import clock_attention, step_clock
+from moe_dist.benchmarks.step.parts import profile_attention, step_profiler
 from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
 from moe_dist.benchmarks.step.spec import StepBenchSpec
 from moe_dist.config import RunConfig, resolve_world
@@ -73,11 +73,11 @@ def bench_step(config: RunConfig, spec: StepBenchSpec) -> None:
     Raises:
         ConfigError: a kind does not fit the configuration or the number of ranks.
     """
-    with step_clock() as clock, TemporaryDirectory() as folder:  # before DeepSpeed is initialised
+    with step_profiler() as profiler, TemporaryDirectory() as folder:  # before DeepSpeed is initialised
         process = init_distributed(config.world)
         data = prepare_data(config.corpus, config.tokenizer)
         runs = {
-            kind: _TimedTraining(single, process, data, clock, Path(folder))
+            kind: _TimedTraining(single, process, data, profiler, Path(folder))
             for kind, single in spec.configs(config).items()
         }
         for run in runs.values():
@@ -102,14 +102,14 @@ class _TimedTraining:
     """Model of one kind in training; it writes no files."""
 
     def __init__(
-        self, config: RunConfig, process: RankInfo, data: PreparedData, clock: StepProfiler, folder: Path
+        self, config: RunConfig, process: RankInfo, data: PreparedData, profiler: StepProfiler, folder: Path
     ) -> None:
-        self.clock, self.signals, self.done = clock, StopSignals(), 0  # not entered: signals end a measurement
+        self.profiler, self.signals, self.done = profiler, StopSignals(), 0  # not entered: signals end a measurement
         self.run = Trainer(config, process, resolve_world(config, process.ranks), data, NullRecorder(folder))
         self.run.overlap.apply(self.run.model, 0)
-        self.run.engine.wrap_reduction(partial(clock.wrap, StepPart.REDUCTION))
+        self.run.engine.wrap_reduction(partial(profiler.wrap, StepPart.REDUCTION))
         for layer in self.run.model.gpt.decoder.layers:  # type: ignore[union-attr]
-            clock_attention(clock, layer.self_attention)
+            profile_attention(profiler, layer.self_attention)
 
     def steps(self, count: int) -> float:
         """Train some steps; return the mean seconds of a step."""
@@ -123,11 +123,11 @@ class _TimedTraining:
         """Train some steps; return the seconds of a step by part, mean over steps and ranks; collective."""
         if not count:
             return {}
-        self.clock.clear()
-        self.clock.start()
+        self.profiler.clear()
+        self.profiler.start()
         self.steps(count)
-        self.clock.stop()
-        mine = torch.tensor([self.clock.seconds[part] / count for part in StepPart], dtype=torch.float64)
+        self.profiler.stop()
+        mine = torch.tensor([self.profiler.seconds[part] / count for part in StepPart], dtype=torch.float64)
         dist.all_reduce(mine)
         return dict(zip(map(str, StepPart), (mine / dist.get_world_size()).tolist(), strict=True))
 

@@ -5,7 +5,6 @@ counted, with the routing recorded; and on request profiled, with every collecti
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,14 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
     Raises:
         MoeDistError: a kind cannot be run with this configuration and number of ranks.
     """
-    with timing_collectives() as watch:  # before DeepSpeed is initialised
+    with timing_collectives() as timer:  # before DeepSpeed is initialised
         process = init_distributed(config.world)
         kinds = spec.kinds_for(config)
         configs = {kind: spec.config_for(config, kind) for kind in kinds if kind not in peer.PEERS}
         data = prepare_data(config.corpus, config.tokenizer)
-        results = {kind: _Measurement(single, process, data, watch).take(spec) for kind, single in configs.items()}
+        results = {kind: _Measurement(single, process, data, timer).take(spec) for kind, single in configs.items()}
         for name in filter(peer.PEERS.__contains__, kinds):
-            results[name] = peer.measure_peer(name, config, process, watch, spec.steps, spec.warmup)
+            results[name] = peer.measure_peer(name, config, process, timer, spec.steps, spec.warmup)
     if process.rank == 0:
         traffic_view.render(results, wide_console())
         if spec.json_file is not None:
@@ -55,8 +54,8 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
 class _Measurement:
     """Measurement of one kind of layer."""
 
-    def __init__(self, config: RunConfig, process: RankInfo, data: PreparedData, watch: CollectiveTimer) -> None:
-        self.config, self.process, self.watch = config, process, watch
+    def __init__(self, config: RunConfig, process: RankInfo, data: PreparedData, timer: CollectiveTimer) -> None:
+        self.config, self.process, self.timer = config, process, timer
         shape = resolve_world(config, process.ranks)
         resolve_batch(config, process.ranks)
         self.steps_done, self.signals = 0, StopSignals()  # not entered: signals end a measurement
@@ -97,14 +96,14 @@ class _Measurement:
 
     def _profile(self, steps: int) -> Figures:
         """Return the mean seconds of a step by part on every rank, then trace one more step."""
-        self.watch.clear()
-        self.watch.active = True
+        self.timer.clear()
+        self.timer.active = True
         total = sum(self._steps(steps))
-        parts = dict(self.watch.seconds)
+        parts = dict(self.timer.seconds)
         parts[StepPhase.COMPUTE] = total - sum(parts.values())
         mine = [parts.get(part, 0.0) / steps for part in StepPhase]
         self._trace()
-        self.watch.active = False
+        self.timer.active = False
         ranks = [dict(zip(map(str, StepPhase), row, strict=True)) for row in gather_seconds(mine, self.process)]
         return {"steps": steps, "ranks": ranks}
 
@@ -124,10 +123,9 @@ class _Measurement:
             folder.write_traffic(figures)
             if "profile" in figures:
                 write_json(folder.path / "profile.json", figures["profile"])
-            arrays = {f"layer{layer}.{stage}": _stacked(rows) for (layer, stage), rows in observed.choices.items()}
+            arrays: dict[str, Any] = {
+                f"layer{layer}.{stage}": torch.cat(list(rows)).numpy().astype(np.int32)
+                for (layer, stage), rows in observed.choices.items()
+            }
             np.savez_compressed(folder.path / "routing.npz", **arrays)
             folder.event("measured", self.steps_done, steps=figures["steps"])
-
-
-def _stacked(rows: Sequence[torch.Tensor]) -> Any:
-    return torch.cat(list(rows)).numpy().astype(np.int32)

@@ -22,7 +22,7 @@ def plot(rows: Sequence[StudyRow], target: Path) -> None:
         ("tokens/s", lambda row: row.middle("tokens_per_second")),
         ("efficiency", lambda row: row.efficiency),
         ("all-to-all, bytes a token and layer", lambda row: row.middle("bytes_per_token_layer")),
-        ("peak resident memory of a rank, MiB", lambda row: _mebibytes(row.middle("peak_rss_bytes"))),
+        ("peak resident memory of a rank, MiB", lambda row: (peak := row.middle("peak_rss_bytes")) and peak / 2**20),
     )
     for panel, (title, value) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         _panel(panel, rows, value, over_ranks)
@@ -70,7 +70,3 @@ def _ideal(panel: Any, rows: Sequence[StudyRow]) -> None:
             first = min(measured)
             ideal = [first[1] * rank / first[0] for rank in ranks]
             panel.plot(ranks, ideal, linestyle=":", color="grey", label=None if index else "ideal")
-
-
-def _mebibytes(value: float | None) -> float | None:
-    return None if value is None else value / 2**20

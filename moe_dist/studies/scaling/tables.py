@@ -103,15 +103,12 @@ def render(table_rows: Sequence[StudyRow], console: Console) -> None:
     console.print(view)
     for row in table_rows:
         for problem in row.problems:
-            console.print(f"{_name(row)}: {problem}", markup=False, highlight=False, soft_wrap=True)
+            values = ", ".join(f"{axis}={value}" for axis, value in row.values)
+            console.print(f"{values or 'the one cell'}: {problem}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _name(row: StudyRow) -> str:
-    return ", ".join(f"{axis}={value}" for axis, value in row.values) or "the one cell"
 
 
 def write_csv(outcomes: Sequence[StudyOutcome], table_rows: Sequence[StudyRow], folder: Path) -> None:

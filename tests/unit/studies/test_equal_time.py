@@ -38,7 +38,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_steps_are_those_of_the_yardstick_times_the_ratio_of_median_speeds(tmp_path: Path, probed: list[str]) -> None:
+def test_steps_are_those_of_the_baseline_times_the_ratio_of_median_speeds(tmp_path: Path, probed: list[str]) -> None:
     todo = quality.cells(CONFIGS, CORPORA, 3, list(SPEED), ())
     said: list[str] = []
     timed = equal_time.steps_for_equal_time(todo, "standard-bias", tmp_path, 1, said.append)
@@ -51,7 +51,7 @@ def test_steps_are_those_of_the_yardstick_times_the_ratio_of_median_speeds(tmp_p
     assert (again, len(probed)) == (timed, 9)  # no short run was done twice
 
 
-def test_a_yardstick_that_is_not_run_is_refused(tmp_path: Path) -> None:
+def test_a_baseline_that_is_not_run_is_refused(tmp_path: Path) -> None:
     todo = quality.cells(CONFIGS, CORPORA, 1, ["good", "cheap"], ())
     with pytest.raises(ConfigError, match=r"--equal-time dense: not among the recipes that are run \(good, cheap\)"):
         equal_time.steps_for_equal_time(todo, "dense", tmp_path, 1, print)

@@ -80,7 +80,7 @@ def test_finished_cells_are_read_and_failed_ones_do_not_stop_the_others(
     assert sorted("dense" in name for name in trained) == [False, True, True]
 
 
-def test_rows_compare_seed_by_seed_with_the_yardstick() -> None:
+def test_rows_compare_seed_by_seed_with_the_baseline() -> None:
     def cell(recipe: str, seed: int) -> StudyCell:
         return StudyCell((("recipe", recipe), ("corpus", "stdlib")), 1, seed, CONFIGS / "quality.yaml", ())
 
