@@ -1,4 +1,4 @@
-"""`moe-dist topology`: where ranks, clusters and experts lie, and what each kind of traffic has to cross."""
+"""`moe-dist topology`: placement of ranks, clusters and experts on nodes, and the traffic between nodes."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.table import Table
 
-from moe_dist.cli.words import Config, Hostfile, Nodes, Overrides, Ranks, RanksPerNode
+from moe_dist.cli.options import Config, Overrides, takes
 from moe_dist.config import RunConfig, WorldShape, load_config, resolve_world
 from moe_dist.console import wide_console
 from moe_dist.launch.hostfile import Node
@@ -31,22 +31,20 @@ KINDS = {  # which of them a kind of layer has
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command of this file."""
+    """Add the command of this file."""
     app.command()(topology)
 
 
+@takes(size=JobSize)
 def topology(
     config: Config,
+    size: JobSize,
     overrides: Overrides = None,
-    ranks: Ranks = None,
-    nodes: Nodes = None,
-    ranks_per_node: RanksPerNode = None,
-    hostfile: Hostfile = None,
 ) -> None:
     """Show which node, clusters and experts each rank has, and which traffic stays inside nodes."""
     # SLURM's rule for sizes fits here: machines need not be named.
-    launcher = Launcher.SLURM if hostfile is None else Launcher.LOCAL
-    job = plan(launcher, JobSize(ranks, nodes, ranks_per_node, hostfile), config, overrides or ())
+    launcher = Launcher.SLURM if size.hostfile is None else Launcher.LOCAL
+    job = plan(launcher, size, config, overrides or ())
     resolved = load_config(config, overrides or ())
     shape = resolve_world(resolved, job.ranks)
     from moe_dist.distributed.node_layout import crossings, nodes_of_ranks
@@ -80,7 +78,7 @@ def _map(config: RunConfig, shape: WorldShape, nodes: Sequence[Node], node_of_ra
 
 
 def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
-    """The clusters and experts that a rank has when a run starts; `recluster` may move them later."""
+    """Return the clusters and experts of a rank at the start of a run; re-clustering may move them later."""
     moe = config.moe
     if moe.kind == "dense":
         return "the whole layer"
@@ -96,7 +94,7 @@ def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
 
 
 def _run(numbers: Sequence[int]) -> str:
-    """Numbers in short: 0-3, 8-11."""
+    """Format numbers as ranges: 0-3, 8-11."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and parts[-1][1] == number - 1:
@@ -118,7 +116,7 @@ def _crossings(found: list[tuple[str, "Crossing"]]) -> Table:
 
 
 def _verdict(config: RunConfig, shape: WorldShape, found: list[tuple[str, "Crossing"]], nodes: Sequence[Node]) -> str:
-    """What matters most: stage two must not leave a node."""
+    """Return the main finding: whether the traffic of stage two stays inside nodes."""
     if config.moe.kind != "clustered":
         return ""
     broken = next(entry.crossing for _, entry in found if _name(entry) == "cluster")

@@ -1,4 +1,4 @@
-"""Parameters that a rank holds, and floating-point operations of a token: formulas over the configuration.
+"""Parameters of a rank and FLOPs of a token: formulas over the configuration.
 
 Symbols: d model.hidden_size, f moe.expert_hidden, r moe.rank, E experts, G clusters, N = E/G, m top_clusters, k top_k.
 """
@@ -12,7 +12,7 @@ PROJECTIONS = 3  # gate, up and out of a SwiGLU
 
 
 def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) -> dict[ParameterClass, int]:
-    """How many parameters of each class one rank holds."""
+    """Number of parameters of each class on one rank."""
     model, moe = config.model, config.moe
     d, f = model.hidden_size, moe.expert_hidden
     embedding = vocabulary * d * (1 if model.tie_embeddings else 2)
@@ -32,7 +32,7 @@ def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) ->
 
 
 def residual_parameters(model: ModelConfig, moe: MoEConfig) -> int:
-    """Of one expert: factors of both matrices; vectors: a gate and two biases on hidden units, one on the output."""
+    """Return the parameters of one expert: factors of both matrices; vectors: gate, two hidden biases, output bias."""
     d, f, r = model.hidden_size, moe.expert_hidden, moe.rank
     return 3 * r * (d + f) + (3 * f + d if moe.expert_vectors else 0)
 
@@ -44,12 +44,12 @@ def _attention_parameters(model: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class TokenWork:
-    """Forward FLOPs: of a token in one layer outside its experts, in the output layer, and of one expert row.
+    """Forward FLOPs of a token in one layer outside its experts, in the output layer, and of one expert row.
 
     Attributes:
-        row: of one arrived row of the feed-forward part: standard, one copy at one expert; clustered, one token at one
-            cluster with its k experts; dense, nothing.
-        rows: rows of a token.
+        row: FLOPs of one dispatched row: standard, one copy at one expert; clustered, one token at one cluster with
+            its k experts; dense, zero.
+        rows: rows per token.
     """
 
     layer: float
@@ -58,12 +58,12 @@ class TokenWork:
     rows: int
 
     def token(self, layers: int) -> float:
-        """One token's whole forward pass."""
+        """FLOPs of one token's whole forward pass."""
         return layers * (self.layer + self.rows * self.row) + self.head
 
 
 def work_of(config: RunConfig, vocabulary: int) -> TokenWork:
-    """Multiply and add count as two; a causal row attends to half the sequence on average."""
+    """Return the FLOPs of a token; multiply and add count as two, a causal row attends to half the sequence."""
     model, moe = config.model, config.moe
     d, f, r = model.hidden_size, moe.expert_hidden, moe.rank
     layer = 2.0 * _attention_parameters(model) + 2 * model.sequence_length * d

@@ -1,4 +1,4 @@
-"""The layers that benches hold side by side, each with the same interface: ours, the peers', and the dense floor."""
+"""Layers that benchmarks compare, behind one interface: ours, those of other libraries, and the dense floor."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,17 +24,17 @@ from moe_dist.moe.load_balancing import BalanceState
 
 DENSE, STANDARD = "dense", "standard"
 CAPACITY_FACTOR = 1.25
-"""Of DeepSpeed's layer, whose padding to the fullest expert without one costs it more still."""
+"""Capacity factor of DeepSpeed's layer; dropless it is slower still, since it pads to the fullest expert."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One layer: takes and returns [T, D].
+    """One layer that is compared: [T, D] -> [T, D].
 
     Attributes:
-        ledger: where our own layers enter what they send; None for others.
-        vector_bytes: what one hidden vector takes on the wire.
-        setting: entered around forward and backward passes.
+        ledger: traffic ledger of our own layers; None for others.
+        vector_bytes: bytes of one hidden vector on the wire.
+        setting: context manager of forward and backward passes.
     """
 
     module: nn.Module
@@ -43,19 +43,19 @@ class Contender:
     setting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def run(self, x_TD: Tensor, d_y_TD: Tensor) -> Tensor:
-        """Forward and backward; gradients of the input and of all weights are afresh."""
+        """Run forward and backward; gradients of the input and of all weights are recomputed."""
         with self.setting():
             y_TD: Tensor = self.module(x_TD)
             y_TD.backward(d_y_TD)
         return y_TD
 
     def forget(self) -> None:
-        """Drops the gradients."""
+        """Drop the gradients."""
         self.module.zero_grad(set_to_none=True)
 
 
 def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: RankInfo, mesh: Mesh) -> Contender:
-    """The contender of that name; collective for the peers, which backend process groups."""
+    """Return the contender of that name; collective for other libraries, which form process groups."""
     clustered = name.startswith("clustered")
     kind = "clustered" if clustered else DENSE if name == DENSE else STANDARD
     config = shape.config(kind, dtype, top_k, CLUSTERED.get(name, 1))
@@ -82,7 +82,7 @@ def _ours(config: RunConfig, process: RankInfo, mesh: Mesh, ledger: TrafficLedge
 
 
 def mesh_for(shape: LayerShape, process: RankInfo) -> Mesh:
-    """All experts once over all ranks; collective."""
+    """Return a mesh that divides all experts over all ranks once; collective."""
     if process.ranks == 1:
         return Mesh.alone()
     return Mesh.create(resolve_world(shape.config("clustered", "float32", 1), process.ranks), process.timeout)

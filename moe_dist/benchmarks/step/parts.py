@@ -1,11 +1,8 @@
-"""Which functions make up which part of a step: they are wrapped from outside, so that training itself pays nothing."""
+"""Assignment of functions to parts of a step; they are wrapped from outside, so that training itself pays nothing."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import torch.distributed as dist
 
 from moe_dist.benchmarks.collective_timer import CollectiveTimer, StepPhase, timing_collectives
 from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
@@ -51,44 +48,42 @@ PARTS: dict[StepPart, list[tuple[Any, str]]] = {
     StepPart.METRICS: [(MetricsLogger, "after_update"), (MetricsLogger, "after_step")],
     StepPart.OPTIMIZER: [(DeepSpeedEngine, "update")],
 }
-"""The innermost function that runs decides: experts inside a dispatch are experts."""
+"""Functions of each part. The innermost function that runs decides: experts inside a dispatch are experts."""
 
 
-class _Timed(CollectiveTimer):
-    """Collectives as parts of the step: the time until all ranks have come, then the exchange."""
+class _ProfiledCollectives(CollectiveTimer):
+    """Timer that reports collectives to the step profiler: the wait for all ranks, then the exchange."""
 
-    def __init__(self, clock: StepProfiler) -> None:
+    def __init__(self, profiler: StepProfiler) -> None:
         super().__init__()
-        self.clock = clock
+        self.profiler = profiler
 
-    def _run(self, part: StepPhase, function: Any, given: inspect.BoundArguments) -> None:
-        arguments = {**given.arguments, "async_op": False}
-        group = arguments.get("group")
-        around = self.clock.enter(StepPart.WAITING)
-        if dist.get_world_size(group) > 1:
-            dist.barrier(group=group)
-        self.clock.enter(StepPart(part.value))
-        function(**arguments)
-        self.clock.enter(around)
+    @contextmanager
+    def phase(self, part: StepPhase) -> Iterator[None]:
+        around = self.profiler.enter(StepPart(part.value))
+        try:
+            yield
+        finally:
+            self.profiler.enter(around)
 
 
 @contextmanager
-def step_clock() -> Iterator[StepProfiler]:
-    """A clock to which every part of `PARTS` and every collective reports; entered before DeepSpeed is initialised."""
-    clock = StepProfiler()
+def step_profiler() -> Iterator[StepProfiler]:
+    """Yield a profiler of every function in `PARTS` and of every collective; enter before DeepSpeed starts."""
+    profiler = StepProfiler()
     before = [(owner, name, getattr(owner, name)) for members in PARTS.values() for owner, name in members]
     for part, members in PARTS.items():
         for owner, name in members:
-            setattr(owner, name, clock.wrap(part, getattr(owner, name)))
+            setattr(owner, name, profiler.wrap(part, getattr(owner, name)))
     try:
-        with timing_collectives(_Timed(clock)) as watch:
-            clock.on_switch = lambda running: setattr(watch, "active", running)
-            yield clock
+        with timing_collectives(_ProfiledCollectives(profiler)) as timer:
+            profiler.on_switch = lambda running: setattr(timer, "active", running)
+            yield profiler
     finally:
         for owner, name, function in before:
             setattr(owner, name, function)
 
 
-def clock_attention(clock: StepProfiler, attention: Any) -> None:
-    """Its projections and rotary positions are part of attention too."""
-    attention.forward = clock.wrap(StepPart.ATTENTION, attention.forward)
+def profile_attention(profiler: StepProfiler, attention: Any) -> None:
+    """Count the projections and rotary positions of a layer as attention too."""
+    attention.forward = profiler.wrap(StepPart.ATTENTION, attention.forward)

@@ -1,4 +1,4 @@
-"""What `moe-dist launch` does, with the entry script of `meeting_entry.py`: LAUNCHER HOSTFILE CONFIG [word ...]."""
+"""What `moe-dist launch` does, with the entry script of `rendezvous_rank.py`: LAUNCHER HOSTFILE CONFIG [word ...]."""
 
 import sys
 from dataclasses import replace
@@ -13,7 +13,7 @@ from moe_dist.launch.job import JobSize, Launcher, plan
 def main() -> int:
     launcher, hostfile, config, *words = sys.argv[1:]
     job = plan(Launcher(launcher), JobSize(hostfile=Path(hostfile)), config, words)
-    return runners.launch(replace(job, entry=Path(__file__).with_name("meeting_entry.py")))
+    return runners.launch(replace(job, entry=Path(__file__).with_name("rendezvous_rank.py")))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_dist.benchmarks.recluster import PARTS, ReclusterBenchSpec, render, run_recluster_bench
+from moe_dist.benchmarks.recluster import PARTS, render, run_recluster_bench
+from moe_dist.benchmarks.recluster_spec import ReclusterBenchSpec
 from moe_dist.errors import ConfigError
 from moe_dist.metrics import write_json
 

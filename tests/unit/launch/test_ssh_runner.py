@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 
 from moe_dist.errors import LaunchError
-from moe_dist.launch import agent
-from moe_dist.launch import ssh_runner as fleet
+from moe_dist.launch import agent, ssh_runner
 from moe_dist.launch.commands import node_command
 from moe_dist.launch.faults import Fault
 from moe_dist.launch.hostfile import Node
 from moe_dist.launch.job import Job, Launcher
 from moe_dist.launch.supervisor import STOPPED, JobOutcome
-from tests.unit.launch.test_supervise import JOB, LIMIT, assert_none_left, wait_for_ranks
+from tests.unit.launch.test_supervisor import JOB, LIMIT, assert_none_left, wait_for_ranks
 
 HERE = Path(__file__).parent
 
@@ -37,8 +36,8 @@ def config(tmp_path: Path) -> Path:
 def job(config: Path, *behaviour: str) -> Iterator["subprocess.Popen[str]"]:
     """One rank for each word of `behaviour`, the first half on machine a, the others on b."""
     variables = {f"RANK_{rank}": how for rank, how in enumerate(behaviour)}
-    variables |= {"MOE_DIST_SSH": str(HERE / "fake_ssh.sh"), "FAKE_MEETING": str(config.parent)}
-    command = [sys.executable, str(JOB), "fleet", str(len(behaviour)), str(config)]
+    variables |= {"MOE_DIST_SSH": str(HERE / "fake_ssh.sh"), "FAKE_RENDEZVOUS": str(config.parent)}
+    command = [sys.executable, str(JOB), "ssh", str(len(behaviour)), str(config)]
     with subprocess.Popen(
         command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
@@ -53,7 +52,7 @@ def test_all_succeed(config: Path) -> None:
         out, err = child.communicate(timeout=LIMIT)
     assert (child.returncode, err) == (0, "")
     assert sorted(re.findall(r"rank (\d) of 4", out)) == ["0", "1", "2", "3"]
-    assert "started by moe-dist: 4 ranks, 2 on this node; they meet at a:29500" in out
+    assert "started by moe-dist: 4 ranks, 2 on this node; rendezvous at a:29500" in out
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,9 @@ def test_a_machine_that_cannot_be_reached_is_named(config: Path, monkeypatch: py
     monkeypatch.setitem(os.environ, "MOE_DIST_SSH", str(HERE / "fake_ssh.sh"))
     entry = HERE / "fake_rank.py"
     nodes = (Node("a", 1), Node("unreachable", 1))
-    outcome = fleet.run(Job(Launcher.LOCAL, nodes, (str(config),), entry=entry), {"FAKE_MEETING": str(config.parent)})
+    outcome = ssh_runner.run(
+        Job(Launcher.LOCAL, nodes, (str(config),), entry=entry), {"FAKE_RENDEZVOUS": str(config.parent)}
+    )
     assert outcome.exit_code == 1
     assert outcome.line.startswith("error: ssh to unreachable ended without its ranks: the machine cannot be reached")
 
@@ -117,7 +118,7 @@ def test_a_machine_that_cannot_be_reached_is_named(config: Path, monkeypatch: py
 def test_without_ssh_it_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch, ssh: str, message: str) -> None:
     monkeypatch.setitem(os.environ, "MOE_DIST_SSH", ssh)
     with pytest.raises(LaunchError, match=message):
-        fleet.run(Job(Launcher.LOCAL, (Node("a", 1), Node("b", 1)), (str(config),)), {})
+        ssh_runner.run(Job(Launcher.LOCAL, (Node("a", 1), Node("b", 1)), (str(config),)), {})
 
 
 def test_an_agent_says_what_it_cannot_start(tmp_path: Path) -> None:
@@ -186,4 +187,4 @@ ASKED = JobOutcome(75, STOPPED)
     ],
 )
 def test_what_the_parts_mean_for_the_job(outcomes: list[JobOutcome], heard: list[int], found: JobOutcome) -> None:
-    assert fleet.conclude(outcomes, heard) == found
+    assert ssh_runner.conclude(outcomes, heard) == found

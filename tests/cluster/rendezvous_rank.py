@@ -1,6 +1,6 @@
-"""The real entry script with another `train`: the ranks only meet over gloo, and tell where each of them runs.
+"""The real entry script with another task: the ranks connect over gloo and print the host of each.
 
-With MOE_DIST_TEST_MEETING=sleep they then sleep; with exit:R rank R then ends with exit code 3, while the others sleep.
+MOE_DIST_TEST_AFTER_RENDEZVOUS=sleep: they then sleep; exit:R: rank R ends with exit code 3 while the others sleep.
 """
 
 import os
@@ -13,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moe_dist.config import RunConfig
-from moe_dist.launch import rank as entry
+from moe_dist.launch import rank as rank_entry
 
 
-def meet(config: RunConfig) -> bool:
+def meet(config: RunConfig, task: str, options: object | None) -> bool:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -25,7 +25,7 @@ def meet(config: RunConfig) -> bool:
     line = f"rank {dist.get_rank()} met {hosts}, seed {config.seed}\n"
     os.write(sys.stdout.fileno(), line.encode())  # whole: print may let another rank in before the end of the line
     dist.barrier()
-    what, _, who = os.environ.get("MOE_DIST_TEST_MEETING", "").partition(":")
+    what, _, who = os.environ.get("MOE_DIST_TEST_AFTER_RENDEZVOUS", "").partition(":")
     if what == "exit" and int(who) == dist.get_rank():
         os._exit(3)
     if what:
@@ -34,7 +34,7 @@ def meet(config: RunConfig) -> bool:
     return False
 
 
-entry._train = meet
+rank_entry._perform = meet
 
 if __name__ == "__main__":
-    sys.exit(entry.main())
+    sys.exit(rank_entry.main())

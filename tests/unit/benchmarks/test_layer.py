@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 
 from moe_dist.benchmarks.layer.local import (
-    LayerBenchSpec,
     _contenders,
     _draw_layer,
     render,
     run_layer_bench,
 )
+from moe_dist.benchmarks.layer.spec import LayerBenchSpec
 from moe_dist.errors import ConfigError
 from moe_dist.metrics.spread import Spread
 
@@ -73,11 +73,11 @@ def test_impossible_specs_are_refused() -> None:
         LayerBenchSpec(top_k=(2, 0))
     backends = "auto, masked, sorted, cpu, triton, reference"
     with pytest.raises(ConfigError, match=f"backend 'foo' is unknown: use one of {backends}"):
-        LayerBenchSpec(backend="foo")
-    with pytest.raises(ConfigError, match=r"device=tpu is not here: use cpu"):
-        LayerBenchSpec(device="tpu")
+        run_layer_bench(LayerBenchSpec(backend="foo"))
+    with pytest.raises(ConfigError, match=r"device 'tpu' is not available: use cpu"):
+        run_layer_bench(LayerBenchSpec(device="tpu"))
     with pytest.raises(ConfigError, match="backend 'bar' is unknown"):
-        LayerBenchSpec(backends=("masked", "bar"))
+        run_layer_bench(LayerBenchSpec(backends=("masked", "bar")))
 
 
 def test_spread() -> None:

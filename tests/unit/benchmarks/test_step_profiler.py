@@ -1,4 +1,4 @@
-"""The clock on the parts of a step: what belongs to whom, forward and backward, on a clock that counts by itself."""
+"""Step profiler: the part of every interval, forward and backward, with a clock that counts by itself."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.benchmarks.step import profiler as module
-from moe_dist.benchmarks.step.parts import PARTS, step_clock
+from moe_dist.benchmarks.step.parts import PARTS, step_profiler
 from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
 from moe_dist.benchmarks.step.spec import StepBenchSpec
 from moe_dist.config import load_config
@@ -20,32 +20,32 @@ class _Spy(torch.autograd.Function):
     """Tells in which part its forward and backward run."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, clock: StepProfiler, name: str) -> Tensor:
-        ctx.clock, ctx.name = clock, name  # type: ignore[attr-defined]
-        SEEN.append((f"{name} forward", clock.part))
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, profiler: StepProfiler, name: str) -> Tensor:
+        ctx.profiler, ctx.name = profiler, name  # type: ignore[attr-defined]
+        SEEN.append((f"{name} forward", profiler.part))
         return x.clone()
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        SEEN.append((f"{ctx.name} backward", ctx.clock.part))  # type: ignore[attr-defined]
+        SEEN.append((f"{ctx.name} backward", ctx.profiler.part))  # type: ignore[attr-defined]
         return grad, None, None
 
 
 def test_parts_are_the_same_backwards() -> None:
-    clock = StepProfiler()
+    profiler = StepProfiler()
 
     def spy(x: Tensor, name: str) -> Tensor:
-        y: Tensor = _Spy.apply(x, clock, name)  # type: ignore[no-untyped-call]
+        y: Tensor = _Spy.apply(x, profiler, name)  # type: ignore[no-untyped-call]
         return y
 
-    experts = clock.wrap(StepPart.EXPERTS, lambda x: spy(x, "experts"))
-    dispatch = clock.wrap(StepPart.PERMUTE, lambda x: spy(experts(spy(x, "there")), "back"))
+    experts = profiler.wrap(StepPart.EXPERTS, lambda x: spy(x, "experts"))
+    dispatch = profiler.wrap(StepPart.PERMUTE, lambda x: spy(experts(spy(x, "there")), "back"))
     SEEN.clear()
-    clock.start()
+    profiler.start()
     x = torch.ones(2, requires_grad=True)
     y = spy(dispatch(spy(x, "before")), "after")
     y.sum().backward()
-    clock.stop()
+    profiler.stop()
     for way in ("forward", "backward"):
         found = {name: part for name, part in SEEN if name.endswith(way)}
         assert found == {
@@ -60,19 +60,19 @@ def test_parts_are_the_same_backwards() -> None:
 
 def test_what_is_handed_on_stays_with_its_maker() -> None:
     """A part's result that goes straight into the next part, or out of the one around it."""
-    clock = StepProfiler()
+    profiler = StepProfiler()
 
     def spy(x: Tensor, name: str) -> Tensor:
-        y: Tensor = _Spy.apply(x, clock, name)  # type: ignore[no-untyped-call]
+        y: Tensor = _Spy.apply(x, profiler, name)  # type: ignore[no-untyped-call]
         return y
 
-    routing = clock.wrap(StepPart.ROUTING, lambda x: spy(x, "routing"))
-    experts = clock.wrap(StepPart.EXPERTS, lambda x: spy(x, "experts"))
-    dispatch = clock.wrap(StepPart.PERMUTE, lambda x: experts(x))
+    routing = profiler.wrap(StepPart.ROUTING, lambda x: spy(x, "routing"))
+    experts = profiler.wrap(StepPart.EXPERTS, lambda x: spy(x, "experts"))
+    dispatch = profiler.wrap(StepPart.PERMUTE, lambda x: experts(x))
     SEEN.clear()
-    clock.start()
+    profiler.start()
     dispatch(routing(torch.ones(2, requires_grad=True))).sum().backward()
-    clock.stop()
+    profiler.stop()
     assert ("experts backward", StepPart.EXPERTS) in SEEN
     assert ("routing backward", StepPart.ROUTING) in SEEN
 
@@ -80,33 +80,33 @@ def test_what_is_handed_on_stays_with_its_maker() -> None:
 def test_all_time_belongs_to_some_part(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(module, "_now", lambda: float(next(ticks)))
-    clock = StepProfiler()
-    clock.start()  # 0
-    inner = clock.wrap(StepPart.ROUTING, lambda: None)
-    clock.wrap(StepPart.PERMUTE, lambda: inner())()  # 1 2 3 4
-    clock.stop()  # 5
-    assert clock.seconds == {StepPart.ELSE: 2.0, StepPart.PERMUTE: 2.0, StepPart.ROUTING: 1.0}
+    profiler = StepProfiler()
+    profiler.start()  # 0
+    inner = profiler.wrap(StepPart.ROUTING, lambda: None)
+    profiler.wrap(StepPart.PERMUTE, lambda: inner())()  # 1 2 3 4
+    profiler.stop()  # 5
+    assert profiler.seconds == {StepPart.ELSE: 2.0, StepPart.PERMUTE: 2.0, StepPart.ROUTING: 1.0}
 
 
 def test_a_part_that_fails_gives_its_time_back() -> None:
-    clock = StepProfiler()
-    clock.start()
+    profiler = StepProfiler()
+    profiler.start()
     with pytest.raises(ZeroDivisionError):
-        clock.wrap(StepPart.EXPERTS, lambda: 1 / 0)()
-    assert clock.part is StepPart.ELSE
+        profiler.wrap(StepPart.EXPERTS, lambda: 1 / 0)()
+    assert profiler.part is StepPart.ELSE
 
 
 def test_an_idle_clock_leaves_no_marks() -> None:
-    clock = StepProfiler()
-    y = clock.wrap(StepPart.EXPERTS, lambda: torch.ones(1, requires_grad=True) * 2)()
-    assert clock.part is StepPart.ELSE
-    assert not clock.seconds
+    profiler = StepProfiler()
+    y = profiler.wrap(StepPart.EXPERTS, lambda: torch.ones(1, requires_grad=True) * 2)()
+    assert profiler.part is StepPart.ELSE
+    assert not profiler.seconds
     y.backward()
 
 
 def test_every_part_exists_and_is_put_back() -> None:
     before = [getattr(owner, name) for members in PARTS.values() for owner, name in members]
-    with step_clock():
+    with step_profiler():
         during = [getattr(owner, name) for members in PARTS.values() for owner, name in members]
         assert not any(a is b for a, b in zip(before, during, strict=True))
     assert [getattr(owner, name) for members in PARTS.values() for owner, name in members] == before

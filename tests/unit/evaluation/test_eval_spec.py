@@ -1,16 +1,19 @@
 """The words of an evaluation: which tasks, and options that reach the ranks as they were given."""
 
+from pathlib import Path
+
 import pytest
 
 from moe_dist.errors import LaunchError
-from moe_dist.launch.rank_evaluate import EvalOptions, only_of_the_job, parse, parse_tasks
+from moe_dist.evaluation.spec import EvalSpec, parse_tasks, split_overrides
+from moe_dist.launch.options import from_json, to_json
 
 
 def test_options_reach_a_rank_as_they_were_given() -> None:
-    options = EvalOptions(tasks=("wikitext", "glue:cola"), text="/a file.txt", stride=7, epochs=0.5, max_train=3)
-    run, overrides, read = parse(["runs/a", "world.threads=1", *options.words(), "--local_rank=1"])
-    assert (run, overrides, read) == ("runs/a", ["world.threads=1"], options)
-    assert parse(["runs/a"])[2] == EvalOptions()
+    spec = EvalSpec(Path("runs/a"), ("wikitext", "glue:cola"), Path("/a file.txt"), stride=7, epochs=0.5, max_train=3)
+    assert from_json(EvalSpec, to_json(spec)) == spec
+    with pytest.raises(LaunchError, match=r"--options '\{\}': .*run Field required"):
+        from_json(EvalSpec, "{}")
 
 
 def test_tasks_are_named_one_by_one_or_all() -> None:
@@ -23,6 +26,6 @@ def test_tasks_are_named_one_by_one_or_all() -> None:
 
 def test_only_how_ranks_work_can_be_set() -> None:
     words = ["world.threads=2", "memory.offload=true"]
-    assert only_of_the_job(words) == words
+    assert split_overrides(words) == (words[:1], (words[1],))
     with pytest.raises(LaunchError, match=r"'moe.rank=3': an evaluation takes the model as it was trained"):
-        only_of_the_job(["world.threads=2", "moe.rank=3"])
+        split_overrides(["world.threads=2", "moe.rank=3"])

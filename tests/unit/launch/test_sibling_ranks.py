@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.launch import faults
-from moe_dist.launch import sibling_ranks as peers
+from moe_dist.launch import faults, sibling_ranks
 
 ENDED = "import os; os._exit(0)"
 
@@ -27,19 +26,19 @@ def _pid_of_an_ended_process() -> int:
 
 def test_a_rank_that_is_gone_without_a_word_is_named(tmp_path: Path) -> None:
     _leave_pid(tmp_path, 0, os.getpid())
-    assert peers.killed_rank(tmp_path) is None
+    assert sibling_ranks.killed_rank(tmp_path) is None
     gone = _pid_of_an_ended_process()
     _leave_pid(tmp_path, 3, gone)
-    assert peers.killed_rank(tmp_path) == (3, gone)
+    assert sibling_ranks.killed_rank(tmp_path) == (3, gone)
     (tmp_path / "rank-3.done").touch()
-    assert peers.killed_rank(tmp_path) is None
+    assert sibling_ranks.killed_rank(tmp_path) is None
 
 
 def test_a_zombie_is_gone(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ENDED])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is not reaped
     _leave_pid(tmp_path, 1, process.pid)
-    assert peers.killed_rank(tmp_path) == (1, process.pid)
+    assert sibling_ranks.killed_rank(tmp_path) == (1, process.pid)
     process.wait()
 
 
@@ -47,13 +46,13 @@ def test_a_zombie_is_gone(tmp_path: Path) -> None:
 def unsupervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv(faults.JOB_FOLDER, raising=False)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = peers.shared_folder()
+    folder = sibling_ranks.shared_folder()
     assert folder is not None
     return folder
 
 
 def test_the_folder_is_the_launchers_own_and_private(unsupervised: Path) -> None:
-    assert peers.shared_folder() == unsupervised
+    assert sibling_ranks.shared_folder() == unsupervised
     assert unsupervised.stat().st_mode & 0o777 == 0o700
 
 
@@ -61,7 +60,7 @@ def test_what_ended_launchers_left_is_removed(unsupervised: Path) -> None:
     start, _, _ = unsupervised.name.rpartition(f"-{os.getppid()}-")
     left = unsupervised.with_name(f"{start}-{_pid_of_an_ended_process()}-123")
     left.mkdir()
-    peers.remove_abandoned()
+    sibling_ranks.remove_abandoned()
     assert not left.exists()
     assert unsupervised.exists()
 
@@ -72,7 +71,7 @@ def test_what_is_of_other_process_numbers_stays(unsupervised: Path) -> None:
     assert f"-{space}-" in unsupervised.name
     theirs = unsupervised.with_name(unsupervised.name.replace(f"-{space}-", f"-{space + 1}-"))
     theirs.mkdir()
-    peers.remove_abandoned()
+    sibling_ranks.remove_abandoned()
     assert theirs.exists()
 
 

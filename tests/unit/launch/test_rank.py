@@ -1,26 +1,29 @@
 """The entry script, alone and as DeepSpeed starts it."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from moe_dist.config import RunConfig
 from moe_dist.errors import LaunchError
-from moe_dist.launch import environment, faults
-from moe_dist.launch import rank as entry
+from moe_dist.launch import environment, faults, files, rank
 
-SCRIPT = Path(entry.__file__)
+SCRIPT = Path(rank.__file__)
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the entry script writes into the environment is taken back after each test."""
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take back what the entry script changes: the environment, and the signal that it blocks."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR", "MOE_DIST_JOB_FOLDER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 @pytest.mark.parametrize("file", ["/nowhere/at/all.json", "/"])
@@ -28,7 +31,7 @@ def test_a_json_file_that_cannot_be_written_is_one_line(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text("{}")
-    assert entry.main([str(tmp_path / "run.yaml"), "--json", file]) == 2
+    assert rank.main([str(tmp_path / "run.yaml"), "--json", file]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"moe-dist: error: --json {file}: cannot be written")
     assert err.count("\n") == 1
@@ -41,27 +44,27 @@ def test_what_cannot_be_replaced_by_a_file_is_refused(tmp_path: Path, what: str)
     (tmp_path / "file").write_text("kept")
     target = tmp_path / ("file/out" if what == "below a file" else what)
     with pytest.raises(LaunchError, match=r"^--output .*: cannot be written: give a file in a folder that exists$"):
-        entry.writable(target, "--output")
-    assert entry.writable(tmp_path / "file") == str(tmp_path / "file")
-    assert entry.writable(tmp_path / "new") == str(tmp_path / "new")
+        files.writable(target, "--output")
+    assert files.writable(tmp_path / "file") == str(tmp_path / "file")
+    assert files.writable(tmp_path / "new") == str(tmp_path / "new")
 
 
 def test_settings_may_follow_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.yaml").write_text("{}")
     given: list[RunConfig] = []
-    monkeypatch.setattr(entry, "_train", given.append)
+    monkeypatch.setattr(rank, "_perform", lambda config, *_: given.append(config))
     out = str(tmp_path / "out.json")
-    assert entry.main([str(tmp_path / "run.yaml"), "seed=1", "--json", out, "train.steps=30"]) == 0
+    assert rank.main([str(tmp_path / "run.yaml"), "seed=1", "--json", out, "train.steps=30"]) == 0
     assert (given[0].seed, given[0].train.steps, given[0].summary_copy) == (1, 30, out)
 
 
 def test_gloo_keeps_deepspeed_off_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.yaml").write_text("{}")
-    monkeypatch.setattr(entry, "_train", lambda config: None)
+    monkeypatch.setattr(rank, "_perform", lambda *_: False)
     monkeypatch.setattr(environment, "has_gpu", lambda: True)
-    assert entry.main([str(tmp_path / "run.yaml")]) == 0
+    assert rank.main([str(tmp_path / "run.yaml")]) == 0
     assert "DS_ACCELERATOR" not in os.environ
-    assert entry.main([str(tmp_path / "run.yaml"), "world.backend=gloo"]) == 0
+    assert rank.main([str(tmp_path / "run.yaml"), "world.backend=gloo"]) == 0
     assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
@@ -69,8 +72,8 @@ def test_deepspeeds_words_are_understood(tmp_path: Path, monkeypatch: pytest.Mon
     config = tmp_path / "run.yaml"
     config.write_text("seed: 1\n")
     given: list[RunConfig] = []
-    monkeypatch.setattr(entry, "_train", given.append)
-    assert entry.main(["--local_rank=3", str(config), "seed=5", "train.steps=30", "--json", "out.json"]) == 0
+    monkeypatch.setattr(rank, "_perform", lambda config, *_: given.append(config))
+    assert rank.main(["--local_rank=3", str(config), "seed=5", "train.steps=30", "--json", "out.json"]) == 0
     assert (given[0].seed, given[0].train.steps) == (5, 30)
     assert given[0].summary_copy == str(Path.cwd() / "out.json")
     assert os.environ["WORLD_SIZE"] == "1"
@@ -79,22 +82,22 @@ def test_deepspeeds_words_are_understood(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_interrupted_run_returns_130(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(config: RunConfig) -> None:
+    def interrupted(*_: object) -> bool:
         raise KeyboardInterrupt
 
     (tmp_path / "run.yaml").write_text("{}")
-    monkeypatch.setattr(entry, "_train", interrupted)
-    assert entry.main([str(tmp_path / "run.yaml")]) == 130
+    monkeypatch.setattr(rank, "_perform", interrupted)
+    assert rank.main([str(tmp_path / "run.yaml")]) == 130
     assert capsys.readouterr().err == "moe-dist: interrupted\n"
 
 
 SRUN = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2"}
-MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+RENDEZVOUS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 @pytest.mark.parametrize(
     ("variables", "code"),
-    [({}, 75), ({**SRUN, **MEETING}, 0), ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MEETING}, 75)],
+    [({}, 75), ({**SRUN, **RENDEZVOUS}, 0), ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **RENDEZVOUS}, 75)],
     ids=["alone", "srun, which would kill the others", "by hand"],
 )
 def test_a_run_that_stopped_as_asked_says_so(
@@ -102,9 +105,9 @@ def test_a_run_that_stopped_as_asked_says_so(
 ) -> None:
     (tmp_path / "run.yaml").write_text("{}")
     os.environ.update(variables)
-    monkeypatch.setattr(entry, "_train", lambda config: True)
+    monkeypatch.setattr(rank, "_perform", lambda *_: True)
     monkeypatch.setattr(faults, "register", lambda rank, leave_with_parent: None)
-    assert entry.main([str(tmp_path / "run.yaml")]) == code
+    assert rank.main([str(tmp_path / "run.yaml")]) == code
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_slurm_says_where_its_steps_meet() -> None:
     resolve(SLURM, variables)
     assert variables["MASTER_ADDR"] == "gpu003"
     assert LOWEST_PORT <= int(variables["MASTER_PORT"]) <= HIGHEST_PORT
-    assert describe(SLURM, variables).startswith("started by srun: 4 ranks, 2 on this node; they meet at gpu003:")
+    assert describe(SLURM, variables).startswith("started by srun: 4 ranks, 2 on this node; rendezvous at gpu003:")
     reserved = {**STEP, "SLURM_STEP_RESV_PORTS": "12001-12004"}
     resolve(SLURM, reserved)
     assert reserved["MASTER_PORT"] == "12001"
