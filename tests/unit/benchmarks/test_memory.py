@@ -52,7 +52,7 @@ def test_ratios_are_of_medians() -> None:
 def test_offloaded_experts_take_less_of_the_device(tmp_path: Path) -> None:
     spec = MemoryBenchSpec(
         hidden=64, expert_hidden=64, layers=2, experts=8, clusters=4, rank=2, sequence_length=16, sequences=2, steps=2,
-        budget=300_000, cases=("clustered", OFFLOAD),
+        budget=0.38, cases=("clustered", OFFLOAD),
     )  # fmt: skip
     result = run_memory_bench(spec, lambda line: None)
     plain, offloaded = result.cases
