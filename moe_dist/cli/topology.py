@@ -23,10 +23,10 @@ WHAT = {
     "expert_data": "gradients of experts",
     "all": "gradients of all else",
 }
-KINDS = {  # which of them a kind of layer has
-    "clustered": ("stage_one", "cluster", "base_data", "expert_data", "all"),
-    "standard": ("expert_parallel", "expert_data", "all"),
-    "dense": ("all",),
+TRAFFIC = {  # of a kind of layer, by the way in which tokens are dispatched
+    "two_stage": ("stage_one", "cluster", "base_data", "expert_data", "all"),
+    "flat": ("expert_parallel", "expert_data", "all"),
+    "none": ("all",),
 }
 
 
@@ -52,7 +52,7 @@ def topology(
     node_of_rank, console = nodes_of_ranks([node.ranks for node in job.nodes]), wide_console()
     console.print(f"{job.ranks} ranks = {shape}, on {len(job.nodes)} node(s)\n", highlight=False)
     console.print(_map(resolved, shape, job.nodes, node_of_rank))
-    shown = KINDS[resolved.moe.kind]
+    shown = TRAFFIC[resolved.moe.layer_kind.dispatch]
     found = [(WHAT[name], entry) for entry in crossings(shape, node_of_rank) if (name := _name(entry)) in shown]
     console.print()
     console.print(_crossings(found))
@@ -80,9 +80,9 @@ def _map(config: RunConfig, shape: WorldShape, nodes: Sequence[Node], node_of_ra
 def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
     """Return the clusters and experts of a rank at the start of a run; re-clustering may move them later."""
     moe = config.moe
-    if moe.kind == "dense":
+    if not moe.layer_kind.routed:
         return "the whole layer"
-    if moe.kind == "standard":
+    if not moe.layer_kind.clustered:
         each, place = moe.experts // (shape.cluster * shape.shard), block * shape.shard + shard
         return f"experts {_run(range(place * each, (place + 1) * each))}"
     from moe_dist.distributed.placement import ExpertPlacement
@@ -117,7 +117,7 @@ def _crossings(found: list[tuple[str, "Crossing"]]) -> Table:
 
 def _verdict(config: RunConfig, shape: WorldShape, found: list[tuple[str, "Crossing"]], nodes: Sequence[Node]) -> str:
     """Return the main finding: whether the traffic of stage two stays inside nodes."""
-    if config.moe.kind != "clustered":
+    if not config.moe.layer_kind.clustered:
         return ""
     broken = next(entry.crossing for _, entry in found if _name(entry) == "cluster")
     if broken:

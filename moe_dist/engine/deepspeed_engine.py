@@ -93,7 +93,7 @@ class DeepSpeedEngine:
             norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
             factor = gradient_norm.clip_factor(self._engine.optimizer, norm, self.config.optimizer.clip_norm)
             self._offloaded.step(learning_rate, factor)
-        if self.config.moe.kind != "dense":
+        if self.config.moe.layer_kind.routed:
             self.model.context.balance.update(self._count_LE, self.model.context.placements)
         return float(self._engine.optimizer._global_grad_norm)
 

@@ -26,8 +26,6 @@ from moe_dist.moe.parameter_class import REDUCED_OVER, ParameterClass, class_of
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts, storage_format
 from moe_dist.moe.routing_statistics import RoutingStatistics
 
-PROJECTIONS = 3  # gate, up and out of a SwiGLU
-
 
 class LanguageModel(nn.Module):
     """A causal language model whose parts stand for this rank's share of the experts.
@@ -59,7 +57,7 @@ class LanguageModel(nn.Module):
         self.vocab_size = vocab_size
         moe = config.moe
         placements, statistics, layers = [], None, config.model.layers
-        if moe.kind == "clustered":
+        if moe.layer_kind.clustered:
             placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] * layers
         if config.recluster.period is not None:
             statistics = RoutingStatistics.create(layers, config.model.hidden_size, moe, config.recluster.decay)
@@ -212,10 +210,7 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
     base = held[ParameterClass.BASE] * shape.cluster
     expert = held[ParameterClass.EXPERT] * shape.cluster * shape.shard
     moe = config.moe
-    standard = 0
-    if moe.kind != "dense":
-        one = PROJECTIONS * config.model.hidden_size * moe.expert_hidden
-        standard = config.model.layers * moe.experts * one
+    standard = config.model.layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
     return ParameterCounts(held[ParameterClass.DENSE] + base + expert, base + expert, standard)
 
 

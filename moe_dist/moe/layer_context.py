@@ -68,7 +68,7 @@ class LayerContext:
     def standalone(cls, moe: MoEConfig, mesh: Mesh, seed: int, ledger: TrafficLedger | None = None) -> "LayerContext":
         """Return the context of a single layer, with load balancing and a traffic ledger of its own."""
         placements = []
-        if moe.kind == "clustered":
+        if moe.layer_kind.clustered:
             placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)]
         balance = BalanceState.create(1, moe, torch.device("cpu"))
         return cls(mesh, placements, balance, ledger or TrafficLedger(Links.alone()), seed)

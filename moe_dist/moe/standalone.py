@@ -47,12 +47,12 @@ def mesh_for(moe: MoEConfig, mesh: Mesh | DeviceMesh | None) -> Mesh:
     if not dist.is_initialized():
         return Mesh.alone()
     ranks = dist.get_world_size()
-    cluster = math.gcd(ranks, moe.clusters if moe.kind == "clustered" else moe.experts)
+    cluster = math.gcd(ranks, moe.layer_kind.cluster_units(moe, 1))
     return Mesh.over_world(WorldShape(ranks // cluster, cluster, 1))
 
 
 def _check_divisible(moe: MoEConfig, shape: WorldShape) -> None:
-    if moe.kind == "clustered":
+    if moe.layer_kind.clustered:
         if moe.clusters % shape.cluster:
             raise ConfigError(f"clusters={moe.clusters} cannot be divided over a mesh of cluster={shape.cluster}")
         if moe.experts_per_cluster % shape.shard:

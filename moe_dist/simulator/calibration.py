@@ -71,7 +71,7 @@ class Measured:
         fabric = machine.fabric(
             self.nodes, self.shape.ranks // self.nodes, network_bandwidth=self.case.network_bandwidth
         )
-        strategy = Strategy.TWO_STAGE if self.config.moe.kind == "clustered" else Strategy.FLAT
+        strategy = Strategy.TWO_STAGE if self.config.moe.layer_kind.clustered else Strategy.FLAT
         batch = resolve_batch(self.config, self.shape.ranks)
         vocabulary = self.config.tokenizer.vocab_size
         return step_time(self.config, self.shape, batch, vocabulary, fabric, self.popularity_LE, Scenario(strategy))
@@ -134,7 +134,7 @@ def read_case(case: Case) -> Measured:
         raise ConfigError(f"case {case.run}: is no folder of `moe-dist measure traffic`: {why}") from error
     if not seconds or min(seconds) <= 0 or shape.ranks % nodes:
         raise ConfigError(f"case {case.run}: needs timed steps, and nodes of as many ranks each")
-    popularity_LE = np.ones((1, 1)) if config.moe.kind == "dense" else recorded(case.run, config.moe.experts)
+    popularity_LE = np.ones((1, 1)) if not config.moe.layer_kind.routed else recorded(case.run, config.moe.experts)
     return Measured(case, config, shape, nodes, seconds, popularity_LE)
 
 

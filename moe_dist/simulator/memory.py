@@ -12,7 +12,6 @@ from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator.sizes import parameters_on_rank
 
 FLOAT32, MOMENTS = 4, 8
-ROUTING_STATE = 40  # numbers a token that do not grow with the widths, whatever the kind
 
 
 @dataclass(frozen=True)
@@ -74,20 +73,10 @@ def bytes_an_element(config: RunConfig) -> float:
     """Return float32 numbers that bfloat16 training saves too: norms, rotary positions, the router and gates."""
     if config.train.precision == "float32":
         return FLOAT32
-    return 2.8 if config.moe.kind == "clustered" else 2.45
+    return 2.8 if config.moe.layer_kind.clustered else 2.45
 
 
 def saved_elements(config: RunConfig) -> float:
     """Return the numbers that the backward pass of one layer needs, per token of the rank."""
-    model, moe = config.model, config.moe
-    d, f, m, k = model.hidden_size, moe.expert_hidden, moe.top_clusters, moe.top_k
-    attention = 12.5 * d
-    if moe.kind == "dense":
-        return attention + 4 * moe.dense_width
-    if moe.kind == "standard":
-        return attention + 2 * k * d + k * 4 * f + 4 * moe.shared_expert_hidden + 12 + 9 * k
-    hidden = 7 * k + 1.6 if k > 1 else 13.7  # the forms in plain torch keep all that its autograd does
-    if moe.backend in ("cpu", "triton"):
-        hidden = 3.4
-    thin = 11 * moe.rank * m * k
-    return attention + (2.9 + 4 * (m - 1)) * d + m * hidden * f + ROUTING_STATE + thin
+    d, moe = config.model.hidden_size, config.moe
+    return 12.5 * d + moe.layer_kind.saved_elements(d, moe)  # attention, and the feed-forward layer

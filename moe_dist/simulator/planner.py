@@ -102,18 +102,11 @@ def layouts(config: RunConfig, ranks: int) -> Iterator[LayoutOption]:
 
 
 def _shapes(config: RunConfig, ranks: int) -> Iterator[WorldShape]:
-    moe = config.moe
-    if moe.kind == "dense":
-        yield WorldShape(ranks, 1, 1)
-    elif moe.kind == "standard":
-        for parallel in _divisors(moe.experts):
-            if ranks % parallel == 0:
-                yield WorldShape(ranks // parallel, parallel, 1)
-    else:
-        for cluster in _divisors(moe.clusters):
-            for shard in _divisors(moe.experts_per_cluster):
-                if ranks % (cluster * shard) == 0:
-                    yield WorldShape(ranks // (cluster * shard), cluster, shard)
+    clusters, shards = config.moe.layer_kind.units(config.moe)
+    for cluster in _divisors(clusters):
+        for shard in _divisors(shards):
+            if ranks % (cluster * shard) == 0:
+                yield WorldShape(ranks // (cluster * shard), cluster, shard)
 
 
 def _divisors(number: int) -> list[int]:
@@ -155,7 +148,7 @@ def _without_waste(fitting: list[Option]) -> list[Option]:
 
 def _timed(config: RunConfig, option: Option, fabric: Fabric, vocabulary: int, popularity_LE: Floats) -> Option:
     layout = option.layout
-    strategy = Strategy.TWO_STAGE if config.moe.kind == "clustered" else Strategy.FLAT
+    strategy = Strategy.TWO_STAGE if config.moe.layer_kind.clustered else Strategy.FLAT
     shape = layout.shape
     time = step_time(
         settled(config, layout),

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.config.layer_kinds import residual_parameters
 from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator import memory
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.popularity import Floats, balanced_clusters
-from moe_dist.simulator.sizes import parameters_on_rank, residual_parameters, work_of
+from moe_dist.simulator.sizes import parameters_on_rank, work_of
 from moe_dist.simulator.strategies import Demand, Strategy, demand
 
 FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and back again
@@ -134,7 +135,7 @@ def _layer(
     Rows are those of the busiest rank, or if devices share processors all rows divided by these, if that is more.
     """
     replicas = min(shape.data, scenario.drawn_replicas)
-    if config.moe.kind == "dense":
+    if not config.moe.layer_kind.routed:
         return np.zeros(replicas), np.zeros(replicas), (0.0, 0.0)
     asked = demand(
         config,
@@ -170,7 +171,7 @@ def _volumes(asked: Demand, fabric: Fabric, tokens: int) -> tuple[float, float]:
 
 def _offload(config: RunConfig, shape: WorldShape, fabric: Fabric, scenario: Scenario, compute: float) -> float:
     """Return the seconds per layer by which fetching offloaded clusters exceeds the computation, in both passes."""
-    if config.moe.kind != "clustered":
+    if not config.moe.layer_kind.clustered:
         return 0.0
     held = parameters_on_rank(config, shape, 0)
     bytes_layer = 2.0 * (held[ParameterClass.BASE] + held[ParameterClass.EXPERT]) / config.model.layers
@@ -218,7 +219,7 @@ def _recluster(
 
     A mover has its factors, vectors and their training state; the busiest block of ranks counts, in and out.
     """
-    if scenario.recluster_every is None or config.moe.kind != "clustered" or shape.cluster == 1:
+    if scenario.recluster_every is None or not config.moe.layer_kind.clustered or shape.cluster == 1:
         return 0.0
     moe, per_block = config.moe, config.moe.clusters // shape.cluster
     busiest = []
@@ -230,6 +231,6 @@ def _recluster(
         arriving_B = np.bincount(after_E[moved_E], minlength=shape.cluster)
         busiest.append(max(leaving_B.max(), arriving_B.max()))
     experts = float(np.mean(busiest)) * config.model.layers / shape.shard
-    moved = experts * residual_parameters(config.model, moe) * TRAINING_STATE_BYTES
+    moved = experts * residual_parameters(config.model.hidden_size, moe) * TRAINING_STATE_BYTES
     rate = fabric.node_bandwidth if shape.cluster * shape.shard <= fabric.devices_per_node else fabric.rail_bandwidth
     return moved / rate / scenario.recluster_every

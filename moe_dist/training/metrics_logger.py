@@ -27,9 +27,9 @@ class MetricsLogger(Callback):
     def attach(self, engine: DeepSpeedEngine) -> None:
         """Count loads by this model's placements from now on."""
         moe, layers = engine.model.config.moe, self._config.model.layers
-        copies = moe.top_k * (moe.top_clusters if moe.kind == "clustered" else 1)
+        copies = moe.layer_kind.copies(moe)
         self._loads = LoadRecord(moe.experts, self._shape, self.tokens_per_step * layers * copies)
-        self._routed, self._placements = moe.kind != "dense", engine.model.context.placements
+        self._routed, self._placements = moe.layer_kind.routed, engine.model.context.placements
 
     def release(self) -> None:
         """Forget the loads of standard experts, which have no clusters: other figures."""

@@ -14,14 +14,9 @@ def description(trainer: "Trainer") -> str:
     """Return one line about model, ranks, precision and data."""
     config, moe = trainer.config, trainer.config.moe
     warmup = f", after {config.standard_steps} steps of standard experts" if config.standard_steps else ""
-    experts = {
-        "clustered": f"{moe.experts} experts in {moe.clusters} clusters, {moe.top_k} of each of "
-        f"{moe.top_clusters} cluster(s) a token, rank {moe.rank}{warmup}",
-        "standard": f"{moe.experts} standard experts, {moe.top_k} a token",
-        "dense": f"dense, width {moe.dense_width}",
-    }[moe.kind]
     return (
-        f"{config.name}: {config.model.layers} layers of {config.model.hidden_size}, {experts}; "
+        f"{config.name}: {config.model.layers} layers of {config.model.hidden_size}, "
+        f"{moe.layer_kind.describe(moe)}{warmup}; "
         f"{trainer.process.ranks} rank(s): {trainer.shape}; ZeRO {config.world.zero_stage}, {config.train.precision}, "
         f"{len(trainer.data.train):,} tokens of {config.corpus.kind} text, {trainer.data.vocab_size} pieces"
     )

@@ -75,7 +75,7 @@ def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: RankInf
 
 def _ours(config: RunConfig, process: RankInfo, mesh: Mesh, ledger: TrafficLedger) -> nn.Module:
     moe = config.moe
-    clustered = moe.kind == "clustered"
+    clustered = moe.layer_kind.clustered
     placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] if clustered else []
     context = LayerContext(mesh, placements, BalanceState.create(1, moe, process.device), ledger, config.seed)
     return LAYER_KINDS[moe.kind](0, config.model, moe, context, 1.0)

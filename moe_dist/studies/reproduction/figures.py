@@ -8,7 +8,6 @@ from typing import Any
 
 from moe_dist.config import RunConfig
 from moe_dist.metrics.summary import look_up
-from moe_dist.simulator.sizes import PROJECTIONS, work_of
 
 Tree = dict[str, Any]
 FROM_SUMMARY = {
@@ -86,10 +85,8 @@ class KindRow:
 
 def active_work(config: RunConfig) -> float:
     """Return the forward FLOPs of the feed-forward part per token and layer, without routers."""
-    if config.moe.kind == "dense":
-        return 2.0 * PROJECTIONS * config.model.hidden_size * config.moe.dense_width
-    work = work_of(config, config.tokenizer.vocab_size)
-    return work.rows * work.row
+    work = config.moe.layer_kind.work(config.model.hidden_size, config.moe)
+    return work.rows * work.row if config.moe.layer_kind.routed else work.token
 
 
 def rows(results: Sequence[Result]) -> list[KindRow]:
