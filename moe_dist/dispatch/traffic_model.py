@@ -74,7 +74,7 @@ def hop_costs(model: ModelConfig, moe: MoEConfig, shape: WorldShape) -> list[Hop
     found = []
     two_stages = moe.layer_kind.dispatch == "two_stage"
     if moe.layer_kind.dispatch == "flat" and shape.cluster * shape.shard > 1:
-        found.append(HopCost(Stage.FLAT, hidden, counts=INT64 * (moe.experts // (shape.cluster * shape.shard))))
+        found.append(flat_cost(model, moe, shape))
     if two_stages and shape.cluster > 1:
         found.append(_stage_one(hidden, moe, moe.clusters // shape.cluster))
     if two_stages and shape.shard > 1:
@@ -83,6 +83,12 @@ def hop_costs(model: ModelConfig, moe: MoEConfig, shape: WorldShape) -> list[Hop
         slots = INT32 * moe.top_k  # which have no gradient
         found.append(HopCost(Stage.TWO, hidden, counts, there=slots + gates, there_gradient=gates))
     return found
+
+
+def flat_cost(model: ModelConfig, moe: MoEConfig, shape: WorldShape) -> HopCost:
+    """Return the cost of flat routing over the ranks that together hold all experts once."""
+    counts = INT64 * (moe.experts // (shape.cluster * shape.shard))
+    return HopCost(Stage.FLAT, vector_bytes(model.hidden_size, moe.wire_dtype), counts)
 
 
 def _stage_one(hidden: int, moe: MoEConfig, clusters: int) -> HopCost:

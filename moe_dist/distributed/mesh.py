@@ -1,7 +1,8 @@
 """The data x cluster x shard mesh of ranks and its process groups.
 
 Ranks are numbered with the shard axis innermost, so that a cluster group is a run of neighbouring ranks and fits in a
-node: rank = (data * clusters + cluster) * shards + shard.
+node: rank = (data * clusters + cluster) * shards + shard. Where the ranks of a block are replicas
+(`world.shard_mode=replicate`), they are the innermost part of the data axis instead.
 """
 
 from collections.abc import Callable
@@ -39,13 +40,16 @@ class Coordinates:
 
 def rank_at(shape: WorldShape, at: Coordinates) -> int:
     """The rank at a position in the mesh."""
-    return (at.data * shape.cluster + at.cluster) * shape.shard + at.shard
+    outer, inner = divmod(at.data, shape.replicas)
+    return ((outer * shape.cluster + at.cluster) * shape.replicas + inner) * shape.shard + at.shard
 
 
 def coordinates_of(shape: WorldShape, rank: int) -> Coordinates:
     """A rank's position in the mesh."""
-    outer, shard = divmod(rank, shape.shard)
-    return Coordinates(*divmod(outer, shape.cluster), shard)
+    rest, shard = divmod(rank, shape.shard)
+    rest, inner = divmod(rest, shape.replicas)
+    outer, cluster = divmod(rest, shape.cluster)
+    return Coordinates(outer * shape.replicas + inner, cluster, shard)
 
 
 _COMMON: dict[GroupKind, Callable[[Coordinates], tuple[int, ...]]] = {

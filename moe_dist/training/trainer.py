@@ -15,6 +15,7 @@ from moe_dist.checkpoint.stateful import Stateful
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
 from moe_dist.data.prepare import TOKENIZER
+from moe_dist.dispatch.layout_advice import layout_advice
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
@@ -203,6 +204,8 @@ class Trainer:
     def start(self) -> None:
         """Prepare for the first step; collective."""
         self.recorder.note(description(self))
+        if (advice := layout_advice(self.config, self.shape)) is not None:
+            self.recorder.note(f"warning: {advice}")
         self._start_all(self.steps_done)
 
     def run(self, signals: StopSignals) -> bool:

@@ -171,7 +171,7 @@ def test_launch_shows_its_command(moe_dist: Any, config: str) -> None:
     assert out.endswith(f"launch/rank.py {config} seed=4\n")
 
 
-TWO_SHARDS = ["world.shard=2", "moe.clusters=2", "moe.experts=8"]
+TWO_SHARDS = ["world.shard=2", "world.shard_mode=experts", "moe.clusters=2", "moe.experts=8"]
 
 
 def test_topology_says_what_stays_inside_nodes(moe_dist: Any, config: str, tmp_path: Path) -> None:
