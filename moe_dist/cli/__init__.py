@@ -81,7 +81,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         code = app(args=arguments, prog_name="moe-dist", standalone_mode=False)
     except UsageError as error:
         shown = getattr(error, "format_message", error.__str__)()
-        return _complain(f"{' '.join(shown.split())} (moe-dist --help shows what there is)", EXIT_REFUSED)
+        return _complain(f"{' '.join(shown.split())} (see moe-dist --help)", EXIT_REFUSED)
     except MoeDistError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -21,8 +21,8 @@ from moe_dist.launch.environment import prepare_process
 from moe_dist.launch.supervisor import HEARD, JobOutcome, run_job
 
 SIGN_OF_LIFE_SECONDS = 5.0
-SILENCE_SECONDS = 60.0  # after which the machine that started us counts as lost
-OUTCOME = "moe-dist-outcome "  # before the JSON of how it ended
+SILENCE_SECONDS = 60.0  # without a heartbeat, after which the starting machine counts as lost
+OUTCOME = "moe-dist-outcome "  # prefix of the outcome's JSON
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main() -> int:
     """Read the job, run it to its end and print its outcome."""
     for signum in HEARD:
         signal.signal(signum, _nothing_runs)
-    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # kept until the job can hear them
+    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # pending until the supervisor installs its handlers
     orders = sys.stdin.fileno()
     part = NodeJob(**json.loads(_read_line(orders)))
     environment = {**os.environ, **part.variables}

@@ -72,7 +72,7 @@ def register(rank: int, *, leave_with_parent: bool) -> None:
         sibling_ranks.remove_abandoned()
     if (folder := folder_of_ranks()) is not None:
         _write(folder / f"rank-{rank}.pid", json.dumps({"pid": os.getpid(), "group": os.getpgid(0)}))
-        for how in ("done", "fault"):  # of an earlier start by the same launcher: no news of this one
+        for how in ("done", "fault"):  # left by an earlier start under the same launcher
             (folder / f"rank-{rank}.{how}").unlink(missing_ok=True)
     threading.Thread(target=_leave_with, args=(watched,), name="leave-with-launcher", daemon=True).start()
 
@@ -85,9 +85,9 @@ def _leave_with(watched: list[int]) -> None:
             poller.register(os.pidfd_open(pid), select.POLLIN)
         poller.poll()
     except ProcessLookupError:
-        pass  # it ended before we looked
+        pass  # it has ended already
     except (AttributeError, OSError):
-        return  # a kernel without pidfd: the launcher's own signals must do
+        return  # a kernel without pidfd: only the launcher's own signals end the rank
     os._exit(128 + signal.SIGTERM)
 
 
@@ -145,7 +145,7 @@ def _tell_batch_script(line: str) -> None:
 def _complaint(fault: Fault, world_size: int, folder: Path | None) -> str:
     if fault.consequence:
         cause = None if folder is None else _cause_among_peers(folder)
-        return cause or f"rank {fault.rank} lost a peer: another rank ended first ({fault.line})"
+        return cause or f"rank {fault.rank} lost its connection: another rank ended first ({fault.line})"
     return f"rank {fault.rank} failed: {fault.line}" if world_size > 1 else f"error: {fault.line}"
 
 
@@ -158,7 +158,7 @@ def _cause_among_peers(folder: Path) -> str | None:
         if first is not None and not first.consequence:
             return f"rank {first.rank} failed: {first.line}"
         if (killed := sibling_ranks.killed_rank(folder)) is not None:
-            return f"rank {killed[0]} failed: its process (pid {killed[1]}) was killed or ended without a word"
+            return f"rank {killed[0]} failed: its process (pid {killed[1]}) was killed or ended without a status"
         time.sleep(PEER_SECONDS / 30)
     return None
 

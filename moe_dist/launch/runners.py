@@ -19,7 +19,7 @@ from moe_dist.launch.supervisor import run_job
 RANK_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", INIT_METHOD, STARTER,
 )  # fmt: skip
-EXPORTED = re.compile(  # what other machines are given of this one's environment
+EXPORTED = re.compile(  # variables that other machines receive
     r"PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(PYTHON|OMP_|MKL_|OPENBLAS_|DS_|TORCH|NCCL_|GLOO_|UCX_|MOE_DIST_|HF_|CUDA_HOME).*"
 )
 

@@ -31,7 +31,7 @@ SSH_OPTIONS = [
     for option in ("BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=5", "ServerAliveCountMax=4")
     for word in ("-o", option)
 ]
-STOP_SECONDS = 2 * TERMINATE_SECONDS + 4.0  # for an agent to end its ranks
+STOP_SECONDS = 2 * TERMINATE_SECONDS + 4.0  # time for an agent to end its ranks
 
 
 def ssh_command(host: str) -> list[str]:
@@ -83,7 +83,7 @@ class _RemotePart:
     def say(self, line: str = "") -> None:
         """Send the agent one line; do nothing if it has ended."""
         assert self._ssh.stdin is not None
-        with suppress(OSError, ValueError):  # ValueError: told to stop already
+        with suppress(OSError, ValueError):  # ValueError: closed by stop()
             self._ssh.stdin.write(f"{line}\n".encode())
             self._ssh.stdin.flush()
 

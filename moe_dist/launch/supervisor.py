@@ -24,15 +24,15 @@ from moe_dist.launch.environment import INIT_METHOD
 from moe_dist.launch.processes import wait_status, was_terminated
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 6.0  # for the launcher to stop the other ranks by itself after a failure
-GENTLE_SECONDS = {  # for the ranks to act upon a signal that is passed on to them
+GRACE_SECONDS = 6.0  # time for the launcher to stop the other ranks after a failure
+GENTLE_SECONDS = {  # time for the ranks to react to a forwarded signal
     signal.SIGINT: 15.0,  # to close their files
     signal.SIGTERM: 25.0,  # to save a checkpoint; many systems kill what still runs after 30 s
 }
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TERMINATE_SECONDS = 4.0  # between SIGTERM and SIGKILL
 SHOW_CURSOR = "\x1b[?25h"
-STOPPED = "stopped as asked, with a checkpoint: the same command and checkpoint.resume=auto goes on from it"
+STOPPED = "stopped by a signal, with a checkpoint: run the same command with checkpoint.resume=auto to continue"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def _signals_passed_to(job: "_SupervisedJob") -> Iterator[None]:
         job.receive(signum)
 
     before = {signum: signal.signal(signum, handle) for signum in HEARD}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # whoever called may have held back what came earlier
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, HEARD
+    )  # the caller may have blocked them; pending ones are delivered now
     try:
         yield
     finally:
@@ -131,7 +133,7 @@ class _SupervisedJob:
         self._launcher: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        # A session of its own: Ctrl-C reaches the ranks through us alone, and one group holds launcher and ranks.
+        # A session of its own: only the supervisor gets Ctrl-C, and one process group holds launcher and ranks.
         self._launcher = subprocess.Popen(
             list(command), env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -187,7 +189,7 @@ class _SupervisedJob:
                 return JobOutcome(EXIT_STOPPED, STOPPED)
             if self._signal is None:
                 return JobOutcome(0)
-        if sys.stdout.isatty():  # rank 0 may have been killed with its live display on
+        if sys.stdout.isatty():  # rank 0 may have been killed during its live display
             sys.stdout.write(SHOW_CURSOR)
             sys.stdout.flush()
         if self._signal is not None:
@@ -204,7 +206,7 @@ class _SupervisedJob:
             self._find(rank)
         ended = [self._living.pop(descriptor) for descriptor, _ in self._poller.poll(seconds * 1000)]
         statuses = {rank: wait_status(rank.descriptor, rank.pid) for rank in ended}
-        # Several may end between two looks: those that were sent SIGTERM followed the one that made the launcher do so.
+        # Several may end between two polls: ranks ended by SIGTERM followed from the first failure.
         for one in sorted(ended, key=lambda each: was_terminated(statuses[each])):
             self._ended(one.rank, one.pid, statuses[one])
             self._poller.unregister(one.descriptor)

@@ -12,7 +12,7 @@ from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator.sizes import parameters_on_rank
 
 FLOAT32, MOMENTS = 4, 8
-ROUTING_STATE = 40  # numbers a token that do not grow with the widths, whatever the kind
+ROUTING_STATE = 40  # numbers per token that are independent of the widths, for every kind
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def saved_elements(config: RunConfig) -> float:
         return attention + 4 * moe.dense_width
     if moe.kind == "standard":
         return attention + 2 * k * d + k * 4 * f + 4 * moe.shared_expert_hidden + 12 + 9 * k
-    hidden = 7 * k + 1.6 if k > 1 else 13.7  # the forms in plain torch keep all that its autograd does
+    hidden = 7 * k + 1.6 if k > 1 else 13.7  # kernels in plain torch save all that autograd does
     if moe.backend in ("cpu", "triton"):
         hidden = 3.4
     thin = 11 * moe.rank * m * k

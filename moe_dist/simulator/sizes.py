@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moe_dist.config import ModelConfig, MoEConfig, RunConfig, WorldShape
 from moe_dist.moe.parameter_class import ParameterClass
 
-PROJECTIONS = 3  # gate, up and out of a SwiGLU
+PROJECTIONS = 3  # gate, up and down projections of a SwiGLU
 
 
 def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) -> dict[ParameterClass, int]:
@@ -73,7 +73,7 @@ def work_of(config: RunConfig, vocabulary: int) -> TokenWork:
     if moe.kind == "standard":
         layer += 2.0 * d * (moe.experts + PROJECTIONS * moe.shared_expert_hidden)
         return TokenWork(layer, head, 2.0 * PROJECTIONS * d * f, moe.top_k)
-    n = moe.experts_per_cluster  # what is d wide is computed for all experts of the cluster, what is f wide for the k
+    n = moe.experts_per_cluster  # d-wide products for all experts of the cluster, f-wide ones for the k chosen
     thin = 2.0 * 3 * r * (n * d + moe.top_k * f)
     row = 2.0 * PROJECTIONS * d * f + thin + 2.0 * d * n
     return TokenWork(layer + 2.0 * d * moe.clusters, head, row, moe.top_clusters)
