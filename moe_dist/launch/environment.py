@@ -191,7 +191,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def hush_libraries() -> None:
+def silence_library_warnings() -> None:
     """Ignore warnings for the developers of libraries, which every rank would print into the live display."""
     if not sys.warnoptions:  # not if the user asks for warnings
         for category in (UserWarning, FutureWarning, DeprecationWarning):

@@ -106,7 +106,7 @@ def test_a_run_that_stopped_as_asked_says_so(
     (tmp_path / "run.yaml").write_text("{}")
     os.environ.update(variables)
     monkeypatch.setattr(rank, "_perform", lambda *_: True)
-    monkeypatch.setattr(faults, "register", lambda rank, leave_with_parent: None)
+    monkeypatch.setattr(faults, "register", lambda rank, end_with_parent: None)
     assert rank.main([str(tmp_path / "run.yaml")]) == code
 
 
