@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None, task: str = TRAIN) -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
     given = parser.parse_intermixed_args(arguments)
     chosen, words = TASKS[given.task], given.words
-    has_config = chosen.needs_config or (words and "=" not in words[0])
+    has_config = chosen.needs_config or bool(words and "=" not in words[0])
     if has_config and not words:
         parser.error("CONFIG is missing: give a YAML file, such as configs/experiment/demo.yaml")
     try:
