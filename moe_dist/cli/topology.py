@@ -42,7 +42,7 @@ def topology(
     overrides: Overrides = None,
 ) -> None:
     """Show which node, clusters and experts each rank has, and which traffic stays inside nodes."""
-    # SLURM's rule for sizes fits here: machines need not be named.
+    # As under SLURM, machines need not be named.
     launcher = Launcher.SLURM if size.hostfile is None else Launcher.LOCAL
     job = plan(launcher, size, config, overrides or ())
     resolved = load_config(config, overrides or ())

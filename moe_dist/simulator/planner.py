@@ -14,7 +14,7 @@ from moe_dist.simulator.popularity import Floats, zipf
 from moe_dist.simulator.step_time import Scenario, StepTime, step_time
 from moe_dist.simulator.strategies import Strategy
 
-MOST_REPLICAS = 16  # are drawn for a plan: enough to see the slowest of them
+MOST_REPLICAS = 16  # drawn for a plan: enough to include a slow one
 GIB = 2.0**30
 
 

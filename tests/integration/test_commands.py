@@ -154,7 +154,8 @@ def _descendants(root: int) -> list[tuple[int, dict[str, str]]]:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
             except OSError:
                 continue
-            if any(word.endswith("launcher/train.py") for word in words) and "deepspeed.launcher" not in str(words):
+            is_rank = any(word.endswith("launch/rank.py") for word in words)
+            if is_rank and "deepspeed.launcher" not in str(words):
                 found.append((pid, dict(entry.split("=", 1) for entry in entries if "=" in entry)))
     return found
 
