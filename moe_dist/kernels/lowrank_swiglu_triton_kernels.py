@@ -24,7 +24,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr):
+def _round(x, dtype: tl.constexpr):
     """Round to nearest even; a GPU does so when it casts, but the interpreter truncates to bfloat16."""
     if _INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
@@ -33,8 +33,8 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, dtype: tl.constexpr, precision: tl.constexpr):
-    a, b = _rounded(a, dtype), _rounded(b, dtype)
+def _dot(a, b, dtype: tl.constexpr, precision: tl.constexpr):
+    a, b = _round(a, dtype), _round(b, dtype)
     if _INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16 (triton-lang/triton#11584)
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=precision)
@@ -50,7 +50,7 @@ def _unpack(codes, row_J, at_L, length, mask_JL, bits: tl.constexpr):
 
 
 @triton.jit
-def _factor(
+def _load_factor(
     factor, row, f_L, width, rank: tl.constexpr, J: tl.constexpr, bits: tl.constexpr,
     group: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
@@ -70,11 +70,11 @@ def _factor(
         else:
             zero_JL = _unpack(zeros, row_J, f_L // group, groups, mask_JL, bits)
         value_JL = (code_JL - zero_JL).to(tl.float32) * scale_JL
-    return _rounded(value_JL, dtype)
+    return _round(value_JL, dtype)
 
 
 @triton.jit
-def _thin(thin, row_B, chosen_B, stride: tl.constexpr, rank: tl.constexpr, J: tl.constexpr):
+def _load_lowrank_rows(thin, row_B, chosen_B, stride: tl.constexpr, rank: tl.constexpr, J: tl.constexpr):
     """Load the low-rank row of each token that chose the expert [B, J]; zeros for the others."""
     j_J = tl.arange(0, J)
     mask_BJ = chosen_B[:, None] & (j_J < rank)[None, :]
@@ -82,27 +82,27 @@ def _thin(thin, row_B, chosen_B, stride: tl.constexpr, rank: tl.constexpr, J: tl
 
 
 @triton.jit
-def _columns(vector, row, f_L, width):
+def _load_columns(vector, row, f_L, width):
     return tl.load(vector + row * width + f_L, mask=f_L < width, other=0.0)[None, :]
 
 
 @triton.jit
-def _projected(
+def _project(
     pre_BL, z, in_v, bias, half, row_B, chosen_B, f_L, width,
     rank: tl.constexpr, J: tl.constexpr, bits: tl.constexpr, group: tl.constexpr, dtype: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
     """Return g or u of one expert [B, L], and its operands z [B, J] and V [J, L]; half: 2 e for g, 2 e + 1 for u."""
-    z_BJ = _thin(z, row_B, chosen_B, 2 * rank, rank, J)
-    v_JL = _factor(in_v, half * rank, f_L, width, rank, J, bits, group, dtype)
-    value_BL = pre_BL + _product(z_BJ, v_JL, dtype, precision)
+    z_BJ = _load_lowrank_rows(z, row_B, chosen_B, 2 * rank, rank, J)
+    v_JL = _load_factor(in_v, half * rank, f_L, width, rank, J, bits, group, dtype)
+    value_BL = pre_BL + _dot(z_BJ, v_JL, dtype, precision)
     if bias is not None:
-        value_BL += _columns(bias, half, f_L, width)
+        value_BL += _load_columns(bias, half, f_L, width)
     return value_BL, z_BJ, v_JL
 
 
 @triton.jit
-def _choice(slot, gate, t_B, real_B, slots, P: tl.constexpr):
+def _load_slots(slot, gate, t_B, real_B, slots, P: tl.constexpr):
     """Load a block's slots and gates [B, P]; padding is -1."""
     at_BP = t_B[:, None] * slots + tl.arange(0, P)[None, :]
     real_BP = real_B[:, None] & (tl.arange(0, P) < slots)[None, :]
@@ -110,7 +110,7 @@ def _choice(slot, gate, t_B, real_B, slots, P: tl.constexpr):
 
 
 @triton.jit
-def _place(slot_BP, gate_BP, e, P: tl.constexpr):
+def _find_slot(slot_BP, gate_BP, e, P: tl.constexpr):
     """Return the slot of each token that holds expert e, -1 if none [B], and its gate [B]."""
     hit_BP = slot_BP == e
     place_B = tl.max(tl.where(hit_BP, tl.arange(0, P)[None, :], -1), axis=1)
@@ -130,7 +130,7 @@ def forward(
     dtype: tl.constexpr = pre.dtype.element_ty
     row_B, j_J = tl.program_id(0) * B + tl.arange(0, B), tl.arange(0, J)
     t_B = tl.load(order + row_B, mask=row_B < tokens, other=0)
-    slot_BP, gate_BP = _choice(slot, gate, t_B, row_B < tokens, slots, P)
+    slot_BP, gate_BP = _load_slots(slot, gate, t_B, row_B < tokens, slots, P)
     own_B = tl.program_id(1) * tokens + t_B
     for first in range(tl.program_id(1) * run, tl.minimum(tl.program_id(1) * run + run, width), L):
         f_L = first + tl.arange(0, L)
@@ -139,27 +139,27 @@ def forward(
         pre_u_BL = tl.load(pre + (2 * t_B + 1)[:, None] * width + f_L[None, :], mask=real_BL, other=0.0).to(tl.float32)
         sum_BL = tl.zeros((B, L), dtype=tl.float32)
         for e in range(experts):
-            place_B, p_B = _place(slot_BP, gate_BP, e, P)
+            place_B, p_B = _find_slot(slot_BP, gate_BP, e, P)
             if tl.max(place_B, axis=0) >= 0:
                 chosen_B = place_B >= 0
-                g_BL, _, _ = _projected(
+                g_BL, _, _ = _project(
                     pre_g_BL, z, in_v, bias, 2 * e, t_B * experts + e, chosen_B, f_L, width,
                     rank, J, bits, group, dtype, precision,
                 )  # fmt: skip
-                u_BL, _, _ = _projected(
+                u_BL, _, _ = _project(
                     pre_u_BL, z + rank, in_v, bias, 2 * e + 1, t_B * experts + e, chosen_B, f_L, width,
                     rank, J, bits, group, dtype, precision,
                 )  # fmt: skip
-                uo_JL = _factor(out_u, e * rank, f_L, width, rank, J, bits, group, dtype)
+                uo_JL = _load_factor(out_u, e * rank, f_L, width, rank, J, bits, group, dtype)
                 h_BL = g_BL * tl.sigmoid(g_BL) * u_BL * p_B[:, None]
                 if scale is not None:
-                    h_BL *= _columns(scale, e, f_L, width)
+                    h_BL *= _load_columns(scale, e, f_L, width)
                 h_BL = tl.where(chosen_B[:, None], h_BL, 0.0)
                 sum_BL += h_BL
-                thin_BJ = _product(h_BL, tl.trans(uo_JL), dtype, precision)
+                thin_BJ = _dot(h_BL, tl.trans(uo_JL), dtype, precision)
                 at_BJ = (own_B * slots + place_B)[:, None] * rank + j_J[None, :]
                 tl.atomic_add(thin + at_BJ, thin_BJ, mask=chosen_B[:, None] & (j_J < rank)[None, :], sem="relaxed")
-        tl.store(hidden + t_B[:, None] * width + f_L[None, :], _rounded(sum_BL, dtype), mask=real_BL)
+        tl.store(hidden + t_B[:, None] * width + f_L[None, :], _round(sum_BL, dtype), mask=real_BL)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -185,7 +185,7 @@ def backward(
         for block in range(tl.program_id(0) * each, tl.minimum(tl.program_id(0) * each + each, blocks)):
             row_B = block * B + tl.arange(0, B)
             t_B = tl.load(order + row_B, mask=row_B < tokens, other=0)
-            slot_BP, gate_BP = _choice(slot, gate, t_B, row_B < tokens, slots, P)
+            slot_BP, gate_BP = _load_slots(slot, gate, t_B, row_B < tokens, slots, P)
             real_BL = (row_B < tokens)[:, None] & real_L[None, :]
             at_BL = t_B[:, None] * (2 * width) + f_L[None, :]
             pre_g_BL = tl.load(pre + at_BL, mask=real_BL, other=0.0).to(tl.float32)
@@ -194,27 +194,27 @@ def backward(
             d_hidden_BL = tl.load(d_hidden_at_BL, mask=real_BL, other=0.0).to(tl.float32)
             d_pre_g_BL, d_pre_u_BL = tl.zeros((B, L), dtype=tl.float32), tl.zeros((B, L), dtype=tl.float32)
             for e in range(experts):
-                place_B, p_B = _place(slot_BP, gate_BP, e, P)
+                place_B, p_B = _find_slot(slot_BP, gate_BP, e, P)
                 if tl.max(place_B, axis=0) >= 0:
                     chosen_B = place_B >= 0
-                    g_BL, zg_BJ, vg_JL = _projected(
+                    g_BL, zg_BJ, vg_JL = _project(
                         pre_g_BL, z, in_v, bias, 2 * e, t_B * experts + e, chosen_B, f_L, width,
                         rank, J, 0, 1, dtype, precision,
                     )  # fmt: skip
-                    u_BL, zu_BJ, vu_JL = _projected(
+                    u_BL, zu_BJ, vu_JL = _project(
                         pre_u_BL, z + rank, in_v, bias, 2 * e + 1, t_B * experts + e, chosen_B, f_L, width,
                         rank, J, 0, 1, dtype, precision,
                     )  # fmt: skip
-                    uo_JL = _factor(out_u, e * rank, f_L, width, rank, J, 0, 1, dtype)
-                    d_thin_BJ = _thin(d_thin, t_B * experts + e, chosen_B, rank, rank, J)
-                    q_BL = d_hidden_BL + _product(d_thin_BJ, uo_JL, dtype, precision)  # gradient of p * h
+                    uo_JL = _load_factor(out_u, e * rank, f_L, width, rank, J, 0, 1, dtype)
+                    d_thin_BJ = _load_lowrank_rows(d_thin, t_B * experts + e, chosen_B, rank, rank, J)
+                    q_BL = d_hidden_BL + _dot(d_thin_BJ, uo_JL, dtype, precision)  # gradient of p * h
                     s_BL = tl.sigmoid(g_BL)
                     silu_BL = g_BL * s_BL
                     h_BL = tl.where(chosen_B[:, None], silu_BL * u_BL, 0.0)
                     d_h_BL = tl.where(chosen_B[:, None], q_BL * p_B[:, None], 0.0)
                     own = tl.program_id(0).to(tl.int64) * experts + e  # this program's partial sum for this expert
                     if scale is not None:
-                        scale_L = _columns(scale, e, f_L, width)
+                        scale_L = _load_columns(scale, e, f_L, width)
                         d_scale_L = tl.sum(d_h_BL * h_BL, axis=0)
                         tl.atomic_add(d_scale + own * width + f_L, d_scale_L, mask=real_L, sem="relaxed")
                         h_BL *= scale_L
@@ -231,16 +231,16 @@ def backward(
                     tl.atomic_add(d_gate + slot_at_B, tl.sum(q_BL * h_BL, axis=1), mask=chosen_B, sem="relaxed")
                     z_at_BJ = d_z + slot_at_B[:, None] * (2 * rank) + j_J[None, :]
                     z_BJ = chosen_B[:, None] & (j_J < rank)[None, :]
-                    d_zg_BJ = _product(d_g_BL, tl.trans(vg_JL), dtype, precision)
-                    d_zu_BJ = _product(d_u_BL, tl.trans(vu_JL), dtype, precision)
+                    d_zg_BJ = _dot(d_g_BL, tl.trans(vg_JL), dtype, precision)
+                    d_zu_BJ = _dot(d_u_BL, tl.trans(vu_JL), dtype, precision)
                     tl.atomic_add(z_at_BJ, d_zg_BJ, mask=z_BJ, sem="relaxed")
                     tl.atomic_add(z_at_BJ + rank, d_zu_BJ, mask=z_BJ, sem="relaxed")
-                    d_vg_JL = _product(tl.trans(zg_BJ), d_g_BL, dtype, precision)
-                    d_vu_JL = _product(tl.trans(zu_BJ), d_u_BL, dtype, precision)
-                    d_uo_JL = _product(tl.trans(d_thin_BJ), h_BL * p_B[:, None], dtype, precision)
+                    d_vg_JL = _dot(tl.trans(zg_BJ), d_g_BL, dtype, precision)
+                    d_vu_JL = _dot(tl.trans(zu_BJ), d_u_BL, dtype, precision)
+                    d_uo_JL = _dot(tl.trans(d_thin_BJ), h_BL * p_B[:, None], dtype, precision)
                     in_v_at_JL = d_in_v + own * 2 * rank * width + at_JL
                     tl.atomic_add(in_v_at_JL, d_vg_JL, mask=real_JL, sem="relaxed")
                     tl.atomic_add(in_v_at_JL + rank * width, d_vu_JL, mask=real_JL, sem="relaxed")
                     tl.atomic_add(d_out_u + own * rank * width + at_JL, d_uo_JL, mask=real_JL, sem="relaxed")
-            tl.store(d_pre + at_BL, _rounded(d_pre_g_BL, dtype), mask=real_BL)
-            tl.store(d_pre + at_BL + width, _rounded(d_pre_u_BL, dtype), mask=real_BL)
+            tl.store(d_pre + at_BL, _round(d_pre_g_BL, dtype), mask=real_BL)
+            tl.store(d_pre + at_BL + width, _round(d_pre_u_BL, dtype), mask=real_BL)
