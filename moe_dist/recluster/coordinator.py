@@ -101,7 +101,7 @@ class Coordinator(Callback):
         """Record a step's loss and loads, and run a round if one is due."""
         if self._context.statistics is None:
             return
-        self._note(report.outcome)
+        self._record_step(report.outcome)
         step = report.step
         if is_due(step, self._config.recluster) and step <= self._last_round:
             self.close()
@@ -127,7 +127,9 @@ class Coordinator(Callback):
         if gathered.broken:
             parts = ", ".join(gathered.broken)
             self._recorder.event("recluster_skipped", step, reason=f"not finite: {parts}")
-            self._recorder.note(f"step {step}: no re-clustering, the statistics of experts are not finite ({parts})")
+            self._recorder.note(
+                f"step {step}: no re-clustering, since the experts' statistics are not finite ({parts})"
+            )
             return
         decisions = self._decide(gathered) if self._process.rank == 0 else []
         proposal = ReclusterPlan.of(decisions, self._decide_blocks(gathered)) if decisions else None
@@ -157,7 +159,7 @@ class Coordinator(Callback):
         for name in ("moved_experts", "bytes", "seconds"):
             self.totals[name] += fields[name]
         self._recorder.note(
-            f"step {step}: {fields['moved_experts']} experts change clusters, {fields['dropped_experts']} held back; "
+            f"step {step}: {fields['moved_experts']} experts change clusters, {fields['dropped_experts']} rejected; "
             f"{fields['bytes']:,} bytes in {fields['seconds']:.2f} s"
         )
 
@@ -187,7 +189,7 @@ class Coordinator(Callback):
             "similarity": gathered.parts,
         }
 
-    def _note(self, outcome: StepOutcome) -> None:
+    def _record_step(self, outcome: StepOutcome) -> None:
         self._losses.append(outcome.loss)
         self._load_LE = self._config.recluster.decay * self._load_LE + outcome.count_LE.numpy()
         if self._open is not None:

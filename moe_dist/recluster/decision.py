@@ -53,7 +53,9 @@ def decide_layer(
         for expert in members:
             new_E[expert] = cluster
     weights_EE = pair_weights(similarity_EE, placement.clusters, load_E, weight)
-    kept, labels_E = _worthwhile(exchanges(old_E.tolist(), new_E), old_E, weights_EE, placement.clusters, recluster)
+    kept, labels_E = _select_exchanges(
+        exchanges(old_E.tolist(), new_E), old_E, weights_EE, placement.clusters, recluster
+    )
     before, after = (objective_of(similarity_EE, labels.tolist(), load_E, recluster) for labels in (old_E, labels_E))
     return LayerDecision(tuple(kept), before, after)
 
@@ -65,7 +67,7 @@ def objective_of(
     return cluster_quality(similarity_EE, labels_E, load_E, recluster.load_weight).objective
 
 
-def _worthwhile(
+def _select_exchanges(
     cycles: Sequence[Cycle], labels_E: npt.NDArray[np.int64], weights_EE: Matrix, clusters: int, limits: ReclusterConfig
 ) -> tuple[list[Cycle], npt.NDArray[np.int64]]:
     """Select exchanges that gain enough until `max_moved` is reached; return them and the labels after them."""
@@ -109,13 +111,13 @@ def decide_blocks(together_GG: npt.ArrayLike, placement: ExpertPlacement, seed: 
         return blocks
     share_GG = together / together.sum()
     found = assign_balanced(share_GG, placement.blocks, seed=seed, start=blocks)
-    if _on_one_rank(share_GG, found.labels) - _on_one_rank(share_GG, blocks) < LEAST_SAVING:
+    if _share_on_one_rank(share_GG, found.labels) - _share_on_one_rank(share_GG, blocks) < LEAST_SAVING:
         return blocks
     old = [placement.clusters_of_block(block) for block in range(placement.blocks)]
     kept = match_clusters(old, found.groups).members
     return tuple(next(block for block, clusters in enumerate(kept) if c in clusters) for c in range(placement.clusters))
 
 
-def _on_one_rank(share_GG: Matrix, labels: Sequence[int]) -> float:
+def _share_on_one_rank(share_GG: Matrix, labels: Sequence[int]) -> float:
     labels_G = np.asarray(labels)
     return float(share_GG[labels_G[:, None] == labels_G[None, :]].sum())

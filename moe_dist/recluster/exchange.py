@@ -26,16 +26,16 @@ def exchanges(old: Sequence[int], new: Sequence[int]) -> list[Cycle]:
     """
     if len(old) != len(new) or sorted(old) != sorted(new):
         raise ValueError("exchanges need two clusterings of the same experts into clusters of the same sizes")
-    waiting: dict[int, dict[int, list[int]]] = {}
+    remaining: dict[int, dict[int, list[int]]] = {}
     for expert, (a, b) in enumerate(zip(old, new, strict=True)):
         if a != b:
-            waiting.setdefault(a, {}).setdefault(b, []).append(expert)
+            remaining.setdefault(a, {}).setdefault(b, []).append(expert)
     cycles = []
     for expert, (a, b) in enumerate(zip(old, new, strict=True)):
-        if expert in waiting.get(a, {}).get(b, []):
-            _take(waiting, a, b, expert)
-            route = _shortest(waiting, b, a)
-            cycles.append((expert, *(_take(waiting, c, d, waiting[c][d][0]) for c, d in pairwise(route))))
+        if expert in remaining.get(a, {}).get(b, []):
+            _remove(remaining, a, b, expert)
+            route = _shortest_path(remaining, b, a)
+            cycles.append((expert, *(_remove(remaining, c, d, remaining[c][d][0]) for c, d in pairwise(route))))
     return sorted(cycles, key=len)
 
 
@@ -70,20 +70,20 @@ def apply_exchanges(placement: ExpertPlacement, cycles: Iterable[Cycle]) -> Expe
     return replace(placement, members=members, version=placement.version + 1)
 
 
-def _take(waiting: dict[int, dict[int, list[int]]], a: int, b: int, expert: int) -> int:
-    waiting[a][b].remove(expert)
-    if not waiting[a][b]:
-        del waiting[a][b]
+def _remove(remaining: dict[int, dict[int, list[int]]], a: int, b: int, expert: int) -> int:
+    remaining[a][b].remove(expert)
+    if not remaining[a][b]:
+        del remaining[a][b]
     return expert
 
 
-def _shortest(waiting: dict[int, dict[int, list[int]]], start: int, goal: int) -> list[int]:
+def _shortest_path(remaining: dict[int, dict[int, list[int]]], start: int, goal: int) -> list[int]:
     """Return the clusters on a shortest path along remaining moves; one exists, since cluster sizes do not change."""
     before: dict[int, int] = {}
     queue = deque([start])
     while goal not in before:
         here = queue.popleft()
-        for there in waiting.get(here, {}):
+        for there in remaining.get(here, {}):
             if there not in before:
                 before[there] = here
                 queue.append(there)

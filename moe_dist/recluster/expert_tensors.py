@@ -98,7 +98,7 @@ class ExpertTensors:
             at = coordinates_of(shape, rank)
             twin = rank_at(shape, Coordinates(at.data, self._mesh.at.cluster, at.shard))
             if not torch.equal(table, found[twin]):
-                raise RuntimeError(f"rank {rank} owns other runs of its experts' training state than rank {twin}")
+                raise RuntimeError(f"rank {rank} owns different runs of its experts' training state than rank {twin}")
         return [[(int(first), int(end)) for first, end in table] for table in found]
 
     def _replicas(self, shared: bool) -> Iterator[int]:

@@ -66,11 +66,11 @@ def broadcast_plan(
         assert proposal is not None
         code_LC.copy_(proposal.encoded(experts))
     dist.broadcast(code_LC, src=0)
-    _require_agreement(code_LC, placements, step)
+    _check_equal_on_all_ranks(code_LC, placements, step)
     return ReclusterPlan.decoded(code_LC.cpu(), experts)
 
 
-def _require_agreement(code_LC: Tensor, placements: Sequence[ExpertPlacement], step: int) -> None:
+def _check_equal_on_all_ranks(code_LC: Tensor, placements: Sequence[ExpertPlacement], step: int) -> None:
     content = [step, code_LC.tolist(), [placement.digest() for placement in placements]]
     digest = hashlib.sha256(str(content).encode()).digest()
     mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=code_LC.device)
@@ -80,5 +80,6 @@ def _require_agreement(code_LC: Tensor, placements: Sequence[ExpertPlacement], s
     if different:
         ranks = ", ".join(map(str, different))
         raise MigrationError(
-            f"step {step}: rank {ranks} disagrees with rank 0 about where experts are or should go; nothing was changed"
+            f"step {step}: rank {ranks} disagrees with rank 0 about the plan or the current placement of experts; "
+            "nothing was changed"
         )

@@ -70,7 +70,9 @@ class Refit:
                         owned = OwnedState.of(state, parameter, self._model.context.mesh)
                         done.saved.append((parameter, parameter.detach().clone(), owned.copy()))
                 write_layer(compressed, layer, state)
-                self._enter(done, number, compressed, new[number], clusters)
+                done.bytes += compressed.bytes * self._model.context.mesh.shape.data
+                members = [expert for cluster in clusters for expert in new[number].members[cluster]]
+                done.errors[number] = {expert: float(compressed.output_error_E[expert]) for expert in members}
         return done
 
     def take_back(self, done: RefitResult) -> None:
@@ -85,10 +87,3 @@ class Refit:
         usage_E = usage_of(fit, check, new.experts, mesh.group(GroupKind.EXPERT_PARALLEL))
         held = hold_clustered(layer, self._engine.training_state(), fit, check, clusters)
         return compress_layer(held, new, usage_E, config.moe, mesh, config.seed, clusters)
-
-    def _enter(
-        self, done: RefitResult, number: int, compressed: CompressedLayer, new: ExpertPlacement, clusters: list[int]
-    ) -> None:
-        done.bytes += compressed.bytes * self._model.context.mesh.shape.data
-        members = [expert for cluster in clusters for expert in new.members[cluster]]
-        done.errors[number] = {expert: float(compressed.output_error_E[expert]) for expert in members}

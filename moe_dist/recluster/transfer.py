@@ -70,9 +70,9 @@ def carry(plan: MigrationPlan, rank: int, store: TensorStore, device: torch.devi
     """
     if not plan.pieces:
         return Arrivals([], store)
-    waiting = [(piece, _source(store, piece)) for piece in plan.stays(rank)]
+    waiting = [(piece, _read_source(store, piece)) for piece in plan.stays(rank)]
     outgoing = {
-        peer: _packed(store, pieces, plan.bytes_between(rank, peer), device)
+        peer: _pack_message(store, pieces, plan.bytes_between(rank, peer), device)
         for peer, pieces in plan.sends(rank).items()
     }
     incoming = {
@@ -81,9 +81,9 @@ def carry(plan: MigrationPlan, rank: int, store: TensorStore, device: torch.devi
     }
     _exchange(outgoing, incoming)
     outgoing.clear()
-    _require_whole(incoming, rank, device)
+    _raise_if_damaged(incoming, rank, device)
     for peer, pieces in plan.receives(rank).items():
-        waiting += _unpacked(incoming[peer], pieces, store)
+        waiting += _unpack_message(incoming[peer], pieces, store)
     return Arrivals(waiting, store)
 
 
@@ -94,34 +94,34 @@ def _exchange(outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
         work.wait()
 
 
-def _require_whole(incoming: dict[int, Tensor], rank: int, device: torch.device) -> None:
-    damaged = [peer for peer, message in incoming.items() if not _is_whole(message)]
+def _raise_if_damaged(incoming: dict[int, Tensor], rank: int, device: torch.device) -> None:
+    damaged = [peer for peer, message in incoming.items() if not _checksum_matches(message)]
     worst = torch.tensor([dist.get_world_size() * rank + damaged[0] if damaged else -1], device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if int(worst) >= 0:
         receiver, sender = divmod(int(worst), dist.get_world_size())
         raise MigrationError(
-            f"experts that rank {sender} sent to rank {receiver} arrived damaged (checksum); none of it was used: go "
-            "on from the last checkpoint, and look at the network between the two"
+            f"experts that rank {sender} sent to rank {receiver} arrived damaged (checksum); nothing was changed: "
+            "resume from the last checkpoint, and check the network between the two"
         )
 
 
-def _is_whole(message: Tensor) -> bool:
+def _checksum_matches(message: Tensor) -> bool:
     body, sent = message[:-CHECKSUM_BYTES], message[-CHECKSUM_BYTES:]
     return torch.equal(checksum(body).view(1).view(torch.uint8), sent)
 
 
-def _packed(store: TensorStore, pieces: Iterable[Piece], size: int, device: torch.device) -> Tensor:
+def _pack_message(store: TensorStore, pieces: Iterable[Piece], size: int, device: torch.device) -> Tensor:
     message, first = torch.empty(size + CHECKSUM_BYTES, dtype=torch.uint8, device=device), 0
     for piece in pieces:
-        values = _source(store, piece).view(torch.uint8)
+        values = _read_source(store, piece).view(torch.uint8)
         message[first : first + len(values)] = values
         first += len(values)
     message[size:] = checksum(message[:size]).view(1).view(torch.uint8)
     return message
 
 
-def _unpacked(message: Tensor, pieces: Iterable[Piece], store: TensorStore) -> list[tuple[Piece, Tensor]]:
+def _unpack_message(message: Tensor, pieces: Iterable[Piece], store: TensorStore) -> list[tuple[Piece, Tensor]]:
     found, first = [], 0
     for piece in pieces:
         dtype = store.dtype(piece.target)
@@ -131,7 +131,7 @@ def _unpacked(message: Tensor, pieces: Iterable[Piece], store: TensorStore) -> l
     return found
 
 
-def _source(store: TensorStore, piece: Piece) -> Tensor:
+def _read_source(store: TensorStore, piece: Piece) -> Tensor:
     return store.read(piece.source, piece.start, piece.length)
 
 
