@@ -51,7 +51,7 @@ class HopCost:
 
     def volumes(self, rows_PP: Rows) -> dict[tuple[Payload, Direction], Rows]:
         """Return the bytes that each rank sends to each other rank, for one micro-batch of one layer."""
-        there = rows_PP - _diagonal(rows_PP)
+        there = rows_PP - rows_PP * np.eye(rows_PP.shape[-1])  # without the rows that stay on their rank
         back = there.swapaxes(-1, -2)
         counts = np.broadcast_to(self.counts * (1.0 - np.eye(rows_PP.shape[-1])), rows_PP.shape)
         hidden = self.hidden * (there + back)
@@ -62,10 +62,6 @@ class HopCost:
             (Payload.ROUTING, Direction.BACKWARD): self.there_gradient * back + self.back * there,
             (Payload.COUNTS, Direction.FORWARD): counts,
         }
-
-
-def _diagonal(rows_PP: Rows) -> Rows:
-    return rows_PP * np.eye(rows_PP.shape[-1])
 
 
 def hop_costs(model: ModelConfig, moe: MoEConfig, shape: WorldShape) -> list[HopCost]:

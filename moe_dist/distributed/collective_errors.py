@@ -23,7 +23,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except MoeDistError as error:
         own = error
-    problems = _of_all_ranks(None if own is None else str(own))
+    problems = _gather_problems(None if own is None else str(own))
     if own is not None:
         raise own
     for rank, problem in enumerate(problems):
@@ -31,7 +31,7 @@ def raise_on_all_ranks() -> Iterator[None]:
             raise ConnectionError(f"rank {rank} failed: {problem}")
 
 
-def _of_all_ranks(problem: str | None) -> list[str | None]:
+def _gather_problems(problem: str | None) -> list[str | None]:
     if not dist.is_initialized():
         return [problem]
     problems = [problem] * dist.get_world_size()

@@ -38,7 +38,7 @@ def init_distributed(world: WorldConfig) -> RankInfo:
     backend = world.backend if world.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
     timeout = timedelta(seconds=world.timeout_seconds)
     if not dist.is_initialized():
-        _form_group(backend, rank, ranks, timeout)
+        _init_process_group(backend, rank, ranks, timeout)
     return RankInfo(dist.get_rank(), dist.get_world_size(), device, timeout)
 
 
@@ -82,7 +82,7 @@ def _set_threads(wanted: int, ranks: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_node))
 
 
-def _form_group(backend: str, rank: int, ranks: int, timeout: timedelta) -> None:
+def _init_process_group(backend: str, rank: int, ranks: int, timeout: timedelta) -> None:
     if ranks == 1 and "MASTER_PORT" not in os.environ:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

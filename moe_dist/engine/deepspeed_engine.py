@@ -83,7 +83,7 @@ class DeepSpeedEngine:
             loss += micro_loss.detach().float() / self.batch.accumulation
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
-        return self._agree(loss, stop_wanted())
+        return self._reduce_outcome(loss, stop_wanted())
 
     def update(self, outcome: StepOutcome, learning_rate: float) -> float:
         """Clip gradients, update weights and balance biases; return the global gradient norm before clipping."""
@@ -111,7 +111,7 @@ class DeepSpeedEngine:
         self._engine.destroy()
         del self._engine, self.model
 
-    def _agree(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
+    def _reduce_outcome(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
         """Sum loads, losses, non-finite losses and stop requests over the ranks, in one small all-reduce per step."""
         balance, ranks = self.model.context.balance, self.process.ranks
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)

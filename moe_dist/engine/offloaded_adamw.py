@@ -32,7 +32,7 @@ class OffloadedAdamW:
         self.memory, self._options, self._mesh = memory, options, mesh
         self.steps = 0
         self._square: dict[Place, Tensor] = {}
-        memory.on_gradient = self._finish_alone
+        memory.on_gradient = self._finish_without_replicas
         self._replicated = any(copies_of(parameter, mesh) > 1 for parameter in memory.parameters())
 
     def finish_gradients(self) -> Tensor:
@@ -55,7 +55,7 @@ class OffloadedAdamW:
             self._step_cluster(cluster, learning_rate, clip_factor)
         self.steps += 1
 
-    def _finish_alone(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
+    def _finish_without_replicas(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
         """Finish a gradient right after its backward pass, while it is on the device, if there are no replicas."""
         if not self._replicated:
             self._square[cluster.layer, cluster.local] = self._finish(cluster, gradient)

@@ -28,10 +28,10 @@ class ExpertChoice(NamedTuple):
 
 def router_logits(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
     """Return logits in float32 or wider for every compute dtype, since rounding would change choices."""
-    return torch.nn.functional.linear(_precise(x_TD), _precise(weight_ND))
+    return torch.nn.functional.linear(_at_least_float32(x_TD), _at_least_float32(weight_ND))
 
 
-def _precise(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -41,7 +41,7 @@ def cluster_prototypes(embedding_ED: Tensor, member_GN: Tensor) -> Tensor:
     It has the direction of their mean and the scale of one embedding, so that the logits of both stages have a similar
     magnitude for any N.
     """
-    total_GD = _precise(embedding_ED)[member_GN].sum(dim=1)
+    total_GD = _at_least_float32(embedding_ED)[member_GN].sum(dim=1)
     return total_GD / math.sqrt(member_GN.shape[1])
 
 

@@ -29,7 +29,7 @@ def show_if_finished(config: RunConfig, rank: int) -> bool:
     if rank == 0:
         if config.summary_copy is not None:
             write_json(Path(config.summary_copy), summary)
-        print(f"{run} has done all its {config.train.steps} steps: nothing is left to do", flush=True)
+        print(f"{run} has completed all {config.train.steps} steps: nothing is left to do", flush=True)
         render_summary(summary, wide_console(), run)
     return True
 

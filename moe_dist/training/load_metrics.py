@@ -93,11 +93,8 @@ def last_fifth(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _mean(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Average nested figures leaf by leaf; all trees have the same keys."""
-    return {
-        name: _mean([tree[name] for tree in trees]) if isinstance(value, dict) else _average(trees, name)
-        for name, value in trees[0].items()
-    }
-
-
-def _average(trees: Sequence[dict[str, Any]], name: str) -> float:
-    return float(np.mean([tree[name] for tree in trees]))
+    means: dict[str, Any] = {}
+    for name, value in trees[0].items():
+        values = [tree[name] for tree in trees]
+        means[name] = _mean(values) if isinstance(value, dict) else float(np.mean(values))
+    return means

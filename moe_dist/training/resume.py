@@ -75,7 +75,7 @@ def _record_resumption(recorder: RunRecorder, resumption: Resumption) -> None:
     found, step = resumption.found, resumption.step
     for path, problem in found.damaged.items():
         kept = set_aside(path) if resumption.run is not None else path
-        recorder.note(f"warning: {problem}; it is kept as {kept.name}, and the one before is used")
+        recorder.note(f"warning: {problem}; it is kept as {kept.name}, and the previous checkpoint is used")
         recorder.event("checkpoint_damaged", step, path=path.name, error=problem)
     changes = f"; changed: {', '.join(resumption.changes)}" if resumption.changes else ""
     recorder.note(f"resumes after step {step} from {found.path}{changes}")

@@ -24,7 +24,7 @@ class RunHistory:
         """Return the history, with the figures of steps as tensors because there are many."""
         return {
             "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
-            "loads": _table(self.loads),
+            "loads": _as_table(self.loads),
             "load_names": [name for name, _ in flatten(self.loads[0])] if self.loads else [],
             "curve": self.curve,
         }
@@ -32,18 +32,18 @@ class RunHistory:
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         """Restore the history of an earlier process."""
         self.step_seconds = state["step_seconds"].tolist()
-        self.loads = [_nested(state["load_names"], row) for row in state["loads"].tolist()]
+        self.loads = [_unflatten(state["load_names"], row) for row in state["loads"].tolist()]
         self.curve = [dict(point) for point in state["curve"]]
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Tensor:
+def _as_table(rows: Sequence[Mapping[str, Any]]) -> Tensor:
     """Return a float64 table [rows, figures], with figures in the order of `flatten`."""
     if not rows:
         return torch.zeros(0, 0, dtype=torch.float64)
     return torch.tensor([[value for _, value in flatten(row)] for row in rows], dtype=torch.float64)
 
 
-def _nested(names: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
+def _unflatten(names: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
     """Return the nested dictionary whose `flatten` has these dotted names and values."""
     tree: dict[str, Any] = {}
     for name, value in zip(names, values, strict=True):

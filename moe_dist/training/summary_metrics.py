@@ -58,13 +58,11 @@ def traffic_matrices(ledger: TrafficLedger, process: RankInfo) -> dict[str, Any]
     return {
         "node_of_rank": list(ledger.links.node_of_rank),
         "stages": {
-            stage.value: {"bytes": sent, "messages": messages} for stage, (sent, messages) in stages if _any(messages)
+            stage.value: {"bytes": sent, "messages": messages}
+            for stage, (sent, messages) in stages
+            if any(map(any, messages))
         },
     }
-
-
-def _any(rows: list[list[int]]) -> bool:
-    return any(map(any, rows))
 
 
 def memory_now(process: RankInfo) -> dict[str, int]:
