@@ -40,7 +40,8 @@ class OptimizerState:
     """Optimizer state by parameter; before the first update the moments are zero and the step is 0."""
 
     def __init__(self, optimizer: Any, offloaded: OffloadedAdamW | None = None) -> None:
-        """
+        """Create missing moments, and map parameters to their master weights.
+
         Args:
             optimizer: DeepSpeed's optimizer, of any ZeRO stage that moe-dist uses.
             offloaded: optimizer of offloaded experts.

@@ -61,7 +61,7 @@ def library(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | None:
     """Compile and load one C file with `-D` for each of `defines`; return None if that fails on this machine."""
     try:
         return ctypes.CDLL(str(_compiled(source, defines)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
         detail = getattr(error, "stderr", None) or error
         text = detail.decode(errors="replace") if isinstance(detail, bytes) else str(detail)
         _logger.warning("%s is not compiled, torch is used instead: %s", source.name, text.strip()[:500])
@@ -75,7 +75,7 @@ def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
     if target.exists():
         return target
     with (folder / f"{target.name}.lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # file system without locks: several ranks compile the same file, harmless
+        with contextlib.suppress(OSError):  # no file locks: ranks compile the same library, harmless
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             _compile([*command, str(source)], target)

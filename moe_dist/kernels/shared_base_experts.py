@@ -1,4 +1,4 @@
-"""Experts of one cluster on their shared base: the base's GEMMs run once per token for any k, without approximation.
+"""Experts of one cluster on their shared base: the base's GEMMs run once per token for any k; the result is exact.
 
     pre_k = x B_in + (x U_k) V_k             x B_in once
     y     = (sum_k p_k h_k) B_out + sum_k p_k (h_k U'_k) V'_k + sum_k p_k b_k        B_out once, by linearity

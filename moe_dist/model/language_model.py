@@ -48,7 +48,8 @@ class LanguageModel(nn.Module):
         *,
         quantized: bool = False,
     ) -> None:
-        """
+        """Build the model with this rank's share of the experts; collective.
+
         Args:
             micro_batches: number of micro-batches of a step, by which attached losses are divided.
             ledger: existing traffic ledger to continue; None: a new one.

@@ -48,7 +48,8 @@ class QuantizedClusterExperts(nn.Module):
     expert_NB: Tensor
 
     def __init__(self, packed: QuantizedCluster, dtype: torch.dtype, backend: str = "auto") -> None:
-        """
+        """Store quantized weights as buffers.
+
         Args:
             packed: quantized weights.
             dtype: dtype of the computation.

@@ -34,7 +34,7 @@ class Router(nn.Module):
     @classmethod
     def of_layer(cls, layer: int, experts: int, sizes: LayerSizes, seed: int) -> "Router":
         """Return a router whose rows are initialized together by one generator."""
-        # a linear layer's own draw advances the global generator, from which the layers that follow are drawn
+        # creating a linear layer advances the global generator, on which the initial values of later layers depend
         weight_ED = nn.Linear(sizes.hidden_size, experts, bias=False).weight.data
         return cls(nn.init.normal_(weight_ED, std=sizes.init_std, generator=generator(seed, layer, "router", SHARED)))
 

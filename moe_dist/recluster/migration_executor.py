@@ -87,7 +87,8 @@ class MigrationExecutor:
     """Executor of re-clustering plans."""
 
     def __init__(self, engine: DeepSpeedEngine, largest_increase: float) -> None:
-        """
+        """Use an engine's experts, mesh and placements.
+
         Args:
             largest_increase: largest relative increase of the loss by exchanges.
         """

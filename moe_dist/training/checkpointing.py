@@ -32,7 +32,8 @@ class RunCheckpoints(Callback):
         parts: Callable[[], Parts],
         recorder: Recorder,
     ) -> None:
-        """
+        """Agree on the folder of the run, which only rank 0 has opened; collective.
+
         Args:
             parts: returns the objects to save besides model, optimizer, load balance and random generators.
         """

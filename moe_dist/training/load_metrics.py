@@ -35,7 +35,8 @@ class LoadRecord:
     """
 
     def __init__(self, experts: int, shape: WorldShape, copies_per_step: int) -> None:
-        """
+        """Start with empty counts.
+
         Args:
             copies_per_step: tokens x layers x chosen experts per token, the denominator of the dropped share.
         """

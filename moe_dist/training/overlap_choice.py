@@ -26,7 +26,8 @@ class OverlapChoice(Callback):
     def __init__(
         self, config: RunConfig, shape: WorldShape, links: Links, device: torch.device, tokens: int, recorder: Recorder
     ) -> None:
-        """
+        """Start without a choice.
+
         Args:
             tokens: number of tokens of a rank's micro-batch.
         """

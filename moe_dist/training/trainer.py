@@ -108,7 +108,7 @@ class Trainer:
             process.rank,
             process.ranks,
         )
-        sequence_count(data.validation, config.model.sequence_length)  # fail now if there is too little
+        sequence_count(data.validation, config.model.sequence_length)  # fails now, not at the first evaluation
         self.callbacks = self._default_callbacks()
         self._attach_all()
 
