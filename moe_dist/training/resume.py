@@ -1,4 +1,4 @@
-"""From where a run goes on: `checkpoint.resume` turned into a checkpoint, the same on all ranks."""
+"""Resumption of a run: resolves `checkpoint.resume` to a checkpoint, the same on all ranks."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from moe_dist.metrics.recorder import Recorder, RunRecorder
 
 WORDS = ("none", "auto", "requeued")
 RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-"""Set above 0 by those that start the same job again."""
+"""Environment variables that launchers set above 0 when they restart a job."""
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """A checkpoint to go on from.
+    """Checkpoint from which a run resumes.
 
     Attributes:
-        run: the folder of the run that goes on; None: a new run branches off.
+        run: folder of the run to continue; None: a new run starts from the checkpoint.
         changes: keys that differ from the checkpoint's configuration, as `key: then -> now`.
     """
 
@@ -35,15 +35,16 @@ class Resumption:
 
     @property
     def step(self) -> int:
-        """The last step that the checkpoint has behind it."""
+        """Last step before the checkpoint."""
         return self.found.manifest.step
 
 
 def find_resumption(config: RunConfig, data: PreparedData) -> Resumption | None:
-    """The checkpoint that `checkpoint.resume` asks for, checked; None: the run starts anew. Collective.
+    """Find and verify the checkpoint of `checkpoint.resume`; None: start a new run. Collective.
 
     Raises:
-        CheckpointError: there is none where a path was given, all are damaged, or it does not fit the configuration.
+        CheckpointError: a given path has no checkpoint, all checkpoints are damaged, or the configuration is
+            incompatible.
     """
     run, found = _wanted(config)
     if found is None:
@@ -57,7 +58,7 @@ def find_resumption(config: RunConfig, data: PreparedData) -> Resumption | None:
 
 
 def open_recorder(config: RunConfig, rank: int, resumption: Resumption | None) -> Recorder:
-    """The recorder of a new run, or of one that goes on, with the events that say so; damaged checkpoints go aside."""
+    """Open the recorder of a new or resumed run, and record its start; damaged checkpoints are set aside."""
     if rank:
         return Recorder()
     if resumption is None or resumption.run is None:
@@ -66,15 +67,15 @@ def open_recorder(config: RunConfig, rank: int, resumption: Resumption | None) -
     else:
         recorder = RunRecorder(config, resumption.run, resumption.step)
     if resumption is not None:
-        _tell(recorder, resumption)
+        _record_resumption(recorder, resumption)
     return recorder
 
 
-def _tell(recorder: RunRecorder, resumption: Resumption) -> None:
+def _record_resumption(recorder: RunRecorder, resumption: Resumption) -> None:
     found, step = resumption.found, resumption.step
     for path, problem in found.damaged.items():
         kept = set_aside(path) if resumption.run is not None else path
-        recorder.note(f"warning: {problem}; it is kept as {kept.name}, and the one before is used")
+        recorder.note(f"warning: {problem}; it is kept as {kept.name}, and the previous checkpoint is used")
         recorder.event("checkpoint_damaged", step, path=path.name, error=problem)
     changes = f"; changed: {', '.join(resumption.changes)}" if resumption.changes else ""
     recorder.note(f"resumes after step {step} from {found.path}{changes}")
@@ -82,7 +83,7 @@ def _tell(recorder: RunRecorder, resumption: Resumption) -> None:
 
 
 def data_record(data: PreparedData) -> DataRecord:
-    """Which tokens these are."""
+    """Return the identity of the token files, for checkpoints."""
     return DataRecord(
         train_checksum=data.train.checksum,
         validation_checksum=data.validation.checksum,
@@ -92,7 +93,7 @@ def data_record(data: PreparedData) -> DataRecord:
 
 
 def job_id() -> str | None:
-    """What stays the same when the scheduler starts a job again; None where it has no name for the job."""
+    """Return an identifier of the scheduler's job that does not change when it is requeued; None: no Slurm job."""
     job, array, task = (os.environ.get(f"SLURM_{part}") for part in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
     return f"slurm-{array}_{task}" if array and task else f"slurm-{job}" if job else None
 
@@ -113,7 +114,7 @@ def _wanted(config: RunConfig) -> tuple[Path | None, Found | None]:
 
 
 def run_to_go_on(config: RunConfig) -> Path | None:
-    """The folder of the run that `checkpoint.resume` speaks of, if it speaks of one; collective."""
+    """Return the folder of the run that `checkpoint.resume` continues, or None; collective."""
     resume = config.checkpoint.resume
     if resume == "none" or (resume == "requeued" and not _started_again()):
         return None
@@ -128,7 +129,7 @@ def _started_again() -> bool:
 
 
 def _newest_run(config: RunConfig, job: str | None) -> Path | None:
-    """The last folder made for a run of this name, with or without a number behind it; of that job, if one is given."""
+    """Return the newest folder of a run of this name (`name` or `name-2`, ...), and of `job` if it is given."""
     pattern = re.compile(re.escape(config.name) + r"(-[0-9]+)?")
     runs = Path(config.runs_dir)
     found = [path for path in (runs.iterdir() if runs.is_dir() else []) if pattern.fullmatch(path.name)]
@@ -137,7 +138,7 @@ def _newest_run(config: RunConfig, job: str | None) -> Path | None:
 
 
 def _is_run_of(run: Path, name: str, job: str | None) -> bool:
-    """Whether the first line of a run's events says that name, and that job where one is given."""
+    """Return True if the first event of a run has this name, and this job unless `job` is None."""
     try:
         with (run / "events.jsonl").open(encoding="utf-8") as file:
             started = json.loads(file.readline())
