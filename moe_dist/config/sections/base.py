@@ -28,7 +28,7 @@ ByteCount = Annotated[int, BeforeValidator(_integer_of_float), Field(ge=1, le=LA
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-"""Path or glob in which `~` stands for the user's home directory."""
+"""Path or glob in which `~` is expanded."""
 
 
 class Section(BaseModel):
