@@ -1,7 +1,7 @@
 """What training takes in memory, kind by kind of experts: every case a `moe-dist train` process of its own.
 
 The peak of a case is its process's largest resident set less that of a process that only imports the same libraries.
-Cases run one after another, round by round, so that ratios of speeds are of next_clusters in time. What is offloaded lies
+Cases run one after another, round by round, so that ratios of speeds are of neighbours in time. What is offloaded lies
 in files that the page cache holds if the machine has the room.
 """
 

@@ -1,4 +1,4 @@
-"""Strict YAML parser: every text gives a value or one line that says what is wrong with it."""
+"""Strict YAML parser: every text gives a value or an error of one line."""
 
 from typing import Any
 
