@@ -38,7 +38,8 @@ class RunState:
         """Return the weights and the parts that the model computes with, for evaluation and export."""
         process = self._engine.process
         tensors = training_tensors_of(self._engine.model, self._engine.training_state(), (MASTER,))
-        return self._manifest(step), {**tensors, **tensors_of(self._model_parts(), process.rank, process.ranks)}
+        balance: Parts = {"balance": self._engine.model.context.balance}
+        return self._manifest(step), {**tensors, **tensors_of(balance, process.rank, process.ranks)}
 
     def restore(self, found: ValidCheckpoint) -> None:
         """Restore the run from a checkpoint that any number of ranks wrote; collective.
@@ -69,6 +70,3 @@ class RunState:
             placements=[placement_to_record(placement) for placement in engine.model.context.placements],
             versions=installed_versions(),
         )
-
-    def _model_parts(self) -> Parts:
-        return {"balance": self._engine.model.context.balance}

@@ -346,8 +346,8 @@ def test_a_second_job_of_the_name_is_refused_on_all_ranks_and_harms_nothing(fold
     run = _copy(folder, "shared")
     (run / "summary.json").unlink()
     _rename(run)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     first_job = RunLock(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     own, followed = run_ranks(_in_use, 2, _words(folder, "shared", "checkpoint.resume=auto"))
     first_job.release()
     assert own.startswith(f"{run} is in use by another job (process {os.getpid()} on ")
