@@ -24,8 +24,7 @@ class TrainedWeights:
 
 
 def find_weights(run: Path) -> TrainedWeights:
-    """Find the final weights of a run, or its newest valid checkpoint if it has not ended; or the weights at `run`
-    itself.
+    """Find the weights at `run` itself, the final weights of a run, or its newest valid checkpoint.
 
     `run` may also be a file that `moe-dist export` wrote. Collective if a process group exists. All files of a
     checkpoint are verified.

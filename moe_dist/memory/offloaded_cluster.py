@@ -127,7 +127,7 @@ class OffloadedCluster:
         if self._schedule.recomputing:
             if not self._kept_for_backward:
                 self._kept_for_backward = True
-                self._bring_weights_in()
+                self._load_weights()
             result = compute(*entered)
         elif self._schedule.recomputes:
             with self.weights():
@@ -150,16 +150,16 @@ class OffloadedCluster:
         Args:
             changed: they are written to.
         """
-        self._bring_weights_in()
+        self._load_weights()
         try:
             yield
         finally:
-            self._let_weights_go(changed)
+            self._release_weights(changed)
 
     def begin_backward(self) -> None:
         """Load the weights, and a buffer for their gradient."""
         self._schedule.backward_begins(self)
-        self._bring_weights_in()
+        self._load_weights()
         flat = self._cache.acquire(self.block(TensorKind.GRADIENT), zero_init=not self.has_gradient)
         self.has_gradient, self._flat_gradient = True, flat
         views = self.layout.views(flat)
@@ -172,10 +172,10 @@ class OffloadedCluster:
         self._gradient, self._flat_gradient = {}, None
         self.expects_backward -= 1
         self._cache.release(self.block(TensorKind.GRADIENT), changed=True)
-        self._let_weights_go()
+        self._release_weights()
         if self._kept_for_backward:
             self._kept_for_backward = False
-            self._let_weights_go()
+            self._release_weights()
 
     def _take_gradient(self, parameter: nn.Parameter) -> None:
         """Add the gradients that autograd accumulated to the block, and free them."""
@@ -185,7 +185,7 @@ class OffloadedCluster:
         self._gradient[parameter].add_(parameter.grad)
         parameter.grad = None
 
-    def _bring_weights_in(self) -> None:
+    def _load_weights(self) -> None:
         flat = self._cache.acquire(self.block(TensorKind.WEIGHT))
         self._uses += 1
         if self._uses == 1:
@@ -193,7 +193,7 @@ class OffloadedCluster:
             for name, view in self.layout.views(flat).items():
                 self.parameters[name].data = view
 
-    def _let_weights_go(self, changed: bool = False) -> None:
+    def _release_weights(self, changed: bool = False) -> None:
         self._uses -= 1
         if not self._uses:
             self._weights = None
