@@ -1,1 +1,1 @@
-"""Traffic, load, memory, scaling and speed: what a run did and what a machine can do."""
+"""Benchmarks of layers, steps, memory, precision, re-clustering and traffic."""

@@ -1,9 +1,9 @@
-"""Times and counts a process's collectives from outside, whoever issues them: the dispatch, DeepSpeed, other libraries.
+"""Timer and byte counter of a process's collectives, whoever issues them: the dispatchers, DeepSpeed, other libraries.
 
-`watching()` must be entered before DeepSpeed is initialised, which keeps references to the functions. Until
-`CollectiveWatch.active` is set the collectives run as ever; then each is preceded by a barrier of its group, so that
-the time until all have come (`waiting`) is told apart from the exchange, and asynchronous ones are waited for. A step
-takes somewhat longer so: shares mean more than times.
+Enter `timing_collectives()` before DeepSpeed is initialized, which keeps references to the functions. While
+`CollectiveTimer.active` is false the collectives are unchanged. Then each is preceded by a barrier of its group, which
+separates the time until all ranks have joined (`waiting`) from the exchange, and asynchronous ones become synchronous.
+A step takes somewhat longer: shares mean more than times.
 """
 
 import inspect
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 
 class StepPhase(StrEnum):
-    """What the time of a step goes into."""
+    """Part of the time of a step."""
 
     COMPUTE = "compute"
     ALL_TO_ALL = "all_to_all"
@@ -43,7 +43,7 @@ WATCHED = {
 
 
 class _Done:
-    """The handle of a collective that is complete."""
+    """Handle of a completed collective."""
 
     def wait(self, *_: object) -> bool:
         return True
@@ -62,13 +62,13 @@ class CollectiveTimer:
     messages_to: Counter[int] = field(default_factory=Counter)
 
     def clear(self) -> None:
-        """Starts the account anew; whether it is `active` stays."""
+        """Reset all sums; `active` stays."""
         self.seconds.clear()
         self.bytes_to.clear()
         self.messages_to.clear()
 
     def wrap(self, part: StepPhase, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same collective; while the watch is active, a barrier precedes it and its time enters `part`."""
+        """Return the same collective; while the timer is active, a barrier precedes it and `part` gets its time."""
         signature = inspect.signature(function)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -87,19 +87,23 @@ class CollectiveTimer:
     def _run(self, part: StepPhase, function: Callable[..., Any], given: inspect.BoundArguments) -> None:
         group = given.arguments.get("group")
         arguments = {**given.arguments, "async_op": False}
-        _settle()
-        started = time.perf_counter()
-        with torch.profiler.record_function(f"moe-dist {StepPhase.WAITING}"):
+        with self.phase(StepPhase.WAITING):
             if dist.get_world_size(group) > 1:
                 dist.barrier(group=group)
-        met = time.perf_counter()
-        with torch.profiler.record_function(f"moe-dist {part}"):
+        with self.phase(part):
             function(**arguments)
-            _settle()
-        self.seconds[StepPhase.WAITING] += met - started
-        self.seconds[part] += time.perf_counter() - met
         if part is StepPhase.ALL_TO_ALL:
             self._count(arguments, dist.get_process_group_ranks(group or dist.group.WORLD))
+
+    @contextmanager
+    def phase(self, part: StepPhase) -> Iterator[None]:
+        """Add the time of the block to `part`."""
+        _settle()
+        started = time.perf_counter()
+        with torch.profiler.record_function(f"moe-dist {part}"):
+            yield
+            _settle()
+        self.seconds[part] += time.perf_counter() - started
 
     def _count(self, arguments: dict[str, Any], ranks: Sequence[int]) -> None:
         for peer, chunk in zip(ranks, _chunks(arguments, len(ranks)), strict=True):
@@ -122,14 +126,14 @@ def _settle() -> None:
 
 
 @contextmanager
-def timing_collectives(watch: CollectiveTimer | None = None) -> Iterator[CollectiveTimer]:
-    """Puts a watch, or a new one, between torch.distributed and everything that calls it by its module."""
-    watch = watch or CollectiveTimer()
+def timing_collectives(timer: CollectiveTimer | None = None) -> Iterator[CollectiveTimer]:
+    """Put a timer between torch.distributed and everything that calls its collectives through the module."""
+    timer = timer or CollectiveTimer()
     before = {name: (part, getattr(dist, name)) for part, names in WATCHED.items() for name in names}
     for name, (part, function) in before.items():
-        setattr(dist, name, watch.wrap(part, function))
+        setattr(dist, name, timer.wrap(part, function))
     try:
-        yield watch
+        yield timer
     finally:
         for name, (_, function) in before.items():
             setattr(dist, name, function)

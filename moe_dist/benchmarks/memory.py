@@ -1,8 +1,8 @@
-"""What training takes in memory, kind by kind of experts: every case a `moe-dist train` process of its own.
+"""Memory of training by kind of experts; every case is a `moe-dist train` process of its own.
 
 The peak of a case is its process's largest resident set less that of a process that only imports the same libraries.
-Cases run one after another, round by round, so that ratios of speeds are of neighbours in time. What is offloaded lies
-in files that the page cache holds if the machine has the room.
+Cases run one after another, round by round, so that ratios compare runs close in time. Offloaded blocks are in files,
+which the page cache holds if there is enough memory.
 """
 
 import json
@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.benchmarks import subruns
+from moe_dist.benchmarks.layer.spec import CLUSTERS, EXPERT_WIDTH, EXPERTS, RANK, THREADS, WIDTH
 from moe_dist.errors import ConfigError, TrainingError
+from moe_dist.launch.options import option
 
 OFFLOAD = "clustered + offload"
 CASES: dict[str, tuple[str, ...]] = {
@@ -31,30 +33,30 @@ CASES: dict[str, tuple[str, ...]] = {
     OFFLOAD: ("memory.offload=true",),
     "clustered + INT4 + offload": ("precision.residuals=qat", "memory.offload=true"),
 }
-"""What distinguishes each case, by name."""
+"""Overrides of each case, by name."""
 _FOOTPRINT = "import moe_dist.training.trainer; from moe_dist.metrics import peak_rss_bytes; print(peak_rss_bytes())"
 
 
 @dataclass(frozen=True)
 class MemoryBenchSpec:
-    """The shape, and how long it is trained. `budget`: as `memory.device_budget_ratio`."""
+    """Benchmark of the memory of training: shape of the model, and length of each run."""
 
-    hidden: int = 512
-    expert_hidden: int = 1408
-    layers: int = 6
-    experts: int = 32
-    clusters: int = 8
-    rank: int = 8
-    sequence_length: int = 256
-    sequences: int = 16
-    steps: int = 5
-    repeats: int = 1
-    threads: int = 1
-    budget: float = 0.75
-    cases: tuple[str, ...] = tuple(CASES)
+    hidden: int = option(512, WIDTH)
+    expert_hidden: int = option(1408, EXPERT_WIDTH)
+    layers: int = option(6, "Layers of the model.")
+    experts: int = option(32, EXPERTS)
+    clusters: int = option(8, CLUSTERS)
+    rank: int = option(8, RANK)
+    sequence_length: int = option(256, "Tokens per sequence.")
+    sequences: int = option(16, "Sequences per step.")
+    steps: int = option(5, "Steps of each run; the first is not timed.")
+    repeats: int = option(1, "Rounds over all cases; medians are reported.")
+    threads: int = option(1, THREADS)
+    budget: float = option(0.75, "As memory.device_budget_ratio.")
+    cases: tuple[str, ...] = option(tuple(CASES), "A case; may be given again. Default: all.", flag="--case")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured, in one line."""
+        """Check that the specification can be measured."""
         for name in ("steps", "repeats", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
@@ -65,7 +67,7 @@ class MemoryBenchSpec:
             raise ConfigError(f"case={unknown[0]!r} is unknown: it must be one of {', '.join(CASES)}")
 
     def words(self, case: str, folder: Path) -> list[str]:
-        """The configuration of a case, as overrides."""
+        """Return the configuration of a case as overrides."""
         return [
             f"name={case.replace(' + ', '-')}",
             f"runs_dir={folder}",
@@ -99,38 +101,38 @@ class MemoryBenchSpec:
 
 @dataclass(frozen=True)
 class MemoryBenchCase:
-    """Figures of one case; lists have an entry a round. Sizes in bytes."""
+    """Figures of one case; lists have one entry per round. Sizes in bytes."""
 
     name: str
     peak_bytes: list[int]
-    """Peak resident set over the footprint."""
+    """Peak resident set less the footprint of the libraries."""
     model_bytes: int
-    """Weights, gradients and training state, wherever they are."""
+    """Size of weights, gradients and training state on all tiers."""
     peak_device_bytes: int
-    """Of them, the most that was counted on the device at once."""
+    """Peak of the part of them that was counted on the device."""
     tokens_per_second: list[float]
     bytes_moved_per_step: float
 
 
 @dataclass
 class MemoryBenchResult:
-    """All cases, and what they were measured with."""
+    """Result of all cases, with the specification."""
 
     spec: MemoryBenchSpec
     footprint_bytes: int
     cases: list[MemoryBenchCase] = field(default_factory=list)
 
     def case(self, name: str) -> MemoryBenchCase | None:
-        """A case by its name, None where it was not asked for."""
+        """Return a case by its name; None if it was not run."""
         return next((case for case in self.cases if case.name == name), None)
 
     def ratio(self, name: str, other: str, figure: Callable[[MemoryBenchCase], float]) -> float | None:
-        """Of a figure of two cases."""
+        """Return the ratio of a figure of two cases."""
         one, two = self.case(name), self.case(other)
         return None if one is None or two is None else figure(one) / figure(two)
 
     def ratios(self) -> dict[str, float | None]:
-        """The figures to reach."""
+        """Return the ratios that have a target."""
         return {
             "offload_peak_over_dense": self.ratio(OFFLOAD, "dense", lambda case: median(case.peak_bytes)),
             "clustered_bytes_over_standard": self.ratio("clustered", "standard", lambda case: case.model_bytes),
@@ -140,7 +142,7 @@ class MemoryBenchResult:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures for `--json`: spec, footprint, cases and ratios."""
+        """Return the figures for `--json`: specification, footprint, cases and ratios."""
         cases = [asdict(case) for case in self.cases]
         return {
             "spec": asdict(self.spec),
@@ -151,10 +153,10 @@ class MemoryBenchResult:
 
 
 def run_memory_bench(spec: MemoryBenchSpec, note: Callable[[str], None]) -> MemoryBenchResult:
-    """Runs every case in every round.
+    """Run every case in every round.
 
     Raises:
-        TrainingError: a case failed; its last line.
+        TrainingError: a case failed; holds its last line.
     """
     result = MemoryBenchResult(spec, _footprint(spec))
     summaries: dict[str, list[dict[str, Any]]] = {case: [] for case in spec.cases}
@@ -168,7 +170,7 @@ def run_memory_bench(spec: MemoryBenchSpec, note: Callable[[str], None]) -> Memo
 
 
 def render(result: MemoryBenchResult, console: Console) -> None:
-    """One table, and the ratios that count."""
+    """Print one table, and the ratios that have a target."""
     table = Table(title="Memory of training, in megabytes")
     for column in ("case", "peak", "model", "device peak", "moved a step", "tokens/s (min, max)"):
         table.add_column(column, justify="left" if column == "case" else "right")
@@ -191,18 +193,14 @@ def render(result: MemoryBenchResult, console: Console) -> None:
 
 def _run(spec: MemoryBenchSpec, case: str, folder: Path) -> dict[str, Any]:
     words = spec.words(case, folder)
-    command = [sys.executable, "-m", "moe_dist", "train", str(_empty_config(folder)), *words]
+    config = folder / "config.yaml"
+    config.write_text("{}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "moe_dist", "train", str(config), *words]
     error = subruns.run([*command, "--json", str(folder / "summary.json")])
     if error is not None:
         raise TrainingError(f"bench memory: the case {case!r} failed: {error}")
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary
-
-
-def _empty_config(folder: Path) -> Path:
-    file = folder / "config.yaml"
-    file.write_text("{}\n", encoding="utf-8")
-    return file
 
 
 def _footprint(spec: MemoryBenchSpec) -> int:

@@ -1,7 +1,7 @@
-"""Bytes of an expert: standard, clustered, and clustered with factors in few bits, at the shapes of published models.
+"""Bytes per expert: standard, clustered, and clustered with quantized factors, at the shapes of published models.
 
-Counted from the tensors of one whole layer, built on the `meta` device; a base's bytes are shared out among the experts
-of its cluster. Routers, which all kinds have alike, are left out.
+Counted from the tensors of one whole layer, built on the `meta` device; a base's bytes are divided among the experts of
+its cluster. Routers, which all kinds have alike, are left out.
 
 Shapes: E experts of a layer, G clusters of N = E / G, D model width, F hidden width, R rank.
 """
@@ -23,7 +23,7 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class PublishedShape:
-    """A layer of experts, and how it would be clustered."""
+    """Layer of experts of a published model, and its clustering."""
 
     name: str
     experts: int
@@ -52,21 +52,21 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class ByteRow:
-    """Bytes of one expert of a layer, by how it is kept."""
+    """Bytes of one expert of a layer, by storage format."""
 
     shape: PublishedShape
     standard: float
-    """bfloat16."""
+    """Standard expert in bfloat16."""
     clustered: float
-    """bfloat16: its share of the base, its factors and vectors."""
+    """Clustered expert in bfloat16: its share of the base, its factors and vectors."""
     packed: float
-    """The same, bases and factors in the stored form."""
+    """Clustered expert with bases and factors in the stored format."""
     own: float
-    """Of `packed`, what is the expert's own and travels with it."""
+    """Part of `packed` that belongs to the expert alone and moves with it."""
 
 
 def count(shape: PublishedShape, form: StorageFormat, vectors: bool = True) -> ByteRow:
-    """Builds the layer three times, without its values, and counts."""
+    """Build the layer three times on the `meta` device and count."""
     standard = StandardExperts(shape.experts, lambda _: _full_expert(shape))
     clusters = list(_clusters(shape, vectors))
     packed = [QuantizedCluster.of(cluster, form) for cluster in clusters]
@@ -93,7 +93,7 @@ def _clusters(shape: PublishedShape, vectors: bool) -> Iterator[ClusterWeights]:
 
 
 def render(rows: Sequence[ByteRow], form: StorageFormat, console: Console) -> None:
-    """Prints the table."""
+    """Print the table."""
     bases, groups = (str(dtype).removeprefix("torch.") for dtype in (form.bases, form.factors.scale_dtype))
     kind = "symmetric" if form.factors.symmetric else "with zero points"
     view = Table(
@@ -112,7 +112,7 @@ def render(rows: Sequence[ByteRow], form: StorageFormat, console: Console) -> No
 
 
 def to_dict(rows: Sequence[ByteRow], form: StorageFormat) -> dict[str, Any]:
-    """The figures for `--json`, bytes an expert."""
+    """Return the figures for `--json`, bytes per expert."""
     stored = {
         **asdict(form.factors),
         "scale_dtype": str(form.factors.scale_dtype).removeprefix("torch."),

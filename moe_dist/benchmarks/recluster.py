@@ -1,17 +1,17 @@
-"""What a re-clustering round costs on one process, part by part, against the number and the width of the experts.
+"""Cost of a re-clustering round on one process, part by part, against the number and the width of the experts.
 
-Drawn clustered experts (G bases, E residuals), as wide inside as outside (f = d). Parts of a round of one layer:
+Experts are drawn (G bases, E residuals), with f = d. Parts of a round of one layer:
 
     gram        similarity of all effective weights by exact Gram matrices
-    sketch      the same by random sketches: what ranks make of their experts and gather
+    sketch      the same by random sketches, which ranks compute of their experts and gather
     assign      balanced assignment from random starts
-    assign warm the same improved from a clustering that is nearly right, without random starts
-    factorise   base and residuals of one cluster of full experts, plain, by the seeded search; and
-    whitened    the same fitted to tokens and checked on others (`refactor` and the end of a standard warm-up only)
+    assign warm the same from a clustering that is nearly right, without random starts
+    factorise   base and residuals of one cluster of full experts, by the seeded search
+    whitened    the same fitted to tokens and checked on others (`refit` and the end of a standard warm-up only)
 
-Times are CPU time of this process, over all its threads, so that what else runs on the machine counts little.
+Times are CPU time of this process over all its threads, so that other processes count little.
 
-A round that adopts costs sketch + assign warm (or assign) for each layer, shared among the ranks that hold experts.
+A round that adopts costs sketch + assign warm (or assign) for each layer, divided among the ranks that hold experts.
 """
 
 import time
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moe_dist.benchmarks.recluster_spec import ReclusterBenchSpec
 from moe_dist.clustering import (
     FactoredProjection,
     assign_balanced,
@@ -33,37 +34,9 @@ from moe_dist.clustering import (
     sketched_parameter_similarity,
 )
 from moe_dist.compression import WhiteningRoots, factorize_cluster
-from moe_dist.errors import ConfigError
 from moe_dist.metrics.spread import Spread
 
 PARTS = ("gram", "sketch", "assign", "assign warm", "factorise", "whitened")
-
-
-@dataclass(frozen=True)
-class ReclusterBenchSpec:
-    """What to measure. `sampled`: members of the cluster that is factorised; its whole time follows from theirs."""
-
-    experts: tuple[int, ...] = (32, 64, 128, 256)
-    hidden: tuple[int, ...] = (128, 512, 2048)
-    clusters: int = 8
-    rank: int = 8
-    tokens: int = 256
-    sampled: int = 4
-    repeats: int = 5
-    threads: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be measured, in one line."""
-        for name in ("clusters", "rank", "tokens", "sampled", "repeats", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
-        for experts in self.experts:
-            if experts < 1 or experts % self.clusters:
-                raise ConfigError(f"experts={experts} is not divisible by clusters={self.clusters}")
-        for hidden in self.hidden:
-            if hidden < self.rank:
-                raise ConfigError(f"hidden={hidden} must be at least rank={self.rank}")
 
 
 @dataclass(frozen=True)
@@ -77,14 +50,14 @@ class ReclusterBenchCase:
 
 @dataclass(frozen=True)
 class ReclusterBenchResult:
-    """All cases, and what they were measured with."""
+    """Result of all cases, with the specification and versions."""
 
     spec: ReclusterBenchSpec
     cases: list[ReclusterBenchCase] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; times in seconds."""
+        """Return plain numbers and strings for JSON; times in seconds."""
         return asdict(self)
 
 
@@ -106,7 +79,7 @@ def run_recluster_bench(spec: ReclusterBenchSpec, report: Callable[[str], None])
 
 
 def render(result: ReclusterBenchResult, console: Console) -> None:
-    """One table: a row for each width and number of experts."""
+    """Print one table: a row for each width and number of experts."""
     s = result.spec
     title = (
         f"one layer, f = d, G={s.clusters}, r={s.rank}, {s.threads} thread(s): CPU ms, median of {s.repeats} rounds "
@@ -150,7 +123,7 @@ def _measure(spec: ReclusterBenchSpec, experts: int, hidden: int) -> ReclusterBe
 
 
 def _time(work: Callable[[], Any], repeats: int, scale: float) -> Spread:
-    """CPU time of `scale` times the work; a first round warms up."""
+    """Return the CPU time of a function in each round, times `scale`; the first round warms up."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.process_time()

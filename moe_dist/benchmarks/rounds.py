@@ -1,4 +1,4 @@
-"""Contenders timed one after the other in every round, so that a busy machine slows them alike."""
+"""Interleaved timing: contenders run one after the other in every round, so that a busy machine slows them alike."""
 
 import time
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ Seconds = dict[str, list[float]]
 
 
 def inputs(tokens: int, hidden: int, dtype: str, process: RankInfo, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What this rank gives every contender: x_TD and the gradient of its output, drawn by rank."""
+    """Return this rank's input of every contender, x_TD, and the gradient of its output; drawn by rank."""
     draw = torch.Generator().manual_seed(seed * 1009 + process.rank)
     drawn = torch.randn(2, tokens, hidden, generator=draw).to(process.device, getattr(torch, dtype))
     return drawn[0].requires_grad_(), drawn[1]
 
 
 def time_rounds(contenders: Mapping[str, Contender], x_TD: torch.Tensor, d_y_TD: torch.Tensor, repeats: int) -> Seconds:
-    """Seconds of each contender in each round, forward + backward, of the slowest rank; collective.
+    """Return the seconds of each contender in each round, forward + backward, of the slowest rank; collective.
 
-    A round before the first warms up, and each contender starts a round in turn. Ranks start a contender together.
+    A first round warms up, and each contender starts a round in turn. Ranks start a contender together.
     """
     names = list(contenders)
     mine: Seconds = {name: [] for name in names}

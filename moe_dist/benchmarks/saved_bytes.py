@@ -1,4 +1,4 @@
-"""What a forward pass keeps for its backward pass, counted in bytes."""
+"""Bytes that a forward pass saves for its backward pass."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
-    """Bytes of the storages that autograd holds after `forward()`, each once, without the module's weights."""
+    """Return the bytes of the storages that autograd holds after `forward()`, without the module's weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, Tensor] = {}  # holds them, so that no address is used twice
 

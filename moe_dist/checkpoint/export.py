@@ -56,7 +56,7 @@ def export_weights(
 
 
 def _form(weights: TrainedWeights) -> StorageFormat:
-    if weights.config.moe.kind != "clustered":
+    if not weights.config.moe.layer_kind.clustered:
         raise CheckpointError(
             f"{weights.path}: only clustered experts can be quantized, not moe.kind={weights.config.moe.kind}"
         )

@@ -40,7 +40,7 @@ def load_model(
         ConfigError: the experts do not divide over the mesh, or a memory budget is too small for a cluster.
         OffloadError: a memory tier fails.
     """
-    model = LanguageModel(weights.config, weights.manifest.data.vocab_size, mesh, links, stored=weights.stored)
+    model = LanguageModel(weights.config, weights.manifest.data.vocab_size, mesh, links, quantized=weights.stored)
     model = model.to_device(device).to(dtype or getattr(torch, weights.config.train.precision))
     adopt_placements(model, weights.manifest)
     if weights.path.is_file():

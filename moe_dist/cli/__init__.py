@@ -1,6 +1,6 @@
-"""The `moe-dist` command; each group of commands is a file here.
+"""The `moe-dist` command line; each file registers a group of commands.
 
-Imports no torch: help and refusals come at once, each command loads what it needs.
+Imports no torch, so that help and refusals are immediate; each command imports what it needs.
 """
 
 import sys
@@ -71,7 +71,7 @@ for group in (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: what a user did wrong is one line, only our own mistakes show a traceback."""
+    """Run the command line and exit: a user's error is one line, only our own errors show a traceback."""
     hush_libraries()
     sys.exit(_exit_code(arguments))
 

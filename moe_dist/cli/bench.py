@@ -13,16 +13,15 @@ from moe_dist.cli.bench_memory import bench_memory
 from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.bench_step import bench_step
-from moe_dist.cli.words import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
+from moe_dist.cli.options import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
 from moe_dist.console import wide_console
 from moe_dist.errors import LaunchError
-from moe_dist.launch.rank import writable
+from moe_dist.metrics import write_json
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the group `bench` and its commands."""
+    """Add the group `bench` and its commands."""
     bench = typer.Typer(help="Measure parts of the system on this machine.")
-    bench.callback()(_group)  # a group with one command would else be that command
     bench.command("layer")(bench_layer)
     bench.command("growth")(bench_growth)
     bench.command("quality")(bench_quality)
@@ -32,10 +31,6 @@ def register(app: typer.Typer) -> None:
     bench.command("step")(bench_step)
     bench.command("memory")(bench_memory)
     app.add_typer(bench, name="bench")
-
-
-def _group() -> None:
-    pass
 
 
 def bench_quality(
@@ -58,11 +53,10 @@ def bench_quality(
     json_file: Json = None,
 ) -> None:
     """Train clustered experts and their baselines on the same text and compare losses; finished runs are kept."""
-    from moe_dist.metrics import write_json
     from moe_dist.studies import quality
     from moe_dist.studies.equal_time import steps_for_equal_time
+    from moe_dist.studies.runner import require_all, run_cells, validation_loss
 
-    target = json_file and writable(json_file)
     console = wide_console()
     corpora = {"stdlib": ["corpus.kind=stdlib"]} if stdlib else {}
     corpora |= dict(_text_corpus(word) for word in text or ())
@@ -71,15 +65,16 @@ def bench_quality(
     todo = quality.cells(configs, corpora, seeds, recipe or quality.RECIPES, overrides or ())
     if equal_time is not None:
         todo = steps_for_equal_time(todo, equal_time, folder / "speed", jobs, console.print)
-    results = quality.run_cells(todo, folder, jobs, console.print)
+    outcomes = run_cells(todo, folder, console.print, validation_loss, jobs=jobs)
+    results = {outcome.cell: outcome.summary for outcome in outcomes if outcome.summary}
     quality.render(results, console)
-    if target is not None:
-        write_json(Path(target), quality.to_dict(results))
-    quality.require_all(results, todo)
+    if json_file is not None:
+        write_json(Path(json_file), quality.to_dict(results))
+    require_all(outcomes)
 
 
 def _text_corpus(word: str) -> tuple[str, list[str]]:
-    """`NAME=TRAIN,VALIDATION` as a name and the overrides that select these files."""
+    """Parse `NAME=TRAIN,VALIDATION` into a name and the overrides that select these files."""
     name, equals, files = word.partition("=")
     train, comma, validation = files.partition(",")
     if not (name and equals and train and comma and validation):

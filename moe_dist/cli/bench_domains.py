@@ -1,13 +1,13 @@
-"""`moe-dist bench domains`: do clusters follow the domains of a text, and does it pay?"""
+"""`moe-dist bench domains`: agreement of clusters with the domains of a text, and its effect on the loss."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_dist.cli.words import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
+from moe_dist.cli.options import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
 from moe_dist.console import wide_console
-from moe_dist.launch.rank import writable
+from moe_dist.metrics import write_json
 
 
 def bench_domains(
@@ -24,9 +24,7 @@ def bench_domains(
     folder: FinishedRuns = Path("results/domains"),
     json_file: Json = None,
 ) -> None:
-    """Train on English, code, Cyrillic and tables at once: loss, and whether a cluster's experts serve one domain."""
-    target = json_file and writable(json_file)
-    from moe_dist.metrics import write_json
+    """Train on English, code, Cyrillic and tables at once: loss, and agreement of clusters with domains."""
     from moe_dist.studies import domains
 
     console = wide_console()
@@ -35,5 +33,5 @@ def bench_domains(
     )
     runs = domains.run_domains(spec, console.print)
     domains.render(runs, console)
-    if target is not None:
-        write_json(Path(target), {"runs": [vars(run) for run in runs]})
+    if json_file is not None:
+        write_json(Path(json_file), {"runs": [vars(run) for run in runs]})

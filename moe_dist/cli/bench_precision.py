@@ -1,15 +1,15 @@
-"""`moe-dist bench precision`: how many bytes an expert takes, by how it is kept."""
+"""`moe-dist bench precision`: bytes per expert by storage format."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from moe_dist.cli.words import Json, drop_none
+from moe_dist.cli.options import Json
 from moe_dist.config import load_config
 from moe_dist.console import wide_console
-from moe_dist.launch.rank import writable
+from moe_dist.metrics import write_json
 
 
 def bench_precision(
@@ -21,17 +21,16 @@ def bench_precision(
     vectors: Annotated[bool, typer.Option(help="Experts with vectors.")] = True,
     json_file: Json = None,
 ) -> None:
-    """Bytes of an expert at published shapes: standard, clustered, clustered with factors in few bits; runs nothing."""
-    target = json_file and writable(json_file)
+    """Count bytes per expert at published shapes: standard, clustered, quantized; runs nothing."""
     config = load_config(None, ["precision.residuals=post", "precision.bases=bfloat16", *(overrides or ())])
     from moe_dist.benchmarks import precision as precision_table
-    from moe_dist.metrics import write_json
     from moe_dist.moe.quantized_experts import storage_format
 
-    changes = drop_none(clusters=clusters, rank=rank)
+    given = {"clusters": clusters, "rank": rank}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     shapes = [replace(shape, **changes) for shape in precision_table.PUBLISHED]
     form = storage_format(config)
     rows = [precision_table.count(shape, form, vectors) for shape in shapes]
     precision_table.render(rows, form, wide_console())
-    if target is not None:
-        write_json(Path(target), precision_table.to_dict(rows, form))
+    if json_file is not None:
+        write_json(Path(json_file), precision_table.to_dict(rows, form))

@@ -1,17 +1,18 @@
-"""`moe-dist calibrate`: fits the constants of `plan` and `simulate` to steps that were measured."""
+"""`moe-dist calibrate`: fit of the constants of `plan` and `simulate` to measured steps."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_dist.cli.words import Json
+from moe_dist.cli.options import Json
 from moe_dist.console import wide_console
-from moe_dist.launch.rank import writable
+from moe_dist.launch.files import writable
+from moe_dist.metrics import write_json
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command of this file."""
+    """Add the command of this file."""
     app.command()(calibrate)
 
 
@@ -22,10 +23,8 @@ def calibrate(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Fit the simulator to folders of `measure traffic`, and show how well it predicts those that are held out."""
+    """Fit the simulator to folders of `measure traffic`, and show how well it predicts the held-out ones."""
     machine_file = writable(output, "--output") if output else None
-    target = writable(json_file) if json_file else None
-    from moe_dist.metrics import write_json
     from moe_dist.simulator import calibration
     from moe_dist.simulator import tables as view
 
@@ -33,5 +32,5 @@ def calibrate(
     view.render_calibration(found, wide_console())
     if machine_file is not None:
         write_json(Path(machine_file), found.machine.model_dump(mode="json"))
-    if target is not None:
-        write_json(Path(target), calibration.to_dict(found))
+    if json_file is not None:
+        write_json(Path(json_file), calibration.to_dict(found))

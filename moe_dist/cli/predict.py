@@ -1,14 +1,14 @@
-"""`moe-dist plan` and `moe-dist simulate`: predictions for machines that are not here."""
+"""`moe-dist plan` and `moe-dist simulate`: predictions for other machines."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_dist.cli.words import Config, Json, Overrides
+from moe_dist.cli.options import Config, Json, Overrides
 from moe_dist.config import load_config
 from moe_dist.console import wide_console
-from moe_dist.launch.rank import writable
+from moe_dist.metrics import write_json
 
 Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
 PerNode = Annotated[int, typer.Option(min=1, help="GPUs in each.")]
@@ -22,7 +22,7 @@ Vocabulary = Annotated[int | None, typer.Option(min=1, help="Pieces; default: to
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands of this file."""
+    """Add the commands of this file."""
     app.command()(plan)
     app.command()(simulate)
 
@@ -42,17 +42,15 @@ def plan(
     json_file: Json = None,
 ) -> None:
     """Predict memory, traffic and step time of every possible layout, and recommend one."""
-    target = writable(json_file) if json_file else None
     loaded = load_config(config, overrides or ())
-    from moe_dist.metrics import write_json
     from moe_dist.simulator import planner
     from moe_dist.simulator import tables as view
 
     fabric = _machine(gpu, calibration).fabric(nodes, gpus_per_node, rails, pod_nodes, oversubscription)
     found = planner.plan(loaded, fabric, vocabulary or loaded.tokenizer.vocab_size, skew)
     view.render_plan(found, wide_console())
-    if target is not None:
-        write_json(Path(target), view.plan_to_dict(found))
+    if json_file is not None:
+        write_json(Path(json_file), view.plan_to_dict(found))
 
 
 def simulate(
@@ -77,9 +75,7 @@ def simulate(
     json_file: Json = None,
 ) -> None:
     """Compare flat, node-limited and two-stage routing on a large machine, with re-clustering and offload."""
-    target = writable(json_file) if json_file else None
     loaded = load_config(config, overrides or ())
-    from moe_dist.metrics import write_json
     from moe_dist.simulator import compare
     from moe_dist.simulator import tables as view
 
@@ -95,8 +91,8 @@ def simulate(
         overlap=overlap,
     )
     view.render_times(times, wide_console())
-    if target is not None:
-        write_json(Path(target), {name: view.time_to_dict(time) for name, time in times.items()})
+    if json_file is not None:
+        write_json(Path(json_file), {name: view.time_to_dict(time) for name, time in times.items()})
 
 
 def _machine(gpu: str, calibration: Path | None):  # type: ignore[no-untyped-def]

@@ -7,7 +7,7 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command of this file."""
+    """Add the command of this file."""
     app.command()(report)
 
 
@@ -15,7 +15,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/demo.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
 ) -> None:
-    """Write one self-contained HTML page about one run or several, side by side; broken runs as far as they go."""
+    """Write one self-contained HTML page that compares runs; of broken runs it shows the readable part."""
     from moe_dist.report import read_runs, write_report
 
     write_report(read_runs(runs), output)

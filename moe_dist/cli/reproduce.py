@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 from rich.markdown import Markdown
 
-from moe_dist.cli.words import Json, Overrides
+from moe_dist.cli.options import Json, Overrides
 from moe_dist.console import wide_console
 from moe_dist.errors import ConfigError
-from moe_dist.launch.rank import writable
 
 
 class ScaleName(StrEnum):
-    """As in measurement/reproduce/scales.py."""
+    """Scales of `studies/reproduction/scales.py`."""
 
     SMOKE = "smoke"
     TINY = "tiny"
@@ -24,7 +23,7 @@ class ScaleName(StrEnum):
 
 
 class ReproduceLauncher(StrEnum):
-    """Who starts the ranks of a run."""
+    """Program that starts the ranks of a run."""
 
     LOCAL = "local"
     DEEPSPEED = "deepspeed"
@@ -33,7 +32,7 @@ class ReproduceLauncher(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command of this file."""
+    """Add the command of this file."""
     app.command()(reproduce)
 
 
@@ -65,15 +64,14 @@ def reproduce(
     only_cost: Annotated[bool, typer.Option("--cost", help="Only predict what it costs on GPUs.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Train and evaluate dense, standard and clustered models at equal tokens: table, plots, the paper's claims.
+    """Train and evaluate dense, standard and clustered models on equal tokens: table, plots, the paper's claims.
 
-    What has finished is kept and not run again; a part that fails is reported, and the others go on.
+    Finished parts are kept and not run again; a failed part is reported, and the others continue.
     """
     from moe_dist.studies.reproduction import cells
     from moe_dist.studies.reproduction import evaluations as evaluate
     from moe_dist.studies.reproduction.scales import KINDS, SCALES
 
-    target = json_file and writable(json_file)
     chosen, console = SCALES[scale.value], wide_console()
     unknown = [name for name in kind or () if name not in KINDS]
     if unknown:
@@ -112,7 +110,7 @@ def reproduce(
         return  # nothing has arrived yet
     console.print(Markdown((home / "results.md").read_text(encoding="utf-8")))
     typer.echo(f"{home}/: results.md, {run.RESULTS}, runs.csv, *.png")
-    if target is not None:
-        shutil.copyfile(home / run.RESULTS, target)
+    if json_file is not None:
+        shutil.copyfile(home / run.RESULTS, json_file)
     if not on_slurm:
         run.require_all(plan, results)

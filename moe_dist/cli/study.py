@@ -6,21 +6,20 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.cli.words import Config, Json, Overrides
+from moe_dist.cli.options import Config, Json, Overrides
 from moe_dist.console import wide_console
-from moe_dist.errors import MoeDistError
-from moe_dist.launch.rank import writable
+from moe_dist.metrics import write_json
 
 
 class StudyMode(StrEnum):
-    """What stays the same as ranks are added."""
+    """Quantity that stays constant as ranks are added."""
 
     STRONG = "strong"
     WEAK = "weak"
 
 
 class StudyLauncher(StrEnum):
-    """Who starts the ranks of a cell."""
+    """Program that starts the ranks of a cell."""
 
     LOCAL = "local"
     DEEPSPEED = "deepspeed"
@@ -29,7 +28,7 @@ class StudyLauncher(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command of this file."""
+    """Add the command of this file."""
     app.command()(study)
 
 
@@ -55,9 +54,8 @@ def study(
     json_file: Json = None,
 ) -> None:
     """Run every combination of the axes, repeatedly: speed, efficiency, bytes, memory. Finished cells are kept."""
-    target = writable(json_file) if json_file else None
-    from moe_dist.metrics import write_json
-    from moe_dist.studies.scaling import cells, plots, run, slurm, tables
+    from moe_dist.studies import runner
+    from moe_dist.studies.scaling import cells, plots, slurm, tables
 
     console = wide_console()
     axes = [cells.parse_axis(word) for word in axis or ()]
@@ -65,19 +63,25 @@ def study(
     folder.mkdir(parents=True, exist_ok=True)
     if launcher is StudyLauncher.SLURM:
         _write_arrays(slurm.array_jobs(todo, folder), folder)
-        outcomes = run.gather(todo, folder)
+        outcomes = runner.gather(todo, folder)
     else:
-        outcomes = run.run_study(todo, folder, launcher.value, limit, typer.echo)
+        outcomes = runner.run_cells(
+            todo,
+            folder,
+            typer.echo,
+            runner.speed,
+            launcher=launcher.value,
+            seconds=limit,
+        )
     rows = tables.rows(outcomes)
     tables.render(rows, console)
     tables.write_csv(outcomes, rows, folder)
     plots.plot(rows, folder / "study.png")
     typer.echo(f"{folder}/: cells.csv, table.csv, study.png")
-    if target is not None:
-        write_json(Path(target), tables.to_dict(rows))
-    failed = [outcome.cell.name for outcome in outcomes if not outcome.summary and not outcome.cell.refusal]
-    if failed and launcher is not StudyLauncher.SLURM:
-        raise MoeDistError(f"{len(failed)} of {len(outcomes)} cells failed: {', '.join(failed)}")
+    if json_file is not None:
+        write_json(Path(json_file), tables.to_dict(rows))
+    if launcher is not StudyLauncher.SLURM:
+        runner.require_all(outcomes)
 
 
 def _write_arrays(jobs: dict[str, str], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`moe-dist topology`: where ranks, clusters and experts lie, and what each kind of traffic has to cross."""
+"""`moe-dist topology`: placement of ranks, clusters and experts on nodes, and the traffic between nodes."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.table import Table
 
-from moe_dist.cli.words import Config, Hostfile, Nodes, Overrides, Ranks, RanksPerNode
+from moe_dist.cli.options import Config, Overrides, takes
 from moe_dist.config import RunConfig, WorldShape, load_config, resolve_world
 from moe_dist.console import wide_console
 from moe_dist.launch.hostfile import Node
@@ -23,30 +23,28 @@ WHAT = {
     "expert_data": "gradients of experts",
     "all": "gradients of all else",
 }
-KINDS = {  # which of them a kind of layer has
-    "clustered": ("stage_one", "cluster", "base_data", "expert_data", "all"),
-    "standard": ("expert_parallel", "expert_data", "all"),
-    "dense": ("all",),
+TRAFFIC = {  # of a kind of layer, by the way in which tokens are dispatched
+    "two_stage": ("stage_one", "cluster", "base_data", "expert_data", "all"),
+    "flat": ("expert_parallel", "expert_data", "all"),
+    "none": ("all",),
 }
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command of this file."""
+    """Add the command of this file."""
     app.command()(topology)
 
 
+@takes(size=JobSize)
 def topology(
     config: Config,
+    size: JobSize,
     overrides: Overrides = None,
-    ranks: Ranks = None,
-    nodes: Nodes = None,
-    ranks_per_node: RanksPerNode = None,
-    hostfile: Hostfile = None,
 ) -> None:
     """Show which node, clusters and experts each rank has, and which traffic stays inside nodes."""
     # SLURM's rule for sizes fits here: machines need not be named.
-    launcher = Launcher.SLURM if hostfile is None else Launcher.LOCAL
-    job = plan(launcher, JobSize(ranks, nodes, ranks_per_node, hostfile), config, overrides or ())
+    launcher = Launcher.SLURM if size.hostfile is None else Launcher.LOCAL
+    job = plan(launcher, size, config, overrides or ())
     resolved = load_config(config, overrides or ())
     shape = resolve_world(resolved, job.ranks)
     from moe_dist.distributed.node_layout import crossings, nodes_of_ranks
@@ -54,7 +52,7 @@ def topology(
     node_of_rank, console = nodes_of_ranks([node.ranks for node in job.nodes]), wide_console()
     console.print(f"{job.ranks} ranks = {shape}, on {len(job.nodes)} node(s)\n", highlight=False)
     console.print(_map(resolved, shape, job.nodes, node_of_rank))
-    shown = KINDS[resolved.moe.kind]
+    shown = TRAFFIC[resolved.moe.layer_kind.dispatch]
     found = [(WHAT[name], entry) for entry in crossings(shape, node_of_rank) if (name := _name(entry)) in shown]
     console.print()
     console.print(_crossings(found))
@@ -80,11 +78,11 @@ def _map(config: RunConfig, shape: WorldShape, nodes: Sequence[Node], node_of_ra
 
 
 def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
-    """The clusters and experts that a rank has when a run starts; `recluster` may move them later."""
+    """Return the clusters and experts of a rank at the start of a run; re-clustering may move them later."""
     moe = config.moe
-    if moe.kind == "dense":
+    if not moe.layer_kind.routed:
         return "the whole layer"
-    if moe.kind == "standard":
+    if not moe.layer_kind.clustered:
         each, place = moe.experts // (shape.cluster * shape.shard), block * shape.shard + shard
         return f"experts {_run(range(place * each, (place + 1) * each))}"
     from moe_dist.distributed.placement import ExpertPlacement
@@ -96,7 +94,7 @@ def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
 
 
 def _run(numbers: Sequence[int]) -> str:
-    """Numbers in short: 0-3, 8-11."""
+    """Format numbers as ranges: 0-3, 8-11."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and parts[-1][1] == number - 1:
@@ -118,8 +116,8 @@ def _crossings(found: list[tuple[str, "Crossing"]]) -> Table:
 
 
 def _verdict(config: RunConfig, shape: WorldShape, found: list[tuple[str, "Crossing"]], nodes: Sequence[Node]) -> str:
-    """What matters most: stage two must not leave a node."""
-    if config.moe.kind != "clustered":
+    """Return the main finding: whether the traffic of stage two stays inside nodes."""
+    if not config.moe.layer_kind.clustered:
         return ""
     broken = next(entry.crossing for _, entry in found if _name(entry) == "cluster")
     if broken:

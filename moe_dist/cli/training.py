@@ -4,16 +4,17 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.cli.words import Config, Hostfile, Json, Nodes, Overrides, Port, Ranks, RanksPerNode, StartedBy
+from moe_dist.cli.options import Config, Json, Overrides, Port, StartedBy, takes
 from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
 from moe_dist.launch import runners
 from moe_dist.launch.environment import split_words
+from moe_dist.launch.files import with_summary
 from moe_dist.launch.job import DEFAULT_PORT, JobSize, Launcher, plan
-from moe_dist.launch.rank import run_rank, with_json
+from moe_dist.launch.rank import run_rank
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands of this file."""
+    """Add the commands of this file."""
     app.command()(train)
     app.command()(launch)
     app.command("config")(show_config)
@@ -21,25 +22,22 @@ def register(app: typer.Typer) -> None:
 
 def train(config: Config, overrides: Overrides = None, json_file: Json = None) -> None:
     """Train: one process alone, or as one rank inside a launcher (deepspeed, torchrun, mpirun, srun)."""
-    raise typer.Exit(run_rank(config, with_json(overrides or (), json_file)))
+    raise typer.Exit(run_rank(config, with_summary(overrides or (), json_file)))
 
 
+@takes(size=JobSize)
 def launch(
     config: Config,
+    size: JobSize,
     overrides: Overrides = None,
     launcher: StartedBy = Launcher.DEEPSPEED,
-    ranks: Ranks = None,
-    nodes: Nodes = None,
-    ranks_per_node: RanksPerNode = None,
-    hostfile: Hostfile = None,
     port: Port = DEFAULT_PORT,
-    launcher_args: Annotated[str, typer.Option(help="Further words for the launcher: '--partition=gpu'.")] = "",
+    launcher_args: Annotated[str, typer.Option(help="Further arguments of the launcher: '--partition=gpu'.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the command and start nothing.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Start ranks here or on several machines; when one fails all stop, and the last line says which and why."""
-    size = JobSize(ranks, nodes, ranks_per_node, hostfile)
-    words = with_json(overrides or (), json_file)
+    """Start ranks here or on several machines; when one fails all stop, and the last line names it and its error."""
+    words = with_summary(overrides or (), json_file)
     job = plan(launcher, size, config, words, port, split_words("--launcher-args", launcher_args))
     if dry_run:
         typer.echo(runners.dry_run(job))

@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from moe_dist.launch.rank import require_run, writable
+from moe_dist.cli.options import TrainedRun
+from moe_dist.launch.files import require_run, writable
 
 
 class ExportDtype(StrEnum):
-    """What exported weights are stored as."""
+    """Data type of exported weights."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -18,12 +19,12 @@ class ExportDtype(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands of this file."""
+    """Add the commands of this file."""
     app.command("export")(export)
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo, or a checkpoint.")],
+    run: TrainedRun,
     output: Annotated[
         Path,
         typer.Option(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def double_centered(gram_EE: Tensor) -> Tensor:
-    """Return the Gram matrix of centered vectors: `J K J` with `J = 1 - 11^T / E` (Schölkopf et al. 1998)."""
+    """Center a Gram matrix: `J K J` with `J = 1 - 11^T / E` (Schölkopf et al. 1998)."""
     return gram_EE - gram_EE.mean(0, keepdim=True) - gram_EE.mean(1, keepdim=True) + gram_EE.mean()
 
 

@@ -6,7 +6,6 @@ from moe_dist.config.sections.moe import MoEConfig
 from moe_dist.config.sections.precision import PrecisionConfig
 from moe_dist.config.sections.recluster import ReclusterConfig
 from moe_dist.config.sections.train import TrainConfig
-from moe_dist.config.sections.world import WorldConfig
 from moe_dist.errors import ConfigError
 
 
@@ -27,7 +26,7 @@ def check_warmup(moe: MoEConfig, train: TrainConfig) -> None:
 
 def check_precision(precision: PrecisionConfig, moe: MoEConfig) -> None:
     """Require low-rank factors where quantization is configured."""
-    if precision.residuals != "none" and moe.kind != "clustered":
+    if precision.residuals != "none" and not moe.layer_kind.clustered:
         raise ConfigError(
             f"precision.residuals={precision.residuals} works with moe.kind=clustered only, not {moe.kind}: set it to "
             "none"
@@ -38,7 +37,7 @@ def check_rank(model: ModelConfig, moe: MoEConfig, recluster: ReclusterConfig) -
     """Limit the rank of residuals that are factorized from full experts."""
     largest = min(model.hidden_size, moe.expert_hidden)
     needed = moe.warmup_standard > 0 or recluster.transition == "refit"
-    if needed and moe.kind == "clustered" and moe.rank > largest:
+    if needed and moe.layer_kind.clustered and moe.rank > largest:
         raise ConfigError(
             f"moe.rank={moe.rank} is more than experts of model.hidden_size={model.hidden_size} and "
             f"moe.expert_hidden={moe.expert_hidden} can be cut to: at most {largest} with moe.warmup_standard or "
@@ -50,7 +49,7 @@ def check_offload(memory: MemoryConfig, moe: MoEConfig, recluster: ReclusterConf
     """Reject features that offload does not support."""
     if not memory.offload:
         return
-    if moe.kind != "clustered":
+    if not moe.layer_kind.clustered:
         raise ConfigError(f"memory.offload=true works with moe.kind=clustered only, not {moe.kind}")
     if moe.warmup_standard or recluster.transition == "refit":
         key = "moe.warmup_standard" if moe.warmup_standard else "recluster.transition=refit"
@@ -62,28 +61,11 @@ def check_offload(memory: MemoryConfig, moe: MoEConfig, recluster: ReclusterConf
         )
 
 
-def check_layout(world: WorldConfig, moe: MoEConfig) -> None:
-    """Require that experts divide over the mesh axes that are set."""
-    if moe.kind == "clustered":
-        if world.cluster is not None and moe.clusters % world.cluster:
-            raise ConfigError(f"moe.clusters={moe.clusters} cannot be divided over world.cluster={world.cluster}")
-        if moe.experts_per_cluster % world.shard:
-            raise ConfigError(
-                f"a cluster of {moe.experts_per_cluster} experts (moe.experts={moe.experts} / "
-                f"moe.clusters={moe.clusters}) cannot be divided over world.shard={world.shard}"
-            )
-    if moe.kind == "standard" and moe.experts % ((world.cluster or 1) * world.shard):
-        raise ConfigError(
-            f"moe.experts={moe.experts} cannot be divided over world.cluster={world.cluster or 1} x "
-            f"world.shard={world.shard} ranks"
-        )
-
-
 def check_recluster(recluster: ReclusterConfig, moe: MoEConfig, train: TrainConfig) -> None:
     """Reject re-clustering that has nothing to move or no step to do it."""
     if recluster.period is None:
         return
-    if moe.kind != "clustered":
+    if not moe.layer_kind.clustered:
         raise ConfigError(
             f"recluster.period={recluster.period} works with moe.kind=clustered only, not {moe.kind}: set it to null"
         )

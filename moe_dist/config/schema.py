@@ -65,6 +65,6 @@ class RunConfig(Section):
         consistency.check_precision(self.precision, self.moe)
         consistency.check_rank(self.model, self.moe, self.recluster)
         consistency.check_offload(self.memory, self.moe, self.recluster)
-        consistency.check_layout(self.world, self.moe)
+        self.moe.layer_kind.check_layout(self.world, self.moe)
         consistency.check_recluster(self.recluster, self.moe, self.train)
         return self

@@ -32,14 +32,6 @@ class BatchShape:
     accumulation: int
 
 
-def _divisible_units(config: RunConfig) -> int:
-    """Return the number that the cluster axis must divide: clusters, experts per shard (standard), or 1 (dense)."""
-    moe = config.moe
-    if moe.kind == "clustered":
-        return moe.clusters
-    return moe.experts // config.world.shard if moe.kind == "standard" else 1
-
-
 def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
     """Resolve `world.data|cluster|shard` for a number of ranks; axes that are null are filled in.
 
@@ -52,7 +44,8 @@ def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
     per_shard = ranks // world.shard
     cluster = world.cluster
     if cluster is None:
-        cluster = gcd(_divisible_units(config), per_shard if world.data is None else max(per_shard // world.data, 1))
+        units = config.moe.layer_kind.cluster_units(config.moe, world.shard)
+        cluster = gcd(units, per_shard if world.data is None else max(per_shard // world.data, 1))
     data = world.data if world.data is not None else max(per_shard // cluster, 1)
     if data * cluster * world.shard != ranks:
         raise ConfigError(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.distributed.mesh import GroupKind, Mesh, RankGroup
+from moe_dist.distributed.mesh import GroupKind, RankGroup
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.standard_moe import StandardMoE
@@ -57,7 +57,7 @@ def sample_tokens(model: LanguageModel, batches_BS: Sequence[Tensor]) -> tuple[l
         batches_BS: this rank's micro-batches, the same number on every rank.
     """
     mesh = model.context.mesh
-    hooks = [_standard_hooks(layer, mesh) for layer in standard_layers(model)]
+    hooks = [_standard_hooks(layer) for layer in standard_layers(model)]
     hooks += [_clustered_hooks(layer) for layer in model.clustered_layers()]
     captured: list[dict[int, list[Tensor]]] = [{e: [] for hook in layer for e in hook.experts} for layer in hooks]
     with ExitStack() as stack:
@@ -74,9 +74,8 @@ def sample_tokens(model: LanguageModel, batches_BS: Sequence[Tensor]) -> tuple[l
     return tokens, loss
 
 
-def _standard_hooks(layer: StandardMoE, mesh: Mesh) -> list[_TokenHook]:
-    group, local = layer.dispatch.channel.group, len(layer.experts.w_in)
-    first = group.ranks.index(mesh.rank) * local
+def _standard_hooks(layer: StandardMoE) -> list[_TokenHook]:
+    first, local = layer.first_expert, len(layer.experts.w_in)
 
     def divide(x_PD: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
         return torch.split(x_PD, list(counts))

@@ -23,7 +23,7 @@ def read_standard_experts(
         TrainingError: on all ranks, if an expert of any rank holds NaN or infinity.
     """
     group, local = mesh.group(GroupKind.EXPERT_PARALLEL), len(layer.experts.w_in)
-    first = group.ranks.index(mesh.rank) * local
+    first = layer.first_expert
     whole = [_whole_expert(layer, e, state, mesh) for e in range(local)]
     _require_finite(whole, first, layer)
     reference = _broadcast(whole, int(usage_E.argmax()), group)
@@ -35,7 +35,7 @@ def read_standard_experts(
 
 
 def _whole_expert(layer: StandardMoE, e: int, state: OptimizerState, mesh: Mesh) -> ExpertMatrices:
-    device = layer.router.weight.device
+    device = layer.router.weight_ED.device
     w_in, w_out = (
         OwnedState.of(state, parameter, mesh).whole(device)[MASTER]
         for parameter in (layer.experts.w_in[e], layer.experts.w_out[e])
@@ -54,7 +54,7 @@ def _broadcast(whole: list[ExpertMatrices], expert: int, group: RankGroup) -> Ex
 
 
 def _require_finite(whole: list[ExpertMatrices], first: int, layer: StandardMoE) -> None:
-    broken_E = torch.zeros(layer.moe.experts, device=layer.router.weight.device)
+    broken_E = torch.zeros(layer.moe.experts, device=layer.router.weight_ED.device)
     for e, matrices in enumerate(whole, first):
         broken_E[e] = not all(bool(w.isfinite().all()) for w in matrices.projections())
     dist.all_reduce(broken_E)

@@ -54,15 +54,15 @@ def read_clustered(
     """
     mesh, moe, layers, alike = model.context.mesh, config.moe, [], []
     for number, layer in enumerate(standard_layers(model)):
-        usage_E = usage_of(fit[number], check[number], moe.experts, layer.dispatch.channel.group)
+        usage_E = usage_of(fit[number], check[number], moe.experts, layer.dispatcher.all_to_all.group)
         held = read_standard_experts(layer, state, mesh, fit[number], check[number], usage_E)
-        similarity = similarity_of(held, layer.router.weight, usage_E, config)
+        similarity = similarity_of(held, layer.router.weight_ED, usage_E, config)
         members = members_of(similarity, usage_E, config)
         alike.append(_within(similarity, members))
         placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape).with_members(members)
         layers.append(compress_layer(held, placement, usage_E, moe, mesh, config.seed))
     dense = {
-        _clustered_name(name): OwnedState.of(state, parameter, mesh).copy()
+        name: OwnedState.of(state, parameter, mesh).copy()
         for name, parameter in model.named_parameters()
         if class_of(parameter) is ParameterClass.DENSE
     }
@@ -90,11 +90,6 @@ def _within(similarity: FusedSimilarity, members: Sequence[Sequence[int]]) -> di
     labels = [cluster_of[expert] for expert in range(len(cluster_of))]
     parts = {"fused": similarity.fused_EE, **similarity.parts}
     return {name: cluster_quality(part.cpu().numpy(), labels).similarity for name, part in parts.items()}
-
-
-def _clustered_name(name: str) -> str:
-    """Return a parameter's name in a clustered model, whose router has no linear module."""
-    return f"{name}_ED" if name.endswith(".router.weight") else name
 
 
 def _write_biases(start: ClusteredStart, model: LanguageModel) -> None:

@@ -1,61 +1,37 @@
-"""The one place that issues all-to-all collectives: autograd-correct, uneven, counted, and not waited for until needed.
+"""Differentiable asynchronous all-to-all with variable splits and traffic accounting; the only all-to-alls of tokens.
 
-Rows `depart` and later `arrive`; what is computed in between runs while they are on the wire. The backward pass mirrors
-it: a gradient departs where the rows arrived, and is waited for where they departed.
+`start` sends rows and `wait` returns those received; what is computed between the two overlaps the exchange. The
+backward pass mirrors it: `wait`'s backward starts the exchange of gradients, `start`'s backward waits for it.
 
-Shapes: R rows, D their width, B what a row travels as, P ranks of the group, C counts for each of them.
+Shapes: R rows, D their width, B bytes or numbers of a packed row, P ranks of the group, C counts for each of them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage, TrafficLedger
+from moe_dist.dispatch.wire_format import IDENTITY_FORMAT, WireFormat
 from moe_dist.distributed.mesh import RankGroup
-
-
-class WireFormat(Protocol):
-    """What rows, and their gradients, travel as."""
-
-    def pack(self, x_RD: Tensor) -> Tensor:
-        """What is sent for each row, [R, B]."""
-
-    def unpack(self, packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows again, [R, D], in that type."""
-
-
-class IdentityFormat:
-    """Rows travel in their own type."""
-
-    def pack(self, x_RD: Tensor) -> Tensor:
-        """Nothing is changed."""
-        return x_RD
-
-    def unpack(self, packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
-        """Nothing was changed."""
-        return packed_RB
-
-
-IDENTITY_FORMAT = IdentityFormat()
 
 
 @dataclass
 class PendingAllToAll:
-    """A collective under way; `sent` is kept as long as it may be read."""
+    """Collective under way; `sent` stays referenced as long as it may be read."""
 
     work: dist.Work
     sent: Tensor
     received: Tensor
 
-    def finish(self) -> Tensor:
-        """Waits for what the peers sent.
+    def wait(self) -> Tensor:
+        """Return the rows received from the peers.
 
         Raises:
-            RuntimeError: of torch, where a peer is lost or the time of the group has run out.
+            RuntimeError: (of torch) a peer is lost, or the group's time-out has passed.
         """
         self.work.wait()
         return self.received
@@ -63,25 +39,35 @@ class PendingAllToAll:
 
 @dataclass(frozen=True)
 class AllToAll:
-    """All-to-all among one group, on behalf of one layer and stage."""
+    """All-to-all of one layer and stage over one group.
+
+    Attributes:
+        hidden_format: encoding of hidden vectors (`Payload.HIDDEN`) during the exchange; other payloads keep theirs.
+    """
 
     group: RankGroup
     ledger: TrafficLedger
     layer: int
     stage: Stage
+    hidden_format: WireFormat = IDENTITY_FORMAT
 
     @property
     def alone(self) -> bool:
-        """Nothing to exchange: the group is this rank."""
+        """True if the group is this rank alone and nothing is exchanged."""
         return self.group.size == 1
 
-    def observe(self, choice_RK: Tensor, home_RK: Tensor) -> None:
-        """Shows a routing decision to whoever measures (`RoutingObserver.see`)."""
+    @property
+    def observed(self) -> bool:
+        """True if somebody measures routing decisions."""
+        return self.ledger.observer is not None
+
+    def observe(self, choice_RK: Tensor, owner_RK: Tensor) -> None:
+        """Pass a routing decision to the ledger's observer (`RoutingObserver.see`)."""
         if self.ledger.observer is not None and self.ledger.recording:
-            self.ledger.observer.see(self.layer, self.stage, self.group.ranks, choice_RK, home_RK)
+            self.ledger.observer.see(self.layer, self.stage, self.group.ranks, choice_RK, owner_RK)
 
     def exchange_counts(self, count_PC: Tensor) -> Tensor:
-        """Tells every peer how many rows follow; returns what the peers tell this rank, of the same shape."""
+        """Send every peer its row of counts; return the counts received, of the same shape."""
         if self.alone:
             return count_PC
         received_PC = torch.empty_like(count_PC)
@@ -90,36 +76,29 @@ class AllToAll:
         self._record(Payload.COUNTS, Direction.FORWARD, [size] * self.group.size)
         return received_PC
 
-    def depart(
-        self,
-        x_RD: Tensor,
-        send: Sequence[int],
-        receive: Sequence[int],
-        payload: Payload,
-        form: WireFormat = IDENTITY_FORMAT,
-    ) -> "PendingRows":
-        """Sends the first send[0] rows to the group's first rank, the next send[1] to its second, and so on.
+    def start(self, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], payload: Payload) -> "PendingRows":
+        """Send the first send[0] rows to the group's first rank, the next send[1] to its second, and so on.
 
-        All ranks must let flights depart, and arrive, in the same order. Differentiable: gradients make the way back
-        in the same form.
+        All ranks must start, and wait for, their exchanges in the same order.
 
         Returns:
-            On whose arrival the sum(receive) rows are here that the peers sent, in the order of their ranks.
+            Handle whose `wait` gives the sum(receive) rows of the peers, ordered by rank.
         """
         if self.alone:
             return PendingRows(x_RD, None)
-        route = _Route(self, send, receive, payload, form, x_RD.dtype)
-        ticket: Tensor = _Depart.apply(x_RD, route)  # type: ignore[no-untyped-call]
-        return PendingRows(ticket, route)
+        wire_format = self.hidden_format if payload is Payload.HIDDEN else IDENTITY_FORMAT
+        exchange = _Exchange(self, send, receive, payload, wire_format, x_RD.dtype)
+        ticket: Tensor = _Start.apply(x_RD, exchange)  # type: ignore[no-untyped-call]
+        return PendingRows(ticket, exchange)
 
-    def exchange_rows(self, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], payload: Payload) -> Tensor:
-        """Departs, and waits for the arrival."""
-        return self.depart(x_RD, send, receive, payload).arrive()
+    def exchange(self, x_RD: Tensor, send: Sequence[int], receive: Sequence[int], payload: Payload) -> Tensor:
+        """Start an exchange and wait for it."""
+        return self.start(x_RD, send, receive, payload).wait()
 
-    def begin(
+    def launch(
         self, x_RB: Tensor, send: Sequence[int], receive: Sequence[int], payload: Payload, direction: Direction
     ) -> PendingAllToAll:
-        """The bare collective and its entry in the ledger."""
+        """Issue the bare collective and enter it in the ledger; not differentiable."""
         sent_RB, received_RB = x_RB.contiguous(), x_RB.new_empty((sum(receive), *x_RB.shape[1:]))
         work = dist.all_to_all_single(
             received_RB, sent_RB, list(receive), list(send), group=self.group.handle, async_op=True
@@ -133,25 +112,25 @@ class AllToAll:
 
 
 @dataclass
-class _Route:
-    """What both ends of a flight share."""
+class _Exchange:
+    """State shared by the two ends of one differentiable exchange."""
 
-    channel: AllToAll
+    all_to_all: AllToAll
     send: Sequence[int]
     receive: Sequence[int]
     payload: Payload
-    form: WireFormat
+    wire_format: WireFormat
     dtype: torch.dtype
     pending: PendingAllToAll | None = None
 
-    def begin(self, x_RD: Tensor, direction: Direction) -> None:
-        there = (self.send, self.receive) if direction is Direction.FORWARD else (self.receive, self.send)
-        self.pending = self.channel.begin(self.form.pack(x_RD), *there, self.payload, direction)
+    def start(self, x_RD: Tensor, direction: Direction) -> None:
+        splits = (self.send, self.receive) if direction is Direction.FORWARD else (self.receive, self.send)
+        self.pending = self.all_to_all.launch(self.wire_format.pack(x_RD), *splits, self.payload, direction)
 
-    def finish(self) -> Tensor:
+    def wait(self) -> Tensor:
         pending, self.pending = self.pending, None
-        assert pending is not None, "a flight arrives once for each time it has departed"
-        return self.form.unpack(pending.finish(), self.dtype)
+        assert pending is not None, "an exchange is waited for once for each start"
+        return self.wire_format.unpack(pending.wait(), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -159,39 +138,39 @@ class PendingRows:
     """Rows under way.
 
     Attributes:
-        ticket: of no elements, joins departure and arrival in autograd's graph; or the rows, where nobody else is.
+        ticket: empty tensor that joins start and wait in autograd's graph; or the rows, where the group is this rank.
     """
 
     ticket: Tensor
-    route: _Route | None
+    exchange: _Exchange | None
 
-    def arrive(self) -> Tensor:
-        """Waits for the rows; to be called once."""
-        if self.route is None:
+    def wait(self) -> Tensor:
+        """Return the rows received; to be called once."""
+        if self.exchange is None:
             return self.ticket
-        rows: Tensor = _Arrive.apply(self.ticket, self.route)  # type: ignore[no-untyped-call]
+        rows: Tensor = _Wait.apply(self.ticket, self.exchange)  # type: ignore[no-untyped-call]
         return rows
 
 
-class _Depart(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, route: _Route) -> Tensor:
-        ctx.route = route
-        route.begin(x_RD, Direction.FORWARD)
+    def forward(ctx: Any, x_RD: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.start(x_RD, Direction.FORWARD)
         return x_RD.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.finish(), None
+        return ctx.exchange.wait(), None
 
 
-class _Arrive(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, route: _Route) -> Tensor:
-        ctx.route = route
-        return route.finish()
+    def forward(ctx: Any, ticket: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.wait()
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        ctx.route.begin(grad_RD, Direction.BACKWARD)
+        ctx.exchange.start(grad_RD, Direction.BACKWARD)
         return grad_RD.new_empty(0), None

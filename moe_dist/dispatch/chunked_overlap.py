@@ -1,22 +1,23 @@
-"""Chunks of a hop that take turns: one on the wire, one in computation; and into how many chunks it pays to divide.
+"""Chunks of an exchange that take turns, one on the wire while one is computed, and the number of chunks that pays.
 
-Forward, with D the departure of tokens, C their computation, R the way back, one chunk a letter:
+Forward, with S the sending of tokens, C their computation, R the return of results, one chunk a number:
 
-    wire     D0   D1      R0 D2      R1 D3  ...  R(n-1)
+    wire     S0   S1      R0 S2      R1 S3  ...  R(n-1)
     compute       C0      C1         C2     ...
 
-Autograd runs what was made last first, so the backward pass is the same picture from right to left: the gradient of a
-result is on the wire while the chunk behind it is computed.
+Autograd runs the nodes made last first, so the backward pass is the same picture from right to left: the gradient of
+a result is on the wire while the following chunk is computed.
 
-A rank's rows for each destination are divided evenly, by a rule that both ends of the hop follow: no counts are sent
-for chunks, and bytes are those of one chunk. A row is computed as it would be in one chunk, but for what a matrix
-product of fewer rows rounds otherwise; gradients of weights are sums over chunks, equal up to the order of summation.
+A rank's rows for each destination are divided evenly, by a rule that both ends follow: no counts are sent for chunks,
+and bytes are those of one chunk. A row is computed as in one chunk, except for the rounding of a matrix product of
+fewer rows; gradients of weights are sums over chunks, equal up to the order of summation.
 
-Shapes: C chunks, P counts (of the ranks of a group), L what a rank counts apart, R rows, D hidden.
+Shapes: C chunks, P counts (of the ranks of a group), L counts kept apart by a rank, R rows, D hidden.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,28 +25,29 @@ from torch import Tensor
 from moe_dist.dispatch.all_to_all import PendingRows
 from moe_dist.dispatch.permute import group_order
 
+Result = TypeVar("Result")
 CANDIDATES = (1, 2, 4, 8)
 LEAST_GAIN = 0.02
-"""Of the time in one chunk: less is not worth another order of summation."""
+"""Least gain, as a share of the time in one chunk, that is worth another order of summation."""
 BACKWARD_WORK = 2
-"""Of the forward pass's computation."""
+"""Computation of the backward pass, as a multiple of the forward pass's."""
 
 
 def shares(count_P: Tensor, chunks: int) -> Tensor:
-    """count_CP: the rows of each count that each chunk takes, as evenly as they go; int64, any further axes stay."""
+    """Return count_CP, the rows of each count that each chunk takes, as even as possible; int64, further axes stay."""
     end_C = torch.arange(chunks + 1, device=count_P.device).view(-1, *[1] * count_P.ndim)
     return (count_P * end_C).div(chunks, rounding_mode="floor").diff(dim=0)
 
 
 @dataclass(frozen=True)
 class Division:
-    """How the rows of one hop are divided into chunks.
+    """Division of the rows of one exchange into chunks.
 
     Attributes:
         order_R: turns rows sorted by destination into rows sorted by chunk, then by destination; None: one chunk.
         send, receive: rows to and from each rank of the group, by chunk.
-        received_CPL: rows that come, by chunk, source and what the source counted apart.
-        received_of: the same of all sources together, known to the host.
+        received_CPL: rows received, by chunk, source and the count kept apart.
+        received_of: the same summed over sources, on the host.
     """
 
     order_R: Tensor | None
@@ -56,7 +58,7 @@ class Division:
 
     @classmethod
     def of(cls, count_PL: Tensor, received_PL: Tensor, chunks: int) -> "Division":
-        """From the rows that go and come; one synchronisation with the host."""
+        """Divide the rows sent and received; synchronises once with the host."""
         count_CPL, received_CPL = shares(count_PL, chunks), shares(received_PL, chunks)
         counts, received = torch.stack([count_CPL, received_CPL]).tolist()
         send, receive = ([[sum(row) for row in chunk] for chunk in both] for both in (counts, received))
@@ -66,62 +68,69 @@ class Division:
 
     @property
     def chunks(self) -> int:
-        """C: into how many chunks the hop is divided."""
+        """Number of chunks (C)."""
         return len(self.send)
 
     def reorder(self, x_R: Tensor) -> Tensor:
-        """From the order of destinations to that of chunks."""
+        """Reorder rows from the order of destinations to that of chunks."""
         return x_R if self.order_R is None else x_R[self.order_R]
 
     def split(self, x_RD: Tensor) -> Sequence[Tensor]:
-        """The chunks of rows that are in their order."""
+        """Split rows, ordered by chunk, into the chunks."""
         return [x_RD] if self.chunks == 1 else x_RD.split([sum(rows) for rows in self.send])
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """`torch.cat`, without a copy of what is one."""
+    """Concatenate tensors, without a copy of a single one."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def pipelined(
-    chunks: int,
-    depart: Callable[[int], Sequence[PendingRows]],
-    compute: Callable[[int, list[Tensor]], Sequence[Tensor]],
-    give_back: Callable[[int, Sequence[Tensor]], Sequence[PendingRows]],
-) -> list[list[Tensor]]:
-    """Has each chunk depart, computes what arrives, and returns what of it arrives back, by chunk.
+def receive_chunks(chunks: int, start: Callable[[int], Sequence[PendingRows]]) -> Iterator[list[Tensor]]:
+    """Yield the rows of each chunk; while one is used, the exchange of the next is under way.
 
-    There is one chunk on the wire in each direction, so that it has the wire for itself, while one is computed.
+    Args:
+        start: starts the exchanges of a chunk.
+    """
+    pending = start(0)
+    for chunk in range(chunks):
+        received = _wait(pending)
+        if chunk + 1 < chunks:
+            pending = start(chunk + 1)
+        yield received
+
+
+def return_chunks(
+    results: Iterable[Result], start: Callable[[int, Result], Sequence[PendingRows]]
+) -> list[list[Tensor]]:
+    """Exchange the results of each chunk in the order in which they are computed; return what was received by chunk.
+
+    Args:
+        results: computed lazily: the exchange of one chunk is under way while the next is computed.
+        start: starts the exchanges of a chunk's results.
     """
     done: list[list[Tensor]] = []
-    returning: Sequence[PendingRows] | None = None
-    going = depart(0)
-    for chunk in range(chunks):
-        arrived = _arrive(going)
-        if chunk + 1 < chunks:
-            going = depart(chunk + 1)
-        results = compute(chunk, arrived)
-        if returning is not None:
-            done.append(_arrive(returning))
-        returning = give_back(chunk, results)
-    assert returning is not None
-    return [*done, _arrive(returning)]
+    pending: Sequence[PendingRows] = ()
+    for chunk, result in enumerate(results):
+        if chunk:
+            done.append(_wait(pending))
+        pending = start(chunk, result)
+    return [*done, _wait(pending)]
 
 
-def _arrive(flights: Sequence[PendingRows]) -> list[Tensor]:
-    return [flight.arrive() for flight in flights]
+def _wait(pending: Sequence[PendingRows]) -> list[Tensor]:
+    return [rows.wait() for rows in pending]
 
 
 @dataclass(frozen=True)
-class HopSpeed:
-    """What decides about chunks, of the slowest rank.
+class ExchangeSpeed:
+    """Measured speeds of the slowest rank that decide the number of chunks.
 
     Attributes:
-        latency: seconds of an exchange of next to nothing.
-        exchange: seconds in which all rows of a micro-batch go one way, less the latency.
-        compute: seconds of the forward pass of what they are computed in.
+        latency: latency of a nearly empty all-to-all, seconds.
+        exchange: seconds of one exchange of all rows of a micro-batch, less the latency.
+        compute: seconds of the forward pass over these rows.
         chunk: seconds that each chunk adds to a forward pass.
-        hidden: share of an exchange that takes no time beside a computation; 0 where both want the same processors.
+        hidden: share of an exchange that overlaps a computation; 0 where both use the same processors.
     """
 
     latency: float
@@ -131,12 +140,12 @@ class HopSpeed:
     hidden: float
 
 
-def predicted_seconds(speed: HopSpeed, chunks: int) -> float:
-    """Forward and backward pass of one hop there and back, in so many chunks.
+def predicted_seconds(speed: ExchangeSpeed, chunks: int) -> float:
+    """Return the predicted seconds of one dispatch and combine, forward and backward, in `chunks` chunks.
 
     A pass does 2 C exchanges and C computations. Hidden in full, either the wire is never idle, or the computation
-    waits only for the first chunk to come and the last one to go; what is hidden in part lies between that and one
-    after the other.
+    waits only for the first chunk to be received and the last one to be sent; partial overlap lies between that and no
+    overlap.
     """
     total, way = 0.0, speed.latency + speed.exchange / chunks
     for work in (1, BACKWARD_WORK):
@@ -147,7 +156,7 @@ def predicted_seconds(speed: HopSpeed, chunks: int) -> float:
     return total
 
 
-def choose_chunks(speed: HopSpeed, candidates: Sequence[int] = CANDIDATES) -> int:
-    """The number of chunks that is predicted to be fastest; 1 unless another gains `LEAST_GAIN`."""
+def choose_chunks(speed: ExchangeSpeed, candidates: Sequence[int] = CANDIDATES) -> int:
+    """Return the number of chunks that is predicted to be fastest; 1 unless another gains `LEAST_GAIN`."""
     best = min(candidates, key=lambda chunks: predicted_seconds(speed, chunks))
     return best if predicted_seconds(speed, best) <= (1 - LEAST_GAIN) * predicted_seconds(speed, 1) else 1

@@ -1,54 +1,72 @@
-"""Stage two: inside a cluster group, rows go to the shards that hold their chosen experts, one copy a shard.
+"""Stage two: inside a cluster group rows go to the shards that hold their chosen experts, one copy a shard.
 
-Every shard holds the whole base, so it computes its share of the sum over chosen experts; the shares are added at the
-rank where the token entered the cluster, and one vector goes back to the token's source.
+Every shard holds the whole base, so it computes its share of the sum over chosen experts. The shares are added at the
+rank that received the token for the cluster, and one vector goes back to the token's source.
 
-Shapes: R rows at the entry rank, A rows arrived at a shard, K chosen experts, S shards, D hidden.
+Shapes: R rows at the entry rank, A rows received by a shard, K chosen experts, S shards, D hidden.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_dist.dispatch.all_to_all import AllToAll
 from moe_dist.dispatch.traffic_ledger import Payload
-from moe_dist.dispatch.wire_format import travel
 from moe_dist.distributed.placement import ExpertPlacement
 
 ABSENT = -1
+"""Slot of an expert that another shard holds, or that was dropped."""
 
-ShardFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_AD, slot_AK, gate_AK) -> y_AD, slots counted within the shard, ABSENT where an expert lives elsewhere."""
+
+class ShardRows(NamedTuple):
+    """Rows on the shard of their experts; slots are counted within the shard, ABSENT for experts of other shards."""
+
+    x_AD: Tensor
+    slot_AK: Tensor
+    gate_AK: Tensor
+
+
+class ShardMetadata(NamedTuple):
+    """Sender's side of a dispatch: the row of each copy, copies to and from each shard; None: nothing was sent."""
+
+    row_A: Tensor | None
+    send: list[int]
+    receive: list[int]
+    rows: int
 
 
 @dataclass(frozen=True)
-class StageTwo:
-    """Spreads a cluster's rows over its shards and adds up what they make of them."""
+class ShardDispatcher:
+    """Exchange of a cluster's rows among its shards."""
 
-    channel: AllToAll
+    all_to_all: AllToAll
     placement: ExpertPlacement
-    wire_dtype: torch.dtype
 
-    def run(self, x_RD: Tensor, slot_RK: Tensor, gate_RK: Tensor, compute: ShardFunction) -> Tensor:
-        """Returns y_RD = sum over the chosen experts of gate * expert(x); a slot may be ABSENT."""
-        if self.channel.alone:
-            return compute(x_RD, slot_RK, gate_RK)
+    def dispatch(self, x_RD: Tensor, slot_RK: Tensor, gate_RK: Tensor) -> tuple[ShardRows, ShardMetadata]:
+        """Send each row to every shard that holds one of its experts; a slot may be ABSENT."""
+        if self.all_to_all.alone:
+            return ShardRows(x_RD, slot_RK, gate_RK), ShardMetadata(None, [], [], len(x_RD))
         per_shard = self.placement.slots_per_shard
         shard_RK = slot_RK.div(per_shard, rounding_mode="floor")  # of an absent slot: -1, no shard
-        self.channel.observe(slot_RK, shard_RK)
-        wanted_RS = (shard_RK[:, :, None] == torch.arange(self.channel.group.size, device=x_RD.device)).any(1)
+        self.all_to_all.observe(slot_RK, shard_RK)
+        wanted_RS = (shard_RK[:, :, None] == torch.arange(self.all_to_all.group.size, device=x_RD.device)).any(1)
         shard_A, row_A = wanted_RS.T.nonzero(as_tuple=True)
         count_S1 = wanted_RS.sum(0)[:, None]
-        send, receive = torch.cat([count_S1, self.channel.exchange_counts(count_S1)], dim=1).T.tolist()
+        send, receive = torch.cat([count_S1, self.all_to_all.exchange_counts(count_S1)], dim=1).T.tolist()
         here_AK = shard_RK[row_A] == shard_A[:, None]
-        slot_AK = torch.where(here_AK, slot_RK[row_A] % per_shard, ABSENT).int()  # gloo carries nothing shorter
-        x_AD = self._travel(x_RD[row_A], send, receive)
-        slot_AK = self.channel.exchange_rows(slot_AK, send, receive, Payload.ROUTING).long()
-        gate_AK = self.channel.exchange_rows(gate_RK[row_A] * here_AK, send, receive, Payload.ROUTING)
-        y_AD = self._travel(compute(x_AD, slot_AK, gate_AK), receive, send)
-        return torch.zeros_like(x_RD).index_add(0, row_A, y_AD)
+        slot_AK = torch.where(here_AK, slot_RK[row_A] % per_shard, ABSENT).int()  # gloo sends nothing shorter
+        rows = ShardRows(
+            self.all_to_all.exchange(x_RD[row_A], send, receive, Payload.HIDDEN),
+            self.all_to_all.exchange(slot_AK, send, receive, Payload.ROUTING).long(),
+            self.all_to_all.exchange(gate_RK[row_A] * here_AK, send, receive, Payload.ROUTING),
+        )
+        return rows, ShardMetadata(row_A, send, receive, len(x_RD))
 
-    def _travel(self, x_RD: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        return travel(self.channel, x_RD, send, receive, self.wire_dtype)
+    def combine(self, y_AD: Tensor, metadata: ShardMetadata) -> Tensor:
+        """Return y_RD = sum over the chosen experts of gate * expert(x), from the shards' shares."""
+        if metadata.row_A is None:
+            return y_AD
+        y_AD = self.all_to_all.exchange(y_AD, metadata.receive, metadata.send, Payload.HIDDEN)
+        return y_AD.new_zeros(metadata.rows, y_AD.shape[1]).index_add(0, metadata.row_A, y_AD)

@@ -72,11 +72,12 @@ def hop_costs(model: ModelConfig, moe: MoEConfig, shape: WorldShape) -> list[Hop
     """The hops of one layer, in order; those whose group is one rank alone are left out."""
     hidden = vector_bytes(model.hidden_size, moe.wire_dtype)
     found = []
-    if moe.kind == "standard" and shape.cluster * shape.shard > 1:
+    two_stages = moe.layer_kind.dispatch == "two_stage"
+    if moe.layer_kind.dispatch == "flat" and shape.cluster * shape.shard > 1:
         found.append(HopCost(Stage.FLAT, hidden, counts=INT64 * (moe.experts // (shape.cluster * shape.shard))))
-    if moe.kind == "clustered" and shape.cluster > 1:
+    if two_stages and shape.cluster > 1:
         found.append(_stage_one(hidden, moe, moe.clusters // shape.cluster))
-    if moe.kind == "clustered" and shape.shard > 1:
+    if two_stages and shape.shard > 1:
         gates = FLOAT32 * moe.top_k
         counts = INT64 * (moe.clusters // shape.cluster)  # each cluster of the block makes this hop by itself
         slots = INT32 * moe.top_k  # which have no gradient

@@ -41,6 +41,11 @@ class Links:
         return cls(0, (0,))
 
     @classmethod
+    def one_node(cls, rank: int, ranks: int) -> "Links":
+        """Return the links of ranks whose nodes are not known: all count as one node."""
+        return cls(rank, (0,) * ranks)
+
+    @classmethod
     def discover(cls, device: torch.device) -> "Links":
         """Learns every rank's node from its host name and boot; collective over all ranks."""
         digest = hashlib.sha256(_node_identity().encode()).digest()

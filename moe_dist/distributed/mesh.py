@@ -8,17 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
+from functools import cache
 from itertools import product
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dist.config import WorldShape
+from moe_dist.errors import ConfigError
 
 
 class GroupKind(StrEnum):
     """A kind of process group, named by what its ranks do together."""
 
-    STAGE_ONE = "stage_one"  # same data and shard index, all clusters: one hop takes a token to its cluster
+    STAGE_ONE = "stage_one"  # same data and shard index, all clusters: tokens go to their clusters
     CLUSTER = "cluster"  # same data and cluster index, all shards: together they hold a block of clusters
     EXPERT_PARALLEL = "expert_parallel"  # same data index: together they hold all experts once
     BASE_DATA = "base_data"  # same cluster index: replicas of the same bases
@@ -79,9 +82,13 @@ class RankGroup:
         return len(self.ranks)
 
 
+CLUSTER_DIMS, SHARD_DIMS = ("cluster", "ep", "expert"), ("shard", "etp")
+"""Names of a device mesh's dimensions that become the cluster and the shard axis; all others hold replicas."""
+
+
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place and its groups."""
+    """Position of this rank in the data x cluster x shard grid, and its groups."""
 
     shape: WorldShape
     rank: int
@@ -89,24 +96,86 @@ class Mesh:
 
     @property
     def at(self) -> Coordinates:
-        """This rank's position."""
+        """Position of this rank."""
         return coordinates_of(self.shape, self.rank)
 
     def group(self, kind: GroupKind) -> RankGroup:
-        """The group of one kind that this rank belongs to."""
+        """Return the group of one kind that this rank belongs to."""
         return self.groups[kind]
+
+    def index_in(self, kind: GroupKind) -> int:
+        """Return this rank's index in its group of one kind."""
+        at, shape = self.at, self.shape
+        return {
+            GroupKind.STAGE_ONE: at.cluster,
+            GroupKind.CLUSTER: at.shard,
+            GroupKind.EXPERT_PARALLEL: at.cluster * shape.shard + at.shard,
+            GroupKind.BASE_DATA: at.data * shape.shard + at.shard,
+            GroupKind.EXPERT_DATA: at.data,
+        }[kind]
 
     @classmethod
     def alone(cls) -> "Mesh":
-        """A single process that needs no process group."""
+        """Return the mesh of a single process, which needs no process group."""
         return cls(WorldShape(1, 1, 1), 0, {kind: RankGroup(kind, (0,), None) for kind in GroupKind})
 
     @classmethod
-    def create(cls, shape: WorldShape, timeout: timedelta) -> "Mesh":
-        """Creates the groups; collective, so that all ranks call it at the same point."""
+    def create(cls, shape: WorldShape, timeout: timedelta | None = None) -> "Mesh":
+        """Create the groups over all ranks; collective.
+
+        Args:
+            timeout: of the groups' collectives; None: torch's default.
+        """
         rank, groups = dist.get_rank(), {}
         for kind, ranks in group_layout(shape):
             handle = dist.new_group(list(ranks), timeout=timeout)
             if rank in ranks:
                 groups[kind] = RankGroup(kind, ranks, handle)
         return cls(shape, rank, groups)
+
+    @classmethod
+    def over_world(cls, shape: WorldShape) -> "Mesh":
+        """Return the mesh over all ranks of the default process group; one for all callers with the same shape."""
+        return _created(dist.group.WORLD, shape)
+
+    @classmethod
+    def from_device_mesh(cls, device_mesh: DeviceMesh) -> "Mesh":
+        """Create the groups over the ranks of a device mesh; collective over those ranks.
+
+        Its dimensions named cluster, ep or expert form the cluster axis, those named shard or etp the shard axis, all
+        others the data axis. A mesh of one dimension without a name is the cluster axis.
+
+        Raises:
+            ConfigError: a mesh of several dimensions has no names, or two of them claim one axis.
+        """
+        names = device_mesh.mesh_dim_names or (("cluster",) if device_mesh.ndim == 1 else ())
+        if len(names) != device_mesh.ndim:
+            raise ConfigError(
+                f"a device mesh of {device_mesh.ndim} dimensions needs mesh_dim_names: name the one that divides the "
+                f"clusters {' or '.join(CLUSTER_DIMS)}"
+            )
+        cluster = [i for i, name in enumerate(names) if name in CLUSTER_DIMS]
+        shard = [i for i, name in enumerate(names) if name in SHARD_DIMS]
+        if len(cluster) > 1 or len(shard) > 1:
+            raise ConfigError(f"mesh_dim_names={names}: at most one of {CLUSTER_DIMS} and one of {SHARD_DIMS}")
+        data = [i for i in range(device_mesh.ndim) if i not in (*cluster, *shard)]
+        sizes = [device_mesh.mesh.shape[axes[0]] if axes else 1 for axes in (cluster, shard)]
+        ranks = device_mesh.mesh.permute(*data, *cluster, *shard).flatten().tolist()
+        shape = WorldShape(len(ranks) // (sizes[0] * sizes[1]), *sizes)
+        return cls._over(ranks, shape)
+
+    @classmethod
+    def _over(cls, ranks: list[int], shape: WorldShape) -> "Mesh":
+        """Create the groups over some ranks, given in the order of their positions; each rank creates its own only."""
+        position, groups = ranks.index(dist.get_rank()), {}
+        for kind, positions in group_layout(shape):
+            if position in positions:
+                members = [ranks[other] for other in positions]
+                handle = dist.new_group(members, use_local_synchronization=True)
+                groups[kind] = RankGroup(kind, tuple(members), handle)
+        return cls(shape, position, groups)
+
+
+@cache
+def _created(world: dist.ProcessGroup, shape: WorldShape) -> Mesh:
+    return Mesh.create(shape)

@@ -90,6 +90,10 @@ class ExpertPlacement:
         """The clusters that the ranks of one block hold, in the order of their local index."""
         return tuple(c for c in range(self.clusters) if self.block_of_cluster[c] == block)
 
+    def clusters_in_block_order(self) -> list[int]:
+        """Return all clusters in the order of the blocks that hold them."""
+        return [cluster for block in range(self.blocks) for cluster in self.clusters_of_block(block)]
+
     def experts_of(self, cluster: int, shard: int) -> tuple[int, ...]:
         """The experts of a cluster that one shard holds, in the order of their slots."""
         first = shard * self.slots_per_shard

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checks of an environment before a long run."""

@@ -1,4 +1,4 @@
-"""`moe-dist doctor`, as one of its ranks: facts of all ranks come together on rank 0, which says one line a check."""
+"""`moe-dist doctor` as one of its ranks: rank 0 gathers the facts of all ranks and prints one line per check."""
 
 import json
 import os
@@ -29,7 +29,7 @@ MEMORY_WARN, DISK_WARN = 2 * 2**30, 5 * 2**30  # bytes: free for each rank; in e
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the examination; `status` is ok, warn or fail."""
+    """Result of one check; `status` is ok, warn or fail."""
 
     status: str
     name: str
@@ -41,7 +41,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank knows of its machine; sizes in bytes."""
+    """Facts about a rank's machine; sizes in bytes."""
 
     rank: int
     host: str
@@ -56,7 +56,7 @@ class Facts:
 
 
 def examine(config: RunConfig) -> None:
-    """Runs all checks; every rank of the job calls this, rank 0 prints.
+    """Run all checks; every rank of the job calls this, rank 0 prints.
 
     Raises:
         MoeDistError: on rank 0: a check failed.
@@ -74,7 +74,7 @@ def examine(config: RunConfig) -> None:
 
 
 def _checks(config: RunConfig, process: RankInfo, links: Links) -> Iterator[Check]:
-    """All checks in order; collective, so that every rank must take them all. Texts are rank 0's to use."""
+    """Yield all checks in order; collective, so every rank must consume them all. Only rank 0's texts are valid."""
     facts = [Facts(**told) for told in gather(asdict(_own_facts(config, process)), process)]
     firsts = [links.node_of_rank.index(node) for node in sorted(set(links.node_of_rank))]
     nodes = [facts[first] for first in firsts]
@@ -120,13 +120,13 @@ def _memory_free() -> int:
 
 
 def _existing(folder: str | Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Return the folder, or the nearest existing one above it."""
     path = Path(folder).expanduser().absolute()
     return next(above for above in (path, *path.parents) if above.is_dir())
 
 
 def gather(value: Any, process: RankInfo) -> list[Any]:
-    """Every rank's value, of what JSON can hold, in the order of ranks; collective."""
+    """Gather every rank's JSON-serializable value, in the order of ranks; collective."""
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(process.device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=process.device) for _ in range(process.ranks)]
     dist.all_gather(sizes, torch.tensor([len(text)], device=process.device))
@@ -139,7 +139,7 @@ def gather(value: Any, process: RankInfo) -> list[Any]:
 
 
 def check_versions(facts: Sequence[Facts]) -> Check:
-    """The same software everywhere."""
+    """Compare software versions."""
     own = facts[0].versions
     text = ", ".join(f"{name} {version or 'missing'}" for name, version in own.items())
     others = [told.rank for told in facts if told.versions != own]
@@ -151,7 +151,7 @@ def check_versions(facts: Sequence[Facts]) -> Check:
 
 
 def check_devices(facts: Sequence[Facts]) -> Check:
-    """One kind of device for all ranks."""
+    """Compare devices."""
     kinds = sorted({told.device for told in facts})
     if len(kinds) > 1:
         return Check("warn", "devices", f"ranks have different ones: {', '.join(kinds)}")
@@ -160,8 +160,10 @@ def check_devices(facts: Sequence[Facts]) -> Check:
 
 
 def check_names(nodes: Sequence[Facts]) -> Check:
-    """Ranks of other nodes must be able to reach a node by its own name."""
-    bad = [f"{node.host} is {node.address or 'unknown'}" for node in nodes if _is_loopback(node.address)]
+    """Check that a node's own name does not resolve to a loopback address, which other nodes could not reach."""
+    bad = [
+        f"{node.host} is {node.address or 'unknown'}" for node in nodes if (node.address or "127.").startswith("127.")
+    ]
     if len(nodes) > 1 and bad:
         return Check(
             "fail",
@@ -171,12 +173,8 @@ def check_names(nodes: Sequence[Facts]) -> Check:
     return Check("ok", "host names", ", ".join(f"{node.host} is {node.address or 'unknown'}" for node in nodes))
 
 
-def _is_loopback(address: str | None) -> bool:
-    return address is None or address.startswith("127.")
-
-
 def check_speed(kind: LinkKind, speed: Speed | None) -> Check:
-    """All-to-all over one kind of link, right and how fast."""
+    """Check an all-to-all over one kind of link: correct data, and bandwidth."""
     name = {LinkKind.INTRA_NODE: "inside nodes", LinkKind.INTER_NODE: "between nodes"}[kind]
     if speed is None:
         return Check("ok", name, "no two ranks are joined so")
@@ -187,7 +185,7 @@ def check_speed(kind: LinkKind, speed: Speed | None) -> Check:
 
 
 def _check_shared(folder: Path, process: RankInfo, facts: Sequence[Facts]) -> Check:
-    """A file that rank 0 makes shows up for all; collective."""
+    """Check that a file written by rank 0 becomes visible to all; collective."""
     place, path = _existing(folder), None
     if process.rank == 0:
         with suppress(OSError):
@@ -216,7 +214,7 @@ def _appears(path: Path) -> bool:
 
 
 def check_clocks(offsets: Sequence[float], nodes: Sequence[Facts]) -> Check:
-    """Clocks of the nodes against rank 0's, in seconds."""
+    """Compare the clocks of the nodes with rank 0's."""
     worst, host = max((abs(offset), node.host) for offset, node in zip(offsets, nodes, strict=True))
     status = "fail" if worst > SKEW_FAIL else "warn" if worst > SKEW_WARN else "ok"
     where = f" ({host})" if status != "ok" else ""
@@ -224,13 +222,13 @@ def check_clocks(offsets: Sequence[float], nodes: Sequence[Facts]) -> Check:
 
 
 def check_memory(facts: Sequence[Facts], ranks_on_node: Sequence[int]) -> Check:
-    """Free memory of the host, shared among the ranks of a node."""
+    """Check the free memory of the host, divided among the ranks of a node."""
     shares = [(told.memory_free // ranks, told.host) for told, ranks in zip(facts, ranks_on_node, strict=True)]
     return _least("memory", shares, MEMORY_WARN, "for each rank")
 
 
 def check_disk(nodes: Sequence[Facts]) -> Check:
-    """Free space where runs, tokens and temporary files go."""
+    """Check the free space of the folders of runs, tokens and temporary files."""
     spaces = [(free, f"{folder} of {node.host}") for node in nodes for folder, free in node.disk_free.items()]
     return _least("disk", spaces, DISK_WARN, "in the folders of runs, tokens and temporary files")
 
@@ -241,7 +239,7 @@ def _least(name: str, found: list[tuple[int, str]], enough: int, what: str) -> C
 
 
 def check_compiler(nodes: Sequence[Facts]) -> Check:
-    """The fast form of the hidden step on CPUs is compiled when it is first used."""
+    """Check that the CPU kernel can be compiled, which happens at its first use."""
     without = [node.host for node in nodes if node.compiler is None]
     if without:
         return Check("warn", "C compiler", f"none on {', '.join(without)}: clustered experts are slower on the CPU")

@@ -1,4 +1,4 @@
-"""How fast ranks exchange over one kind of link, and how far their clocks are apart."""
+"""Bandwidth of one kind of link between ranks, and offsets of their clocks."""
 
 import statistics
 import time
@@ -18,11 +18,11 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Speed:
-    """Of an all-to-all.
+    """Result of an all-to-all.
 
     Attributes:
         bytes_per_second: out of the busiest rank (inside a node) or node (between nodes), median over rounds.
-        wrong_ranks: ranks that did not receive what was sent to them.
+        wrong_ranks: ranks that received wrong data.
     """
 
     bytes_per_second: float
@@ -30,9 +30,10 @@ class Speed:
 
 
 def exchange_speed(process: RankInfo, links: Links, kind: LinkKind) -> Speed | None:
-    """An all-to-all among all ranks in which bytes go over one kind of link alone; None: there is none. Collective."""
-    nodes = links.node_of_rank
-    joined = [[_kind(nodes, rank, peer) is kind for peer in range(process.ranks)] for rank in range(process.ranks)]
+    """Run an all-to-all that uses one kind of link alone; None without such a link. Collective."""
+    nodes = tuple(links.node_of_rank)
+    all_links = [Links(rank, nodes) for rank in range(process.ranks)]
+    joined = [[own.kind(peer) is kind for peer in range(process.ranks)] for own in all_links]
     most = max(map(sum, joined))
     if most == 0:
         return None
@@ -55,12 +56,8 @@ def exchange_speed(process: RankInfo, links: Links, kind: LinkKind) -> Speed | N
     return Speed(busiest / statistics.median(seconds), tuple(wrong.nonzero().flatten().tolist()))
 
 
-def _kind(nodes: Sequence[int], rank: int, peer: int) -> LinkKind:
-    return Links(rank, tuple(nodes)).kind(peer)
-
-
 def _timed_exchange(received: torch.Tensor, sent: torch.Tensor, split: list[int], process: RankInfo) -> float:
-    """Seconds of the slowest rank."""
+    """Return the seconds of the slowest rank."""
     dist.barrier()
     started = time.perf_counter()
     dist.all_to_all_single(received, sent, split, split)
@@ -72,10 +69,9 @@ def _timed_exchange(received: torch.Tensor, sent: torch.Tensor, split: list[int]
 
 
 def clock_offsets(process: RankInfo, ranks: Sequence[int]) -> list[float]:
-    """By how many seconds the clocks of some ranks are ahead of rank 0's; known to rank 0. Collective.
+    """Return the offsets of some ranks' clocks to rank 0's, in seconds; valid on rank 0. Collective.
 
-    As NTP does: a rank's answer is taken to be of the middle of the time that question and answer took; the fastest of
-    several rounds counts.
+    As in NTP: a rank's answer is assigned to the middle of the round trip; the fastest of several rounds counts.
     """
     offsets = [0.0 if rank == 0 else _offset(process, rank) for rank in ranks]
     dist.barrier()

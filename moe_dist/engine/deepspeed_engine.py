@@ -93,9 +93,8 @@ class DeepSpeedEngine:
             norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
             factor = gradient_norm.clip_factor(self._engine.optimizer, norm, self.config.optimizer.clip_norm)
             self._offloaded.step(learning_rate, factor)
-        context, moe = self.model.context, self.config.moe
-        if moe.kind != "dense":
-            context.balance.update(outcome.count_LE.to(self.process.device), moe, context.placements)
+        if self.config.moe.layer_kind.routed:
+            self.model.context.balance.update(self._count_LE, self.model.context.placements)
         return float(self._engine.optimizer._global_grad_norm)
 
     def training_state(self) -> OptimizerState:
@@ -122,6 +121,7 @@ class DeepSpeedEngine:
         packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
         balance.clear_counts()
+        self._count_LE = packed[-balance.count_LE.numel() :].view(balance.count_LE.shape)
         sums, faults, counts = packed.cpu().split([len(mine), ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)

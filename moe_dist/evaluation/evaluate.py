@@ -1,13 +1,12 @@
 """`moe-dist eval` on one rank: runs all requested tasks on one trained model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_dist.config import MemoryConfig, WorldConfig
+from moe_dist.config import MemoryConfig, RunConfig, WorldConfig, load_config
 from moe_dist.console import wide_console
 from moe_dist.distributed.init import init_distributed, shutdown
 from moe_dist.errors import ConfigError
@@ -15,47 +14,12 @@ from moe_dist.evaluation import tables as view
 from moe_dist.evaluation.fine_tune import FineTuning
 from moe_dist.evaluation.glue import GlueSpec, evaluate_glue
 from moe_dist.evaluation.perplexity import perplexity
+from moe_dist.evaluation.spec import EvalSpec
 from moe_dist.evaluation.texts import encode_text, open_text
 from moe_dist.evaluation.trained_model import EvaluatedModel, open_evaluated_model
 from moe_dist.metrics import installed_versions, write_json
 
 Figures = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class EvalSpec:
-    """Options of an evaluation; fields as in `moe_dist/launch/rank_evaluate.py`."""
-
-    run: Path
-    tasks: tuple[str, ...]
-    text: str | None
-    split: str
-    subset: str
-    window: int | None
-    stride: int | None
-    batch: int
-    dtype: str
-    json_file: str | None
-    glue: str | None
-    seeds: int
-    epochs: float
-    glue_batch: int
-    learning_rate: float | None
-    max_train: int | None
-    max_eval: int | None
-    max_steps: int | None
-
-    def glue_spec(self) -> GlueSpec:
-        """Return the options of GLUE."""
-        names = tuple(task.removeprefix("glue:") for task in self.tasks if task.startswith("glue:"))
-        return GlueSpec(
-            None if "glue" in self.tasks else names,
-            None if self.glue is None else Path(self.glue),
-            self.seeds,
-            self.max_train,
-            self.max_eval,
-            FineTuning(self.epochs, self.glue_batch, self.learning_rate, self.max_steps),
-        )
 
 
 def evaluate(world: WorldConfig, spec: EvalSpec, memory: MemoryConfig | None = None) -> Figures:
@@ -78,15 +42,28 @@ def evaluate(world: WorldConfig, spec: EvalSpec, memory: MemoryConfig | None = N
     return figures
 
 
+def run_evaluation(config: RunConfig, spec: EvalSpec) -> None:
+    """Evaluate as one rank of a job whose configuration holds nothing but the section `world`; collective."""
+    evaluate(config.world, spec, load_config(None, spec.memory).memory)
+
+
 def _figures(subject: EvaluatedModel, spec: EvalSpec, say: Callable[[str], None]) -> Figures:
     figures = _facts(subject, spec)
     if "wikitext" in spec.tasks:
         figures["wikitext"] = _wikitext(subject, spec)
     if any(task.startswith("glue") for task in spec.tasks):
-        figures["glue"] = evaluate_glue(subject, spec.glue_spec(), spec.dtype, say)
+        figures["glue"] = evaluate_glue(subject, _glue_spec(spec), spec.dtype, say)
     if subject.memory is not None:
         figures["offload"] = subject.memory.tiers.totals(subject.process.device)
     return figures
+
+
+def _glue_spec(spec: EvalSpec) -> GlueSpec:
+    names = tuple(task.removeprefix("glue:") for task in spec.tasks if task.startswith("glue:"))
+    tuning = FineTuning(spec.epochs, spec.glue_batch, spec.learning_rate, spec.max_steps)
+    return GlueSpec(
+        None if "glue" in spec.tasks else names, spec.glue, spec.seeds, spec.max_train, spec.max_eval, tuning
+    )
 
 
 def _say(line: str) -> None:
@@ -118,9 +95,7 @@ def _wikitext(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
     stride = spec.stride or max(1, length // 2)
     if stride > length:
         raise ConfigError(f"--stride {stride} is longer than a window of {length} tokens: tokens would be left out")
-    text = encode_text(
-        open_text(None if spec.text is None else Path(spec.text), spec.split, spec.subset), subject.tokenizer
-    )
+    text = encode_text(open_text(spec.text, spec.split, spec.subset), subject.tokenizer)
     found = perplexity(subject.model(getattr(torch, spec.dtype)), text, length, stride, spec.batch, subject.process)
     facts = {"source": text.source, "split": spec.split, "window": length, "stride": stride}
     return {**facts, "documents": text.documents, **found.figures()}

@@ -61,7 +61,7 @@ def quantized_as_stored(model: LanguageModel) -> AbstractContextManager[None]:
     """Compute with experts quantized as `precision` configures, if it does, for the length of a `with`."""
     if model.config.precision.residuals == "none" or is_quantized(model):
         return nullcontext()
-    return model.with_stored_experts()
+    return model.with_quantized_experts()
 
 
 def is_quantized(model: LanguageModel) -> bool:

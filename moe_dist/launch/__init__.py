@@ -1,5 +1,5 @@
-"""Starting ranks: the entry script each rank runs, and the commands that start ranks on this machine.
+"""Launch of jobs: the entry script of a rank, and the commands that start ranks on this machine or on several.
 
-Imports moe_dist.config and moe_dist.errors alone, so that it answers before torch is loaded; `train.py` hands over to
-moe_dist.training once a configuration has been accepted.
+Imports moe_dist.config and moe_dist.errors alone, so that it works before torch is loaded; `rank.py` runs a task of
+`tasks.py` once a configuration has been accepted.
 """

@@ -1,8 +1,9 @@
-"""The part of a job on one of several machines: started there over ssh, runs a launcher and watches its ranks.
+"""Agent of a multi-machine job: started on each machine over ssh, it runs a launcher and supervises its ranks.
 
-`fleet.py` talks to it through ssh's own streams, so there is no port, no secret and no quoting of words: the first line
-of standard input is the job, each later one a signal's number to pass on to the ranks, or empty: a sign of life. When
-the stream ends or falls silent, so does everything that was started here. The last line on standard error tells how.
+`ssh_runner.py` communicates with it through ssh's own streams, without a port, a secret, or words that a shell would
+have to quote. Standard input: the first line is the job; each later line is a signal number to forward to the ranks, or
+empty (a heartbeat). When the stream ends or stays silent, everything that the agent started ends. The last line on
+standard error is the outcome.
 """
 
 import json
@@ -26,14 +27,14 @@ OUTCOME = "moe-dist-outcome "  # before the JSON of how it ended
 
 @dataclass(frozen=True)
 class NodeJob:
-    """What one machine is to do.
+    """Part of a job that one machine runs.
 
     Attributes:
-        command: of the launcher, for this machine.
-        folder: where to run it.
-        variables: what to set in the environment.
-        first_rank, ranks: the ranks that it starts.
-        threads: CPU threads a rank; 0: the cores shared among them.
+        command: command of the launcher on this machine.
+        folder: working directory.
+        variables: additional environment variables.
+        first_rank, ranks: first rank of this machine, and how many there are.
+        threads: CPU threads per rank; 0: the cores are divided among the ranks.
     """
 
     command: list[str]
@@ -45,7 +46,7 @@ class NodeJob:
 
 
 def main() -> int:
-    """Reads the job and sees it to its end."""
+    """Read the job, run it to its end and print its outcome."""
     for signum in HEARD:
         signal.signal(signum, _nothing_runs)
     signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # kept until the job can hear them
@@ -65,7 +66,7 @@ def main() -> int:
 
 
 def _obey(orders: int) -> None:
-    """Turns orders into signals to this very process, whose supervisor hears them; the end of orders ends all."""
+    """Turn orders into signals to this process, which its supervisor handles; the end of the orders ends the job."""
     while line := _read_line(orders):
         if line.strip():
             os.kill(os.getpid(), int(line))
@@ -73,11 +74,11 @@ def _obey(orders: int) -> None:
 
 
 def _nothing_runs(signum: int, frame: FrameType | None) -> None:
-    """Once the job has ended no signal may keep us from saying how."""
+    """Ignore a signal: after the end of the job its outcome must still be printed."""
 
 
 def _read_line(orders: int) -> bytes:
-    """One line, or nothing where the stream has ended or has been silent for too long."""
+    """Return one line; empty if the stream has ended or has been silent for too long."""
     line = b""
     while not line.endswith(b"\n"):
         readable, _, _ = select.select([orders], [], [], SILENCE_SECONDS)
@@ -89,12 +90,12 @@ def _read_line(orders: int) -> bytes:
 
 
 def say_outcome(outcome: JobOutcome) -> str:
-    """The line that tells how a part has ended."""
+    """Return the outcome of a part as one line."""
     return OUTCOME + json.dumps(asdict(outcome))
 
 
 def read_outcome(line: str) -> JobOutcome | None:
-    """How a part has ended, from the line in which it says so; None for any other line."""
+    """Return the outcome that a line holds; None for any other line."""
     if not line.startswith(OUTCOME):
         return None
     said = json.loads(line.removeprefix(OUTCOME))

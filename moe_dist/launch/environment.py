@@ -1,4 +1,4 @@
-"""Which rank this process is, read from what its launcher put into the environment."""
+"""Detection of a rank's place in the job from the environment variables of its launcher."""
 
 import os
 import re
@@ -24,13 +24,11 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """One rank's place in the job.
+    """Place of one rank in the job; `rendezvous.py` finds the address at which the ranks connect.
 
     Attributes:
-        kind: who started this process; `alone`: nobody, it is the whole job.
-        local_rank, local_world_size: the place among the ranks of this machine.
-
-    Where the ranks meet is `launcher/meeting.py`'s to find.
+        kind: launcher that started this process; `alone`: none, the process is the whole job.
+        local_rank, local_world_size: rank and number of ranks on this machine.
     """
 
     kind: Kind
@@ -40,7 +38,7 @@ class RankEnvironment:
     local_world_size: int
 
     def export(self, environment: MutableMapping[str, str]) -> None:
-        """Writes the variables that torch.distributed and DeepSpeed read, the same ones whoever started the rank."""
+        """Export the variables that torch.distributed and DeepSpeed read, the same for every launcher."""
         environment.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world_size),
@@ -54,7 +52,7 @@ class RankEnvironment:
 
 @dataclass(frozen=True)
 class _Names:
-    """The variables in which one kind of launcher tells a process its place."""
+    """Variables in which one kind of launcher passes a process its place."""
 
     kind: Kind
     rank: str
@@ -73,10 +71,10 @@ _SLURM = _Names("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
 
 
 def discover(environment: Mapping[str, str]) -> RankEnvironment:
-    """Reads the rank's place from environment variables.
+    """Read the rank's place from environment variables.
 
     Raises:
-        LaunchError: variables that are missing, are not numbers, or contradict each other, each named with its value.
+        LaunchError: a variable is missing, is not a number, or contradicts another; names it with its value.
     """
     names = _names(environment)
     if names is None:
@@ -92,7 +90,7 @@ def discover(environment: Mapping[str, str]) -> RankEnvironment:
 
 
 def _names(environment: Mapping[str, str]) -> _Names | None:
-    """Who started this process, None: nobody; RANK and WORLD_SIZE come first: their launcher may be a task itself."""
+    """Return the variables of the launcher, None without one; RANK and WORLD_SIZE win over those of outer launchers."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         if environment.get(STARTER) == "local":
             return _LOCAL
@@ -130,7 +128,7 @@ def _text(environment: Mapping[str, str], name: str) -> str:
 
 
 def number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """A variable that must hold a whole number of 0 or more, or a LaunchError that names it."""
+    """Return a variable that must hold a whole number >= 0, or raise a LaunchError that names it."""
     if default is not None and name not in environment:
         return default
     text = _text(environment, name)
@@ -145,7 +143,7 @@ def _require_below(name: str, value: int, limit_name: str, limit: int) -> None:
 
 
 def split_words(name: str, text: str) -> list[str]:
-    """The words of an option or a variable as a shell would read them, or a LaunchError that names it."""
+    """Split an option or a variable into words as a shell would, or raise a LaunchError that names it."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -153,14 +151,14 @@ def split_words(name: str, text: str) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port that the system just had free on the loopback interface."""
+    """Return a free TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def has_gpu() -> bool:
-    """Whether torch could find a GPU here, told without loading torch."""
+    """Return whether torch could find a GPU here, without importing torch."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not hidden and not _torch_is_cpu_build() and any(Path(device).exists() for device in GPU_DEVICES)
 
@@ -173,10 +171,10 @@ def _torch_is_cpu_build() -> bool:
 
 
 def prepare_process(environment: MutableMapping[str, str], threads: int, local_world_size: int) -> None:
-    """Sets what torch and DeepSpeed read when they are imported: the accelerator, and threads of the CPU.
+    """Set the variables that torch and DeepSpeed read at import: the accelerator and the number of CPU threads.
 
     Args:
-        threads: wanted threads a rank; 0: what the environment says, else the cores shared among the local ranks.
+        threads: CPU threads per rank; 0: as the environment has it, else the cores divided among the local ranks.
     """
     if not has_gpu():
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -189,12 +187,12 @@ def prepare_process(environment: MutableMapping[str, str], threads: int, local_w
 
 
 def usable_cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hush_libraries() -> None:
-    """Other packages' advice to their own developers would tear a live display, once from every rank."""
+    """Ignore warnings for the developers of libraries, which every rank would print into the live display."""
     if not sys.warnoptions:  # someone who asks for warnings gets them all
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(torch|torchao|megatron|deepspeed|apex)\b")

@@ -1,8 +1,8 @@
-"""What a rank says of itself, so that whoever started it can name the rank that failed and why.
+"""Status files of ranks, from which a supervisor names the rank that failed and its error.
 
-A supervised job (`moe-dist launch`) has a folder, named by an environment variable. Each rank leaves there
-`rank-R.pid` when it starts, and `rank-R.done` or `rank-R.fault` when it ends. A rank that ends with neither was killed.
-Ranks of a launcher that nobody supervises leave the same to each other (`peers.py`).
+A supervised job (`moe-dist launch`) has a folder, named by an environment variable. Each rank writes `rank-R.pid` when
+it starts, and `rank-R.done` or `rank-R.fault` when it ends; a rank that ends with neither was killed. Ranks without a
+supervisor share a folder of their own (`sibling_ranks.py`).
 """
 
 import json
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError
-from moe_dist.launch import sibling_ranks as peers
+from moe_dist.launch import sibling_ranks
 
 JOB_FOLDER = "MOE_DIST_JOB_FOLDER"
 SUPERVISOR = "MOE_DIST_SUPERVISOR_PID"
@@ -37,12 +37,12 @@ PEER_LOST = re.compile(
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a rank ended.
+    """Failure of one rank.
 
     Attributes:
         time: seconds since the epoch.
         line: the error in one line.
-        consequence: it only met the end of another rank, so it is not the cause.
+        consequence: the failure only followed from the end of another rank.
     """
 
     rank: int
@@ -53,23 +53,23 @@ class Fault:
 
 
 def supervised_folder() -> Path | None:
-    """The job's folder, or None where nobody supervises this rank."""
+    """Return the folder of a supervised job; None without a supervisor."""
     name = os.environ.get(JOB_FOLDER)
     return Path(name) if name else None
 
 
 def folder_of_ranks() -> Path | None:
-    """Where ranks tell how they fare: the supervisor's folder, or one that the launcher's ranks here share."""
-    return supervised_folder() or peers.shared_folder()
+    """Return the folder of status files: the supervisor's, or the one shared by the ranks of one launcher here."""
+    return supervised_folder() or sibling_ranks.shared_folder()
 
 
 def register(rank: int, *, leave_with_parent: bool) -> None:
-    """Tells the supervisor that this process is `rank`, and sees to it that the rank never outlives its launcher."""
+    """Write this rank's pid file, and start a thread that ends the rank when its launcher or supervisor ends."""
     watched = [os.getppid()] if leave_with_parent else []
     if supervised_folder() is not None:
         watched.append(int(os.environ[SUPERVISOR]))
     else:
-        peers.remove_abandoned()
+        sibling_ranks.remove_abandoned()
     if (folder := folder_of_ranks()) is not None:
         _write(folder / f"rank-{rank}.pid", json.dumps({"pid": os.getpid(), "group": os.getpgid(0)}))
         for how in ("done", "fault"):  # of an earlier start by the same launcher: no news of this one
@@ -78,7 +78,7 @@ def register(rank: int, *, leave_with_parent: bool) -> None:
 
 
 def _leave_with(watched: list[int]) -> None:
-    """Ends this process at once when any of the watched ones ends, even while it is blocked in a collective."""
+    """End this process as soon as one of the watched ones ends, even while it is blocked in a collective."""
     poller = select.poll()
     try:
         for pid in watched:
@@ -92,20 +92,20 @@ def _leave_with(watched: list[int]) -> None:
 
 
 def _told_folder(rank: int) -> Path | None:
-    """The folder, if this rank is one of those that tell how they fare: a process that is alone has nobody to tell."""
+    """Return the folder if this rank has registered in it; a process that is the whole job has not."""
     folder = folder_of_ranks()
     registered = folder is not None and (folder / f"rank-{rank}.pid").exists()
     return folder if registered or supervised_folder() is not None else None
 
 
 def mark_done(rank: int, how: str = "") -> None:
-    """Tells the supervisor that this rank ended as it should, or that it is STOPPED since it was asked to."""
+    """Record that this rank ended as it should, or that it is STOPPED by a signal."""
     if (folder := _told_folder(rank)) is not None:
         _write(folder / f"rank-{rank}.done", how)
 
 
 def read_done(folder: Path, rank: int) -> str | None:
-    """What a rank said when it ended as it should, None: it did not."""
+    """Return the record of a rank that ended as it should; None otherwise."""
     try:
         return (folder / f"rank-{rank}.done").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -113,10 +113,10 @@ def read_done(folder: Path, rank: int) -> str | None:
 
 
 def report(rank: int, world_size: int, error: BaseException) -> int:
-    """Prints a rank's error, records it for the supervisor, and returns the rank's exit code.
+    """Print a rank's error, record it for the supervisor, and return the rank's exit code.
 
-    One clear line for an error meant for the user, the traceback before it for any other. A rank that merely lost a
-    peer stays silent under a supervisor, which names the one that was first; without one it says just that.
+    An error meant for the user is one line; any other has its traceback before that line. Under a supervisor a rank
+    that only lost its connection prints nothing; without one it prints the first failure that it can find.
     """
     expected = isinstance(error, MoeDistError)
     line = describe(error)
@@ -136,7 +136,7 @@ def report(rank: int, world_size: int, error: BaseException) -> int:
 
 
 def _tell_batch_script(line: str) -> None:
-    """Writes into the file of slurm/train.sbatch that this job need not be tried again."""
+    """Record for slurm/train.sbatch that this job must not be requeued."""
     if file := os.environ.get(REFUSALS):
         with suppress(OSError), open(file, "a", encoding="utf-8") as refusals:
             refusals.write(f"{line}\n")
@@ -150,21 +150,21 @@ def _complaint(fault: Fault, world_size: int, folder: Path | None) -> str:
 
 
 def _cause_among_peers(folder: Path) -> str | None:
-    """Which rank of this machine failed or was killed first; looks for a while, since that shows a little later."""
+    """Return the first failed or killed rank of this machine; poll for some seconds, since status files come late."""
     deadline = time.monotonic() + PEER_SECONDS
     while time.monotonic() < deadline:
         told = [Fault(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("rank-*.fault")]
         first = root_cause(told)
         if first is not None and not first.consequence:
             return f"rank {first.rank} failed: {first.line}"
-        if (killed := peers.killed_rank(folder)) is not None:
+        if (killed := sibling_ranks.killed_rank(folder)) is not None:
             return f"rank {killed[0]} failed: its process (pid {killed[1]}) was killed or ended without a word"
         time.sleep(PEER_SECONDS / 30)
     return None
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line: the message of one meant for the user, type and message of any other."""
+    """Return an error in one line: the message of an error meant for the user, type and message of any other."""
     message = " ".join(str(error).split())
     kind = type(error).__name__
     line = message if isinstance(error, MoeDistError) else f"{kind}: {message}" if message else kind
@@ -172,7 +172,7 @@ def describe(error: BaseException) -> str:
 
 
 def read_fault(folder: Path, rank: int) -> Fault | None:
-    """What a rank recorded, or None where it recorded nothing."""
+    """Return the recorded fault of a rank; None without one."""
     try:
         return Fault(**json.loads((folder / f"rank-{rank}.fault").read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -180,7 +180,7 @@ def read_fault(folder: Path, rank: int) -> Fault | None:
 
 
 def root_cause(faults: list[Fault]) -> Fault | None:
-    """The fault that the others follow from: the first in time that is not itself a consequence."""
+    """Return the fault that the others follow from: the first in time that is no consequence itself."""
     return min(faults, key=lambda fault: (fault.consequence, fault.time), default=None)
 
 

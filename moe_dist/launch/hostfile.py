@@ -1,4 +1,4 @@
-"""The machines of a job: a host file as DeepSpeed's users know it, and what a job takes of it."""
+"""Machines of a job, read from a host file in DeepSpeed's format."""
 
 import re
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ class Node:
     """One machine of a job.
 
     Attributes:
-        host: its name for ssh, or None where a scheduler chooses.
-        ranks: how many ranks it runs.
+        host: name for ssh; None if a scheduler chooses the machine.
+        ranks: number of ranks.
     """
 
     host: str | None
@@ -25,7 +25,7 @@ class Node:
 
 
 def read_hostfile(path: Path) -> tuple[Node, ...]:
-    """Reads lines of `HOST slots=N`; empty lines and `#` comments are skipped.
+    """Read lines of `HOST slots=N`; skip empty lines and `#` comments.
 
     Raises:
         LaunchError: the file cannot be read, or a line is not of that form; names the line.
@@ -51,7 +51,7 @@ def read_hostfile(path: Path) -> tuple[Node, ...]:
 
 
 def take(listed: Sequence[Node], nodes: int | None, ranks_per_node: int | None) -> tuple[Node, ...]:
-    """The first `nodes` machines (None: all) with `ranks_per_node` ranks each (None: as many as they have slots).
+    """Return the first `nodes` machines (None: all) with `ranks_per_node` ranks each (None: as many as slots).
 
     Raises:
         LaunchError: there are fewer machines, or fewer slots on one of them.

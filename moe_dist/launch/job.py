@@ -1,22 +1,24 @@
-"""What `moe-dist launch` is asked to start, checked before anything starts."""
+"""Jobs: the ranks to start and their machines, checked before anything starts."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
+from moe_dist.config import load_config, resolve_batch, resolve_world
 from moe_dist.errors import LaunchError
 from moe_dist.launch.environment import has_gpu
 from moe_dist.launch.hostfile import THIS_MACHINE, Node, read_hostfile, take
+from moe_dist.launch.options import option, to_json
+from moe_dist.launch.tasks import TRAIN
 
-ENTRY = Path(__file__).with_name("rank.py")
+RANK_SCRIPT = Path(__file__).with_name("rank.py")
 DEFAULT_PORT = 29500
 
 
 class Launcher(StrEnum):
-    """Who starts the ranks."""
+    """Program that starts the ranks."""
 
     LOCAL = "local"
     TORCHRUN = "torchrun"
@@ -27,58 +29,70 @@ class Launcher(StrEnum):
 
 @dataclass(frozen=True)
 class Job:
-    """What to start: ranks of `entry` on some machines, numbered machine by machine.
+    """Ranks to start on some machines, numbered machine by machine.
 
     Attributes:
-        words: what each rank's script is given: the configuration and the overrides.
+        words: arguments of each rank's script: the configuration, if there is one, and the overrides.
         threads: CPU threads a rank; 0: the cores of a machine shared among its ranks.
-        port: where ranks of several machines meet, on the first one.
-        options: further words for the launcher itself.
+        entry: script of a rank.
+        port: rendezvous port of several machines, on the first one.
+        options: further arguments of the launcher itself.
+        task: name of the task in `tasks.TASKS`.
+        task_options: options of the task as JSON; empty: its defaults.
     """
 
     launcher: Launcher
     nodes: tuple[Node, ...]
     words: tuple[str, ...]
     threads: int = 0
-    entry: Path = ENTRY
+    entry: Path = RANK_SCRIPT
     port: int = DEFAULT_PORT
     options: tuple[str, ...] = ()
+    task: str = TRAIN
+    task_options: str = ""
 
     @classmethod
     def here(
-        cls, launcher: Launcher, ranks: int, words: tuple[str, ...], entry: Path = ENTRY, threads: int = 0
+        cls, launcher: Launcher, ranks: int, words: tuple[str, ...], entry: Path = RANK_SCRIPT, threads: int = 0
     ) -> "Job":
-        """A job on this machine alone."""
+        """Return a job on this machine alone."""
         return cls(launcher, (Node(THIS_MACHINE[0], ranks),), words, threads, entry)
+
+    def with_task(self, task: str, options: object | None = None) -> "Job":
+        """Return the same job with another task."""
+        return replace(self, task=task, task_options="" if options is None else to_json(options))
+
+    @property
+    def rank_command(self) -> list[str]:
+        """Arguments of Python for one rank: the script and its words."""
+        task = [] if self.task == TRAIN else ["--task", self.task]
+        options = ["--options", self.task_options] if self.task_options else []
+        return [str(self.entry), *task, *options, *self.words]
 
     @property
     def ranks(self) -> int:
-        """How many ranks all machines run together."""
+        """Number of ranks of all machines."""
         return sum(node.ranks for node in self.nodes)
 
     @property
     def is_here(self) -> bool:
-        """Nothing but this machine is needed."""
+        """True for a job on this machine alone."""
         return len(self.nodes) == 1 and self.nodes[0].host in THIS_MACHINE
 
     def ranks_of(self, node: int) -> range:
-        """The ranks that run on one of the machines."""
+        """Return the ranks of one of the machines."""
         first = sum(before.ranks for before in self.nodes[:node])
         return range(first, first + self.nodes[node].ranks)
 
 
 @dataclass(frozen=True)
 class JobSize:
-    """How large a job is asked to be; None: not said.
+    """Requested size of a job; None: not given."""
 
-    Attributes:
-        ranks: of the whole job.
-    """
-
-    ranks: int | None = None
-    nodes: int | None = None
-    ranks_per_node: int | None = None
-    hostfile: Path | None = None
+    ranks: int | None = option(None, "Ranks of the job; default: as the keys under `world` say.")
+    nodes: int | None = option(None, "Machines; default: this one, or all of the host file.")
+    ranks_per_node: int | None = option(None, "Ranks on each machine; default: its slots.")
+    hostfile: Path | None = option(None, "File of machines, one line `HOST slots=N` each.")
 
 
 def plan(
@@ -89,16 +103,17 @@ def plan(
     port: int = DEFAULT_PORT,
     options: Sequence[str] = (),
 ) -> Job:
-    """Checks the configuration against the number of ranks and says what to start.
+    """Check the configuration against the number of ranks and return the job to start.
 
     Raises:
         ConfigError: the configuration cannot work, or not with that many ranks.
-        LaunchError: sizes that contradict each other, machines that are not named, more ranks than visible GPUs.
+        LaunchError: sizes contradict each other, machines are not named, or there are more ranks than visible GPUs.
     """
     config = load_config(config_path, overrides)
-    nodes = machines(launcher, size, _ranks_wanted(config))
-    job = Job(launcher, nodes, (config_path, *overrides), config.world.threads, port=port, options=tuple(options))
-    gpus = visible_gpus() if job.is_here and config.world.backend != "gloo" else []
+    world = config.world
+    nodes = machines(launcher, size, (world.data or 1) * (world.cluster or 1) * world.shard)
+    job = Job(launcher, nodes, (config_path, *overrides), world.threads, port=port, options=tuple(options))
+    gpus = visible_gpus() if job.is_here and world.backend != "gloo" else []
     if 0 < len(gpus) < job.ranks:
         listed = ",".join(gpus)
         raise LaunchError(f"{job.ranks} ranks are more than the {len(gpus)} GPUs of CUDA_VISIBLE_DEVICES={listed}")
@@ -108,15 +123,17 @@ def plan(
 
 
 def machines(launcher: Launcher, size: JobSize, ranks_wanted: int) -> tuple[Node, ...]:
-    """The machines of a job and how many ranks each runs.
+    """Return the machines of a job with their numbers of ranks.
 
     Args:
-        ranks_wanted: of the whole job, where `size` does not say.
+        ranks_wanted: ranks of the job if `size` gives no number.
 
     Raises:
-        LaunchError: sizes that contradict each other, or machines that are not named.
+        LaunchError: sizes contradict each other, or machines are not named.
     """
-    _require_positive(size)
+    for option_, value in (("ranks", size.ranks), ("nodes", size.nodes), ("ranks-per-node", size.ranks_per_node)):
+        if value is not None and value < 1:
+            raise LaunchError(f"--{option_} {value} must be >= 1")
     if size.hostfile is not None:
         if launcher is Launcher.SLURM:
             raise LaunchError("--hostfile does not go with --launcher slurm, which chooses the nodes: give --nodes")
@@ -130,7 +147,7 @@ def machines(launcher: Launcher, size: JobSize, ranks_wanted: int) -> tuple[Node
 
 
 def _unnamed(launcher: Launcher, size: JobSize, wanted: int) -> tuple[Node, ...]:
-    """Machines without a host file: this one, or as many as asked of SLURM."""
+    """Return machines without a host file: this one, or as many as SLURM is asked for."""
     count = size.nodes or 1
     if count > 1 and launcher is not Launcher.SLURM:
         raise LaunchError(f"--nodes {count} needs --hostfile: a file with a line `HOST slots=N` for each machine")
@@ -143,19 +160,8 @@ def _unnamed(launcher: Launcher, size: JobSize, wanted: int) -> tuple[Node, ...]
     return (Node(host, per_node),) * count
 
 
-def _require_positive(size: JobSize) -> None:
-    for option, value in (("ranks", size.ranks), ("nodes", size.nodes), ("ranks-per-node", size.ranks_per_node)):
-        if value is not None and value < 1:
-            raise LaunchError(f"--{option} {value} is too few: at least one must work")
-
-
-def _ranks_wanted(config: RunConfig) -> int:
-    world = config.world
-    return (world.data or 1) * (world.cluster or 1) * world.shard
-
-
 def visible_gpus() -> list[str]:
-    """The GPUs that CUDA_VISIBLE_DEVICES lists by number, or none where it does not or the CPU is used anyway."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES lists by number; none if it lists no numbers or the CPU is used."""
     if not has_gpu() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return []
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")

@@ -1,8 +1,8 @@
-"""Starts ranks on this machine, with nothing but the standard library: what `--launcher local` runs on each node.
+"""Launcher of ranks on this machine that needs the standard library alone; `--launcher local` runs it on each node.
 
-python -m moe_dist.launch.local_launcher --ranks 2 [--first-rank 2 --world-size 4 --meet n1:29500] ENTRY [word ...]
+    python -m moe_dist.launch.local_launcher --ranks 2 [--first-rank 2 --world-size 4 --rendezvous n1:29500] SCRIPT ...
 
-Whoever supervises it (`supervise.py`) tells which rank failed and why; here the first failure ends the others.
+`supervisor.py` reports which rank failed and why; here the first failure ends the other ranks.
 """
 
 import os
@@ -20,23 +20,23 @@ TERMINATE_SECONDS = 20.0  # for the others to stop after a failure, before they 
 
 
 def main() -> int:
-    """Starts the ranks, waits for all, and returns the exit code of the first that failed."""
+    """Start the ranks, wait for all, and return the exit code of the first that failed."""
     parser = ArgumentParser(
         prog="moe_dist.launch.local_launcher", description="Start ranks of a script on this machine."
     )
-    parser.add_argument("--ranks", type=int, required=True, help="how many to start here")
+    parser.add_argument("--ranks", type=int, required=True, help="number of ranks to start here")
     parser.add_argument("--first-rank", type=int, default=0, help="number of the first of them")
     parser.add_argument("--world-size", type=int, help="ranks of the whole job; default: those started here")
-    parser.add_argument("--meet", metavar="HOST:PORT", help="where they meet, of rank 0's machine")
-    parser.add_argument("command", nargs=REMAINDER, help="the script of a rank and its words")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="rendezvous address on rank 0's machine")
+    parser.add_argument("command", nargs=REMAINDER, help="the script of a rank and its arguments")
     words = parser.parse_args()
     common = {
         STARTER: "local",
         "WORLD_SIZE": str(words.world_size or words.ranks),
         "LOCAL_WORLD_SIZE": str(words.ranks),
     }
-    if words.meet:
-        common["MASTER_ADDR"], _, common["MASTER_PORT"] = words.meet.rpartition(":")
+    if words.rendezvous:
+        common["MASTER_ADDR"], _, common["MASTER_PORT"] = words.rendezvous.rpartition(":")
     running = []
     for local_rank in range(words.ranks):
         place = {"RANK": str(words.first_rank + local_rank), "LOCAL_RANK": str(local_rank)}

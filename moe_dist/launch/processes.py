@@ -1,4 +1,4 @@
-"""What Linux tells of processes that somebody else started: when they started, whether and how they have ended."""
+"""Start time and exit status of processes that are no children of this one (Linux)."""
 
 import fcntl
 import os
@@ -16,14 +16,14 @@ _ENDED = ("Z", "X")  # states of a zombie
 
 
 def wait_status(descriptor: int, pid: int) -> int | None:
-    """The status that `os.wait` gives the parent of an ended process, for anyone who watched it by a pidfd.
+    """Return the status that `os.wait` gives the parent of an ended process, to any process that holds its pidfd.
 
     Args:
-        descriptor: the process's pidfd, opened before it was waited for.
-        pid: its process id; asked where the kernel is older than 6.15 and answers as long as the parent has not waited.
+        descriptor: the process's pidfd, opened before its parent waited for it.
+        pid: its process id, for kernels older than 6.15; these answer only until the parent has waited.
 
     Returns:
-        A status for `os.WIFSIGNALED` and its like; None: it is past finding out, or the process has not ended.
+        A status for `os.WIFSIGNALED` and its like; None: it is not available, or the process has not ended.
     """
     info = bytearray(_INFO_BYTES)
     _MASK.pack_into(info, 0, _INFO_EXIT)
@@ -35,18 +35,18 @@ def wait_status(descriptor: int, pid: int) -> int | None:
 
 
 def was_terminated(status: int | None) -> bool:
-    """Whether a process is known to have ended by SIGTERM."""
+    """Return whether a process is known to have ended by SIGTERM."""
     return status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
 
 
 def start_of(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: with its number, a name that is never used again."""
+    """Return the start time of a process in clock ticks since boot; with the pid, it identifies a process uniquely."""
     fields = _stat(pid)
     return fields[19] if fields else None
 
 
 def has_ended(pid: int) -> bool:
-    """Gone, or a zombie that its parent has not yet waited for."""
+    """Return whether a process is gone, or a zombie that its parent has not yet waited for."""
     fields = _stat(pid)
     return fields is None or fields[0] in _ENDED
 
@@ -57,7 +57,7 @@ def _status_of_zombie(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """/proc/<pid>/stat from the state on, which follows the name in parentheses; None where no such process is."""
+    """Return the fields of /proc/<pid>/stat from the state on; None without such a process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

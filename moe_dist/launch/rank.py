@@ -1,15 +1,14 @@
-"""The entry script of every rank: `deepspeed --num_gpus 4 launcher/train.py CONFIG [key=value ...]`, or torchrun's.
+"""Entry script of every rank: `[--task NAME] [--options JSON] [CONFIG] [key=value ...] [--json FILE]`.
 
-A configuration that cannot work is refused before torch is imported and before any process group forms.
+An invalid configuration is refused before torch is imported and before any process group is created.
 """
 
-import json
 import os
 import signal
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder's `train`, `faults`, ...
@@ -17,37 +16,46 @@ if __name__ == "__main__":  # started by path: import from the repository, not f
 
 from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
 from moe_dist.errors import EXIT_STOPPED, ConfigError, LaunchError
-from moe_dist.launch import environment, faults
-from moe_dist.launch import rendezvous as meeting
+from moe_dist.launch import environment, faults, rendezvous
+from moe_dist.launch.files import with_summary, writable
+from moe_dist.launch.options import from_json
+from moe_dist.launch.tasks import TASKS, TRAIN, resolve
 
-SPEAK_LATER_SECONDS = 3.0
+REFUSAL_SECONDS = 3.0
 
 
-def run_rank(config_path: str | None, overrides: Sequence[str], work: Callable[[RunConfig], bool] | None = None) -> int:
-    """Does one rank's whole work: finds its place, checks the configuration, trains.
+def run_rank(
+    config_path: str | None, overrides: Sequence[str], task: str = TRAIN, options: object | None = None
+) -> int:
+    """Find this rank's place in the job, check the configuration and run a task.
 
     Args:
-        work: what to do instead of training; true: stopped before its end because it was asked to.
+        config_path: None: the defaults, fitted to the number of ranks.
+        task: name in `TASKS`.
+        options: the task's options; None: it has none.
 
     Returns:
-        The exit code; whatever went wrong has been printed and recorded by then.
+        The exit code; every error has been printed and recorded by then.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # kept until training can hear it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # kept until training installs its handler
     try:
         place = environment.discover(os.environ)
     except LaunchError as error:
         return faults.report(0, 1, error)
     if place.kind != "alone":
         faults.register(place.rank, leave_with_parent=place.kind != "environment")
+    if config_path is None:
+        overrides = ["moe.kind=dense", f"train.global_batch_size={place.world_size}", *overrides]
     try:
         config = _accepted_config(place, config_path, overrides)
         environment.hush_libraries()
-        if (work or _train)(config):
+        if _perform(config, task, options):
             return _stopped(place)
     except KeyboardInterrupt:
         return _leave(place, _interrupted(place))
     except ConfigError as error:
-        _speak_later(place)
+        if place.local_rank:  # all refuse the same configuration: the first reports it, its launcher ends the others
+            time.sleep(REFUSAL_SECONDS)
         return faults.report(place.rank, place.world_size, error)
     except Exception as error:
         return _leave(place, faults.report(place.rank, place.world_size, error))
@@ -55,46 +63,12 @@ def run_rank(config_path: str | None, overrides: Sequence[str], work: Callable[[
     return 0
 
 
-def fitting_any_ranks(overrides: Sequence[str]) -> list[str]:
-    """The overrides, after what makes the defaults fit however many ranks there are: for work without a CONFIG."""
-    try:
-        ranks = environment.discover(os.environ).world_size
-    except LaunchError:
-        ranks = 1  # run_rank says it
-    return ["moe.kind=dense", f"train.global_batch_size={ranks}", *overrides]
-
-
-def with_json(overrides: Sequence[str], file: Path | None) -> list[str]:
-    """The overrides, and one more for `--json FILE`: the file also receives the run's summary.
-
-    Raises:
-        LaunchError: the file cannot be written; said now rather than after the work.
-    """
-    return [*overrides] if file is None else [*overrides, f"summary_copy={json.dumps(writable(file))}"]
-
-
-def writable(file: Path, option: str = "--json") -> str:
-    """The absolute path of a file that can be written, or a LaunchError that names the option.
-
-    It will be replaced as a whole, so that what is there must be a file: no device, and no pipe.
-    """
-    target = file.absolute()
-    replaceable = target.is_file() or not target.exists()
-    if not (replaceable and target.parent.is_dir() and os.access(target.parent, os.W_OK)):
-        raise LaunchError(f"{option} {file}: cannot be written: give a file in a folder that exists")
-    return str(target)
-
-
-def require_run(run: Path) -> None:
-    """Refuses a run that is not there, before anything is imported that takes seconds.
-
-    Raises:
-        LaunchError: there is neither a folder nor a file.
-    """
-    if not run.exists():
-        raise LaunchError(
-            f"{run} does not exist: give the folder of a run that has ended or saved a checkpoint, such as runs/NAME"
-        )
+def _perform(config: RunConfig, task: str, options: object | None) -> bool:
+    """Run a task; return whether it stopped before its end because a signal asked for it."""
+    function = resolve(TASKS[task].function)
+    if task == TRAIN:
+        return bool(function(config, _abort))
+    return bool(function(config) if options is None else function(config, options))
 
 
 def _accepted_config(
@@ -103,9 +77,9 @@ def _accepted_config(
     config = load_config(config_path, overrides)
     resolve_world(config, place.world_size)
     resolve_batch(config, place.world_size)
-    meeting.resolve(place, os.environ)
+    rendezvous.resolve(place, os.environ)
     if place.rank == 0 and place.world_size > 1:
-        print(meeting.describe(place, os.environ), flush=True)
+        print(rendezvous.describe(place, os.environ), flush=True)
     place.export(os.environ)
     if config.world.backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for a GPU when it is imported
@@ -113,42 +87,29 @@ def _accepted_config(
     return config
 
 
-def _train(config: RunConfig) -> bool:
-    """Trains; returns whether it stopped before its end because it was asked to."""
-    from moe_dist.training.trainer import train  # here, since it loads torch
-
-    return train(config, _give_up)
-
-
-def _give_up(error: Exception) -> None:
-    """Ends a rank whose main thread hangs, from another thread."""
+def _abort(error: Exception) -> None:
+    """End a rank whose main thread hangs, from another thread."""
     os._exit(faults.report(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), error))
-
-
-def _speak_later(place: environment.RankEnvironment) -> None:
-    """All ranks refuse the same configuration: the first one says so, its launcher then ends the others."""
-    if place.local_rank:
-        time.sleep(SPEAK_LATER_SECONDS)
 
 
 def _interrupted(place: environment.RankEnvironment) -> int:
     faults.mark_done(place.rank)
     if faults.supervised_folder() is not None:
-        return 0  # a failure would make the launcher kill ranks that are still closing their files
+        return 0  # a failure would make the launcher kill ranks that still close their files
     if place.rank == 0:
         print("moe-dist: interrupted", file=sys.stderr, flush=True)
     return faults.EXIT_INTERRUPTED
 
 
 def _stopped(place: environment.RankEnvironment) -> int:
-    """A rank that stopped as asked, with all others: whoever started the job may start it again."""
+    """Record that a rank stopped as asked, with all others, and return the exit code."""
     faults.mark_done(place.rank, faults.STOPPED)
     others_would_be_killed = faults.supervised_folder() is not None or place.kind == "slurm"
     return 0 if others_would_be_killed else EXIT_STOPPED
 
 
 def _leave(place: environment.RankEnvironment, code: int) -> int:
-    """Ends a rank of several at once: a normal exit can wait for ever on peers that are already gone."""
+    """End a rank of several at once: a normal exit can wait for ever on ranks that have already ended."""
     if place.world_size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -156,19 +117,25 @@ def _leave(place: environment.RankEnvironment, code: int) -> int:
     return code
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads the words after the script's name; `--local_rank` is DeepSpeed's, which the environment tells as well."""
-    parser = ArgumentParser(prog="launcher/train.py", description="One rank of a training run.")
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the run's summary here")
+def main(arguments: Sequence[str] | None = None, task: str = TRAIN) -> int:
+    """Run a rank as the arguments after the script's name say; `--local_rank` is DeepSpeed's and redundant."""
+    parser = ArgumentParser(prog="python -m moe_dist.launch.rank", description="Run one rank of a job.")
+    parser.add_argument("words", nargs="*", metavar="[CONFIG] [key=value ...]", help="YAML file, and overrides")
+    parser.add_argument("--task", choices=TASKS, default=task)
+    parser.add_argument("--options", metavar="JSON", help="options of the task")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary of a training run here")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
-    words = parser.parse_intermixed_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
+    chosen, words = TASKS[given.task], given.words
+    has_config = chosen.needs_config or (words and "=" not in words[0])
+    if has_config and not words:
+        parser.error("CONFIG is missing: give a YAML file, such as configs/experiment/demo.yaml")
     try:
-        overrides = with_json(words.overrides, words.json)
+        overrides = with_summary(words[has_config:], given.json and writable(given.json))
+        options = from_json(resolve(chosen.options), given.options or "{}") if chosen.options else None
     except LaunchError as error:
         return faults.report(0, 1, error)
-    return run_rank(words.config, overrides)
+    return run_rank(words[0] if has_config else None, overrides, given.task, options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the ranks of a job meet: MASTER_ADDR and MASTER_PORT as given, or else as SLURM or MPI lets us find them."""
+"""Rendezvous address of a job: MASTER_ADDR and MASTER_PORT as given, else as found by SLURM or MPI."""
 
 import re
 import socket
@@ -11,10 +11,10 @@ LOWEST_PORT, HIGHEST_PORT = 15000, 31999  # below the ports that Linux hands out
 
 
 def resolve(place: RankEnvironment, environment: MutableMapping[str, str]) -> None:
-    """Sees to it that the environment says where this rank meets the others; collective under MPI.
+    """Set the rendezvous address in the environment; collective under MPI.
 
     Raises:
-        LaunchError: there is no such place and no way to find one, or it is not a host and a port.
+        LaunchError: no address is given and none can be found, or it is not a host and a port.
     """
     alone = place.kind == "alone" or (place.world_size == 1 and "MASTER_PORT" not in environment)
     if alone or INIT_METHOD in environment:
@@ -32,11 +32,11 @@ def resolve(place: RankEnvironment, environment: MutableMapping[str, str]) -> No
 
 
 def describe(place: RankEnvironment, environment: Mapping[str, str]) -> str:
-    """Who started the ranks and where they meet, in one line."""
+    """Return the launcher, the number of ranks and the rendezvous address in one line."""
     where = environment.get(INIT_METHOD) or f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
     by = {"slurm": "srun", "mpi": "mpirun", "local": "moe-dist", "environment": "RANK and WORLD_SIZE"}
     nodes = "this node" if place.local_world_size == place.world_size else f"{place.local_world_size} on this node"
-    return f"started by {by.get(place.kind, place.kind)}: {place.world_size} ranks, {nodes}; they meet at {where}"
+    return f"started by {by.get(place.kind, place.kind)}: {place.world_size} ranks, {nodes}; rendezvous at {where}"
 
 
 def _found(place: RankEnvironment, environment: Mapping[str, str]) -> dict[str, str]:
@@ -46,7 +46,7 @@ def _found(place: RankEnvironment, environment: Mapping[str, str]) -> dict[str, 
 
 
 def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """The step's first node, which runs rank 0, and a port that only this step computes."""
+    """Return the step's first node, which runs rank 0, and a port computed from the step's number."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not nodes or "SLURM_JOB_ID" not in environment:
         return {}
@@ -57,13 +57,13 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of SLURM's short form of a list: `gpu[003-007,9],login` is `gpu003`."""
+    """Return the first host of a SLURM node list: `gpu[003-007,9],login` -> `gpu003`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
 def _from_mpi(place: RankEnvironment) -> dict[str, str]:
-    """Rank 0 tells the others its host and a port that is free there, by MPI, which is then left."""
+    """Broadcast rank 0's host and a free port there by MPI, then finalize MPI."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library

@@ -1,4 +1,4 @@
-"""`moe-dist launch`: runs a job by the launcher it names, on this machine or on several, or shows what it would run."""
+"""Execution of a job by its launcher, on this machine or on several, or display of its commands."""
 
 import os
 import re
@@ -11,8 +11,7 @@ from pathlib import Path
 from shutil import which
 
 from moe_dist.errors import LaunchError
-from moe_dist.launch import commands
-from moe_dist.launch import ssh_runner as fleet
+from moe_dist.launch import commands, ssh_runner
 from moe_dist.launch.environment import INIT_METHOD, STARTER, has_gpu, prepare_process
 from moe_dist.launch.job import Job, Launcher
 from moe_dist.launch.supervisor import run_job
@@ -20,7 +19,7 @@ from moe_dist.launch.supervisor import run_job
 RANK_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", INIT_METHOD, STARTER,
 )  # fmt: skip
-TRAVELLING = re.compile(  # what other machines are given of this one's environment
+EXPORTED = re.compile(  # what other machines are given of this one's environment
     r"PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(PYTHON|OMP_|MKL_|OPENBLAS_|DS_|TORCH|NCCL_|GLOO_|UCX_|MOE_DIST_|HF_|CUDA_HOME).*"
 )
 
@@ -28,7 +27,7 @@ SECRET = re.compile("TOKEN|SECRET|PASSWORD|_KEY")
 
 
 def environment(job: Job) -> dict[str, str]:
-    """This process's environment made fit for ranks here: their own place removed, threads and accelerator set."""
+    """Return this process's environment for ranks here: without its rank, with threads and accelerator set."""
     variables = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     prepare_process(variables, job.threads, job.ranks)
     if not has_gpu() and any(name == "lo" for _, name in socket.if_nameindex()):
@@ -36,20 +35,19 @@ def environment(job: Job) -> dict[str, str]:
     return variables
 
 
-def travelling(variables: Mapping[str, str]) -> dict[str, str]:
-    """The part of an environment that other machines are given too: paths and settings of the libraries we use."""
-    return {
-        name: value for name, value in variables.items() if TRAVELLING.fullmatch(name) and name not in RANK_VARIABLES
-    }
+def exported_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that other machines receive too: paths and settings of the libraries in use."""
+    return {name: value for name, value in variables.items() if EXPORTED.fullmatch(name) and name not in RANK_VARIABLES}
 
 
 def launch(job: Job) -> int:
-    """Runs the job to its end and returns its exit code; submits it where SLURM is to run it later.
+    """Run the job to its end and return its exit code; under SLURM outside an allocation, submit it.
 
     Raises:
-        LaunchError: a program that it takes is not installed here.
+        LaunchError: a program is not installed here.
     """
-    if job.launcher in (Launcher.MPI, Launcher.SLURM) and not _supervised(job):
+    supervised = job.launcher is Launcher.MPI and job.is_here  # elsewhere mpirun and srun end all ranks themselves
+    if job.launcher in (Launcher.MPI, Launcher.SLURM) and not supervised:
         command = _installed(_foreign_command(job))
         variables = {**_for_template(command), **os.environ}
         return subprocess.run(command, env=variables, stdin=subprocess.DEVNULL, check=False).returncode
@@ -61,31 +59,30 @@ def launch(job: Job) -> int:
             rendezvous_file=job.launcher is not Launcher.TORCHRUN,
         )
     else:
-        outcome = fleet.run(job, travelling(os.environ))
+        outcome = ssh_runner.run(job, exported_variables(os.environ))
     if outcome.line:
         print(f"moe-dist: {outcome.line}", file=sys.stderr, flush=True)
     return outcome.exit_code
 
 
 def dry_run(job: Job) -> str:
-    """The command, or one for each machine, as one would type it."""
+    """Return the command of the job, or one for each machine, as one would type it."""
     if job.launcher in (Launcher.MPI, Launcher.SLURM) or job.is_here:
         command = _command(job) if job.is_here else _foreign_command(job)
         given = [f"{name}={shlex.quote(value)}" for name, value in _for_template(command).items()]
         return " ".join([*given, shlex.join(command)])
     told = [
-        f"{name}={'...' if SECRET.search(name) else value}" for name, value in sorted(travelling(os.environ).items())
+        f"{name}={'...' if SECRET.search(name) else value}"
+        for name, value in sorted(exported_variables(os.environ).items())
     ]
     lines = []
     for number, node in enumerate(job.nodes):
         there = ["env", *told, *commands.node_command(job, number)]
-        lines += [f"# on {node.host}, started by: {shlex.join(fleet.ssh_command(node.host or ''))}", shlex.join(there)]
+        lines += [
+            f"# on {node.host}, started by: {shlex.join(ssh_runner.ssh_command(node.host or ''))}",
+            shlex.join(there),
+        ]
     return "\n".join(lines)
-
-
-def _supervised(job: Job) -> bool:
-    """mpirun and srun end all ranks of a job themselves; on this machine we can say more about the one that failed."""
-    return job.launcher is Launcher.MPI and job.is_here
 
 
 def _command(job: Job) -> list[str]:
@@ -96,7 +93,7 @@ def _command(job: Job) -> list[str]:
 
 def _foreign_command(job: Job) -> list[str]:
     if job.launcher is Launcher.MPI:
-        return commands.mpirun(job, travelling(os.environ))
+        return commands.mpirun(job, exported_variables(os.environ))
     if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
         return commands.srun(job)
     if not commands.TRAIN_SBATCH.is_file():
@@ -105,7 +102,7 @@ def _foreign_command(job: Job) -> list[str]:
 
 
 def _for_template(command: list[str]) -> dict[str, str]:
-    """What a template that is submitted is to find in its environment: this Python, whatever folder we are in."""
+    """Return the variables of a submitted template: this Python as VENV, independent of the folder."""
     return {"VENV": sys.prefix} if command[0] == "sbatch" and "VENV" not in os.environ else {}
 
 

@@ -1,8 +1,8 @@
-"""What ranks of one launcher on one machine leave for each other where no supervisor watches them.
+"""Status files that ranks started by one launcher on one machine share when no supervisor watches them.
 
-Under plain `deepspeed` or `torchrun` a rank that is killed says nothing, and its peers only see a connection close. So
-each keeps its process number in a folder that the children of one launcher process share; who loses a peer looks there
-for one that is gone without a word, or for the fault that was first.
+Under plain `deepspeed` or `torchrun` nobody reports a rank that is killed; the others only see a closed connection. So
+each rank writes its pid into a folder that is shared by the children of one launcher process. A rank that loses a
+connection looks there for a rank that ended without a status, or for the first fault.
 """
 
 import json
@@ -17,7 +17,7 @@ PREFIX = "moe-dist-ranks"
 
 
 def shared_folder() -> Path | None:
-    """The folder of this launcher's ranks, private to the user; None where it cannot be had."""
+    """Return the folder of this launcher's ranks, private to the user; None if it cannot be created."""
     parent = os.getppid()
     started = start_of(parent)
     if started is None:
@@ -32,7 +32,7 @@ def shared_folder() -> Path | None:
 
 
 def remove_abandoned() -> None:
-    """Removes what ranks of launchers that have ended left behind."""
+    """Remove the folders of launchers that have ended."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
         parent, _, started = folder.name.removeprefix(_prefix()).partition("-")
         if parent.isdecimal() and start_of(int(parent)) != started:
@@ -40,7 +40,7 @@ def remove_abandoned() -> None:
 
 
 def killed_rank(folder: Path) -> tuple[int, int] | None:
-    """(rank, process number) of a rank that has ended without a word, or None."""
+    """Return (rank, pid) of a rank that has ended without a status file; None without one."""
     for file in sorted(folder.glob("rank-*.pid")):
         rank = int(file.stem.removeprefix("rank-"))
         spoke = any((folder / f"rank-{rank}.{how}").exists() for how in ("done", "fault"))
@@ -51,9 +51,9 @@ def killed_rank(folder: Path) -> tuple[int, int] | None:
 
 
 def _prefix() -> str:
-    """Of the folders' names: of this user, where process numbers mean the same.
+    """Return the prefix of folder names: this user's, in this PID namespace.
 
-    Containers, and jobs with process numbers of their own, may share a folder for temporary files.
+    Containers with PID namespaces of their own may share a folder for temporary files.
     """
     try:
         space = os.stat("/proc/self/ns/pid").st_ino

@@ -1,7 +1,7 @@
-"""Runs a job on several machines over ssh: one agent on each; when a rank fails anywhere, all stop everywhere.
+"""Job on several machines over ssh, one agent on each; when a rank fails anywhere, all ranks end everywhere.
 
-DeepSpeed's own multi-node runner leaves the ranks of other machines running when one exits, and hands words to remote
-shells unquoted; here a machine gets its part as JSON through ssh's standard input (`agent.py`).
+DeepSpeed's own multi-node runner leaves the ranks of other machines running when one exits, and passes words to remote
+shells unquoted; here a machine receives its part as JSON through ssh's standard input (`agent.py`).
 """
 
 import json
@@ -35,19 +35,19 @@ STOP_SECONDS = 2 * TERMINATE_SECONDS + 4.0  # for an agent to end its ranks
 
 
 def ssh_command(host: str) -> list[str]:
-    """Starts the agent on a host, by this Python at the same path there; MOE_DIST_SSH may name another ssh."""
+    """Return the command that starts the agent on a host by this Python's path; MOE_DIST_SSH may name another ssh."""
     ssh = split_words(SSH, os.environ.get(SSH, "")) or ["ssh", *SSH_OPTIONS]
     return [*ssh, host, f"exec {shlex.join([sys.executable, '-m', 'moe_dist.launch.agent'])}"]
 
 
 def run(job: Job, variables: Mapping[str, str]) -> JobOutcome:
-    """Runs a job of several machines to its end; leaves no process behind on any that can be reached.
+    """Run a job of several machines to its end; leave no process on any machine that can be reached.
 
     Args:
-        variables: what to set in the environment of every machine.
+        variables: environment variables for every machine.
 
     Raises:
-        LaunchError: there is no ssh, or MOE_DIST_SSH cannot be read.
+        LaunchError: there is no ssh, or MOE_DIST_SSH cannot be parsed.
     """
     parts: list[_RemotePart] = []
     try:
@@ -63,7 +63,7 @@ def run(job: Job, variables: Mapping[str, str]) -> JobOutcome:
 
 
 class _RemotePart:
-    """One machine's agent, seen from here."""
+    """Connection to the agent of one machine."""
 
     def __init__(self, job: Job, number: int, variables: Mapping[str, str]) -> None:
         self.host = job.nodes[number].host or ""
@@ -81,14 +81,14 @@ class _RemotePart:
         self.say(json.dumps(asdict(part)))
 
     def say(self, line: str = "") -> None:
-        """Sends the agent one line; nothing happens where it is gone."""
+        """Send the agent one line; do nothing if it has ended."""
         assert self._ssh.stdin is not None
         with suppress(OSError, ValueError):  # ValueError: told to stop already
             self._ssh.stdin.write(f"{line}\n".encode())
             self._ssh.stdin.flush()
 
     def stop(self) -> None:
-        """Ends the agent's orders, at which it ends all that it started."""
+        """Close the agent's input, at which it ends everything that it started."""
         assert self._ssh.stdin is not None
         with suppress(OSError):
             self._ssh.stdin.close()
@@ -97,14 +97,14 @@ class _RemotePart:
         return self._ssh.poll()
 
     def kill(self) -> None:
-        """Ends the connection; an agent that still lives ends its ranks by itself."""
+        """End the connection; an agent that is still running ends its ranks by itself."""
         self.stop()
         with suppress(subprocess.TimeoutExpired):
             self._ssh.wait(STOP_SECONDS)
         self._ssh.kill()
 
     def outcome(self) -> JobOutcome:
-        """How the part has ended; its ssh has."""
+        """Return the outcome of the part after its ssh has ended."""
         code = self._ssh.wait()
         self._listener.join(TERMINATE_SECONDS)
         if self._outcome is not None:
@@ -113,7 +113,7 @@ class _RemotePart:
         return JobOutcome(EXIT_FAILURE, f"error: ssh to {self.host} ended without its ranks: {why}")
 
     def _listen(self) -> None:
-        """Passes on what is said on standard error there, but for the agent's last word."""
+        """Forward the agent's standard error, except for its last line, the outcome."""
         assert self._ssh.stderr is not None
         for line in self._ssh.stderr:
             text = line.decode(errors="replace")
@@ -126,7 +126,7 @@ class _RemotePart:
 
 
 def _watch(parts: list[_RemotePart]) -> None:
-    """Returns when all parts have ended; a first that fails gives the others some seconds to end by themselves."""
+    """Wait until all parts have ended; after a first failure, at most some seconds."""
     deadline: float | None = None
     told = time.monotonic()
     while any(part.poll() is None for part in parts):
@@ -144,7 +144,7 @@ def _watch(parts: list[_RemotePart]) -> None:
 
 @contextmanager
 def _signals_passed_to(parts: list[_RemotePart]) -> Iterator[list[int]]:
-    """Passes signals on to all machines, a second one that ends jobs ends this one; yields those heard."""
+    """Forward signals to all machines; a second one that ends jobs ends the parts. Yield the signals received."""
     heard: list[int] = []
 
     def handle(signum: int, frame: FrameType | None) -> None:
@@ -155,6 +155,7 @@ def _signals_passed_to(parts: list[_RemotePart]) -> Iterator[list[int]]:
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {signum: signal.signal(signum, handle) for signum in signals}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the process that started this one may have blocked them
     try:
         yield heard
     finally:
@@ -163,7 +164,7 @@ def _signals_passed_to(parts: list[_RemotePart]) -> Iterator[list[int]]:
 
 
 def conclude(outcomes: list[JobOutcome], heard: list[int]) -> JobOutcome:
-    """What the parts' endings mean for the job: the fault that the others follow from, else the first that is odd."""
+    """Combine the outcomes of the parts: the fault that the others follow from, else the first failure."""
     known = [outcome.fault for outcome in outcomes if outcome.fault is not None]
     cause = faults.root_cause(known)
     odd = [outcome for outcome in outcomes if outcome.exit_code]

@@ -1,7 +1,7 @@
-"""Runs one launcher command and watches its ranks: when one fails all stop, and the last line names it and its error.
+"""Supervisor of one launcher command and its ranks: when one fails all stop, and the last line names it and its error.
 
-DeepSpeed's and torch's launchers stop the other ranks themselves, but neither says in one line which rank was first and
-why, both may wait long for a rank that does not listen, and DeepSpeed's returns 0 when its own helper is killed.
+DeepSpeed's and torch's launchers stop the other ranks themselves. But neither reports in one line which rank was first
+and why, both may wait long for a rank that ignores signals, and DeepSpeed's returns 0 when its own helper is killed.
 """
 
 import json
@@ -37,13 +37,13 @@ STOPPED = "stopped as asked, with a checkpoint: the same command and checkpoint.
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """How a job, or the part of it on one machine, has ended.
+    """End of a job, or of its part on one machine.
 
     Attributes:
-        exit_code: 0 if every rank is done; 75 where they stopped because they were asked to; the exit code of the rank
-            that failed first; 130 after Ctrl-C, 143 after SIGTERM.
-        line: what the user is told last; empty where all went well.
-        fault: the first fault that is no consequence of another, or else the first.
+        exit_code: 0 if every rank is done; 75 if they stopped by a signal; the exit code of the rank that failed first;
+            130 after Ctrl-C, 143 after SIGTERM.
+        line: last line for the user; empty after success.
+        fault: the first fault that is no consequence of another, else the first.
     """
 
     exit_code: int
@@ -54,13 +54,13 @@ class JobOutcome:
 def run_job(
     command: Sequence[str], environment: Mapping[str, str], ranks: Sequence[int], *, rendezvous_file: bool
 ) -> JobOutcome:
-    """Runs a launcher's command until it and all its ranks have ended; leaves no process behind.
+    """Run a launcher's command until it and all its ranks have ended; leave no process behind.
 
     Args:
         command: words of the launcher's command, run without a shell.
-        environment: the whole environment of the command.
-        ranks: those that must report that they are done.
-        rendezvous_file: the ranks meet through a file in the job's folder instead of a TCP port.
+        environment: complete environment of the command.
+        ranks: ranks that must report success.
+        rendezvous_file: the ranks use a file in the job's folder for rendezvous instead of a TCP port.
 
     Raises:
         LaunchError: the kernel offers no way to watch processes.
@@ -106,7 +106,7 @@ def _signals_passed_to(job: "_SupervisedJob") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Rank:
-    """A living rank; `descriptor` is its pidfd, which no other process can ever take over."""
+    """Running rank; `descriptor` is its pidfd, which always refers to this very process."""
 
     rank: int
     pid: int
@@ -114,7 +114,7 @@ class _Rank:
 
 
 class _SupervisedJob:
-    """One running command, the ranks it has started so far, and the faults seen."""
+    """Running command with the ranks that it has started so far, and the faults seen."""
 
     def __init__(self, folder: Path, ranks: Sequence[int]) -> None:
         self._folder = folder
@@ -138,9 +138,9 @@ class _SupervisedJob:
         self._groups.add(self._launcher.pid)
 
     def receive(self, signum: int) -> None:
-        """Passes a signal on to the ranks; SIGHUP, or a second one that ends jobs, ends this one at once.
+        """Forward a signal to the ranks; SIGHUP, or a second signal that ends jobs, ends this one at once.
 
-        SIGUSR1 asks the ranks to stop at their next step; they may take as long as that needs.
+        SIGUSR1 asks the ranks to stop at their next step, without a time limit.
         """
         if signum == signal.SIGUSR1:
             self._pass_on(signum)
@@ -152,7 +152,7 @@ class _SupervisedJob:
             self._pass_on(signum)
 
     def _any_rank_listens(self) -> bool:
-        """Also one that has registered since the last look: the signal is passed on as soon as it is found."""
+        """Return whether a rank runs, or has registered since the last poll and will get the signal when found."""
         return bool(self._living) or any((self._folder / f"rank-{rank}.pid").exists() for rank in self._awaited)
 
     def _pass_on(self, signum: int) -> None:
@@ -161,7 +161,7 @@ class _SupervisedJob:
             _send(rank, signum)
 
     def watch(self) -> None:
-        """Returns when the launcher has ended, or when the time it had to do so is over."""
+        """Wait until the launcher has ended, or its deadline is over."""
         while self._launcher is not None and self._launcher.poll() is None:
             self._look(POLL_SECONDS)
             if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -169,7 +169,7 @@ class _SupervisedJob:
         self._look(0.0)
 
     def stop(self) -> None:
-        """Ends whatever is left, first by SIGTERM, then by SIGKILL."""
+        """End all remaining processes, first by SIGTERM, then by SIGKILL."""
         for signum in (signal.SIGTERM, signal.SIGKILL):
             for group in self._groups:
                 with suppress(ProcessLookupError, PermissionError):
@@ -179,7 +179,7 @@ class _SupervisedJob:
                 time.sleep(POLL_SECONDS / 2)
 
     def conclude(self) -> JobOutcome:
-        """Says how the job has ended."""
+        """Return the outcome of the job."""
         assert self._launcher is not None
         code = self._launcher.wait()
         if code == 0 and not self._undone:
@@ -255,11 +255,11 @@ def _lives(group: int) -> bool:
 
 
 def _killed(rank: int, pid: int, status: int | None, *, first: bool) -> faults.Fault:
-    """The fault of a rank that ended without a word.
+    """Return the fault of a rank that ended without a status file.
 
     Args:
-        status: how it ended, as `os.wait` would tell; None where that is past finding out.
-        first: no rank had failed before; else SIGTERM is how the launcher ends the others.
+        status: exit status as of `os.wait`; None if it is not available.
+        first: no rank had failed before; otherwise SIGTERM is how the launcher ends the others.
     """
     if status is None:
         return faults.Fault(rank, time.time(), f"process {pid} was killed", EXIT_FAILURE)

@@ -19,15 +19,12 @@ from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.dense_feed_forward import SwiGLU
 from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.layer_kinds import LAYER_KINDS
 from moe_dist.moe.load_balancing import BalanceState
 from moe_dist.moe.parameter_class import REDUCED_OVER, ParameterClass, class_of
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts, storage_format
 from moe_dist.moe.routing_statistics import RoutingStatistics
-from moe_dist.moe.standard_moe import StandardMoE
-
-PROJECTIONS = 3  # gate, up and out of a SwiGLU
 
 
 class LanguageModel(nn.Module):
@@ -47,28 +44,36 @@ class LanguageModel(nn.Module):
         ledger: TrafficLedger | None = None,
         memory: ExpertMemory | None = None,
         *,
-        stored: bool = False,
+        quantized: bool = False,
     ) -> None:
         """
         Args:
             ledger: goes on with an account of traffic that exists; None: a new one.
             memory: keeps the experts from the moment they are made; None: they stay in memory.
-            stored: clusters will come in their stored form (`checkpoint/load_model.py`): none are made.
+            quantized: make no clusters; they are loaded in quantized form (`checkpoint/load_model.py`).
         """
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
         moe = config.moe
         placements, statistics, layers = [], None, config.model.layers
-        if moe.kind == "clustered":
+        if moe.layer_kind.clustered:
             placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] * layers
         if config.recluster.period is not None:
             statistics = RoutingStatistics.create(layers, config.model.hidden_size, moe, config.recluster.decay)
         balance = BalanceState.create(layers, moe, torch.device("cpu"))
-        seen_as = storage_format(config) if config.precision.residuals == "qat" else None
+        fake_quantize_as = storage_format(config) if config.precision.residuals == "qat" else None
         ledger = ledger or TrafficLedger(links)
         self.context = LayerContext(
-            mesh, placements, balance, ledger, config.seed, statistics, seen_as=seen_as, memory=memory, stored=stored
+            mesh,
+            placements,
+            balance,
+            ledger,
+            config.seed,
+            statistics,
+            fake_quantize_as=fake_quantize_as,
+            memory=memory,
+            quantized=quantized,
         )
         if memory is not None:
             memory.describe = self.describe_block
@@ -95,12 +100,8 @@ class LanguageModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, ClusteredMoE)]
 
     def _feed_forward(self, layer: int) -> nn.Module:
-        config = self.config
-        if config.moe.kind == "dense":
-            return SwiGLU(layer, config.moe.dense_width, config.model, config.seed)
-        if config.moe.kind == "standard":
-            return StandardMoE(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
-        return ClusteredMoE(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
+        make, config = LAYER_KINDS[self.config.moe.kind], self.config
+        return make(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
 
     def describe_block(self, block: Block) -> str:
         """Names the cluster that a block of this rank's is of."""
@@ -145,16 +146,16 @@ class LanguageModel(nn.Module):
             self.train(was_training)
 
     @contextmanager
-    def with_stored_experts(self) -> Iterator[None]:
-        """Computes with what would be stored of the clusters (`precision`), which cannot be trained meanwhile."""
+    def with_quantized_experts(self) -> Iterator[None]:
+        """Compute with the clusters as `precision` would store them; they cannot be trained meanwhile."""
         layers, form = self.clustered_layers(), storage_format(self.config)
         if self.context.memory is not None:
-            with _seen_as(layers, form):
+            with _fake_quantized(layers, form):
                 yield
             return
         trained = [layer.clusters for layer in layers]
         for layer, parts in zip(layers, trained, strict=True):
-            layer.clusters = nn.ModuleList(_stored(part, form) for part in parts)
+            layer.clusters = nn.ModuleList(_quantized(part, form) for part in parts)
         try:
             yield
         finally:
@@ -170,20 +171,20 @@ class LanguageModel(nn.Module):
 
 
 @contextmanager
-def _seen_as(layers: Iterable[ClusteredMoE], form: StorageFormat) -> Iterator[None]:
-    """Clusters that are offloaded are seen as stored whenever one is used: to hold all in that form would not fit."""
+def _fake_quantized(layers: Iterable[ClusteredMoE], form: StorageFormat) -> Iterator[None]:
+    """Round offloaded clusters whenever one is used: all of them in quantized form would not fit on the device."""
     parts = [part for layer in layers for part in layer.clusters if isinstance(part, ClusteredExperts)]
-    before = [part.seen_as for part in parts]
+    before = [part.fake_quantize_as for part in parts]
     for part in parts:
-        part.seen_as = form
+        part.fake_quantize_as = form
     try:
         yield
     finally:
-        for part, seen_as in zip(parts, before, strict=True):
-            part.seen_as = seen_as
+        for part, earlier in zip(parts, before, strict=True):
+            part.fake_quantize_as = earlier
 
 
-def _stored(part: nn.Module, form: StorageFormat) -> QuantizedClusterExperts:
+def _quantized(part: nn.Module, form: StorageFormat) -> QuantizedClusterExperts:
     assert isinstance(part, ClusteredExperts)
     weights = part.parameter_weights()
     return QuantizedClusterExperts(QuantizedCluster.of(weights, form), weights.base_in_DH.dtype, part.backend)
@@ -209,10 +210,7 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
     base = held[ParameterClass.BASE] * shape.cluster
     expert = held[ParameterClass.EXPERT] * shape.cluster * shape.shard
     moe = config.moe
-    standard = 0
-    if moe.kind != "dense":
-        one = PROJECTIONS * config.model.hidden_size * moe.expert_hidden
-        standard = config.model.layers * moe.experts * one
+    standard = config.model.layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
     return ParameterCounts(held[ParameterClass.DENSE] + base + expert, base + expert, standard)
 
 

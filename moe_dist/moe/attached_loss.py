@@ -1,4 +1,4 @@
-"""Lets a loss from inside a layer enter the total without a way out of the model.
+"""Router losses that join the total from inside a layer, without an output of the model.
 
 Shapes: R rows, E choices (experts or clusters), K chosen of them.
 """
@@ -8,40 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dist.config import MoEConfig
 from moe_dist.moe.load_balancing import BalanceState
-from moe_dist.moe.router_losses import balance_loss, z_loss
+from moe_dist.moe.router_losses import z_loss
 
 
 def attach_loss(x: Tensor, loss: Tensor, scale: float) -> Tensor:
-    """Passes `x` through; in the backward pass `loss` gets the gradient `scale`, as if scale * loss were in the total.
+    """Return `x`; in the backward pass `loss` gets the gradient `scale`, as if scale * loss were in the total.
 
-    An activation that is recomputed adds its loss once, since only one of the two forward passes is differentiated.
+    A recomputed activation adds its loss once, since only one of the two forward passes is differentiated.
     """
     attached: Tensor = _AttachLoss.apply(x, loss, scale)  # type: ignore[no-untyped-call]
     return attached
 
 
 def attach_router_losses(
-    x: Tensor, logits_RE: Tensor, index_RK: Tensor, moe: MoEConfig, scale: float, balance: BalanceState
+    x: Tensor, logits_RE: Tensor, index_RK: Tensor, balance: BalanceState, z_loss_weight: float, scale: float
 ) -> Tensor:
-    """Attaches to `x` the auxiliary and z-loss of one stage, where the configuration asks for them.
+    """Attach to `x` the balancer's auxiliary loss and the z-loss of one routing decision.
 
     Args:
-        balance: keeps account of what enters the total.
+        balance: its balancer gives the auxiliary loss; both losses are added to its account.
         scale: of a sum over rows: 1 / (tokens of this rank's micro-batch * micro-batches of a step), so that the mean
             over ranks that ends the backward pass makes it a mean over the step's tokens.
     """
     if not torch.is_grad_enabled():
         return x
-    if moe.balance == "aux_loss" and moe.aux_loss_weight:
-        loss, weight = balance_loss(logits_RE, index_RK), moe.aux_loss_weight * scale
-        balance.router_loss_2[0] += weight * loss.detach()
-        x = attach_loss(x, loss, weight)
-    if moe.z_loss_weight:
-        loss, weight = z_loss(logits_RE), moe.z_loss_weight * scale
-        balance.router_loss_2[1] += weight * loss.detach()
-        x = attach_loss(x, loss, weight)
+    weighted = [balance.balancer.loss(logits_RE, index_RK)]
+    weighted.append((z_loss(logits_RE), z_loss_weight) if z_loss_weight else None)
+    for entry, loss_and_weight in enumerate(weighted):
+        if loss_and_weight is not None:
+            loss, weight = loss_and_weight[0], loss_and_weight[1] * scale
+            balance.router_loss_2[entry] += weight * loss.detach()
+            x = attach_loss(x, loss, weight)
     return x
 
 

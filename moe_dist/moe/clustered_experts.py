@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.compression import ClusterWeights, fake_quantize, init_base, init_residual
-from moe_dist.config import ModelConfig, MoEConfig
+from moe_dist.config import MoEConfig
 from moe_dist.kernels import clustered_experts
 from moe_dist.memory.offloaded_cluster import OffloadedCluster
 from moe_dist.moe.init_generator import SHARED, generator
-from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.layer_context import LayerContext, LayerSizes
 from moe_dist.moe.parameter_class import ParameterClass, mark
 
 
 class ClusterBase(nn.Module):
     """What the experts of a cluster share."""
 
-    def __init__(self, layer: int, cluster: int, model: ModelConfig, moe: MoEConfig, seed: int) -> None:
+    def __init__(self, layer: int, cluster: int, model: LayerSizes, moe: MoEConfig, seed: int) -> None:
         super().__init__()
         draw = generator(seed, layer, "base", SHARED if moe.shared_init else cluster)
         w_in, w_out = init_base(model.hidden_size, moe.expert_hidden, model.init_std, model.output_init_std, draw)
@@ -32,7 +32,7 @@ class ClusterBase(nn.Module):
 class Residuals(nn.Module):
     """The low-rank factors and vectors of the experts of a cluster that this shard holds, by slot."""
 
-    def __init__(self, layer: int, experts: tuple[int, ...], model: ModelConfig, moe: MoEConfig, seed: int) -> None:
+    def __init__(self, layer: int, experts: tuple[int, ...], model: LayerSizes, moe: MoEConfig, seed: int) -> None:
         super().__init__()
         shape = (model.hidden_size, moe.expert_hidden, moe.rank, moe.expert_vectors)
         drawn = [init_residual(*shape, generator(seed, layer, "residual", expert)) for expert in experts]
@@ -58,10 +58,10 @@ class Residuals(nn.Module):
 class ClusteredExperts(nn.Module):
     """The part of one cluster that this rank holds."""
 
-    def __init__(self, layer: int, cluster: int, model: ModelConfig, moe: MoEConfig, context: LayerContext) -> None:
+    def __init__(self, layer: int, cluster: int, model: LayerSizes, moe: MoEConfig, context: LayerContext) -> None:
         super().__init__()
         experts = context.placements[layer].experts_of(cluster, context.mesh.at.shard)
-        self.backend, self.seen_as = moe.backend, context.seen_as
+        self.backend, self.fake_quantize_as = moe.backend, context.fake_quantize_as
         self.base = ClusterBase(layer, cluster, model, moe, context.seed)
         self.residuals = Residuals(layer, experts, model, moe, context.seed)
         self._offloaded: OffloadedCluster | None = None
@@ -72,7 +72,7 @@ class ClusteredExperts(nn.Module):
     def weights(self) -> ClusterWeights:
         """What is computed with: the parameters, or their stored form; of an offloaded cluster only while `present`."""
         weights = self.parameter_weights()
-        return weights if self.seen_as is None else fake_quantize(weights, self.seen_as)
+        return weights if self.fake_quantize_as is None else fake_quantize(weights, self.fake_quantize_as)
 
     def parameter_weights(self) -> ClusterWeights:
         """The parameters themselves."""

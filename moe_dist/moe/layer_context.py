@@ -1,9 +1,14 @@
-"""What every MoE layer of a model shares: where it is, and where it keeps account."""
+"""State that the MoE layers of a model share, and the sizes from which a layer is made."""
 
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
 
 from moe_dist.compression import StorageFormat
+from moe_dist.config import MoEConfig
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
+from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.memory.expert_memory import ExpertMemory
@@ -11,21 +16,59 @@ from moe_dist.moe.load_balancing import BalanceState
 from moe_dist.moe.routing_statistics import RoutingStatistics
 
 
+class LayerSizes(Protocol):
+    """Width of the model, and standard deviations of initial weights; `ModelConfig` is one."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the model (D)."""
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of initial weights."""
+
+    @property
+    def output_init_std(self) -> float:
+        """Standard deviation of the weights that add to the residual stream."""
+
+
+@dataclass(frozen=True)
+class StandaloneSizes:
+    """Sizes of a layer outside of our language model."""
+
+    hidden_size: int
+    init_std: float
+    output_init_std: float
+
+
 @dataclass(frozen=True)
 class LayerContext:
-    """One value for all layers of a model."""
+    """State shared by all MoE layers of a model.
+
+    Attributes:
+        placements: place of each layer's experts; empty unless experts are clustered. A re-clustering replaces entries.
+        statistics: routing statistics for re-clustering; None where nothing will be re-clustered.
+        fake_quantize_as: format to which the forward pass rounds experts under training (precision.residuals=qat);
+            None: parameters are used as they are.
+        memory: tiers that hold the clusters' parameters; None: they stay on the device.
+        quantized: True if layers are made without clusters, which are loaded in quantized form later.
+    """
 
     mesh: Mesh
     placements: list[ExpertPlacement]
-    """Where each layer's experts are; empty unless experts are clustered. A re-clustering replaces entries."""
     balance: BalanceState
     ledger: TrafficLedger
     seed: int
     statistics: RoutingStatistics | None = None
-    """What re-clustering reads; None where nothing will be re-clustered."""
-    seen_as: StorageFormat | None = None
-    """What the forward pass sees of experts under training (precision.residuals=qat); None: their parameters."""
+    fake_quantize_as: StorageFormat | None = None
     memory: ExpertMemory | None = None
-    """Keeps the clusters' parameters; None where they are in memory all the time."""
-    stored: bool = False
-    """Layers are made without clusters, and are given them in their stored form."""
+    quantized: bool = False
+
+    @classmethod
+    def standalone(cls, moe: MoEConfig, mesh: Mesh, seed: int, ledger: TrafficLedger | None = None) -> "LayerContext":
+        """Return the context of a single layer, with load balancing and a traffic ledger of its own."""
+        placements = []
+        if moe.layer_kind.clustered:
+            placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)]
+        balance = BalanceState.create(1, moe, torch.device("cpu"))
+        return cls(mesh, placements, balance, ledger or TrafficLedger(Links.alone()), seed)

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.dispatch.all_to_all import PendingAllToAll
-from moe_dist.dispatch.chunked_overlap import HopSpeed
+from moe_dist.dispatch.chunked_overlap import ExchangeSpeed
 from moe_dist.dispatch.traffic_ledger import Direction, Payload
-from moe_dist.dispatch.wire_format import wire_format_of
 from moe_dist.moe.clustered_moe import ClusteredMoE
 
 MOST_ROWS = 512
@@ -22,7 +21,7 @@ PART = 4
 ROUNDS = 5
 
 
-def measure_hop(layer: ClusteredMoE, tokens: int) -> HopSpeed:
+def measure_exchange_speed(layer: ClusteredMoE, tokens: int) -> ExchangeSpeed:
     """Times the layer's exchanges and its clusters, one by one and at once; collective over all ranks.
 
     Every figure is the least of `ROUNDS`, since what disturbs a moment should not decide about a run, on the slowest
@@ -34,8 +33,8 @@ def measure_hop(layer: ClusteredMoE, tokens: int) -> HopSpeed:
     probe = _Probe(layer, tokens)
     rows = probe.rows
     parts = (
-        lambda: probe.exchange(probe.ranks).finish(),
-        lambda: probe.exchange(rows).finish(),
+        lambda: probe.exchange(probe.ranks).wait(),
+        lambda: probe.exchange(rows).wait(),
         lambda: probe.compute(rows),
         lambda: probe.compute(rows // PART),
         lambda: probe.both(rows),
@@ -48,7 +47,7 @@ def measure_hop(layer: ClusteredMoE, tokens: int) -> HopSpeed:
     per_row = max(0.0, computed - computed_part) / (rows - rows // PART)
     clusters = layer.moe.top_clusters  # of a token, on as many ranks at most
     hidden = (exchanged + computed - both) / min(exchanged, computed)
-    return HopSpeed(
+    return ExchangeSpeed(
         latency=latency,
         exchange=max(0.0, exchanged - latency) / rows * tokens * min(clusters, probe.ranks),
         compute=per_row * tokens * clusters,
@@ -61,19 +60,21 @@ class _Probe:
     """Rows like those of training, and what is done with them."""
 
     def __init__(self, layer: ClusteredMoE, tokens: int) -> None:
-        self.layer, self.tokens, self.ranks = layer, tokens, layer.one.group.size
+        self.layer, self.tokens, self.ranks = layer, tokens, layer.stage_one.group.size
         least = max(PART, self.ranks, len(layer.clusters))
         self.rows = max(least, min(tokens, MOST_ROWS) // least * least)
         weight_ED = layer.router.weight_ED
         draw = torch.Generator().manual_seed(0)
         self.x_RD = torch.randn(self.rows, weight_ED.shape[1], generator=draw).to(weight_ED.device, weight_ED.dtype)
-        self.packed_RB = wire_format_of(layer.stage_one.wire_dtype).pack(self.x_RD)
+        self.packed_RB = layer.stage_one.hidden_format.pack(self.x_RD)
 
     def exchange(self, rows: int) -> PendingAllToAll:
         """Begins to send rows, as many to each rank."""
         split, ledger = [rows // self.ranks] * self.ranks, self.layer.context.ledger
         recording, ledger.recording = ledger.recording, False
-        pending = self.layer.one.begin(self.packed_RB[: sum(split)], split, split, Payload.HIDDEN, Direction.FORWARD)
+        pending = self.layer.stage_one.launch(
+            self.packed_RB[: sum(split)], split, split, Payload.HIDDEN, Direction.FORWARD
+        )
         ledger.recording = recording
         return pending
 
@@ -83,16 +84,16 @@ class _Probe:
         counting, context.balance.counting = context.balance.counting, False
         recording, context.ledger.recording = context.ledger.recording, False
         with torch.no_grad():
-            run = self.layer.local_clusters(self.tokens)
+            experts = self.layer.experts(self.tokens)
             for cluster, x_RD in enumerate(self.x_RD[:rows].chunk(len(self.layer.clusters))):
-                run(cluster, x_RD)
+                experts.run_cluster(cluster, x_RD)
         context.balance.counting, context.ledger.recording = counting, recording
 
     def both(self, rows: int) -> None:
         """The two at once."""
         pending = self.exchange(rows)
         self.compute(rows)
-        pending.finish()
+        pending.wait()
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""The router of clustered experts: one embedding an expert, and the two stages' scores.
+"""Router: one embedding an expert, and the scores of standard and of two-stage routing.
 
 Shapes: T tokens, R rows of one cluster, E experts, G clusters, L clusters of a rank, N experts of a cluster, D hidden.
 """
@@ -6,36 +6,54 @@ Shapes: T tokens, R rows of one cluster, E experts, G clusters, L clusters of a 
 import torch
 from torch import Tensor, nn
 
-from moe_dist.config import ModelConfig
 from moe_dist.dispatch.all_to_all import AllToAll
 from moe_dist.dispatch.traffic_ledger import Payload
 from moe_dist.distributed.placement import ExpertPlacement
-from moe_dist.moe.init_generator import generator
+from moe_dist.moe.init_generator import SHARED, generator
+from moe_dist.moe.layer_context import LayerSizes
 from moe_dist.moe.two_stage_routing import cluster_prototypes, router_logits
 
 
 class Router(nn.Module):
-    """The experts' embeddings, one row an expert by its number, the same on all ranks (dense class).
+    """Embeddings of the experts, one row an expert by its number, the same on all ranks (dense class).
 
-    A row belongs to its expert wherever that lives: an expert that changes its cluster takes its row into the new
+    A row belongs to its expert wherever that is placed: an expert that changes its cluster takes its row into the new
     cluster's prototype.
     """
 
-    def __init__(self, layer: int, experts: int, model: ModelConfig, seed: int) -> None:
+    def __init__(self, weight_ED: Tensor) -> None:
         super().__init__()
-        rows = [torch.randn(model.hidden_size, generator=generator(seed, layer, "router", e)) for e in range(experts)]
-        self.weight_ED = nn.Parameter(torch.stack(rows) * model.init_std)
+        self.weight_ED = nn.Parameter(weight_ED)
+
+    @classmethod
+    def of_experts(cls, layer: int, experts: int, sizes: LayerSizes, seed: int) -> "Router":
+        """Return a router with each row drawn for its expert."""
+        rows = [torch.randn(sizes.hidden_size, generator=generator(seed, layer, "router", e)) for e in range(experts)]
+        return cls(torch.stack(rows) * sizes.init_std)
+
+    @classmethod
+    def of_layer(cls, layer: int, experts: int, sizes: LayerSizes, seed: int) -> "Router":
+        """Return a router with all rows drawn together."""
+        # a linear layer's own draw advances the global generator, from which the layers that follow are drawn
+        weight_ED = nn.Linear(sizes.hidden_size, experts, bias=False).weight.data
+        return cls(nn.init.normal_(weight_ED, std=sizes.init_std, generator=generator(seed, layer, "router", SHARED)))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Return the scores of standard routing, [T, E]."""
+        return router_logits(x_TD, self.weight_ED)
 
     def cluster_logits(self, x_TD: Tensor, member_GN: Tensor) -> Tensor:
-        """Stage one's scores, [T, G]."""
+        """Return stage one's scores, [T, G]."""
         return router_logits(x_TD, cluster_prototypes(self.weight_ED, member_GN))
 
-    def local_embeddings(self, placement: ExpertPlacement, member_GN: Tensor, channel: AllToAll, block: int) -> Tensor:
-        """embedding_LND: those of the experts of the clusters of block `block`, which stage two scores against.
+    def local_embeddings(
+        self, placement: ExpertPlacement, member_GN: Tensor, all_to_all: AllToAll, block: int
+    ) -> Tensor:
+        """Return embedding_LND of the experts of the clusters of block `block`, for stage two; collective.
 
-        The gradient of a cluster's rows is entered by the rank where the cluster started, its *home*: a cluster that
-        lives elsewhere gets its rows from there, so that their gradient goes back there. Otherwise the order in which
-        ranks' gradients are added, and with it the last bit, would depend on where clusters live.
+        The gradient of a cluster's rows is added on the rank where the cluster started. A cluster that has moved gets
+        its rows from there, so that their gradient returns there. Otherwise the order in which ranks' gradients are
+        added, and with it the last bit, would depend on the placement.
         """
         here = placement.clusters_of_block(block)
         if placement.at_home:
@@ -50,6 +68,6 @@ class Router(nn.Module):
             placement.slots * sum(placement.home_of(c) == other for c in here) for other in range(placement.blocks)
         ]
         sent = self.weight_ED[member_GN[[c for clusters in leaving for c in clusters]]].flatten(0, 1)
-        rows = channel.exchange_rows(sent, send, receive, Payload.ROUTING)
+        rows = all_to_all.exchange(sent, send, receive, Payload.ROUTING)
         embedding_LND: Tensor = rows.unflatten(0, (len(here), placement.slots))
         return embedding_LND[[coming.index(c) for c in here]]

@@ -1,14 +1,15 @@
-"""Re-clustering while a model trains: gathers what is known of the experts, decides, has it done, and keeps account.
+"""Coordinator: re-clusters the experts of a model under training, as a callback of the training loop.
 
-A round, after the update of a step: all ranks add up their statistics, rank 0 decides, all agree on its verdict; first
-clusters change ranks as they are, then experts change clusters (`moves.py`), tried on tokens of the next step's batch.
+A round follows the update of a step. All ranks sum their statistics, rank 0 decides, and all receive its plan. First
+clusters change ranks unchanged (relocation), then experts change clusters (exchange or refit), tried on tokens of the
+next step's batch (`migration_executor.py`).
 
 Shapes: L layers, E experts, G clusters, B sequences, S tokens of one.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from moe_dist.config import RunConfig
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.recluster.decision import LayerDecision, decide_blocks, decide_layer, objective_of
-from moe_dist.recluster.migration_executor import MigrationExecutor, executors_of
+from moe_dist.recluster.migration_executor import MigrationExecutor, movers_of
 from moe_dist.recluster.recluster_plan import ReclusterPlan, broadcast_plan
 from moe_dist.recluster.schedule import is_due, last_round
 from moe_dist.recluster.similarity_gather import GatheredSimilarity, gather_similarity
@@ -32,29 +34,44 @@ AROUND = 5
 
 @dataclass
 class _Round:
-    """One line of `events.jsonl`, complete once the steps after it are known."""
+    """Line of `events.jsonl`, complete once the steps after it are known."""
 
     fields: dict[str, Any]
     step: int
     losses_after: list[float] = field(default_factory=list)
 
 
-class Coordinator:
-    """Regroups the experts of a model under training when `recluster` says so."""
+class Coordinator(Callback):
+    """Callback that regroups experts at the steps that `recluster` names."""
 
-    def __init__(self, engine: DeepSpeedEngine, config: RunConfig, recorder: Recorder) -> None:
-        self.mover = MigrationExecutor(engine, config.recluster.max_loss_increase)
+    def __init__(self, config: RunConfig, recorder: Recorder) -> None:
         self._config, self._recorder = config, recorder
-        self._process, self._context = engine.process, engine.model.context
-        self._layers = engine.model.clustered_layers()
         self._last_round = last_round(config.train.steps - 1, config.recluster)
         self._losses: deque[float] = deque(maxlen=AROUND)
         self._load_LE = np.zeros((config.model.layers, config.moe.experts))
         self._open: _Round | None = None
         self.totals = {"rounds": 0, "moved_experts": 0, "bytes": 0, "seconds": 0.0}
 
+    def attach(self, engine: DeepSpeedEngine) -> None:
+        """Regroup the experts of this engine's model from now on."""
+        self.executor = MigrationExecutor(engine, self._config.recluster.max_loss_increase)
+        self._process, self._context = engine.process, engine.model.context
+        self._layers = engine.model.clustered_layers()
+
+    def release(self) -> None:
+        """Drop the references to the model."""
+        del self.executor, self._context, self._layers
+
+    def state(self) -> dict[str, Any]:
+        """Return the coordinator as a part of checkpoints."""
+        return {"coordinator": self}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the totals of all rounds."""
+        return {"recluster": self.totals}
+
     def state_dict(self) -> dict[str, Any]:
-        """What rounds to come depend on, and the account of those that were."""
+        """Return the state that later rounds depend on, and the totals of earlier ones."""
         return {
             "load_LE": torch.from_numpy(self._load_LE),
             "losses": list(self._losses),
@@ -63,39 +80,40 @@ class Coordinator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Goes on from there."""
+        """Restore it."""
         self._load_LE = state["load_LE"].numpy()
         self._losses = deque(state["losses"], maxlen=AROUND)
         self.totals = dict(state["totals"])
         self._open = None if state["open"] is None else _Round(**state["open"])
 
-    def begin(self, step: int) -> None:
-        """Says where experts are after `step`, before the steps that follow."""
+    def start(self, step: int) -> None:
+        """Record the placement after `step`."""
         if self._layers:
             self._recorder.event("placement", step, **_membership(self._context.placements))
 
     def before_step(self, step: int) -> None:
-        """Lets statistics fade, and stops gathering them after the last round."""
+        """Decay the statistics, and stop collecting them after the last round."""
         if self._context.statistics is not None:
             self._context.statistics.collecting = step <= self._last_round
             self._context.statistics.begin_step()
 
-    def after_step(self, step: int, outcome: StepOutcome, sequences_BS: Tensor, upcoming: Callable[[], Tensor]) -> None:
-        """Takes note of a step, and holds a round if one is due.
-
-        Args:
-            sequences_BS: this rank's share of the step's batch.
-            upcoming: gives its share of the next one, which the model has not been trained on.
-        """
+    def after_update(self, report: StepReport) -> None:
+        """Enter a step's loss and loads, and hold a round if one is due."""
         if self._context.statistics is None:
             return
-        self._note(outcome)
+        self._note(report.outcome)
+        step = report.step
         if is_due(step, self._config.recluster) and step <= self._last_round:
             self.close()
-            self._hold_round(step, sequences_BS, upcoming()[: self._config.recluster.guard_sequences])
+            held_BS = report.upcoming()[: self._config.recluster.guard_sequences]
+            self._hold_round(step, report.sequences_BS, held_BS)
+
+    def finish(self, step: int) -> None:
+        """Write the event of the last round."""
+        self.close()
 
     def close(self) -> None:
-        """Writes the event of the last round, whatever steps have followed it."""
+        """Write the event of the last round, however many steps have followed it."""
         if self._open is not None:
             after = self._open.losses_after
             self._recorder.event(
@@ -105,32 +123,32 @@ class Coordinator:
 
     def _hold_round(self, step: int, sequences_BS: Tensor, held_BS: Tensor) -> None:
         started = time.perf_counter()
-        evidence = gather_similarity(self._layers, self._config, self._context)
-        if evidence.broken:
-            parts = ", ".join(evidence.broken)
+        gathered = gather_similarity(self._layers, self._config, self._context)
+        if gathered.broken:
+            parts = ", ".join(gathered.broken)
             self._recorder.event("recluster_skipped", step, reason=f"not finite: {parts}")
             self._recorder.note(f"step {step}: no re-clustering, the statistics of experts are not finite ({parts})")
             return
-        decisions = self._decide(evidence) if self._process.rank == 0 else []
-        proposal = ReclusterPlan.of(decisions, self._decide_blocks(evidence)) if decisions else None
-        verdict = broadcast_plan(proposal, self._context.placements, step, self._process.device)
-        relocated = self.mover.relocate(verdict.blocks)
-        moves = [(layer, cycle) for layer, cycles in enumerate(verdict.cycles) for cycle in cycles]
+        decisions = self._decide(gathered) if self._process.rank == 0 else []
+        proposal = ReclusterPlan.of(decisions, self._decide_blocks(gathered)) if decisions else None
+        plan = broadcast_plan(proposal, self._context.placements, step, self._process.device)
+        relocated = self.executor.relocate(plan.blocks)
+        moves = [(layer, cycle) for layer, cycles in enumerate(plan.cycles) for cycle in cycles]
         errors: dict[str, Any] = {}
         if self._config.recluster.transition == "adopt":
-            made, exchanged, increase = self.mover.exchange(moves, held_BS)
+            made, exchanged, increase = self.executor.exchange(moves, held_BS)
         else:
-            made, done, increase = self.mover.refactor(moves, sequences_BS, held_BS)
+            made, done, increase = self.executor.refit(moves, sequences_BS, held_BS)
             exchanged, errors = done.bytes, {"output_errors": done.errors}
         fields = {
-            "moved_experts": len(executors_of(made)),
-            "dropped_experts": len(executors_of(moves)) - len(executors_of(made)),
+            "moved_experts": len(movers_of(made)),
+            "dropped_experts": len(movers_of(moves)) - len(movers_of(made)),
             "bytes": relocated + exchanged,
             "relocation_bytes": relocated,
             "guard_loss_increase": increase,
             **errors,
             "loss_before": float(np.mean(self._losses)),
-            **(self._gains(decisions, evidence) if decisions else {}),
+            **(self._gains(decisions, gathered) if decisions else {}),
             **_membership(self._context.placements),
             "seconds": time.perf_counter() - started,
         }
@@ -143,30 +161,30 @@ class Coordinator:
             f"{fields['bytes']:,} bytes in {fields['seconds']:.2f} s"
         )
 
-    def _decide(self, evidence: GatheredSimilarity) -> list[LayerDecision]:
+    def _decide(self, gathered: GatheredSimilarity) -> list[LayerDecision]:
         settings = (self._config.recluster, self._config.seed)
         return [
             decide_layer(similarity_EE, placement, load_E, *settings)
             for similarity_EE, placement, load_E in zip(
-                evidence.similarity_LEE, self._context.placements, self._load_LE, strict=True
+                gathered.similarity_LEE, self._context.placements, self._load_LE, strict=True
             )
         ]
 
-    def _decide_blocks(self, evidence: GatheredSimilarity) -> list[tuple[int, ...]]:
+    def _decide_blocks(self, gathered: GatheredSimilarity) -> list[tuple[int, ...]]:
         placements = self._context.placements
         if not self._config.recluster.relocate:
             return [placement.block_of_cluster for placement in placements]
-        together = zip(evidence.together_LGG, placements, strict=True)
+        together = zip(gathered.together_LGG, placements, strict=True)
         return [decide_blocks(together_GG, placement, self._config.seed) for together_GG, placement in together]
 
-    def _gains(self, decisions: Sequence[LayerDecision], evidence: GatheredSimilarity) -> dict[str, Any]:
-        """Objectives, with the moves that were made, and the similarity's parts, means over layers."""
-        found = zip(evidence.similarity_LEE, self._context.placements, self._load_LE, strict=True)
+    def _gains(self, decisions: Sequence[LayerDecision], gathered: GatheredSimilarity) -> dict[str, Any]:
+        """Return objectives before and after the moves made, and the similarity's parts, means over layers."""
+        found = zip(gathered.similarity_LEE, self._context.placements, self._load_LE, strict=True)
         after = [objective_of(alike, now.cluster_of(), load, self._config.recluster) for alike, now, load in found]
         return {
             "objective_before": float(np.mean([decision.objective_before for decision in decisions])),
             "objective_after": float(np.mean(after)),
-            "similarity": evidence.parts,
+            "similarity": gathered.parts,
         }
 
     def _note(self, outcome: StepOutcome) -> None:

@@ -1,12 +1,13 @@
-"""Moves experts and clusters of a model under training to where a decision wants them; collective throughout.
+"""Migration executor: moves experts and clusters of a model under training to where a plan wants them; collective.
 
-What moves arrives and is verified before anything is switched on all ranks together. Exchanges of experts are tried
-on tokens that the model was not trained on, and those that would cost too much are not made.
+Everything that moves is received and verified before anything is switched on all ranks together. Exchanges of experts
+are tried on tokens that the model was not trained on; those that would cost too much are not made.
 
 Shapes: B sequences, S tokens of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,43 +16,98 @@ from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.recluster.exchange import Cycle, apply_exchanges, exchanges
 from moe_dist.recluster.expert_tensors import ExpertTensors
-from moe_dist.recluster.guard import accept
+from moe_dist.recluster.guard import make_guarded
 from moe_dist.recluster.migration_plan import MigrationPlan, PieceKind, plan_layer
-from moe_dist.recluster.refit import Refit, RefitResult, make_moves
-from moe_dist.recluster.transfer import carry
+from moe_dist.recluster.refit import Refit, RefitResult
+from moe_dist.recluster.transfer import Arrivals, carry
 
 Move = tuple[int, Cycle]
-"""A layer, and experts of it that exchange their places."""
+"""Layer, and experts of it that exchange their places."""
+Switch = Callable[[Sequence[ExpertPlacement]], None]
+"""Has all layers route by these placements."""
+
+
+@dataclass
+class Adopt:
+    """Transition in which a mover keeps all that is its own and adopts the base of its new cluster."""
+
+    old: list[ExpertPlacement]
+    arrivals: Arrivals
+    switch: Switch
+    replaced: Arrivals | None = None
+
+    def apply(self, moves: Sequence[Move]) -> None:
+        """Put the movers' weights into place on trial."""
+        movers = movers_of(moves)
+        self.replaced = self.arrivals.try_out(
+            lambda p: p.target.kind is PieceKind.WEIGHT and (p.source.layer, p.expert) in movers
+        )
+        self.switch(after_moves(self.old, moves))
+
+    def revert(self) -> None:
+        """Put back the weights that were replaced."""
+        assert self.replaced is not None
+        self.replaced.settle()
+        self.switch(self.old)
+
+    def commit(self, moves: Sequence[Move]) -> None:
+        """Put weights and training state of the movers into place for good."""
+        movers = movers_of(moves)
+        self.arrivals.settle(lambda p: (p.source.layer, p.expert) in movers)
+        self.switch(after_moves(self.old, moves))
+
+
+@dataclass
+class RefitTransition:
+    """Transition in which clusters whose members change get new bases and residuals."""
+
+    old: list[ExpertPlacement]
+    refit: Refit
+    switch: Switch
+    done: RefitResult | None = None
+
+    def apply(self, moves: Sequence[Move]) -> None:
+        """Write new bases and residuals on trial."""
+        new = after_moves(self.old, moves)
+        self.done = self.refit.apply(new)
+        self.switch(new)
+
+    def revert(self) -> None:
+        """Restore everything that was replaced."""
+        assert self.done is not None
+        self.switch(self.old)
+        self.refit.take_back(self.done)
+
+    def commit(self, moves: Sequence[Move]) -> None:
+        """Write new bases and residuals for good."""
+        self.apply(moves)
 
 
 class MigrationExecutor:
-    """Carries out what has been decided, on the experts as they are now."""
+    """Executor of re-clustering plans, on the experts as they are now."""
 
     def __init__(self, engine: DeepSpeedEngine, largest_increase: float) -> None:
-        """
-        Args:
-            largest_increase: of the loss, relative, that exchanges may cost.
-        """
+        """Args: largest_increase: relative increase of the loss that exchanges may cost."""
         self._engine, self._model, self._limit = engine, engine.model, largest_increase
         self._process, self._context = engine.process, engine.model.context
         self._layers = engine.model.clustered_layers()
 
     @property
     def tensors(self) -> ExpertTensors:
-        """The experts' weights and training state as they are now; collective."""
+        """Weights and training state of the experts as they are now; collective."""
         return ExpertTensors(self._layers, self._engine.training_state(), self._context.mesh)
 
     def relocate(self, blocks: Sequence[tuple[int, ...]]) -> int:
-        """Moves whole clusters to other ranks, by layer; returns the bytes that crossed. Collective.
+        """Move whole clusters to other ranks, by layer; return the bytes sent between ranks. Collective.
 
         One closed cycle of clusters at a time, in which each rank gives and takes one at most: with its bases and
-        training state a cluster is large, and what moves is held beside a rank's share until all of it is there.
+        training state a cluster is large, and what moves is held beside a rank's share until all of it is received.
         """
         tensors, crossed = self.tensors, 0
         for layer, wanted in enumerate(blocks):
             for cycle in exchanges(self._context.placements[layer].block_of_cluster, wanted):
                 old = list(self._context.placements)
-                new = [*old[:layer], _turned(old[layer], cycle), *old[layer + 1 :]]
+                new = [*old[:layer], _after_relocation(old[layer], cycle), *old[layer + 1 :]]
                 plan = self._plan(new, tensors)
                 carry(plan, self._process.rank, tensors, self._process.device).settle()
                 self._switch(new)
@@ -59,48 +115,26 @@ class MigrationExecutor:
         return crossed
 
     def exchange(self, moves: Sequence[Move], held_BS: Tensor) -> tuple[list[Move], int, float]:
-        """Moves experts between clusters, unless that would raise the loss on `held_BS` too much.
+        """Move experts between clusters, except those that would raise the loss on `held_BS` too much.
 
         Returns:
-            The moves made, the bytes that crossed, and the relative increase of the loss that the guard saw.
+            The moves made, the bytes sent between ranks, and the relative increase of the loss that the guard saw.
         """
-        old = list(self._context.placements)
-        tensors = self.tensors
-        plan = self._plan(_after(old, moves), tensors)
-        arrived = carry(plan, self._process.rank, tensors, self._process.device)
-        base = self._loss_of(held_BS) if moves else 0.0
-        seen: dict[tuple[Move, ...], float] = {}
+        old, tensors = list(self._context.placements), self.tensors
+        plan = self._plan(after_moves(old, moves), tensors)
+        arrivals = carry(plan, self._process.rank, tensors, self._process.device)
+        adopt = Adopt(old, arrivals, self._switch)
+        made, increase = make_guarded(moves, adopt, lambda: self._loss_of(held_BS), self._limit)
+        return made, plan.bytes, increase
 
-        def harm(some: Sequence[Move]) -> float:
-            movers = executors_of(some)
-            replaced = arrived.try_out(
-                lambda p: p.target.kind is PieceKind.WEIGHT and (p.source.layer, p.expert) in movers
-            )
-            self._switch(_after(old, some))
-            seen[tuple(some)] = self._loss_of(held_BS) / base - 1
-            replaced.settle()
-            self._switch(old)
-            return seen[tuple(some)]
-
-        made = accept(list(moves), harm, self._limit)
-        movers = executors_of(made)
-        arrived.settle(lambda p: (p.source.layer, p.expert) in movers)
-        self._switch(_after(old, made))
-        return made, plan.bytes, seen.get(tuple(made), 0.0)
-
-    def refactor(
+    def refit(
         self, moves: Sequence[Move], sequences_BS: Tensor, held_BS: Tensor
     ) -> tuple[list[Move], RefitResult, float]:
         """Like `exchange`, but clusters whose members change get new bases and residuals, made from `sequences_BS`."""
-        old = list(self._context.placements)
-        return make_moves(
-            moves,
-            Refit(self._engine, sequences_BS),
-            after=lambda some: _after(old, some),
-            switch=self._switch,
-            loss=lambda: self._loss_of(held_BS),
-            limit=self._limit,
-        )
+        transition = RefitTransition(list(self._context.placements), Refit(self._engine, sequences_BS), self._switch)
+        made, increase = make_guarded(moves, transition, lambda: self._loss_of(held_BS), self._limit)
+        assert transition.done is not None
+        return made, transition.done, increase
 
     def _plan(self, new: Sequence[ExpertPlacement], tensors: ExpertTensors) -> MigrationPlan:
         shape = self._context.mesh.shape
@@ -118,14 +152,15 @@ class MigrationExecutor:
             layer.follow_placement()
 
     def _loss_of(self, sequences_BS: Tensor) -> float:
-        """Mean loss over all ranks' sequences, nats a token; collective."""
+        """Return the mean loss over all ranks' sequences, nats a token; collective."""
         with self._model.evaluating():
             loss = self._model(sequences_BS.to(self._process.device)).double()
         dist.all_reduce(loss)
         return float(loss) / self._process.ranks
 
 
-def _after(placements: Sequence[ExpertPlacement], moves: Sequence[Move]) -> list[ExpertPlacement]:
+def after_moves(placements: Sequence[ExpertPlacement], moves: Sequence[Move]) -> list[ExpertPlacement]:
+    """Return the placements that the moves lead to."""
     cycles = {layer: [cycle for other, cycle in moves if other == layer] for layer, _ in moves}
     return [
         apply_exchanges(placement, cycles[layer]) if layer in cycles else placement
@@ -133,14 +168,14 @@ def _after(placements: Sequence[ExpertPlacement], moves: Sequence[Move]) -> list
     ]
 
 
-def _turned(placement: ExpertPlacement, cycle: Cycle) -> ExpertPlacement:
-    """After each cluster of a cycle has taken the block of the one after it."""
+def _after_relocation(placement: ExpertPlacement, cycle: Cycle) -> ExpertPlacement:
+    """Return the placement after each cluster of a cycle has taken the block of the next."""
     blocks = list(placement.block_of_cluster)
     for cluster, following in zip(cycle, (*cycle[1:], cycle[0]), strict=True):
         blocks[cluster] = placement.block_of_cluster[following]
     return placement.with_blocks(blocks)
 
 
-def executors_of(moves: Sequence[Move]) -> set[tuple[int, int]]:
-    """The experts that change their places, each as (layer, expert)."""
+def movers_of(moves: Sequence[Move]) -> set[tuple[int, int]]:
+    """Return the experts that change their places, each as (layer, expert)."""
     return {(layer, expert) for layer, cycle in moves for expert in cycle}

@@ -3,6 +3,7 @@
 Shapes: L layers, E experts, G clusters, S entries of an expert's sketch, D model width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,9 +58,8 @@ def gather_similarity(layers: list[ClusteredMoE], config: RunConfig, context: La
             for name, part_EE in one.parts.items():
                 within = cluster_quality(part_EE.cpu().numpy(), placement.cluster_of()).similarity
                 means[name] = means.get(name, 0.0) + within / len(layers)
-    similarity = [one.fused_EE.cpu().numpy() for one in fused]
-    if config.recluster.similarity == "random":
-        similarity = [_by_chance(config, layer) for layer in range(len(layers))]
+    strategy = SIMILARITIES[config.recluster.similarity]
+    similarity = [strategy(one, layer, config) for layer, one in enumerate(fused)]
     return GatheredSimilarity(similarity, list(together.cpu().double().numpy()), tuple(broken), means)
 
 
@@ -119,7 +119,18 @@ def _sketch(part: ClusteredExperts, config: RunConfig) -> Tensor:
     return sketch_weights(projections, config.seed, config.recluster.sketch_size)
 
 
-def _by_chance(config: RunConfig, layer: int) -> npt.NDArray[np.float64]:
-    """A similarity that means nothing, the same in every round."""
+def _fused(similarity: FusedSimilarity, layer: int, config: RunConfig) -> npt.NDArray[np.float64]:
+    return np.asarray(similarity.fused_EE.cpu().numpy())
+
+
+def _random(similarity: FusedSimilarity, layer: int, config: RunConfig) -> npt.NDArray[np.float64]:
+    """Return a similarity by chance, the same in every round."""
     drawn = np.random.default_rng([config.seed, layer]).standard_normal((config.moe.experts,) * 2)
     return np.asarray((drawn + drawn.T) / 2)
+
+
+SIMILARITIES: dict[str, Callable[[FusedSimilarity, int, RunConfig], npt.NDArray[np.float64]]] = {
+    "fused": _fused,
+    "random": _random,
+}
+"""Similarities of a layer's experts by the value of `recluster.similarity`."""

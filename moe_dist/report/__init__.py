@@ -1,4 +1,4 @@
-"""One self-contained page about one run or several: `moe-dist report`."""
+"""Report: one self-contained page about one run or several."""
 
 from moe_dist.report.page import write_report
 from moe_dist.report.read import RunFiles, read_runs

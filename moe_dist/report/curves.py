@@ -1,4 +1,4 @@
-"""Figures over time that hold several runs: loss, throughput, memory, balance."""
+"""Curves of several runs over time: loss, throughput, memory, balance."""
 
 from collections.abc import Sequence
 from html import escape
@@ -12,7 +12,7 @@ GIB = 2.0**30
 
 
 def loss(runs: Sequence[RunFiles]) -> go.Figure | None:
-    """Training loss as a line, validation loss as marks joined by dashes, against tokens."""
+    """Draw training loss as a line and validation loss as marks joined by dashes, against tokens."""
     made = figure("tokens", "loss, nats a token")
     for index, run in enumerate(runs):
         for key, word, style in (
@@ -27,12 +27,12 @@ def loss(runs: Sequence[RunFiles]) -> go.Figure | None:
 
 
 def throughput(runs: Sequence[RunFiles]) -> go.Figure | None:
-    """Tokens/s of all ranks against steps; None where no run has logged them."""
+    """Draw tokens/s of all ranks against steps; None if no run has logged them."""
     return _one_line_a_run(runs, "tokens_per_second", "tokens/s", {"rangemode": "tozero"})
 
 
 def memory(runs: Sequence[RunFiles]) -> go.Figure | None:
-    """The largest rank's resident set over time, the smallest's as a thin line, and the device's where there is one."""
+    """Draw the largest rank's resident set over time, the smallest's as a thin line, and the device's memory if any."""
     made = figure("step", "GiB", yaxis_rangemode="tozero")
     parts = (
         ("memory.rss_bytes_max", "largest rank", "solid"),
@@ -50,7 +50,7 @@ def memory(runs: Sequence[RunFiles]) -> go.Figure | None:
 
 
 def balance(runs: Sequence[RunFiles]) -> go.Figure | None:
-    """cv² of expert loads against steps, on a logarithmic axis; None where no run has experts."""
+    """Draw cv² of expert loads against steps, on a logarithmic axis; None if no run has experts."""
     return _one_line_a_run(runs, "load.cv2", "cv² of expert loads", {"type": "log"})
 
 

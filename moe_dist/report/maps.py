@@ -1,4 +1,4 @@
-"""Figures of one run: load heat map and balance, cluster membership, traffic matrix, time in a step.
+"""Figures of one run: load heat map and balance, cluster membership, traffic matrix, time of a step.
 
 Shapes: L layers, E experts, C columns (logged steps, or bins of several), R ranks.
 """
@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def load_map(run: RunFiles) -> go.Figure | None:
-    """Each expert's load over the mean load, step by step; a layer is chosen above the figure."""
+    """Draw each expert's load over the mean load, step by step; a menu above the figure selects the layer."""
     steps, counts_CLE = load_counts(run.loads)
     if not steps:
         return None
@@ -45,7 +45,7 @@ def load_map(run: RunFiles) -> go.Figure | None:
 
 
 def load_counts(lines: Sequence[Line]) -> tuple[list[float], Floats]:
-    """Steps and copies [C, L, E] of the lines that agree in shape with the first good one, binned in time."""
+    """Return steps and copies [C, L, E] of the lines that agree in shape with the first good one, binned in time."""
     good: list[tuple[float, Floats]] = []
     for line in lines:
         counts_LE, step = _matrix(line.get("experts")), number(line, "step")
@@ -59,7 +59,7 @@ def load_counts(lines: Sequence[Line]) -> tuple[list[float], Floats]:
 
 
 def _matrix(value: Any) -> Floats | None:
-    """A non-empty two-dimensional array of numbers, None for anything else."""
+    """Return a non-empty two-dimensional array of numbers; None for anything else."""
     try:
         made = np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
@@ -68,7 +68,7 @@ def _matrix(value: Any) -> Floats | None:
 
 
 def _some_layers(layers: int, most: int) -> list[int]:
-    """All layers, or as many, evenly spread, as a page can carry."""
+    """Return all layers, or evenly spread ones up to the page's limit."""
     return sorted({round(layer) for layer in np.linspace(0, layers - 1, max(1, min(layers, most)))})
 
 
@@ -80,7 +80,7 @@ BALANCE = (
 
 
 def balance(run: RunFiles) -> go.Figure | None:
-    """Busiest over mean of experts, clusters and ranks, and the dropped share."""
+    """Draw busiest over mean of experts, clusters and ranks, and the dropped share."""
     made = figure("step", "busiest / mean")
     for key, name in BALANCE:
         x, y = series(run.loads, "step", key)
@@ -95,7 +95,7 @@ def balance(run: RunFiles) -> go.Figure | None:
 
 
 def membership(run: RunFiles) -> go.Figure | None:
-    """The cluster of each expert from one re-clustering to the next; nothing where a run does not tell."""
+    """Draw the cluster of each expert from one re-clustering to the next; empty if a run has no records of it."""
     history = membership_history(run.events)
     if not history:
         return None
@@ -117,7 +117,7 @@ def membership(run: RunFiles) -> go.Figure | None:
 
 
 def membership_history(events: Iterable[Line]) -> dict[int, list[tuple[float, list[int]]]]:
-    """For each layer: (step, cluster of each expert) after each event that tells the members."""
+    """Return for each layer (step, cluster of each expert) after each event that lists the members."""
     found: dict[int, list[tuple[float, list[int]]]] = {}
     for event in events:
         step = number(event, "step")
@@ -135,7 +135,7 @@ def membership_history(events: Iterable[Line]) -> dict[int, list[tuple[float, li
 
 
 def _members_by_layer(event: Line) -> list[tuple[int, list[list[int]]]]:
-    """`members` holds the clusters of every layer, or those of the event's one `layer`."""
+    """Return the clusters of one layer; `members` holds those of every layer, or of the event's one `layer`."""
     members, layer = event.get("members"), event.get("layer")
     if _is_clusters(members) and isinstance(layer, int):
         return [(layer, members)]  # type: ignore[list-item]
@@ -153,7 +153,7 @@ def _is_clusters(value: Any) -> bool:
 
 
 def traffic(run: RunFiles) -> go.Figure | None:
-    """MiB from each rank to each, one stage at a time."""
+    """Draw MiB from each rank to each, one stage at a time."""
     stages = run.traffic.get("stages")
     matrices = {
         str(stage): matrix
@@ -180,7 +180,7 @@ def traffic(run: RunFiles) -> go.Figure | None:
 
 
 def profile(run: RunFiles) -> go.Figure | None:
-    """Where the time of a step goes on each rank."""
+    """Draw the parts of a step on each rank."""
     ranks = run.profile.get("ranks")
     if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks):
         return None

@@ -1,4 +1,4 @@
-"""Puts the report together: figures, tables and plotly's own script in one file that needs no network."""
+"""Assembly of the report: figures, tables and plotly's own script in one file that needs no network."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ FIT = "addEventListener('load', () => document.querySelectorAll('.js-plotly-plot
 
 
 def write_report(runs: Sequence[RunFiles], target: Path) -> None:
-    """Writes the page, whole or not at all.
+    """Write the page atomically.
 
     Raises:
         MoeDistError: the file cannot be written.
@@ -47,7 +47,7 @@ def write_report(runs: Sequence[RunFiles], target: Path) -> None:
 
 
 def page(runs: Sequence[RunFiles]) -> str:
-    """The report as HTML."""
+    """Return the report as HTML."""
     title = escape(", ".join(run.label for run in runs))
     numbers = iter(range(10**6))
     parts = [_together(runs, numbers), *(_run(run, numbers) for run in runs)]
@@ -89,7 +89,7 @@ def _run(run: RunFiles, numbers: Iterator[int]) -> str:
 
 
 def _grid(figures: Sequence[tuple[str, go.Figure | None, str]], numbers: Iterator[int]) -> str:
-    """The figures there are, each with its title and a note below it."""
+    """Return the available figures, each with its title and a note below it."""
     sections = [
         f"<section><h3>{escape(title)}</h3>{_html(figure, next(numbers))}"
         f"{f'<p class=note>{escape(note)}</p>' if note else ''}</section>"

@@ -1,4 +1,4 @@
-"""Reads run folders for a report; whatever is broken, half-written or missing is left out and said."""
+"""Reader of run folders for a report; broken, half-written or missing parts are left out and listed."""
 
 import json
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ ENDINGS = ("finished", "measured", "stopped", "interrupted", "failed")
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run folder holds, as far as it can be read.
+    """Contents of a run folder, as far as they can be read.
 
     Attributes:
-        label: what the report calls it: its folder's name, with the parent's where two have the same.
-        problems: one line each on what could not be read.
+        label: name in the report: the folder's name, with the parent's if two are the same.
+        problems: one line for each part that could not be read.
     """
 
     label: str
@@ -37,13 +37,13 @@ class RunFiles:
 
     @property
     def last_step(self) -> int:
-        """The last step that any file knows of."""
+        """Last step that any file contains."""
         lines = [*self.metrics, *self.events, *self.loads]
         return max((int(step) for line in lines if (step := number(line, "step")) is not None), default=0)
 
     @property
     def status(self) -> str:
-        """How it ended, in words."""
+        """State of the run in words."""
         told = [event for event in self.events if event.get("event") in (*ENDINGS, "resumed")]
         if told and (last := told[-1])["event"] != "resumed":
             error = f": {last['error']}" if "error" in last else ""
@@ -54,10 +54,10 @@ class RunFiles:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
-    """Reads every folder.
+    """Read every folder.
 
     Raises:
-        ConfigError: a path is no folder, or holds nothing of a run.
+        ConfigError: a path is no folder, or contains nothing of a run.
     """
     folders = [path.resolve() for path in paths]
     names = [folder.name for folder in folders]
@@ -135,7 +135,7 @@ def _json_object(text: str) -> Line | None:
 
 
 def number(tree: Line, key: str) -> float | None:
-    """The finite number under a dotted key, None where there is none."""
+    """Return the finite number under a dotted key; None without one."""
     value = look_up(tree, key)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -143,7 +143,7 @@ def number(tree: Line, key: str) -> float | None:
 
 
 def series(lines: Sequence[Line], x: str, y: str, most: int = 1500) -> tuple[list[float], list[float]]:
-    """The points (x, y) of the lines that have both, thinned to about `most`, the last one kept."""
+    """Return the points (x, y) of the lines that have both, thinned to about `most`, the last one kept."""
     points = [(a, b) for line in lines if (a := number(line, x)) is not None and (b := number(line, y)) is not None]
     stride = max(1, len(points) // most)
     kept = points[: len(points) - 1 : stride] + points[-1:]

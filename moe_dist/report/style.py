@@ -1,4 +1,4 @@
-"""How the report's figures look: one layout for all, narrow enough for a phone."""
+"""Layout of the report's figures: one for all, narrow enough for a phone."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ HEIGHT = 320
 
 
 def figure(x_title: str, y_title: str, **layout: Any) -> go.Figure:
-    """An empty figure with both axes named."""
+    """Return an empty figure with both axes named."""
     made = go.Figure()
     made.update_layout(
         template="none",
@@ -28,12 +28,12 @@ def figure(x_title: str, y_title: str, **layout: Any) -> go.Figure:
 
 
 def color(index: int) -> str:
-    """The colour of the run at `index`; they repeat after the last."""
+    """Return the color of the run at `index`; colors repeat after the last."""
     return COLORS[index % len(COLORS)]
 
 
 def chooser(labels: list[str]) -> list[dict[str, Any]]:
-    """A drop-down that shows one of the figure's traces at a time."""
+    """Return a drop-down that shows one of the figure's traces at a time."""
     return [
         {
             "type": "dropdown",

@@ -1,17 +1,17 @@
-"""Tables of the report, as HTML; every word from a run is escaped."""
+"""Tables of the report as HTML; every word from a run is escaped."""
 
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from moe_dist.report.read import Line, RunFiles, number
+from moe_dist.report.read import RunFiles, number
 
 MISSING = "-"
 MOST_EVENTS = 200
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of plain text as an HTML table that scrolls sideways where it does not fit."""
+    """Return rows of plain text as an HTML table that scrolls sideways if it is too wide."""
     cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     heads = "".join(f"<th>{escape(word)}</th>" for word in head)
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
@@ -36,7 +36,7 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def comparison(runs: Sequence[RunFiles]) -> str:
-    """One row a figure, one column a run; figures that no run has are left out."""
+    """Return one row per figure, one column per run; figures that no run has are left out."""
     rows = [["ended", *(run.status for run in runs)], ["layout", *(_layout(run) for run in runs)]]
     for title, key, form in FIGURES:
         values = [number(run.summary, key) for run in runs]
@@ -70,7 +70,7 @@ RECLUSTER = (
 
 
 def reclusterings(run: RunFiles) -> str:
-    """Re-clusterings: what moved, how many bytes, in what time, and what it did to loss and objective; or nothing."""
+    """Return the re-clusterings: moved experts, bytes, time, and change of loss and objective; empty without any."""
     events = [event for event in run.events if event.get("event") == "recluster"]
     if not events:
         return ""
@@ -80,18 +80,14 @@ def reclusterings(run: RunFiles) -> str:
 
 
 def other_events(run: RunFiles) -> str:
-    """Everything else that happened, evaluations left out: the curve shows those."""
+    """Return all other events; evaluations are left out, since the curve shows them."""
     hidden = ("evaluation", "recluster", "placement")
     events = [event for event in run.events if event.get("event") not in hidden]
-    rows = [
-        [str(event.get("event", MISSING)), str(event.get("step", MISSING)), _details(event)]
-        for event in events[-MOST_EVENTS:]
-    ]
+    rows = []
+    for event in events[-MOST_EVENTS:]:
+        details = (f"{key}: {_text(value)}" for key, value in event.items() if key not in ("event", "step", "time"))
+        rows.append([str(event.get("event", MISSING)), str(event.get("step", MISSING)), ", ".join(details)])
     return table(["event", "step", ""], rows) if rows else ""
-
-
-def _details(event: Line) -> str:
-    return ", ".join(f"{key}: {_text(value)}" for key, value in event.items() if key not in ("event", "step", "time"))
 
 
 def _text(value: Any) -> str:

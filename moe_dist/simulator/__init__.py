@@ -1,4 +1,4 @@
-"""Predicts memory, traffic and step time of a configuration on machines that are not here.
+"""Simulator: memory, traffic and step time of a configuration on other machines.
 
-Analytic, in numpy: nothing here runs a model.
+Analytic, in numpy: it runs no model.
 """

@@ -1,9 +1,9 @@
-"""`moe-dist calibrate`: fits the simulator's constants to measured steps, and predicts steps that it was not fitted to.
+"""`moe-dist calibrate`: fit of the simulator's constants to measured steps, and prediction of held-out steps.
 
-Each case is a folder that `moe-dist measure traffic` left: its configuration, ranks, routing and timed steps. The one
-model of a step is `step_time`, which `simulate` and `plan` use; its constants are moved until the squared logarithms of
-predicted over measured are least over the cases that are not held out. A weak pull (`PULL`) keeps a constant that the
-cases say nothing of where it was.
+Each case is a folder written by `moe-dist measure traffic`: its configuration, ranks, routing and timed steps. The one
+model of a step is `step_time`, which `simulate` and `plan` use. The fit minimizes the squared logarithms of predicted
+over measured over the cases that are not held out. A weak prior (`PULL`) keeps a constant that the cases do not
+determine at its initial value.
 """
 
 import json
@@ -25,13 +25,13 @@ from moe_dist.simulator.step_time import Scenario, StepTime, step_time
 from moe_dist.simulator.strategies import Strategy
 
 PULL = 0.02
-"""Of a constant's logarithm to where it started, beside a case's relative error."""
+"""Weight of the logarithm of a constant over its initial value, beside a case's relative error."""
 SHARES = ("matmul_share", "expert_share", "link_share")
 DEVICE_CONSTANTS = (*SHARES, "memory_bandwidth", "stack_bandwidth", "step_overhead")
 
 
 class Case(Section):
-    """One measurement."""
+    """One measurement in the file of cases."""
 
     run: Path = Field(description="folder of `moe-dist measure traffic`, seen from the file with the cases")
     network_bandwidth: Positive | None = Field(None, description="bytes/s of an interface; null: the machine's")
@@ -39,7 +39,7 @@ class Case(Section):
 
 
 class Cases(Section):
-    """What `moe-dist calibrate` reads."""
+    """File of cases that `moe-dist calibrate` reads."""
 
     machine: Machine = Field(description="constants to start from")
     cases: Annotated[tuple[Case, ...], Field(min_length=2)]
@@ -47,11 +47,11 @@ class Cases(Section):
 
 @dataclass(frozen=True)
 class Measured:
-    """A case as it was measured.
+    """Measured case.
 
     Attributes:
-        seconds: of every timed step.
-        popularity_LE: share of each expert in each layer, of the routing that was seen.
+        seconds: time of every timed step.
+        popularity_LE: share of each expert in each layer, from the recorded routing.
     """
 
     case: Case
@@ -63,15 +63,15 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """Median seconds of a timed step."""
+        """Return the median seconds of a timed step."""
         return float(np.median(self.seconds))
 
     def predict(self, machine: Machine) -> StepTime:
-        """Its step on a machine."""
+        """Predict its step on a machine."""
         fabric = machine.fabric(
             self.nodes, self.shape.ranks // self.nodes, network_bandwidth=self.case.network_bandwidth
         )
-        strategy = Strategy.TWO_STAGE if self.config.moe.kind == "clustered" else Strategy.FLAT
+        strategy = Strategy.TWO_STAGE if self.config.moe.layer_kind.clustered else Strategy.FLAT
         batch = resolve_batch(self.config, self.shape.ranks)
         vocabulary = self.config.tokenizer.vocab_size
         return step_time(self.config, self.shape, batch, vocabulary, fabric, self.popularity_LE, Scenario(strategy))
@@ -79,7 +79,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A case held against its prediction."""
+    """Case with its prediction."""
 
     measured: Measured
     time: StepTime
@@ -92,22 +92,22 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The fitted machine, and all cases on it."""
+    """Fitted machine, with all cases on it."""
 
     machine: Machine
     predictions: tuple[Prediction, ...]
 
     def mean_error(self, held_out: bool | None = None) -> float | None:
-        """Mean absolute relative error of all cases, or of those held out or fitted; None: there are none."""
+        """Return the mean absolute relative error of all, held-out or fitted cases; None without any."""
         wanted = [one for one in self.predictions if held_out in (None, one.measured.case.held_out)]
         return float(np.mean([abs(one.error) for one in wanted])) if wanted else None
 
 
 def calibrate(file: Path) -> Calibration:
-    """Fits the machine of a file with cases, and predicts them all.
+    """Fit the machine of a file with cases, and predict them all.
 
     Raises:
-        ConfigError: the file or a case cannot be read, or nothing is left to fit to.
+        ConfigError: the file or a case cannot be read, or no case is left to fit to.
     """
     asked = read_section(file, Cases, "cases")
     measured = [read_case(case.model_copy(update={"run": file.parent / case.run})) for case in asked.cases]
@@ -119,10 +119,10 @@ def calibrate(file: Path) -> Calibration:
 
 
 def read_case(case: Case) -> Measured:
-    """What a measurement's folder says.
+    """Read a measurement's folder.
 
     Raises:
-        ConfigError: it is not one, or half of one.
+        ConfigError: it is not the folder of a measurement, or is incomplete.
     """
     config = load_config(case.run / "config.yaml")
     try:
@@ -134,15 +134,12 @@ def read_case(case: Case) -> Measured:
         raise ConfigError(f"case {case.run}: is no folder of `moe-dist measure traffic`: {why}") from error
     if not seconds or min(seconds) <= 0 or shape.ranks % nodes:
         raise ConfigError(f"case {case.run}: needs timed steps, and nodes of as many ranks each")
-    return Measured(case, config, shape, nodes, seconds, _popularity(case.run, config))
-
-
-def _popularity(run: Path, config: RunConfig) -> Floats:
-    return np.ones((1, 1)) if config.moe.kind == "dense" else recorded(run, config.moe.experts)
+    popularity_LE = np.ones((1, 1)) if not config.moe.layer_kind.routed else recorded(case.run, config.moe.experts)
+    return Measured(case, config, shape, nodes, seconds, popularity_LE)
 
 
 def fit(start: Machine, measured: Sequence[Measured]) -> Machine:
-    """The machine whose predictions come closest to the medians of measured steps."""
+    """Return the machine whose predictions are closest to the medians of measured steps."""
     first = np.log(_constants(start))
 
     def errors(logs: npt.NDArray[np.float64]) -> Floats:
@@ -158,7 +155,7 @@ def fit(start: Machine, measured: Sequence[Measured]) -> Machine:
 
 
 def _constants(machine: Machine) -> Floats:
-    """What is fitted, in the order of `DEVICE_CONSTANTS`, the network's latency last."""
+    """Return the fitted constants in the order of `DEVICE_CONSTANTS`, the network's latency last."""
     device = machine.device
     start = {"expert_share": device.matmul_share, "stack_bandwidth": device.network_bandwidth, "step_overhead": 1e-2}
     found = [getattr(device, name) or start[name] for name in DEVICE_CONSTANTS]
@@ -173,7 +170,7 @@ def _with_constants(machine: Machine, values: Floats) -> Machine:
 
 
 def to_dict(found: Calibration) -> dict[str, Any]:
-    """All figures, for JSON."""
+    """Return all figures for JSON."""
     return {
         "machine": found.machine.model_dump(mode="json"),
         "mean_absolute_error": found.mean_error(),

@@ -1,4 +1,4 @@
-"""`moe-dist simulate`: one configuration under every way to bring tokens to experts."""
+"""`moe-dist simulate`: one configuration under every routing strategy."""
 
 from pathlib import Path
 
@@ -24,15 +24,15 @@ def compare(
     resident: float,
     overlap: float,
 ) -> dict[str, StepTime]:
-    """Predicted steps of standard experts, flat and node-limited, and of clustered ones without and with what helps.
+    """Predict steps of standard experts, flat and node-limited, and of clustered ones without and with optimizations.
 
-    Standard and clustered experts are as many, of the same width, on the same groups of ranks.
+    Standard and clustered experts have the same number, width and groups of ranks.
 
     Args:
-        trace: a run folder whose loads are taken instead of `skew`.
+        trace: run folder whose loads are used instead of `skew`.
 
     Raises:
-        ConfigError: the layout does not fit the ranks or one of the two kinds, or the trace the experts.
+        ConfigError: the layout does not fit the ranks or one of the two kinds, or the trace does not fit the experts.
     """
     experts = config.moe.experts
     popularity_LE = recorded(trace, experts) if trace else zipf(experts, skew, 2, np.random.default_rng(config.seed))

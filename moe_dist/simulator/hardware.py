@@ -1,6 +1,6 @@
-"""The machines to predict for: what a device computes and holds, and what links carry.
+"""Hardware models: compute and memory of a device, and bandwidth of its links.
 
-Figures are the vendors' for one direction; how much of them real code reaches is in `matmul_share` and `link_share`.
+Figures are the vendors' for one direction; `matmul_share` and `link_share` are the parts that real code reaches.
 """
 
 import math
@@ -17,15 +17,15 @@ class Device:
 
     Attributes:
         flops: dense 16-bit matrix FLOP/s.
-        memory: bytes that can be held.
+        memory: capacity in bytes.
         memory_bandwidth, node_bandwidth, network_bandwidth, host_bandwidth: bytes/s of its memory, to other devices of
             its node, to other nodes, to the host's memory.
         matmul_share: part of `flops` that large matrix products reach.
         link_share: part of a link's rate that an all-to-all reaches.
-        reserved: bytes that libraries and the allocator's losses take.
+        reserved: bytes of libraries and of the allocator's fragmentation.
         expert_share: part of `flops` that the experts' products reach; None: as much as others.
-        stack_bandwidth: bytes/s that its processor can hand to sockets; None: links move data by themselves.
-        step_overhead: seconds of a step that go with no work: starting operations, small collectives.
+        stack_bandwidth: bytes/s that its processor can pass to sockets; None: links need no processor.
+        step_overhead: seconds of a step without work: starting operations, small collectives.
     """
 
     name: str
@@ -57,10 +57,10 @@ DEVICES = {
 
 
 def device_named(name: str) -> Device:
-    """A known device.
+    """Return a known device by name.
 
     Raises:
-        ConfigError: nobody knows it.
+        ConfigError: the name is unknown.
     """
     if name.lower() not in DEVICES:
         raise ConfigError(f"--gpu {name!r} is unknown: use one of {', '.join(DEVICES)}")
@@ -69,14 +69,14 @@ def device_named(name: str) -> Device:
 
 @dataclass(frozen=True)
 class Fabric:
-    """Nodes and what joins them.
+    """Nodes and the network between them.
 
     Attributes:
         rails: network interfaces of a node, each of a device's `network_bandwidth`, shared by its devices.
         pod_nodes: nodes below one leaf switch; traffic between pods crosses the spine.
-        oversubscription: what the leaf's devices could send over what its uplinks carry; 1: none.
-        node_latency, network_latency: seconds that one exchange takes at least, inside a node and between nodes.
-        sharing: devices that take turns on one processor: 1 on GPUs, more where ranks outnumber a machine's cores.
+        oversubscription: bandwidth of a leaf's downlinks over that of its uplinks; 1: none.
+        node_latency, network_latency: least seconds of one exchange, inside a node and between nodes.
+        sharing: devices that take turns on one processor: 1 on GPUs, more if ranks outnumber a machine's cores.
     """
 
     device: Device
@@ -91,31 +91,31 @@ class Fabric:
 
     @property
     def ranks(self) -> int:
-        """One a device, of all nodes."""
+        """Ranks of all nodes, one per device."""
         return self.nodes * self.devices_per_node
 
     @property
     def rail_bandwidth(self) -> float:
-        """Bytes/s that one device has between nodes when all send."""
+        """Return the bytes/s of one device between nodes while all send."""
         share = min(1.0, self.rails / self.devices_per_node)
         return self.device.network_bandwidth * share * self.device.link_share
 
     @property
     def node_bandwidth(self) -> float:
-        """Bytes/s that one device has to the others of its node."""
+        """Return the bytes/s of one device to the others of its node."""
         return self.device.node_bandwidth * self.device.link_share
 
     @property
     def compute_rate(self) -> float:
-        """FLOP/s of a device in large matrix products."""
+        """Return the FLOP/s of a device in large matrix products."""
         return self.device.flops * self.device.matmul_share / self.sharing
 
     @property
     def expert_rate(self) -> float:
-        """FLOP/s of a device in experts while others wait for it; where all work at once they share (`sharing`)."""
+        """Return the FLOP/s of a device in experts while others wait for it; if all compute, they share (`sharing`)."""
         return self.device.flops * (self.device.expert_share or self.device.matmul_share)
 
     @property
     def stack_bandwidth(self) -> float:
-        """Bytes/s that a device's processor moves when all do."""
+        """Return the bytes/s that a device's processor moves while all do."""
         return (self.device.stack_bandwidth or math.inf) / self.sharing

@@ -1,4 +1,4 @@
-"""The machine to predict for: a device by name, or constants that were fitted to measured steps, kept as JSON."""
+"""Machine of a prediction: a device by name, or fitted constants, stored as JSON."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ Read = TypeVar("Read", bound=Section)
 
 
 def _known(value: Any) -> Any:
-    """A device by its name; else fields, none of them misspelt."""
+    """Return a device by its name, else its fields, of which none may be misspelt."""
     if isinstance(value, str):
         if value.lower() not in DEVICES:
             raise ValueError(f"{value!r} is no known device: use one of {', '.join(DEVICES)}")
@@ -27,7 +27,7 @@ def _known(value: Any) -> Any:
 
 
 class Machine(Section):
-    """What does not depend on how many nodes there are."""
+    """Part of a machine that does not depend on the number of nodes."""
 
     device: Annotated[Device, BeforeValidator(_known)] = Field(description="fields of `Device`, or a known one's name")
     rails: Annotated[int, Field(ge=1)] | None = Field(None, description="interfaces of a node; null: one a device")
@@ -46,7 +46,7 @@ class Machine(Section):
         oversubscription: float = 1.0,
         network_bandwidth: float | None = None,
     ) -> Fabric:
-        """As many of them, joined; None: as the machine says, and pods of at most 32 nodes."""
+        """Return so many nodes, connected; None: the machine's defaults, and pods of at most 32 nodes."""
         return Fabric(
             replace(self.device, network_bandwidth=network_bandwidth or self.device.network_bandwidth),
             nodes,
@@ -61,10 +61,10 @@ class Machine(Section):
 
 
 def read_section(file: Path, kind: type[Read], what: str) -> Read:
-    """A JSON file of one of the simulator's forms.
+    """Read a JSON file of one of the simulator's types.
 
     Raises:
-        ConfigError: it cannot be read or is no such thing; names the file, the key and what is wrong.
+        ConfigError: it cannot be read or has another form; names the file, the key and the error.
     """
     try:
         return kind.model_validate_json(file.read_bytes())

@@ -1,8 +1,8 @@
-"""Memory of one rank by kind, predicted: weights, gradients, optimizer, activations.
+"""Predicted memory of one rank: weights, gradients, optimizer, activations.
 
-Weights, gradients and optimizer are counted from shapes and ZeRO's rules. What the backward pass needs of a layer was
-counted on the running model (torch 2.13, megatron-core 0.16) by its saved tensors and is linear in the widths; the
-tests count again.
+Weights, gradients and optimizer are counted from shapes and ZeRO's rules. The tensors that the backward pass needs of a
+layer were counted on the running model (torch 2.13, megatron-core 0.16) by its saved tensors; they are linear in the
+widths, and the tests count again.
 """
 
 from dataclasses import dataclass, fields
@@ -12,12 +12,11 @@ from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator.sizes import parameters_on_rank
 
 FLOAT32, MOMENTS = 4, 8
-ROUTING_STATE = 40  # numbers a token that do not grow with the widths, whatever the kind
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """Bytes of one rank by kind."""
 
     dense_weights: float
     base_weights: float
@@ -29,12 +28,12 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes of all kinds together."""
+        """Sum of all kinds."""
         return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
 def replicas(shape: WorldShape) -> dict[ParameterClass, int]:
-    """How many ranks share the optimizer state of each class under ZeRO."""
+    """Return the number of ranks that share the optimizer state of each class under ZeRO."""
     return {
         ParameterClass.DENSE: shape.ranks,
         ParameterClass.BASE: shape.data * shape.shard,
@@ -43,7 +42,7 @@ def replicas(shape: WorldShape) -> dict[ParameterClass, int]:
 
 
 def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int) -> Memory:
-    """Predicted bytes at the peak of a step, just before the gradients of the first layers are there."""
+    """Predict the bytes at the peak of a step, just before the first gradients are computed."""
     held = parameters_on_rank(config, shape, vocabulary)
     stage, half = config.world.zero_stage, config.train.precision == "bfloat16"
     size = 2 if half else FLOAT32
@@ -71,23 +70,13 @@ def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, voca
 
 
 def bytes_an_element(config: RunConfig) -> float:
-    """In bfloat16 norms, rotary positions, the router and gates keep some tensors in float32."""
+    """Return float32 numbers that bfloat16 training saves too: norms, rotary positions, the router and gates."""
     if config.train.precision == "float32":
         return FLOAT32
-    return 2.8 if config.moe.kind == "clustered" else 2.45
+    return 2.8 if config.moe.layer_kind.clustered else 2.45
 
 
 def saved_elements(config: RunConfig) -> float:
-    """Numbers that the backward pass of one layer needs, for each of the rank's own tokens."""
-    model, moe = config.model, config.moe
-    d, f, m, k = model.hidden_size, moe.expert_hidden, moe.top_clusters, moe.top_k
-    attention = 12.5 * d
-    if moe.kind == "dense":
-        return attention + 4 * moe.dense_width
-    if moe.kind == "standard":
-        return attention + 2 * k * d + k * 4 * f + 4 * moe.shared_expert_hidden + 12 + 9 * k
-    hidden = 7 * k + 1.6 if k > 1 else 13.7  # the forms in plain torch keep all that its autograd does
-    if moe.backend in ("cpu", "triton"):
-        hidden = 3.4
-    thin = 11 * moe.rank * m * k
-    return attention + (2.9 + 4 * (m - 1)) * d + m * hidden * f + ROUTING_STATE + thin
+    """Return the numbers that the backward pass of one layer needs, per token of the rank."""
+    d, moe = config.model.hidden_size, config.moe
+    return 12.5 * d + moe.layer_kind.saved_elements(d, moe)  # attention, and the feed-forward layer

@@ -1,6 +1,6 @@
 """Time of an all-to-all from bytes between ranks: the busiest device inside nodes, the busiest interface, the spine.
 
-Where processors move the data (`Device.stack_bandwidth`), all of it takes their time, whatever link it goes over.
+Where processors move the data (`Device.stack_bandwidth`), all of it takes their time, whatever the link.
 
 Shapes: D replicas of the expert-parallel group, C of them at a time, P ranks of a group.
 """
@@ -19,15 +19,15 @@ MOST_ENTRIES = 4_000_000
 def exchange_seconds(
     mean_PP: Floats, grain: float, replicas: int, fabric: Fabric, exchanges: int, draw: np.random.Generator
 ) -> Floats:
-    """seconds_D of one hop's exchanges for every replica of the group.
+    """Return seconds_D of one exchange pattern for every replica of the group.
 
     Every pair of ranks carries its mean and the chance variation of as many independent grains (variance = mean, in
     grains); all replicas send at once, so that they share the spine.
 
     Args:
-        mean_PP: bytes that are expected from each rank to each.
-        grain: bytes that come or stay away together: one row's there and back.
-        exchanges: collectives of the hop, each of which costs a latency.
+        mean_PP: expected bytes from each rank to each.
+        grain: bytes that are sent or not as a whole: one row's, both ways.
+        exchanges: number of collectives, each of which costs a latency.
     """
     ranks = len(mean_PP)
     deviation_PP = np.sqrt(grain * mean_PP)
@@ -61,13 +61,13 @@ def _chunks(replicas: int, entries: int) -> Iterator[tuple[int, int]]:
 
 
 def _busier(bytes_CPP: Floats) -> Floats:
-    """What each rank sends or receives, whichever is more."""
+    """Return the larger of the bytes that each rank sends and receives."""
     busier_CP: Floats = np.maximum(bytes_CPP.sum(axis=2), bytes_CPP.sum(axis=1))
     return busier_CP
 
 
 def _spine_seconds(bytes_R: Floats, fabric: Fabric) -> float:
-    """The busiest pod's uplinks, `oversubscription` times narrower than its devices' interfaces together."""
+    """Return the load of the busiest pod's uplinks, `oversubscription` times narrower than its devices' interfaces."""
     pod_R = np.arange(len(bytes_R)) // (fabric.devices_per_node * fabric.pod_nodes)
     per_pod = np.bincount(pod_R, weights=bytes_R)
     uplink = fabric.rail_bandwidth * fabric.devices_per_node * fabric.pod_nodes / fabric.oversubscription
@@ -75,10 +75,10 @@ def _spine_seconds(bytes_R: Floats, fabric: Fabric) -> float:
 
 
 def reduce_seconds(bytes_held: float, sharing: int, on_node: int, fabric: Fabric) -> float:
-    """Once around a ring (reduce-scatter, or all-gather) of n = `sharing` ranks: (n-1)/n of `bytes_held` a rank.
+    """Return seconds of one ring pass (reduce-scatter, all-gather) of n = `sharing` ranks: (n-1)/n of `bytes_held`.
 
     Args:
-        on_node: how many of them are neighbours on one node, whose interfaces their ring has together.
+        on_node: ranks of the ring that are neighbors on one node, whose interfaces they share.
     """
     if sharing == 1:
         return 0.0

@@ -1,4 +1,4 @@
-"""Which layout to train with: memory and step time of all that are possible are predicted, the best one is named."""
+"""Planner: predicts memory and step time of all possible layouts and recommends the best one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class LayoutOption:
-    """One way to lay out the job."""
+    """Layout of a job."""
 
     shape: WorldShape
     zero_stage: int
@@ -28,7 +28,7 @@ class LayoutOption:
 
     @property
     def overrides(self) -> str:
-        """As words for `moe-dist launch`."""
+        """Return the layout as overrides for `moe-dist launch`."""
         shape = self.shape
         return (
             f"world.data={shape.data} world.cluster={shape.cluster} world.shard={shape.shard} "
@@ -39,7 +39,7 @@ class LayoutOption:
 
 @dataclass(frozen=True)
 class Option:
-    """A layout with its predictions; `time` is None where it does not fit."""
+    """Layout with its predictions; `time` is None if it does not fit."""
 
     layout: LayoutOption
     memory: Memory
@@ -49,7 +49,7 @@ class Option:
 
 @dataclass(frozen=True)
 class PlannerResult:
-    """All options, the fastest first, those that do not fit last."""
+    """All candidates, the fastest first, those that do not fit last."""
 
     options: tuple[Option, ...]
     limit: float
@@ -57,18 +57,18 @@ class PlannerResult:
 
     @property
     def best(self) -> Option:
-        """The fastest layout that fits."""
+        """Return the fastest layout that fits."""
         return self.options[0]
 
 
 def plan(config: RunConfig, fabric: Fabric, vocabulary: int, skew: float) -> PlannerResult:
-    """Predicts every possible layout.
+    """Predict every possible layout.
 
     Args:
-        skew: of the experts' popularity (`popularity.zipf`).
+        skew: skew of the experts' popularity (`popularity.zipf`).
 
     Raises:
-        ConfigError: the batch does not divide over the ranks, or nothing fits; the line says what would.
+        ConfigError: the batch does not divide over the ranks, or nothing fits; the line names a size that would.
     """
     limit = fabric.device.memory - fabric.device.reserved
     options = [_remembered(config, layout, vocabulary, limit) for layout in layouts(config, fabric.ranks)]
@@ -83,7 +83,7 @@ def plan(config: RunConfig, fabric: Fabric, vocabulary: int, skew: float) -> Pla
 
 
 def layouts(config: RunConfig, ranks: int) -> Iterator[LayoutOption]:
-    """Shapes that divide experts and ranks, with every ZeRO stage, micro-batch and with or without recomputation.
+    """Return shapes that divide experts and ranks, with every ZeRO stage, micro-batch and choice of recomputation.
 
     Raises:
         ConfigError: the batch does not divide over the ranks.
@@ -102,18 +102,11 @@ def layouts(config: RunConfig, ranks: int) -> Iterator[LayoutOption]:
 
 
 def _shapes(config: RunConfig, ranks: int) -> Iterator[WorldShape]:
-    moe = config.moe
-    if moe.kind == "dense":
-        yield WorldShape(ranks, 1, 1)
-    elif moe.kind == "standard":
-        for parallel in _divisors(moe.experts):
-            if ranks % parallel == 0:
-                yield WorldShape(ranks // parallel, parallel, 1)
-    else:
-        for cluster in _divisors(moe.clusters):
-            for shard in _divisors(moe.experts_per_cluster):
-                if ranks % (cluster * shard) == 0:
-                    yield WorldShape(ranks // (cluster * shard), cluster, shard)
+    clusters, shards = config.moe.layer_kind.units(config.moe)
+    for cluster in _divisors(clusters):
+        for shard in _divisors(shards):
+            if ranks % (cluster * shard) == 0:
+                yield WorldShape(ranks // (cluster * shard), cluster, shard)
 
 
 def _divisors(number: int) -> list[int]:
@@ -121,7 +114,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def settled(config: RunConfig, layout: LayoutOption) -> RunConfig:
-    """The configuration with the layout's keys."""
+    """Return the configuration with the layout's keys."""
     shape = layout.shape
     world = {"data": shape.data, "cluster": shape.cluster, "shard": shape.shard, "zero_stage": layout.zero_stage}
     return config.model_copy(
@@ -139,7 +132,7 @@ def _remembered(config: RunConfig, layout: LayoutOption, vocabulary: int, limit:
 
 
 def _without_waste(fitting: list[Option]) -> list[Option]:
-    """For each shape and recomputation: the lowest ZeRO stage that fits with the largest micro-batch.
+    """Return for each shape and recomputation the lowest ZeRO stage that fits, with the largest micro-batch.
 
     A larger micro-batch means fewer exchanges, and a higher stage saves nothing but memory.
     """
@@ -155,7 +148,7 @@ def _without_waste(fitting: list[Option]) -> list[Option]:
 
 def _timed(config: RunConfig, option: Option, fabric: Fabric, vocabulary: int, popularity_LE: Floats) -> Option:
     layout = option.layout
-    strategy = Strategy.TWO_STAGE if config.moe.kind == "clustered" else Strategy.FLAT
+    strategy = Strategy.TWO_STAGE if config.moe.layer_kind.clustered else Strategy.FLAT
     shape = layout.shape
     time = step_time(
         settled(config, layout),

@@ -1,6 +1,6 @@
-"""How often each expert is chosen: an assumed skew, or what a real run recorded.
+"""Popularity of experts: an assumed skew, or the loads of a recorded run.
 
-Shapes: L layers that are told apart, E experts, S sampled tokens, K choices.
+Shapes: L distinct layers, E experts, S sampled tokens, K choices.
 """
 
 import json
@@ -18,16 +18,16 @@ SAMPLE = 4096
 
 
 def zipf(experts: int, skew: float, layers: int, generator: np.random.Generator) -> Floats:
-    """popularity_LE: the i-th most popular expert has a share in proportion to 1 / i^skew; its number is drawn."""
+    """Return popularity_LE: the i-th most popular expert, drawn, has a share proportional to 1 / i^skew."""
     share_E = np.arange(1, experts + 1) ** -float(skew)
     return np.stack([generator.permutation(share_E / share_E.sum()) for _ in range(layers)])
 
 
 def recorded(run: Path, experts: int) -> Floats:
-    """popularity_LE as a run folder has it: from `load.jsonl`, or from `routing.npz` of a traffic measurement.
+    """Return popularity_LE of a run folder: from `load.jsonl`, or from `routing.npz` of a traffic measurement.
 
     Raises:
-        ConfigError: the folder has neither, or of another number of experts.
+        ConfigError: the folder has neither, or another number of experts.
     """
     counts_LE = _from_loads(run / "load.jsonl") if (run / "load.jsonl").exists() else _from_routing(run, experts)
     if counts_LE is None:
@@ -42,7 +42,7 @@ def recorded(run: Path, experts: int) -> Floats:
 
 
 def _from_loads(file: Path) -> Floats | None:
-    """Copies over the last half of the lines."""
+    """Return the copies over the last half of the lines."""
     lines = []
     for row in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -54,7 +54,7 @@ def _from_loads(file: Path) -> Floats | None:
 
 
 def _from_routing(run: Path, experts: int) -> Floats | None:
-    """Choices of experts (flat), or of clusters, whose experts, numbered in order, share alike."""
+    """Return choices of experts (flat), or of clusters, whose consecutive experts get equal shares."""
     try:
         with np.load(run / "routing.npz", allow_pickle=False) as arrays:
             flat = [name for name in arrays.files if name.endswith(".flat")]
@@ -76,24 +76,24 @@ def _frequencies(choices: Integers, bins: int) -> Floats:
 
 
 def sample(popularity_E: Floats, top_k: int, generator: np.random.Generator, tokens: int = SAMPLE) -> Integers:
-    """choice_SK: K different experts of each token, drawn one after the other by their shares (Gumbel top-k)."""
+    """Return choice_SK: K different experts of each token, drawn by their shares without replacement (Gumbel top-k)."""
     return top_choices(scores(popularity_E, generator, tokens), top_k)
 
 
 def scores(popularity_E: Floats, generator: np.random.Generator, tokens: int = SAMPLE) -> Floats:
-    """score_SE: a token's K best are a draw of K different experts by their shares."""
+    """Return score_SE, whose K best per token are a draw of K different experts by their shares."""
     return np.log(popularity_E) + generator.gumbel(size=(tokens, len(popularity_E)))
 
 
 def top_choices(score_SE: Floats, top_k: int) -> Integers:
-    """Indices of the K largest of each row, in no order."""
+    """Return the indices of the K largest of each row, in no order."""
     return np.argpartition(score_SE, -top_k, axis=1)[:, -top_k:]
 
 
 def balanced_clusters(popularity_E: Floats, clusters: int) -> Integers:
-    """cluster_E: equally large clusters of nearly equal popularity, as re-clustering for load would make them.
+    """Return cluster_E: equally large clusters of nearly equal popularity, as re-clustering for load would form them.
 
-    The experts by popularity go to the clusters back and forth.
+    Experts, sorted by popularity, are dealt to the clusters back and forth.
     """
     order_E = np.argsort(-popularity_E)
     there = np.arange(clusters)
@@ -104,13 +104,13 @@ def balanced_clusters(popularity_E: Floats, clusters: int) -> Integers:
 
 
 def shares(hit_SB: npt.NDArray[np.bool_]) -> Floats:
-    """Share of sampled tokens that touch each bin."""
+    """Return the share of sampled tokens that use each bin."""
     share_B: Floats = hit_SB.mean(axis=0)
     return share_B
 
 
 def touched(home_SK: Integers, bins: int) -> npt.NDArray[np.bool_]:
-    """hit_SB: whether any of a token's choices lives in each bin."""
+    """Return hit_SB: whether any of a token's choices is in each bin."""
     hit_SB = np.zeros((len(home_SK), bins), dtype=np.bool_)
     np.put_along_axis(hit_SB, home_SK, True, axis=1)
     return hit_SB

@@ -1,40 +1,23 @@
-"""Parameters that a rank holds, and floating-point operations of a token: formulas over the configuration.
-
-Symbols: d model.hidden_size, f moe.expert_hidden, r moe.rank, E experts, G clusters, N = E/G, m top_clusters, k top_k.
-"""
+"""Parameters of a rank and FLOPs of a token: formulas over the configuration."""
 
 from dataclasses import dataclass
 
-from moe_dist.config import ModelConfig, MoEConfig, RunConfig, WorldShape
+from moe_dist.config import ModelConfig, RunConfig, WorldShape
 from moe_dist.moe.parameter_class import ParameterClass
-
-PROJECTIONS = 3  # gate, up and out of a SwiGLU
 
 
 def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) -> dict[ParameterClass, int]:
-    """How many parameters of each class one rank holds."""
+    """Number of parameters of each class on one rank."""
     model, moe = config.model, config.moe
-    d, f = model.hidden_size, moe.expert_hidden
+    d = model.hidden_size
     embedding = vocabulary * d * (1 if model.tie_embeddings else 2)
-    dense = embedding + d + model.layers * (_attention_parameters(model) + 2 * d)
-    base = expert = 0
-    if moe.kind == "dense":
-        dense += model.layers * PROJECTIONS * d * moe.dense_width
-    if moe.kind == "standard":
-        dense += model.layers * d * (moe.experts + PROJECTIONS * moe.shared_expert_hidden)
-        expert = model.layers * moe.experts // (shape.cluster * shape.shard) * PROJECTIONS * d * f
-    if moe.kind == "clustered":
-        clusters = moe.clusters // shape.cluster
-        dense += model.layers * d * moe.experts
-        base = model.layers * clusters * PROJECTIONS * d * f
-        expert = model.layers * clusters * (moe.experts_per_cluster // shape.shard) * residual_parameters(model, moe)
-    return {ParameterClass.DENSE: dense, ParameterClass.BASE: base, ParameterClass.EXPERT: expert}
-
-
-def residual_parameters(model: ModelConfig, moe: MoEConfig) -> int:
-    """Of one expert: factors of both matrices; vectors: a gate and two biases on hidden units, one on the output."""
-    d, f, r = model.hidden_size, moe.expert_hidden, moe.rank
-    return 3 * r * (d + f) + (3 * f + d if moe.expert_vectors else 0)
+    layer = moe.layer_kind.parameters(d, moe, shape.cluster, shape.shard)
+    dense = embedding + d + model.layers * (_attention_parameters(model) + 2 * d + layer.dense)
+    return {
+        ParameterClass.DENSE: dense,
+        ParameterClass.BASE: model.layers * layer.base,
+        ParameterClass.EXPERT: model.layers * layer.expert,
+    }
 
 
 def _attention_parameters(model: ModelConfig) -> int:
@@ -44,12 +27,12 @@ def _attention_parameters(model: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class TokenWork:
-    """Forward FLOPs: of a token in one layer outside its experts, in the output layer, and of one expert row.
+    """Forward FLOPs of a token in one layer outside its experts, in the output layer, and of one expert row.
 
     Attributes:
-        row: of one arrived row of the feed-forward part: standard, one copy at one expert; clustered, one token at one
-            cluster with its k experts; dense, nothing.
-        rows: rows of a token.
+        row: FLOPs of one dispatched row: standard, one copy at one expert; clustered, one token at one cluster with
+            its k experts; dense, zero.
+        rows: rows per token.
     """
 
     layer: float
@@ -58,22 +41,15 @@ class TokenWork:
     rows: int
 
     def token(self, layers: int) -> float:
-        """One token's whole forward pass."""
+        """FLOPs of one token's whole forward pass."""
         return layers * (self.layer + self.rows * self.row) + self.head
 
 
 def work_of(config: RunConfig, vocabulary: int) -> TokenWork:
-    """Multiply and add count as two; a causal row attends to half the sequence on average."""
+    """Return the FLOPs of a token; multiply and add count as two, a causal row attends to half the sequence."""
     model, moe = config.model, config.moe
-    d, f, r = model.hidden_size, moe.expert_hidden, moe.rank
+    d = model.hidden_size
     layer = 2.0 * _attention_parameters(model) + 2 * model.sequence_length * d
+    feed_forward = moe.layer_kind.work(d, moe)
     head = 2.0 * d * vocabulary
-    if moe.kind == "dense":
-        return TokenWork(layer + 2 * PROJECTIONS * d * moe.dense_width, head, 0.0, 0)
-    if moe.kind == "standard":
-        layer += 2.0 * d * (moe.experts + PROJECTIONS * moe.shared_expert_hidden)
-        return TokenWork(layer, head, 2.0 * PROJECTIONS * d * f, moe.top_k)
-    n = moe.experts_per_cluster  # what is d wide is computed for all experts of the cluster, what is f wide for the k
-    thin = 2.0 * 3 * r * (n * d + moe.top_k * f)
-    row = 2.0 * PROJECTIONS * d * f + thin + 2.0 * d * n
-    return TokenWork(layer + 2.0 * d * moe.clusters, head, row, moe.top_clusters)
+    return TokenWork(layer + feed_forward.token, head, feed_forward.row, feed_forward.rows)

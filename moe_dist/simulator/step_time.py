@@ -1,11 +1,11 @@
-"""Predicted time of a training step, by what it goes into.
+"""Predicted time of a training step by part.
 
     step = accumulation x layers x (attention + busiest rank's experts + all-to-all, forward and backward)
            + accumulation x output layer + gradient reduction + optimizer + re-clustering + overhead
 
-The replicas of the expert-parallel group run apart from each other within a step, the slowest one counts at its end.
+The replicas of the expert-parallel group are independent within a step; the slowest one determines its end.
 
-Shapes: D replicas, P ranks of a group, L layers told apart.
+Shapes: D replicas, P ranks of a group, L distinct layers.
 """
 
 from dataclasses import dataclass, field
@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.config.layer_kinds import residual_parameters
 from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator import memory
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.popularity import Floats, balanced_clusters
-from moe_dist.simulator.sizes import parameters_on_rank, residual_parameters, work_of
+from moe_dist.simulator.sizes import parameters_on_rank, work_of
 from moe_dist.simulator.strategies import Demand, Strategy, demand
 
 FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and back again
@@ -28,15 +29,15 @@ TRAINING_STATE_BYTES = 14  # of a moved parameter: weight in 16 bits, master and
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is assumed beyond the configuration.
+    """Assumptions beyond the configuration.
 
     Attributes:
-        recluster_every: steps between re-clusterings that keep clusters equally loaded; None: none take place.
-        resident: share of a rank's clusters that stay on the device; the others come from the host when needed.
-        overlap: share of the all-to-all that hides behind computation.
+        recluster_every: steps between re-clusterings that keep clusters equally loaded; None: no re-clustering.
+        resident: share of a rank's clusters that stay on the device; the others are fetched from the host.
+        overlap: share of the all-to-all that is hidden behind computation.
         most_nodes: M of node-limited routing.
-        drawn_replicas: replicas whose chance loads are drawn at most.
-        layers: layers of unlike popularity that are computed; the mean stands for all.
+        drawn_replicas: largest number of replicas whose random loads are drawn.
+        layers: number of layers with popularities of their own; their mean stands for all.
     """
 
     strategy: Strategy
@@ -62,12 +63,12 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step: the sum of its parts."""
+        """Seconds of the whole step."""
         return sum(self.parts.values())
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all ranks a second."""
+        """Tokens per second of all ranks."""
         return self.tokens / self.seconds
 
     @property
@@ -85,10 +86,10 @@ def step_time(
     popularity_LE: Floats,
     scenario: Scenario,
 ) -> StepTime:
-    """Predicts one step.
+    """Predict one step.
 
     Args:
-        popularity_LE: share of each expert in each layer told apart; layers beyond them repeat.
+        popularity_LE: share of each expert in each distinct layer; further layers repeat them.
     """
     draw = np.random.default_rng(scenario.seed)
     tokens = batch.micro * config.model.sequence_length
@@ -129,12 +130,12 @@ def _layer(
     tokens: int,
     draw: np.random.Generator,
 ) -> tuple[Floats, Floats, tuple[float, float]]:
-    """rows_D that take a replica's time, seconds_D on the wire, and bytes a token: all, and between nodes.
+    """Return rows_D that determine a replica's time, seconds_D of exchanges, and bytes per token: all, between nodes.
 
-    The busiest rank's rows count, or where devices take turns on processors all rows over these, if that is more.
+    Rows are those of the busiest rank, or if devices share processors all rows divided by these, if that is more.
     """
     replicas = min(shape.data, scenario.drawn_replicas)
-    if config.moe.kind == "dense":
+    if not config.moe.layer_kind.routed:
         return np.zeros(replicas), np.zeros(replicas), (0.0, 0.0)
     asked = demand(
         config,
@@ -158,7 +159,7 @@ def _layer(
 
 
 def _volumes(asked: Demand, fabric: Fabric, tokens: int) -> tuple[float, float]:
-    """Bytes a token, in all and between nodes, for a group that starts on a node's first device."""
+    """Return bytes per token, all and between nodes, for a group that starts on a node's first device."""
     total = inter = 0.0
     for flow in asked.flows:
         sent_PP = flow.bytes(tokens)
@@ -169,8 +170,8 @@ def _volumes(asked: Demand, fabric: Fabric, tokens: int) -> tuple[float, float]:
 
 
 def _offload(config: RunConfig, shape: WorldShape, fabric: Fabric, scenario: Scenario, compute: float) -> float:
-    """Seconds a layer that fetching absent clusters takes beyond the computation it hides behind, in both passes."""
-    if config.moe.kind != "clustered":
+    """Return the seconds per layer by which fetching offloaded clusters exceeds the computation, in both passes."""
+    if not config.moe.layer_kind.clustered:
         return 0.0
     held = parameters_on_rank(config, shape, 0)
     bytes_layer = 2.0 * (held[ParameterClass.BASE] + held[ParameterClass.EXPERT]) / config.model.layers
@@ -178,9 +179,9 @@ def _offload(config: RunConfig, shape: WorldShape, fabric: Fabric, scenario: Sce
 
 
 def reduction_rounds(config: RunConfig, batch: BatchShape) -> int:
-    """How often a step's reductions go around their ring, as DeepSpeed does them.
+    """Return the number of ring passes of a step's reductions, as DeepSpeed does them.
 
-    Gradients are all-reduced, which is two rounds, in stage 2 for every micro-batch; ZeRO gathers weights in one more.
+    Gradients are all-reduced, which is two passes, in stage 2 for every micro-batch; ZeRO gathers weights in one more.
     """
     stage = config.world.zero_stage
     return 2 * (batch.accumulation if stage == 2 else 1) + (stage > 0)
@@ -197,7 +198,7 @@ def _reduction(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabula
 
 
 def _on_node(kind: ParameterClass, shape: WorldShape, fabric: Fabric) -> int:
-    """How many of the ranks of one node hold copies of the same parameters."""
+    """Return the number of ranks of one node that hold copies of the same parameters."""
     devices = fabric.devices_per_node
     if kind is ParameterClass.DENSE:
         return devices
@@ -214,11 +215,11 @@ def _optimizer(config: RunConfig, shape: WorldShape, vocabulary: int, fabric: Fa
 def _recluster(
     config: RunConfig, shape: WorldShape, fabric: Fabric, popularity_LE: Floats, scenario: Scenario
 ) -> float:
-    """Seconds a step for moving experts to their balanced clusters, all at once, every `recluster_every` steps.
+    """Return the seconds per step of moving experts to their balanced clusters every `recluster_every` steps.
 
-    A mover takes its factors, vectors and their training state; the busiest block of ranks counts, in and out.
+    A mover has its factors, vectors and their training state; the busiest block of ranks counts, in and out.
     """
-    if scenario.recluster_every is None or config.moe.kind != "clustered" or shape.cluster == 1:
+    if scenario.recluster_every is None or not config.moe.layer_kind.clustered or shape.cluster == 1:
         return 0.0
     moe, per_block = config.moe, config.moe.clusters // shape.cluster
     busiest = []
@@ -230,6 +231,6 @@ def _recluster(
         arriving_B = np.bincount(after_E[moved_E], minlength=shape.cluster)
         busiest.append(max(leaving_B.max(), arriving_B.max()))
     experts = float(np.mean(busiest)) * config.model.layers / shape.shard
-    moved = experts * residual_parameters(config.model, moe) * TRAINING_STATE_BYTES
+    moved = experts * residual_parameters(config.model.hidden_size, moe) * TRAINING_STATE_BYTES
     rate = fabric.node_bandwidth if shape.cluster * shape.shard <= fabric.devices_per_node else fabric.rail_bandwidth
     return moved / rate / scenario.recluster_every

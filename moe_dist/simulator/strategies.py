@@ -1,7 +1,7 @@
-"""The ways to bring tokens to experts: the rows that each rank sends to each, expected for one token of every rank.
+"""Routing strategies: the expected rows between ranks for one token of every rank.
 
 flat          k copies of a token, each straight to its expert's rank
-node-limited  experts on at most M nodes; one copy a node, which its receiver hands on inside the node
+node-limited  experts on at most M nodes; one copy per node, which its receiver forwards inside the node
 two-stage     one copy to each chosen cluster's rank; shards of a cluster are served from there
 
 Shapes: P ranks of the expert-parallel group (cluster block x shard, the shard innermost), E experts, S sampled tokens,
@@ -29,7 +29,7 @@ from moe_dist.simulator.popularity import (
 
 
 class Strategy(StrEnum):
-    """How tokens find their experts' ranks."""
+    """Strategy by which tokens are sent to their experts' ranks."""
 
     FLAT = "flat"
     NODE_LIMITED = "node-limited"
@@ -38,13 +38,13 @@ class Strategy(StrEnum):
 
 @dataclass(frozen=True)
 class Flow:
-    """One hop: what a row costs on the wire, and the rows expected between ranks for one token of every rank."""
+    """One exchange: bytes of a row, and the expected rows between ranks for one token of every rank."""
 
     hop: HopCost
     rows_PP: Floats
 
     def bytes(self, tokens: float) -> Floats:
-        """bytes_PP of one micro-batch of `tokens` on every rank, forward and backward: the ledger's own formulas."""
+        """Return bytes_PP of `tokens` on every rank, forward and backward, by the traffic ledger's formulas."""
         found = self.hop.volumes(tokens * self.rows_PP)
         found[Payload.COUNTS, Direction.FORWARD] = found[Payload.COUNTS, Direction.FORWARD] * (self.rows_PP > 0)
         bytes_PP: Floats = np.sum(list(found.values()), axis=0)
@@ -53,7 +53,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Demand:
-    """What one layer asks of network and devices.
+    """Load of one layer on network and devices.
 
     Attributes:
         work_P: rows that each rank computes, for one token of every rank.
@@ -74,11 +74,11 @@ def demand(
     devices_per_node: int = 8,
     most_nodes: int = 4,
 ) -> Demand:
-    """The expected rows of one layer.
+    """Return the expected rows of one layer.
 
     Args:
         reclustered: clusters are made equally popular (two-stage).
-        most_nodes: M, the nodes that a token's experts may be on (node-limited).
+        most_nodes: M, the largest number of nodes of a token's experts (node-limited).
     """
     if strategy is Strategy.TWO_STAGE:
         return _two_stage(config, shape, popularity_E, generator, reclustered)
@@ -109,7 +109,7 @@ def _node_limited(
     devices_per_node: int,
     most_nodes: int,
 ) -> Demand:
-    """A node's score is the sum of its best k/M experts' scores, as in DeepSeek-V3; groups fill whole nodes."""
+    """Choose nodes by the sum of their best k/M experts' scores, as in DeepSeek-V3; groups fill whole nodes."""
     ranks = shape.cluster * shape.shard
     per_rank = config.moe.experts // ranks
     nodes = -(-ranks // devices_per_node)
@@ -167,6 +167,6 @@ def _two_stage(
 
 
 def _on_shards(moe: MoEConfig, shape: WorldShape, popularity_N: Floats, generator: np.random.Generator) -> Floats:
-    """Share of a cluster's rows that need each of its shards."""
+    """Return the share of a cluster's rows that need each of its shards."""
     slot_SK: Integers = sample(popularity_N / popularity_N.sum(), moe.top_k, generator, tokens=1024)
     return shares(touched(slot_SK // (moe.experts_per_cluster // shape.shard), shape.shard))

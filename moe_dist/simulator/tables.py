@@ -1,4 +1,4 @@
-"""Tables of plans and simulations in the terminal, and their figures for JSON."""
+"""Terminal tables of plans and simulations, and their figures for JSON."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -17,7 +17,7 @@ SHOWN = 8
 
 
 def render_plan(found: PlannerResult, console: Console) -> None:
-    """The fastest layouts, the memory of the best by kind, and the recommendation with its reason."""
+    """Print the fastest layouts, the memory of the best by kind, and the recommendation with its reason."""
     table = Table(title="layouts that fit, fastest first (predicted)", title_justify="left", box=SIMPLE, padding=0)
     axes = ("data", "cluster", "shard", "ZeRO", "micro", "recompute")
     for name in (*axes, "GiB", "ms", "MFU", "B/token/layer", "inter"):
@@ -57,7 +57,7 @@ def _memory(memory: Memory, limit: float) -> Table:
 
 
 def render_times(times: Mapping[str, StepTime], console: Console) -> None:
-    """Step time by part, one column for each way to bring tokens to experts."""
+    """Print step time by part, one column for each routing strategy."""
     table = Table(title="predicted step, ms", title_justify="left")
     table.add_column("")
     for name in times:
@@ -75,7 +75,7 @@ def render_times(times: Mapping[str, StepTime], console: Console) -> None:
 
 
 def render_calibration(found: Calibration, console: Console) -> None:
-    """Every case, measured and predicted; the mean errors; the constants."""
+    """Print every case, measured and predicted, the mean errors, and the constants."""
     table = Table(title="a step, ms: median of those timed, smallest to largest", title_justify="left", box=SIMPLE)
     table.add_column("case")
     for name in ("measured", "spread", "predicted", "error", ""):
@@ -102,7 +102,7 @@ def render_calibration(found: Calibration, console: Console) -> None:
 
 
 def time_to_dict(time: StepTime) -> dict[str, Any]:
-    """The figures of a step for `--json`."""
+    """Return the figures of a step for `--json`."""
     return {
         "seconds": time.seconds,
         "parts": time.parts,
@@ -114,7 +114,7 @@ def time_to_dict(time: StepTime) -> dict[str, Any]:
 
 
 def plan_to_dict(found: PlannerResult) -> dict[str, Any]:
-    """All options for `--json`, the recommended one first."""
+    """Return all candidates for `--json`, the recommended one first."""
     return {
         "reason": found.reason,
         "limit_bytes": found.limit,

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Studies: many runs compared, with finished runs kept."""

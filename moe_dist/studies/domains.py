@@ -1,7 +1,7 @@
-"""Do clusters follow the text? Which domain each expert serves, and whether a cluster's experts serve the same.
+"""Agreement of clusters with the domains of a text.
 
 Trains recipes of the quality comparison on a mixture of clearly different domains, then routes held-out text of each
-domain through the trained model and counts.
+domain through the trained model and counts the experts that it uses.
 
 Shapes: D domains, L layers, E experts.
 """
@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.benchmarks.subruns import Summary
 from moe_dist.clustering import adjusted_rand_index
 from moe_dist.config import WorldConfig
 from moe_dist.data.domains import TRAIN, write_domains
@@ -29,7 +28,8 @@ from moe_dist.evaluation.trained_model import open_evaluated_model
 from moe_dist.evaluation.windows import window_batches
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.report.read import read_runs
-from moe_dist.studies.quality import QualityCell, cells, require_all, run_cells
+from moe_dist.studies.quality import cells
+from moe_dist.studies.runner import StudyOutcome, require_all, run_cells, validation_loss
 
 RECIPES = ("cheap", "cheap-random", "cheap-parameter", "cheap-activation", "cheap-fused")
 BATCH = 8  # windows at a time
@@ -37,7 +37,7 @@ BATCH = 8  # windows at a time
 
 @dataclass(frozen=True)
 class DomainSpec:
-    """What to train and on how much text; `characters` of each domain."""
+    """Recipes to train, and the amount of text; `characters` per domain."""
 
     configs: Path
     folder: Path
@@ -51,11 +51,11 @@ class DomainSpec:
 
 @dataclass(frozen=True)
 class DomainRun:
-    """One trained run.
+    """Figures of one trained run.
 
     Attributes:
         index: adjusted Rand index between experts' dominant domains and their clusters, mean over layers.
-        purity: share of an expert's copies that its dominant domain has, mean over experts; 1 / D by chance.
+        purity: share of an expert's copies that belong to its dominant domain, mean over experts; 1 / D by chance.
         moved: experts that changed their cluster in training, over all layers and rounds.
         round_seconds: time of all re-clustering rounds.
     """
@@ -72,7 +72,7 @@ class DomainRun:
 
 
 def run_domains(spec: DomainSpec, report: Callable[[str], None]) -> list[DomainRun]:
-    """Trains what is not there yet, and measures every run.
+    """Train the missing runs and measure all.
 
     Raises:
         DataError: this machine has too little text.
@@ -84,18 +84,19 @@ def run_domains(spec: DomainSpec, report: Callable[[str], None]) -> list[DomainR
     validation = json.dumps([str(file.absolute()) for file in held.values()])
     selection = ("corpus.kind=text", f"corpus.paths={paths}", f"corpus.validation_paths={validation}")
     todo = cells(spec.configs, {"domains": selection}, spec.seeds, spec.recipes, spec.overrides)
-    results = run_cells(todo, spec.folder, spec.jobs, report)
-    require_all(results, todo)
-    return [_measure(cell, results[cell], held, spec.folder) for cell in todo]
+    outcomes = run_cells(todo, spec.folder, report, validation_loss, jobs=spec.jobs)
+    require_all(outcomes)
+    return [_measure(outcome, held, spec.folder) for outcome in outcomes]
 
 
-def _measure(cell: QualityCell, summary: Summary, held: Mapping[str, Path], folder: Path) -> DomainRun:
-    run = folder / "runs" / cell.name
+def _measure(outcome: StudyOutcome, held: Mapping[str, Path], folder: Path) -> DomainRun:
+    cell, summary = outcome.cell, outcome.summary or {}
+    run = folder / "runs" / cell.run_name(folder)
     count_DLE, cluster_LE = domain_counts(run, held)
     rounds = [event for event in read_runs([run])[0].events if event.get("event") == "recluster"]
     return DomainRun(
-        cell.recipe,
-        cell.seed,
+        cell.value("recipe"),
+        cell.repeat,
         summary["validation"]["loss"],
         domain_index(count_DLE, cluster_LE),
         domain_purity(count_DLE),
@@ -107,7 +108,7 @@ def _measure(cell: QualityCell, summary: Summary, held: Mapping[str, Path], fold
 
 
 def domain_counts(run: Path, held: Mapping[str, Path]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """count_DLE: copies of each domain's tokens that each expert gets; cluster_LE: the cluster that it is in.
+    """Return count_DLE, token copies of each domain per expert, and cluster_LE, the cluster of each expert.
 
     Raises:
         CheckpointError: the run has no weights.
@@ -124,7 +125,7 @@ def domain_counts(run: Path, held: Mapping[str, Path]) -> tuple[npt.NDArray[np.i
 
 
 def _count(model: LanguageModel, ids: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-    """count_LE of one text."""
+    """Return count_LE of one text."""
     balance = model.context.balance
     with model.evaluating():
         balance.counting = True
@@ -135,7 +136,7 @@ def _count(model: LanguageModel, ids: npt.NDArray[np.int64], length: int) -> npt
 
 
 def domain_share(count_DLE: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """share_DLE: each domain's share of what an expert would get if all domains had equally many tokens."""
+    """Return share_DLE: each domain's share of an expert's copies if all domains had equally many tokens."""
     count_DLE = np.asarray(count_DLE, dtype=np.float64)
     of_domain_DLE = count_DLE / np.maximum(count_DLE.sum(axis=2, keepdims=True), 1)
     share_DLE: npt.NDArray[np.float64] = of_domain_DLE / np.maximum(of_domain_DLE.sum(axis=0), 1e-12)
@@ -143,18 +144,18 @@ def domain_share(count_DLE: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 
 def domain_index(count_DLE: npt.ArrayLike, cluster_LE: npt.ArrayLike) -> float:
-    """Adjusted Rand index between experts' dominant domains and their clusters, mean over layers."""
+    """Return the adjusted Rand index between experts' dominant domains and their clusters, mean over layers."""
     dominant_LE = domain_share(count_DLE).argmax(axis=0)
     return mean(adjusted_rand_index(a_E, b_E) for a_E, b_E in zip(dominant_LE, np.asarray(cluster_LE), strict=True))
 
 
 def domain_purity(count_DLE: npt.ArrayLike) -> float:
-    """The dominant domain's share of an expert's copies, mean over all experts of all layers."""
+    """Return the dominant domain's share of an expert's copies, mean over all experts of all layers."""
     return float(domain_share(count_DLE).max(axis=0).mean())
 
 
 def render(runs: Sequence[DomainRun], console: Console) -> None:
-    """One row a recipe; differences to the first recipe seed by seed."""
+    """Print one row per recipe, with differences to the first recipe seed by seed."""
     view = Table(title="mixture of four domains, mean ± standard deviation over seeds", title_justify="left")
     for name in ("recipe", "loss", f"less {runs[0].recipe}", "index", "purity", "load variance", "moved", "rounds"):
         view.add_column(name, justify="left" if name == "recipe" else "right")

@@ -1,6 +1,6 @@
-"""Steps for each recipe that take as long as a yardstick's: who is better after equal time, not after equal tokens.
+"""Numbers of steps that take equally long for every recipe: comparison at equal time instead of equal tokens.
 
-Short runs of every recipe, in turns, tell how many tokens a second each trains; the yardstick keeps its steps.
+Short interleaved runs measure the tokens per second of every recipe; the reference recipe keeps its steps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +9,8 @@ from pathlib import Path
 from statistics import median
 
 from moe_dist.benchmarks.subruns import Summary
-from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.studies.quality import QualityCell, run_cells
+from moe_dist.studies.runner import StudyCell, run_cells, speed
 
 PROBE_STEPS = 20
 PROBE = (
@@ -23,47 +22,47 @@ PROBE = (
 
 
 def steps_for_equal_time(
-    todo: Sequence[QualityCell], yardstick: str, folder: Path, jobs: int, report: Callable[[str], None]
-) -> list[QualityCell]:
-    """The same cells, with the steps that each recipe trains in the time the yardstick takes for its own.
+    todo: Sequence[StudyCell], baseline: str, folder: Path, jobs: int, report: Callable[[str], None]
+) -> list[StudyCell]:
+    """Return the same cells with the steps that each recipe trains in the time of the reference recipe.
 
     Args:
-        yardstick: recipe whose cells stay as they are.
-        folder: where the summaries of the short runs are kept, so that the same command finds the same steps again.
-        jobs: runs at a time, as the cells themselves will be run.
+        baseline: reference recipe, whose cells keep their steps.
+        folder: folder of the short runs' summaries, so that the same command finds the same steps again.
+        jobs: runs at a time, as for the cells themselves.
 
     Raises:
-        ConfigError: the yardstick is none of the recipes.
+        ConfigError: the reference is none of the recipes.
         MoeDistError: a short run failed.
     """
-    if yardstick not in {cell.recipe for cell in todo}:
-        recipes = ", ".join(dict.fromkeys(cell.recipe for cell in todo))
-        raise ConfigError(f"--equal-time {yardstick}: not among the recipes that are run ({recipes})")
-    short = {cell: _probe(cell) for cell in todo}
+    if baseline not in {cell.value("recipe") for cell in todo}:
+        recipes = ", ".join(dict.fromkeys(cell.value("recipe") for cell in todo))
+        raise ConfigError(f"--equal-time {baseline}: not among the recipes that are run ({recipes})")
+    short = {cell: replace(cell, overrides=(*cell.overrides, *PROBE)) for cell in todo}
     report(f"how fast each recipe is: {len(short)} runs of {PROBE_STEPS} steps")
-    results = run_cells(list(short.values()), folder, jobs, lambda line: report(f"short run {line}"))
+    outcomes = run_cells(
+        list(short.values()),
+        folder,
+        lambda line: report(f"short run {line}"),
+        speed,
+        jobs=jobs,
+    )
+    results = {outcome.cell: outcome.summary for outcome in outcomes if outcome.summary}
     if failed := [cell.name for cell in todo if short[cell] not in results]:
         raise MoeDistError(f"short runs failed, so that no speed is known: {', '.join(failed)}; see {folder}")
-    speed = speeds(results)
-    for recipe, tokens_per_second in speed.items():
-        report(
-            f"{recipe}: {tokens_per_second:,.0f} tokens/s, {tokens_per_second / speed[yardstick]:.2f} of {yardstick}"
-        )
-    return [_stretched(cell, speed[cell.recipe] / speed[yardstick]) for cell in todo]
+    found = speeds(results)
+    for recipe, tokens in found.items():
+        report(f"{recipe}: {tokens:,.0f} tokens/s, {tokens / found[baseline]:.2f} of {baseline}")
+    timed = []
+    for cell in todo:
+        steps = cell.load().train.steps * found[cell.value("recipe")] / found[baseline]
+        timed.append(replace(cell, overrides=(*cell.overrides, f"train.steps={max(1, round(steps))}")))
+    return timed
 
 
-def speeds(results: Mapping[QualityCell, Summary]) -> dict[str, float]:
-    """Tokens a second of each recipe: the median over its short runs."""
+def speeds(results: Mapping[StudyCell, Summary]) -> dict[str, float]:
+    """Return tokens per second of each recipe: the median over its short runs."""
     told: dict[str, list[float]] = {}
     for cell, summary in results.items():
-        told.setdefault(cell.recipe, []).append(summary["tokens_per_second"])
+        told.setdefault(cell.value("recipe"), []).append(summary["tokens_per_second"])
     return {recipe: median(values) for recipe, values in told.items()}
-
-
-def _probe(cell: QualityCell) -> QualityCell:
-    return replace(cell, overrides=(*cell.overrides, *PROBE))
-
-
-def _stretched(cell: QualityCell, factor: float) -> QualityCell:
-    steps = load_config(cell.config, cell.overrides).train.steps
-    return replace(cell, overrides=(*cell.overrides, f"train.steps={max(1, round(steps * factor))}"))

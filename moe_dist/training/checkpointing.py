@@ -1,5 +1,6 @@
-"""When a run saves, and what it says about it."""
+"""Checkpoints of a run: the callback that takes them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,40 +13,46 @@ from moe_dist.checkpoint.saver import CheckpointSaver, Saved
 from moe_dist.checkpoint.stateful import Parts
 from moe_dist.checkpoint.store import FINAL, step_folder
 from moe_dist.config import RunConfig
+from moe_dist.distributed.init import RankInfo
+from moe_dist.engine.callback import Callback
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.errors import CheckpointError, MoeDistError
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.training.resume import Resumption
 
 
-class RunCheckpoints:
-    """Takes the checkpoints that `checkpoint.*` asks for; all ranks call it at the same points."""
+class RunCheckpoints(Callback):
+    """Callback that takes the checkpoints that `checkpoint.*` asks for."""
 
     def __init__(
-        self, config: RunConfig, engine: DeepSpeedEngine, data: DataRecord, parts: Parts, recorder: Recorder
+        self,
+        config: RunConfig,
+        process: RankInfo,
+        data: DataRecord,
+        parts: Callable[[], Parts],
+        recorder: Recorder,
     ) -> None:
-        """Args: parts: what outlives a step besides the model, its optimizer, its balance and the random generators."""
+        """Args: parts: returns the objects to save besides model, optimizer, load balance and random generators."""
         self._options, self._recorder = config.checkpoint, recorder
         run = agreed(recorder.folder and recorder.folder.absolute())
         assert run is not None, "rank 0 has a folder"
         self._run = run
-        self._saver = CheckpointSaver(run, config.checkpoint, engine.process)
-        self._data = data
-        self.follow(engine, parts)
+        self._saver = CheckpointSaver(run, config.checkpoint, process)
+        self._data, self._parts = data, parts
         self._last: int | None = None
 
-    def follow(self, engine: DeepSpeedEngine, parts: Parts) -> None:
-        """Saves the state of this model and of these parts from now on."""
+    def attach(self, engine: DeepSpeedEngine) -> None:
+        """Save the state of this engine, its model and the run's parts from now on."""
         own: Parts = {"balance": engine.model.context.balance, "random": RandomState()}
-        self._state = RunState(engine, self._data, {**own, **parts})
+        self._state = RunState(engine, self._data, {**own, **self._parts()})
 
-    def let_go(self) -> None:
-        """Holds on to no model until it is told which one to follow."""
+    def release(self) -> None:
+        """Drop the reference to the model."""
         del self._state
 
     @property
     def run(self) -> Path:
-        """The run's folder, known to all ranks."""
+        """Folder of the run, the same on all ranks."""
         return self._run
 
     def __enter__(self) -> Self:
@@ -54,23 +61,23 @@ class RunCheckpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """What is being written is finished where all ranks still live: they know of their user's errors together."""
+        """Finish what is being written, unless a rank failed by itself: then the others cannot be waited for."""
         if error is None or isinstance(error, MoeDistError):
             self.settle()
 
     def restore(self, resumption: Resumption) -> None:
-        """Puts the run into the state of a checkpoint; collective."""
+        """Restore the state of a checkpoint; collective."""
         self._state.restore(resumption.found)
         self._last = resumption.step if resumption.run is not None else None
 
-    def after_step(self, step: int) -> None:
-        """Saves where it is time to, and tells how an earlier save ended."""
+    def end_step(self, step: int) -> None:
+        """Save if a checkpoint is due, and report the outcome of an earlier one."""
         self._tell(self._saver.poll())
         if self._options.every and step % self._options.every == 0:
             self._start(step)
 
     def stop(self, step: int) -> None:
-        """Saves the state after `step`, unless that is done, and waits until it is on the disk.
+        """Save the state after `step`, unless that is done, and wait until it is on the disk.
 
         Raises:
             CheckpointError: it could not be written; earlier checkpoints are untouched.
@@ -80,7 +87,7 @@ class RunCheckpoints:
         self._finish_writing()
 
     def finish(self, step: int) -> None:
-        """Waits for what is being written, and keeps the trained weights where `checkpoint.save_final` asks for it.
+        """Finish what is being written, and save the trained weights if `checkpoint.save_final` is set.
 
         Raises:
             CheckpointError: they could not be written.
@@ -91,7 +98,7 @@ class RunCheckpoints:
             self._finish_writing()
 
     def settle(self) -> None:
-        """Waits for what is being written."""
+        """Wait for the checkpoint that is being written."""
         self._tell(self._saver.wait())
 
     def _start(self, step: int) -> None:

@@ -1,7 +1,7 @@
-"""Into how many chunks a run divides the hop to the clusters (`moe.overlap_chunks`): chosen once, and kept.
+"""Number of chunks in which a run overlaps dispatch with computation (`moe.overlap_chunks`): chosen once, and kept.
 
-The choice decides in which order gradients are summed, and so the last bits: it belongs in a run's checkpoints, and on
-a CPU without other nodes, where messages are moved by the processors that compute, it is 1 without a measurement.
+The choice decides the order in which gradients are summed, and so the last bits: it belongs in checkpoints. On a CPU
+without other nodes, where the processors that compute also move the messages, it is 1 without a measurement.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,15 @@ import torch
 from moe_dist.config import RunConfig, WorldShape
 from moe_dist.dispatch.chunked_overlap import choose_chunks
 from moe_dist.distributed.links import Links
+from moe_dist.engine.callback import Callback
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.metrics.recorder import Recorder
-from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.overlap_probe import measure_hop
+from moe_dist.moe.overlap_probe import measure_exchange_speed
 
 
-class OverlapChoice:
-    """The number of chunks of a run, as a part of its checkpoints."""
+class OverlapChoice(Callback):
+    """Callback that chooses the number of chunks; the choice is a part of checkpoints."""
 
     def __init__(
         self, config: RunConfig, shape: WorldShape, links: Links, device: torch.device, tokens: int, recorder: Recorder
@@ -31,36 +32,48 @@ class OverlapChoice:
         self._layout = f"{shape} on {self._nodes} node(s)"
         self.chunks: int | None = None
 
-    def apply(self, model: LanguageModel, step: int) -> None:
-        """Has the model's layers work so; measures where there is no choice yet. Collective."""
-        layers = model.clustered_layers()
+    def attach(self, engine: DeepSpeedEngine) -> None:
+        """Set the chunks of this engine's model at the next start."""
+        self._layers = engine.model.clustered_layers()
+
+    def release(self) -> None:
+        """Drop the references to the model's layers."""
+        self._layers = []
+
+    def start(self, step: int) -> None:
+        """Set the layers' chunks; measures first if there is no choice yet. Collective."""
+        layers = self._layers
         if not layers or self._config.moe.overlap_chunks != "auto":
             return
         if self.chunks is None:
             self.chunks = self._choose(layers[0], step)
         for layer in layers:
-            layer.divide(self.chunks)
+            layer.set_chunks(self.chunks)
 
     def _choose(self, layer: ClusteredMoE, step: int) -> int:
         config = self._config
-        if layer.one.alone or config.memory.offload or config.moe.needs_whole_batches:
+        if layer.stage_one.alone or config.memory.offload or config.moe.needs_whole_batches:
             return 1
         if self._device.type == "cpu" and self._nodes == 1:
             return 1
-        speed = measure_hop(layer, self._tokens)
+        speed = measure_exchange_speed(layer, self._tokens)
         chunks = choose_chunks(speed)
         self._recorder.event("overlap", step, chunks=chunks, **asdict(speed))
         self._recorder.note(
-            f"tokens travel to their clusters in {chunks} chunk(s): {1e3 * speed.exchange:.1f} ms on the wire, "
-            f"{1e3 * speed.compute:.1f} ms in computation, {speed.hidden:.0%} of an exchange hidden behind it"
+            f"dispatch in {chunks} chunk(s): {1e3 * speed.exchange:.1f} ms of all-to-all, {1e3 * speed.compute:.1f} "
+            f"ms of computation, {speed.hidden:.0%} of an exchange overlapped"
         )
         return chunks
 
+    def state(self) -> dict[str, Any]:
+        """Return the choice as a part of checkpoints."""
+        return {"overlap": self}
+
     def state_dict(self) -> dict[str, Any]:
-        """The choice, and the layout that it is for."""
+        """Return the choice and its layout of ranks."""
         return {} if self.chunks is None else {"chunks": self.chunks, "layout": self._layout}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Keeps an earlier choice, unless ranks are laid out otherwise now."""
+        """Keep an earlier choice, unless the layout of ranks has changed."""
         if state["layout"] == self._layout:
             self.chunks = int(state["chunks"])

@@ -1,69 +1,76 @@
-"""The step at which a run turns from standard experts to clustered ones."""
+"""End of a standard warm-up: the step at which standard experts become clustered ones."""
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moe_dist.config import RunConfig
 from moe_dist.conversion.calibration_tokens import mean_loss, sample_tokens
 from moe_dist.conversion.standard_to_clustered import ClusteredStart, read_clustered, write_clustered
-from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
-from moe_dist.model.language_model import LanguageModel
+from moe_dist.engine.callback import Callback, StepReport
 
-Build = Callable[[RunConfig], tuple[LanguageModel, DeepSpeedEngine]]
-
-
-@dataclass
-class Trained:
-    """A model and its engine; whoever replaces them lets go of the old ones here."""
-
-    model: LanguageModel
-    engine: DeepSpeedEngine
+if TYPE_CHECKING:
+    from moe_dist.training.trainer import Trainer
 
 
-def cluster_experts(
-    trained: Trained, config: RunConfig, batches_BS: Sequence[Sequence[Tensor]], build: Build
-) -> dict[str, Any]:
-    """Replaces a standard model by a clustered one that goes on from it; collective.
+class StandardWarmup(Callback):
+    """Callback that replaces the standard model by a clustered one at the end of the standard warm-up."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self._trainer = trainer
+
+    def after_step(self, report: StepReport) -> None:
+        """Cluster the experts after the warm-up's last step; the two batches that follow give calibration tokens."""
+        trainer = self._trainer
+        if report.step != trainer.config.standard_steps:
+            return
+        trainer.logger.record_loads(report.step)
+        micro, device = trainer.batch.micro, trainer.process.device
+        batches_BS = [trainer.loader.batch(report.step + ahead).to(device).split(micro) for ahead in (0, 1)]
+        figures = cluster_experts(trainer, batches_BS, report.step)
+        trainer.logger.history.step_seconds[-1] += figures["seconds"]
+        trainer.recorder.event("clustered", report.step, **figures)
+
+
+def cluster_experts(trainer: "Trainer", batches_BS: Sequence[Sequence[Tensor]], step: int) -> dict[str, Any]:
+    """Replace a standard model by a clustered one made from it; collective.
 
     The old engine and model are freed before the new ones are made, so that a rank never holds both: between the two it
     has its share of the clustered experts, and of the other parameters' state.
 
     Args:
-        trained: a standard model under training; holds the clustered one afterwards.
-        config: of the clustered model.
         batches_BS: this rank's micro-batches of two training batches: compression is fitted to the first, and checked
             on the second.
-        build: makes model and engine.
 
     Returns:
         The figures of the event `clustered`.
     """
     started = time.perf_counter()
-    (fit, _), (check, before) = (sample_tokens(trained.model, batch_BS) for batch_BS in batches_BS)
-    start = read_clustered(trained.model, trained.engine.training_state(), config, fit, check)
-    trained.engine.close()
-    del trained.engine, trained.model, fit, check
+    (fit, _), (check, before) = (sample_tokens(trainer.model, batch_BS) for batch_BS in batches_BS)
+    beginning = read_clustered(trainer.model, trainer.engine.training_state(), trainer.config, fit, check)
+    trainer.release_model()
+    del fit, check
     gc.collect()  # DeepSpeed's hooks and ours refer to each other in circles
-    trained.model, trained.engine = build(config)
-    write_clustered(start, trained.model, trained.engine.training_state())
-    after = mean_loss(trained.model, batches_BS[1])
+    trainer.replace_model(
+        trainer.config,
+        lambda: write_clustered(beginning, trainer.model, trainer.engine.training_state()),
+        step,
+    )
+    after = mean_loss(trainer.model, batches_BS[1])
     return {
         "seconds": time.perf_counter() - started,
-        "bytes": sum(layer.bytes for layer in start.layers) * trained.model.context.mesh.shape.data,
+        "bytes": sum(layer.bytes for layer in beginning.layers) * trainer.model.context.mesh.shape.data,
         "loss_before": before,
         "loss_after": after,
-        **_errors(start),
+        **_errors(beginning),
     }
 
 
 def _errors(start: ClusteredStart) -> dict[str, Any]:
-    """How well experts are kept: relative errors of their outputs on held-back tokens."""
+    """Return the relative errors of the experts' outputs on held-back tokens."""
     error_LE = torch.stack([layer.output_error_E for layer in start.layers])
     base_LE = torch.stack([layer.base_output_error_E for layer in start.layers])
     return {

@@ -1,8 +1,8 @@
-"""Ends a run in which nothing moves any more: every rank writes the stacks of its threads, then all stop.
+"""Watchdog: ends a run without progress, after every rank has written the stacks of its threads.
 
-Ranks work in lockstep, so that one that hangs stops all, and all watchdogs run out together. The stacks tell which rank
-was the cause: the others wait for it in a collective. A second guard, in C, covers a thread that hangs without giving
-Python's lock back.
+Ranks work in lockstep, so that one that hangs stops all, and all watchdogs expire together. The stacks show which rank
+was the cause: the others wait for it in a collective. A second guard, in C, covers a thread that hangs without
+releasing Python's lock.
 """
 
 import faulthandler
@@ -17,37 +17,38 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from moe_dist.config import RunConfig
+from moe_dist.engine.callback import Callback
 from moe_dist.errors import EXIT_FAILURE, TrainingError
 
 STACKS = "stacks"
 STACKS_SECONDS = 2.0
-"""How long a rank stays after it has written its stacks, so that all others write theirs: losing a peer ends them."""
+"""Time that a rank waits after writing its stacks, so that all others write theirs: losing a peer ends them."""
 WAITING_SECONDS = 4.0
-"""The same for one that only waits for another rank: that one speaks first."""
+"""The same for a rank that only waits for another one, whose error comes first."""
 LOCKED_SECONDS = 3.0
-"""How long after the watchdog in Python the one in C acts."""
-COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/moe_dist/dispatch/channel.py")
+"""Delay of the guard in C behind the watchdog in Python."""
+COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/moe_dist/dispatch/all_to_all.py")
 
 
 def watched_seconds(config: RunConfig) -> float:
-    """`watchdog.seconds`, or what stands for it."""
+    """Return `watchdog.seconds`, or its default."""
     seconds = config.watchdog.seconds
     return config.world.timeout_seconds / 2 if seconds is None else seconds
 
 
 def end_process(error: Exception) -> None:
-    """Says the error and ends the process at once: its main thread cannot do so."""
+    """Print the error and end the process at once: its main thread cannot do so."""
     print(f"moe-dist: error: {error}", file=sys.stderr, flush=True)
     os._exit(EXIT_FAILURE)
 
 
-class Watchdog:
-    """Watches the main thread while it is entered.
+class Watchdog(Callback):
+    """Watchdog of the main thread while it is entered.
 
     Args:
         seconds: longest time between two calls of `alive`; 0: everything is allowed.
         run: the run's folder, which gets `stacks/rank-00000.txt` and so on.
-        give_up: told the error; it ends the process.
+        give_up: called with the error; ends the process.
     """
 
     def __init__(self, seconds: float, run: Path, rank: int, give_up: Callable[[TrainingError], None]) -> None:
@@ -59,10 +60,28 @@ class Watchdog:
         self._file: TextIO | None = None
 
     def alive(self, doing: str) -> None:
-        """The main thread got here, and is about to do something that takes less than the time allowed."""
+        """Restart the clock: the main thread is about to do something that takes less than the time allowed."""
+        if not self._seconds:
+            return
         self._doing, self._deadline = doing, time.monotonic() + self._seconds
         if self._file is not None:
             faulthandler.dump_traceback_later(self._seconds + LOCKED_SECONDS, exit=True, file=self._file)
+
+    def before_step(self, step: int) -> None:
+        """Restart the clock."""
+        self.alive(f"step {step}")
+
+    def before_evaluation(self, step: int) -> None:
+        """Restart the clock."""
+        self.alive(f"the evaluation after step {step}")
+
+    def stop(self, step: int) -> None:
+        """Restart the clock."""
+        self.alive("the checkpoint before a stop")
+
+    def finish(self, step: int) -> None:
+        """Restart the clock."""
+        self.alive("the end of the run")
 
     def __enter__(self) -> Self:
         if self._seconds:
@@ -106,7 +125,7 @@ class Watchdog:
         )
 
     def _place(self) -> tuple[str, bool]:
-        """Where the main thread is, and whether that is inside a collective."""
+        """Return the main thread's place in the code, and whether that is inside a collective."""
         frame = sys._current_frames().get(self._main)
         where, waits = "a place unknown", False
         while frame is not None:

@@ -50,7 +50,7 @@ def main() -> None:
     ledger = TrafficLedger(Links.discover(device))
     placement = ExpertPlacement.contiguous(MOE.experts, MOE.clusters, shape)
     context = LayerContext(mesh, [placement], BalanceState.create(1, MOE, device), ledger, 0)
-    layer = ClusteredMoE(0, ModelConfig(hidden_size=HIDDEN, heads=2, layers=1), MOE, context)
+    layer = ClusteredMoE.in_model(0, ModelConfig(hidden_size=HIDDEN, heads=2, layers=1), MOE, context, 1.0)
     torch.manual_seed(mesh.rank)
     x_TD = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     layer(x_TD).sum().backward()  # connects

@@ -13,10 +13,10 @@ from tests.cluster.bed import HERE, Bed, Node, finish, stop, wait_until
 from tests.cluster.conftest import require
 from tests.cluster.services import start_ssh
 
-ENTRY = HERE / "meeting_entry.py"
-LAUNCH = HERE / "launch_meeting.py"
+ENTRY = HERE / "rendezvous_rank.py"
+LAUNCH = HERE / "launch_rendezvous.py"
 LIMIT = 170.0
-TOLD = "MOE_DIST_TEST_MEETING"  # travels to the other nodes, as all variables of this prefix
+TOLD = "MOE_DIST_TEST_AFTER_RENDEZVOUS"  # travels to the other nodes, as all variables of this prefix
 RANKS = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> Path:
 def assert_met(output: str, started_by: str, seed: int = 0) -> None:
     told = re.findall(r"rank (\d) met (\[.*\]), seed (\d+)", output)
     assert sorted(told) == [(str(rank), str(EVERYWHERE), str(seed)) for rank in range(4)], output
-    assert output.count(f"started by {started_by}: 4 ranks, 2 on this node; they meet at ") == 1, output
+    assert output.count(f"started by {started_by}: 4 ranks, 2 on this node; rendezvous at ") == 1, output
 
 
 def on_both(bed: Bed, *words: str | Path) -> str:
@@ -119,7 +119,7 @@ def wait_for_ranks(launch: "subprocess.Popen[str]") -> None:
 def ranks_on(node: Node) -> list[str]:
     """Commands that belong to a job and still run on a node."""
     shown = node.run("sh", "-c", r"for f in /proc/[0-9]*/cmdline; do tr '\0' ' ' <$f; echo; done 2>/dev/null")
-    return [line for line in shown.splitlines() if "meeting_entry" in line or "moe_dist.launch." in line]
+    return [line for line in shown.splitlines() if "rendezvous_rank" in line or "moe_dist.launch." in line]
 
 
 def assert_nothing_left(bed: Bed) -> None:
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_the_job_on_all_nodes(ssh: Bed, config: Path, hostfile: Path
     launch = ssh.head.start(*command, env=RANKS | {TOLD: "sleep"})
     try:
         wait_for_ranks(launch)
-        supervisor = ssh.head.run("pgrep", "-f", "launch_meeting.py local").split()[0]
+        supervisor = ssh.head.run("pgrep", "-f", "launch_rendezvous.py local").split()[0]
         ssh.head.run("kill", f"-{signal.SIGINT.value}", supervisor)
         output = finish(launch, 30)
         assert launch.returncode == 130, output

@@ -87,7 +87,7 @@ def finished(slurm: Bed, cache: Path, tmp_path_factory: pytest.TempPathFactory) 
     job = Job(slurm, folder, "slurm/train.sbatch", *words(folder, cache))
     job.await_state("COMPLETED", "FAILED")
     assert job.field("JobState") == "COMPLETED", job.log
-    assert "started by srun: 4 ranks, 2 on this node; they meet at n1:" in job.log
+    assert "started by srun: 4 ranks, 2 on this node; rendezvous at n1:" in job.log
     assert "exit code 0" in job.log
     run = folder / "runs" / "smoke"
     summary = json.loads((run / "summary.json").read_text())

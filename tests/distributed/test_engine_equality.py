@@ -88,10 +88,8 @@ def _weights_by_global_name(model: LanguageModel) -> dict[str, Tensor]:
             layer, _, leaf = name.partition(".experts.")
             moe = names[layer]
             assert isinstance(moe, StandardMoE)
-            group = moe.dispatch.channel.group
-            first = group.ranks.index(mesh.rank) * (moe.dispatch.experts // group.size)
             kind, _, index = leaf.rpartition(".")
-            held[f"{layer}.expert {first + int(index)}.{kind}"] = parameter.detach()
+            held[f"{layer}.expert {moe.first_expert + int(index)}.{kind}"] = parameter.detach()
         else:
             held[f"{owner}.{name}"] = parameter.detach()
     return held
@@ -209,7 +207,7 @@ def _train_plainly(words: list[str]) -> Trained:
         adamw.step()
         balance = model.context.balance
         if config.moe.kind != "dense":
-            balance.update(balance.count_LE, config.moe, model.context.placements)
+            balance.update(balance.count_LE, model.context.placements)
         balance.count_LE.zero_()
     trained.weights = {name: value.clone() for name, value in _weights_by_global_name(model).items()}
     trained.biases = [model.context.balance.cluster_bias_LG, model.context.balance.expert_bias_LE]

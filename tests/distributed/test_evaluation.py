@@ -12,7 +12,8 @@ from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import MemoryConfig, WorldConfig, load_config
 from moe_dist.distributed.init import init_distributed
 from moe_dist.errors import ConfigError, MoeDistError, OffloadError
-from moe_dist.evaluation.evaluate import EvalSpec, evaluate
+from moe_dist.evaluation.evaluate import evaluate
+from moe_dist.evaluation.spec import EvalSpec
 from moe_dist.evaluation.texts import EncodedText, encode_text, open_text
 from moe_dist.evaluation.trained_model import EvaluatedModel, open_evaluated_model
 from moe_dist.memory.owned_folder import OwnedFolder
@@ -22,11 +23,7 @@ from tests.distributed.ranks import run_ranks
 
 SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"
 TEXT = " \n = Title = \n \n Some words , and a few more of them , in 3 lines . \n" * 3
-SPEC: dict[str, Any] = {
-    "tasks": ("wikitext",), "text": None, "split": "validation", "subset": "", "window": None, "stride": None,
-    "batch": 3, "dtype": "float32", "json_file": None, "glue": None, "seeds": 1, "epochs": 1.0, "glue_batch": 8,
-    "learning_rate": None, "max_train": None, "max_eval": None, "max_steps": None,
-}  # fmt: skip
+SPEC: dict[str, Any] = {"batch": 3, "seeds": 1, "epochs": 1.0, "glue_batch": 8}
 WORLD = WorldConfig(backend="gloo", timeout_seconds=60)
 
 
@@ -62,7 +59,7 @@ def test_any_number_of_ranks_gives_the_perplexity_of_the_reference(tmp_path: Pat
     (expected,) = run_ranks(_by_hand, 1, run, file, stride)
     for ranks in (1, 4):
         target = tmp_path / f"{ranks}.json"
-        options = {"text": str(file), "stride": stride, "json_file": str(target)}
+        options = {"text": file, "stride": stride, "json_file": str(target)}
         found = run_ranks(_evaluate, ranks, run, options)
         figures = json.loads(target.read_text())["wikitext"]
         assert all(rank["wikitext"]["nats"] == figures["nats"] for rank in found)
@@ -79,7 +76,7 @@ def _said(run: Path, more: dict[str, Any], memory: MemoryConfig) -> tuple[type, 
 def test_a_stored_export_is_evaluated_within_a_budget(tmp_path: Path) -> None:
     """Where one rank cannot have its directory, the other ends with it."""
     (tmp_path / "text.txt").write_text(TEXT)
-    options = {"text": str(tmp_path / "text.txt")}
+    options = {"text": tmp_path / "text.txt"}
     run_ranks(_train, 1, tmp_path, "precision.residuals=post")
     run = tmp_path / "runs" / "smoke"
     file = run / "smoke.safetensors"
@@ -118,7 +115,7 @@ def test_a_task_is_learnt_by_every_kind_on_several_ranks(tmp_path: Path, kind: s
     run_ranks(_train, 1, tmp_path, f"moe.kind={kind}")
     options = {
         "tasks": ("glue:sst2",),
-        "glue": str(tmp_path / "glue"),
+        "glue": tmp_path / "glue",
         "epochs": 8.0,
         "learning_rate": 0.01,
         "seeds": 1,
@@ -143,7 +140,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     cases = {
         "--window 99 is longer than the sequences": {"window": 99},
         "--stride 20 is longer than a window of 16 tokens": {"window": 16, "stride": 20},
-        "holds no task's folder": {"tasks": ("glue",), "glue": str(tmp_path)},
+        "holds no task's folder": {"tasks": ("glue",), "glue": tmp_path},
         "--glue-batch 3 is not divisible": {"tasks": ("glue:cola",), "glue_batch": 3},
     }
     for said, options in cases.items():

@@ -1,4 +1,4 @@
-"""`moe-dist measure traffic` on ranks: its figures against the account of a watch from outside, and what it leaves."""
+"""`moe-dist measure traffic` on ranks: its figures against the account of a timer from outside, and what it leaves."""
 
 import gzip
 import json
@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.benchmarks.collective_timer import CollectiveTimer, StepPhase, timing_collectives
-from moe_dist.benchmarks.traffic.measure import TrafficSpec, measure_traffic, of_kind
+from moe_dist.benchmarks.traffic.measure import measure_traffic
+from moe_dist.benchmarks.traffic.spec import TrafficSpec
 from moe_dist.config import WorldShape, load_config
-from moe_dist.launch import rank_measure as measure
+from moe_dist.launch.options import from_json, to_json
 from moe_dist.report import page, read_runs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_traffic import HIDDEN, TOKENS, TWO_CLUSTERS, layer_of
@@ -83,13 +84,13 @@ def test_the_peers_own_layers_are_counted_from_outside(tmp_path: Path) -> None:
 
 
 def _watched_layer() -> tuple[int, int, int, int]:
-    """All-to-all bytes and messages of a layer's two passes, by the watch and by the ledger."""
+    """All-to-all bytes and messages of a layer's two passes, by the timer and by the ledger."""
     layer = layer_of(TWO_CLUSTERS, WorldShape(1, 2, 1), nodes=(0, 1))
-    with timing_collectives() as watch:
-        watch.active = True
+    with timing_collectives() as timer:
+        timer.active = True
         layer(torch.randn(TOKENS, HIDDEN, requires_grad=True)).square().sum().backward()
     sent = layer.context.ledger.total()  # type: ignore[union-attr, operator]
-    return sum(watch.bytes_to.values()), sum(watch.messages_to.values()), sent.bytes, sent.messages
+    return sum(timer.bytes_to.values()), sum(timer.messages_to.values()), sent.bytes, sent.messages
 
 
 def test_the_watch_sees_what_the_ledger_counts() -> None:
@@ -100,17 +101,17 @@ def test_the_watch_sees_what_the_ledger_counts() -> None:
 
 def _collectives() -> tuple[dict[str, float], float, bool]:
     before = dist.all_reduce
-    with timing_collectives() as watch:
+    with timing_collectives() as timer:
         quiet = torch.ones(3)
         dist.all_reduce(quiet)
-        assert not watch.seconds
-        watch.active = True
+        assert not timer.seconds
+        timer.active = True
         value = torch.ones(3)
         work = dist.all_reduce(value, async_op=True)
         work.wait()
         gathered = [torch.empty(3) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, torch.full((3,), float(dist.get_rank())))
-        seconds = {part.value: time for part, time in watch.seconds.items()}
+        seconds = {part.value: time for part, time in timer.seconds.items()}
     return seconds, float(value[0]), dist.all_reduce is before
 
 
@@ -122,20 +123,16 @@ def test_watched_collectives_do_what_they_did() -> None:
 
 
 def test_options_survive_their_way_to_the_ranks() -> None:
-    options = measure.TrafficOptions(("clustered", "dense"), 5, 1, True, "/a file.json")
-    assert measure.parse(["run.yaml", "seed=1", *options.words(), "seed=2"]) == (
-        "run.yaml",
-        ["seed=1", "seed=2"],
-        options,
-    )
+    spec = TrafficSpec(("clustered", "dense"), 5, 1, True, "/a file.json")
+    assert from_json(TrafficSpec, to_json(spec)) == spec
 
 
 def test_another_kind_is_validated() -> None:
     config = load_config(SMOKE)
-    assert of_kind(config, "standard", TrafficSpec()).moe.kind == "standard"
-    assert of_kind(config, "dense", TrafficSpec()).train.warmup_steps == 0
+    assert TrafficSpec().config_for(config, "standard").moe.kind == "standard"
+    assert TrafficSpec().config_for(config, "dense").train.warmup_steps == 0
 
 
 def test_the_watch_is_idle_until_asked() -> None:
-    watch = CollectiveTimer()
-    assert watch.wrap(StepPhase.REDUCTION, lambda x: x + 1)(1) == 2
+    timer = CollectiveTimer()
+    assert timer.wrap(StepPhase.REDUCTION, lambda x: x + 1)(1) == 2

@@ -53,7 +53,8 @@ class Training:
         self.config, self.process = config, process
         self.model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
         self.engine = DeepSpeedEngine(self.model, config, batch, process)
-        self.coordinator = Coordinator(self.engine, config, Recorder())
+        self.coordinator = Coordinator(config, Recorder())
+        self.coordinator.attach(self.engine)
         self.losses: list[float] = []
         self.norms: list[float] = []
 
@@ -78,7 +79,7 @@ def _relocated(axes: tuple[int, int, int], variants: list[list[str]], relocate: 
         training.step()
         training.step()
         blocks = BLOCKS[axes[1]] if relocate else [p.block_of_cluster for p in training.model.context.placements]
-        crossed = training.coordinator.mover.relocate(blocks)
+        crossed = training.coordinator.executor.relocate(blocks)
         for _ in range(3):
             training.step()
         stories.append(Story(training.losses, training.norms, training.weights(), crossed, [], 0.0))
@@ -114,7 +115,7 @@ def _exchanged(axes: tuple[int, int, int], variants: list[list[str]]) -> list[St
         training = Training(axes, words)
         training.step()
         training.step()
-        moved, crossed, increase = training.coordinator.mover.exchange(MOVES, training.sequences(1))
+        moved, crossed, increase = training.coordinator.executor.exchange(MOVES, training.sequences(1))
         for _ in range(3):
             training.step()
         stories.append(Story(training.losses, training.norms, training.weights(), crossed, moved, increase))
@@ -151,7 +152,7 @@ State = dict[tuple[int, int, str, str], Tensor]
 def _state_by_expert(training: Training) -> State:
     """All that is known of each expert on this rank, under its number: NaN where another replica owns it."""
     found = {}
-    tensors = training.coordinator.mover.tensors
+    tensors = training.coordinator.executor.tensors
     placements, at = training.model.context.placements, training.model.context.mesh.at
     for cell in tensors.holdings.residual_runs:
         owned, first = tensors.owned(cell)
@@ -171,7 +172,7 @@ def _states_around_an_exchange(axes: tuple[int, int, int], variants: list[list[s
         training.step()
         training.step()
         before = _state_by_expert(training)
-        training.coordinator.mover.exchange(MOVES, training.sequences(1))
+        training.coordinator.executor.exchange(MOVES, training.sequences(1))
         states.append((before, _state_by_expert(training)))
     return states
 
@@ -209,7 +210,7 @@ def _with_a_damaged_message() -> str:
 
     with mock.patch.object(transfer, "_exchange", damage):
         try:
-            training.coordinator.mover.exchange(MOVES, training.sequences(1))
+            training.coordinator.executor.exchange(MOVES, training.sequences(1))
         except MoeDistError as error:
             message = str(error)
     assert training.model.context.placements == placements
@@ -231,8 +232,8 @@ def _with_a_strict_guard() -> tuple[list[Move], list[float], list[float]]:
         before = training.weights()
         if strict:
             losses = iter([1.0, *[2.0] * 50])  # before, then with whatever is tried
-            with mock.patch.object(training.coordinator.mover, "_loss_of", lambda _, losses=losses: next(losses)):
-                moved, _, _ = training.coordinator.mover.exchange(MOVES, training.sequences(1))
+            with mock.patch.object(training.coordinator.executor, "_loss_of", lambda _, losses=losses: next(losses)):
+                moved, _, _ = training.coordinator.executor.exchange(MOVES, training.sequences(1))
             assert all(torch.equal(value, before[name]) for name, value in training.weights().items())
         training.step()
         training.step()
@@ -279,7 +280,7 @@ def _largest_exchange(axes: tuple[int, int, int]) -> tuple[int, int]:
 
     blocks = [tuple(reversed(p.block_of_cluster)) for p in training.model.context.placements]
     with mock.patch.object(transfer, "_exchange", measure):
-        training.coordinator.mover.relocate(blocks)
+        training.coordinator.executor.relocate(blocks)
     assert [p.block_of_cluster for p in training.model.context.placements] == blocks
     weight_and_moments = 3 * 4
     cluster = training.model.clustered_layers()[0].clusters[0]

@@ -61,7 +61,8 @@ def _story(axes: tuple[int, int, int], words: list[str], steps: int, directory: 
     links = Links.discover(process.device)
     model = LanguageModel(config, VOCABULARY, mesh, links, batch.accumulation, memory=memory)
     engine = DeepSpeedEngine(model, config, batch, process)
-    coordinator, losses, norms = Coordinator(engine, config, Recorder()), [], []
+    coordinator, losses, norms = Coordinator(config, Recorder()), [], []
+    coordinator.attach(engine)
     share = SEQUENCES // process.ranks
     for step in range(steps):
         data = torch.randint(VOCABULARY, (SEQUENCES, 17), generator=torch.Generator().manual_seed(step))
@@ -70,8 +71,8 @@ def _story(axes: tuple[int, int, int], words: list[str], steps: int, directory: 
         losses.append(outcome.loss)
         norms.append(engine.update(outcome, 1e-3))
         if step in REGROUPED:
-            coordinator.mover.exchange(REGROUPED[step], mine)
-            coordinator.mover.relocate(BLOCKS[axes[1]])
+            coordinator.executor.exchange(REGROUPED[step], mine)
+            coordinator.executor.relocate(BLOCKS[axes[1]])
     story = Story(losses, norms, _weights(model), 0 if memory is None else memory.tiers.figures()["bytes_in"])
     engine.close()
     if memory is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import MoEConfig, WorldShape, load_config
 from moe_dist.dispatch.all_to_all import AllToAll, PendingAllToAll
-from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
+from moe_dist.dispatch.chunked_overlap import ExchangeSpeed, choose_chunks
 from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
@@ -41,7 +41,7 @@ Outcome = tuple[Tensor, list[Tensor], Tensor, Counter[Any]]
 
 def _run(layer: ClusteredMoE, tokens: int, chunks: int) -> Outcome:
     """Output, gradients of input and weights, loads of experts, and bytes by what and to whom."""
-    layer.divide(chunks)
+    layer.set_chunks(chunks)
     layer.zero_grad(set_to_none=True)
     layer.balance.clear_counts()
     layer.context.ledger.clear()
@@ -105,11 +105,11 @@ def _events(chunks: int) -> tuple[list[str], list[str]]:
     """What begins, ends and is computed on this rank, in order, forward and backward."""
     layer = layer_of(ONE, WorldShape(1, 2, 1), nodes=(0, 0))
     assert isinstance(layer, ClusteredMoE)
-    layer.divide(chunks)
+    layer.set_chunks(chunks)
     found: list[str] = []
     begun: dict[int, str] = {}
-    begin: Any = AllToAll.begin
-    finish, compute = PendingAllToAll.finish, ClusteredExperts.forward
+    begin: Any = AllToAll.launch
+    finish, compute = PendingAllToAll.wait, ClusteredExperts.forward
 
     def telling_begin(self: AllToAll, *args: Any) -> PendingAllToAll:
         pending: PendingAllToAll = begin(self, *args)
@@ -129,8 +129,8 @@ def _events(chunks: int) -> tuple[list[str], list[str]]:
         return y_AD
 
     with (
-        mock.patch.object(AllToAll, "begin", telling_begin),
-        mock.patch.object(PendingAllToAll, "finish", telling_finish),
+        mock.patch.object(AllToAll, "launch", telling_begin),
+        mock.patch.object(PendingAllToAll, "wait", telling_finish),
         mock.patch.object(ClusteredExperts, "forward", telling_compute),
     ):
         y_TD = layer(torch.randn(64, HIDDEN, requires_grad=True))
@@ -188,11 +188,12 @@ def _choose(cases: list[Case]) -> list[Choice]:
         choice = OverlapChoice(config, shape, links, process.device, 48, recorder)
         if state:
             choice.load_state_dict(state)
-        choice.apply(model, 3)
+        choice._layers = model.clustered_layers()
+        choice.start(3)
         assert model.context.ledger.total().bytes == 0
         assert int(model.context.balance.count_LE.sum()) == 0
         assert all(parameter.grad is None for parameter in model.parameters())
-        of_layers = [layer.stage_one.chunks for layer in model.clustered_layers()]
+        of_layers = [layer.dispatcher.chunks for layer in model.clustered_layers()]
         choices.append((choice.chunks, choice.state_dict(), recorder.found, of_layers))
     return choices
 
@@ -203,7 +204,7 @@ def test_the_number_of_chunks_is_measured_between_nodes_unless_it_is_known() -> 
     chunks, state, events, of_layers = first[0]
     ((name, step, fields),) = events
     assert (name, step) == ("overlap", 3)
-    assert chunks == fields.pop("chunks") == choose_chunks(HopSpeed(**fields))
+    assert chunks == fields.pop("chunks") == choose_chunks(ExchangeSpeed(**fields))
     assert of_layers == [chunks] * 2
     assert state == {"chunks": chunks, "layout": LAYOUT}
     for (case, expected), (_, _, events, of_layers) in zip(KNOWN, first[1:], strict=True):

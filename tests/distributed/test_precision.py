@@ -83,7 +83,7 @@ def _trained_and_stored(axes: tuple[int, int, int], folder: Path) -> list[tuple[
         manifest, state = RunState(engine, DATA, {}).weights(3)
         write_checkpoint(folder / f"{number}", manifest, state, engine.process.rank)
         seen = _losses(engine.model)
-        with engine.model.with_stored_experts():
+        with engine.model.with_quantized_experts():
             found.append((seen, _losses(engine.model)))
         assert torch.equal(_losses(engine.model), seen)  # what is trained is back
     return found
@@ -186,13 +186,13 @@ def _moved(axes: tuple[int, int, int]) -> list[tuple[list[float], Tensor, Tensor
         training = Training(axes, ["precision.residuals=qat", *words])
         training.step()
         training.step()
-        moved, crossed, _ = training.coordinator.mover.exchange(MOVES, training.sequences(1))
+        moved, crossed, _ = training.coordinator.executor.exchange(MOVES, training.sequences(1))
         assert moved == MOVES
         training.step()
-        crossed += training.coordinator.mover.relocate(BLOCKS[axes[1]])
+        crossed += training.coordinator.executor.relocate(BLOCKS[axes[1]])
         training.step()
         seen = _losses(training.model)
-        with training.model.with_stored_experts():
+        with training.model.with_quantized_experts():
             found.append((training.losses, seen, _losses(training.model), crossed))
     return found
 

@@ -1,7 +1,7 @@
 """`moe-dist bench layer --ranks`: bytes against the floor, the peers' layers, and what is refused."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
+from moe_dist.benchmarks.layer.on_ranks import bench_ranks
 from moe_dist.benchmarks.layer.spec import PEERS, LayerShape, RanksBenchSpec, overlapped
-from moe_dist.benchmarks.on_ranks import run_bench
 from moe_dist.benchmarks.rounds import inputs
 from moe_dist.config import RunConfig, WorldConfig
-from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
+from moe_dist.dispatch.chunked_overlap import ExchangeSpeed, choose_chunks
 from moe_dist.distributed.init import init_distributed
 from moe_dist.errors import ConfigError
+from moe_dist.launch.options import from_json, to_json
 from tests.distributed.ranks import run_ranks
 
 SMALL = LayerShape(tokens=96, hidden=32, expert_hidden=48, experts=8, clusters=4, rank=2)
@@ -24,7 +25,7 @@ COUNTS = 2 * 2 * 8 / (2 * 96)  # bytes a token: each of 2 ranks tells the other 
 
 
 def _bench(spec: RanksBenchSpec) -> None:
-    run_bench("layer", json.dumps(asdict(spec)), RunConfig())
+    bench_ranks(RunConfig(), spec)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_every_contender_is_measured(figures: dict[str, Any]) -> None:
     assert case["fastest_peer"] in PEERS
     assert case["hops"][overlapped("2")] == {"chunks": 2, "speed": None}
     assert (
-        choose_chunks(HopSpeed(**case["hops"][overlapped("auto")]["speed"]))
+        choose_chunks(ExchangeSpeed(**case["hops"][overlapped("auto")]["speed"]))
         == case["hops"][overlapped("auto")]["chunks"]
     )
     assert figures["ranks"] == 2
@@ -126,4 +127,4 @@ def test_what_cannot_be_measured_is_refused(change: dict[str, Any], part: str) -
 
 def test_a_specification_survives_its_way_to_the_ranks(tmp_path: Path) -> None:
     spec = replace(SPEC, json_file=str(tmp_path / "a file.json"))
-    assert RanksBenchSpec.from_words(json.loads(json.dumps(asdict(spec)))) == spec
+    assert from_json(RanksBenchSpec, to_json(spec)) == spec

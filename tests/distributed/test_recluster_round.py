@@ -64,7 +64,7 @@ def _objectives_of_a_round(limit: float) -> tuple[dict[str, Any], list[list[int]
     training.step()
     training.coordinator._losses.append(training.losses[-1])
     losses = itertools.chain([1.0], itertools.repeat(1.1))  # before, then with whatever is tried
-    with mock.patch.object(training.coordinator.mover, "_loss_of", side_effect=losses):
+    with mock.patch.object(training.coordinator.executor, "_loss_of", side_effect=losses):
         training.coordinator._hold_round(1, training.sequences(1), training.sequences(2))
     assert training.coordinator._open is not None
     return training.coordinator._open.fields, [list(p.cluster_of()) for p in training.model.context.placements]

@@ -1,10 +1,9 @@
 """`moe-dist bench step` on ranks: every part of a step is seen, and the speeds are those of the kinds."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
-from moe_dist.benchmarks.on_ranks import run_bench
+from moe_dist.benchmarks.step.bench import bench_step
 from moe_dist.benchmarks.step.profiler import StepPart
 from moe_dist.benchmarks.step.spec import StepBenchSpec
 from moe_dist.config import load_config
@@ -14,7 +13,7 @@ SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"
 
 
 def _bench(words: list[str], spec: StepBenchSpec) -> None:
-    run_bench("step", json.dumps(asdict(spec)), load_config(SMOKE, words))
+    bench_step(load_config(SMOKE, words), spec)
 
 
 def test_kinds_are_compared_and_divided(tmp_path: Path) -> None:

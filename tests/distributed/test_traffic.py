@@ -17,16 +17,17 @@ from moe_dist.dispatch.all_to_all import AllToAll
 from moe_dist.dispatch.routing_trace import RoutingTrace
 from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage, TrafficLedger
 from moe_dist.dispatch.traffic_model import hop_costs, ranks_of
-from moe_dist.dispatch.wire_format import pack, travel, unpack
+from moe_dist.dispatch.wire_format import Int8Format, pack, unpack
 from moe_dist.distributed.links import LinkKind, Links
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.layer_kinds import LAYER_KINDS
 from moe_dist.moe.load_balancing import BalanceState
 from moe_dist.moe.standard_moe import StandardMoE
 from moe_dist.moe.topk_routing import choose_flat
-from moe_dist.moe.two_stage_routing import choose_clusters, router_logits
+from moe_dist.moe.two_stage_routing import choose_clusters
 from tests.distributed.ranks import run_ranks
 
 HIDDEN, TOKENS = 32, 96
@@ -38,9 +39,7 @@ def layer_of(moe: MoEConfig, shape: WorldShape, nodes: tuple[int, ...]) -> nn.Mo
     placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, shape)] if moe.kind == "clustered" else []
     balance = BalanceState.create(1, moe, torch.device("cpu"))
     context = LayerContext(mesh, placements, balance, TrafficLedger(Links(mesh.rank, nodes)), 0)
-    kind = ClusteredMoE(0, MODEL, moe, context) if placements else StandardMoE(0, MODEL, moe, context, 1.0)
-    kind.context = context
-    return kind
+    return LAYER_KINDS[moe.kind](0, MODEL, moe, context, 1.0)
 
 
 @contextmanager
@@ -179,7 +178,7 @@ def _hidden_bytes(moe: MoEConfig, shape: WorldShape) -> tuple[dict[str, int], in
 def _copies(layer: nn.Module, x_TD: Tensor, moe: MoEConfig, ranks: int) -> Tensor:
     """Destination of each copy: the distinct ranks of a token's clusters, or the rank of each chosen expert."""
     if isinstance(layer, StandardMoE):
-        logits_TE = router_logits(x_TD, layer.router.weight)
+        logits_TE = layer.router.logits(x_TD)
         return choose_flat(logits_TE, torch.zeros(moe.experts), moe.top_k).expert_TK.flatten() // (moe.experts // ranks)
     assert isinstance(layer, ClusteredMoE)
     logits_TG = layer.router.cluster_logits(x_TD, torch.tensor(layer.placement.members))
@@ -202,10 +201,11 @@ def _eight_bits_both_ways() -> tuple[Tensor, Tensor, int]:
     """What arrives of a vector sent to the other rank, what comes back of its gradient, and the bytes of both."""
     rank = dist.get_rank()
     mesh = Mesh.create(WorldShape(1, 2, 1), timedelta(seconds=60))
-    channel = AllToAll(mesh.group(GroupKind.STAGE_ONE), TrafficLedger(Links(rank, (0, 0))), 0, Stage.ONE)
+    ledger = TrafficLedger(Links(rank, (0, 0)))
+    channel = AllToAll(mesh.group(GroupKind.STAGE_ONE), ledger, 0, Stage.ONE, Int8Format())
     x_RD = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(rank)).requires_grad_()
     send, receive = ([1, 2], [1, 2]) if rank == 0 else ([2, 1], [2, 1])
-    y_RD = travel(channel, x_RD, send, receive, torch.int8)
+    y_RD = channel.exchange(x_RD, send, receive, Payload.HIDDEN)
     y_RD.backward(x_RD.detach().flip(0))
     assert x_RD.grad is not None
     return y_RD.detach(), x_RD.grad, channel.ledger.total(payload=Payload.HIDDEN).bytes

@@ -18,9 +18,9 @@ from moe_dist.engine.gathered_optimizer_state import GatheredOptimizerState, Own
 from moe_dist.errors import TrainingError
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.parameter_class import ParameterClass, class_of
-from moe_dist.training import trainer as training_run
-from moe_dist.training.trainer import train
-from moe_dist.training.warmup import Trained, cluster_experts
+from moe_dist.training import warmup
+from moe_dist.training.trainer import Trainer, train
+from moe_dist.training.warmup import cluster_experts
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training import SMOKE
 
@@ -75,13 +75,11 @@ def test_bfloat16_goes_through_the_change(tmp_path: Path) -> None:
     assert half == pytest.approx(full, rel=0.01)
 
 
-def _states(model: LanguageModel, trained: Trained) -> dict[str, GatheredOptimizerState]:
+def _states(model: LanguageModel, trained: Trainer) -> dict[str, GatheredOptimizerState]:
     """Everything dense, whole, under the names of the clustered model."""
     state, mesh = trained.engine.training_state(), model.context.mesh
     return {
-        name.replace(".router.weight_ED", ".router.weight"): OwnedState.of(state, parameter, mesh).whole(
-            torch.device("cpu")
-        )
+        name: OwnedState.of(state, parameter, mesh).whole(torch.device("cpu"))
         for name, parameter in model.named_parameters()
         if class_of(parameter) is ParameterClass.DENSE
     }
@@ -90,7 +88,7 @@ def _states(model: LanguageModel, trained: Trained) -> dict[str, GatheredOptimiz
 def _change_and_look(words: list[str]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
-    def watched(trained: Trained, *args: Any) -> dict[str, Any]:
+    def watched(trained: Trainer, *args: Any) -> dict[str, Any]:
         old = [weakref.ref(trained.model), weakref.ref(trained.engine._engine.optimizer)]
         before, balance = _states(trained.model, trained), trained.model.context.balance
         steps, groups = trained.engine.training_state().steps, len(distributed_c10d._world.pg_map)
@@ -108,7 +106,7 @@ def _change_and_look(words: list[str]) -> dict[str, Any]:
         return figures
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "cluster_experts", watched)
+        patch.setattr(warmup, "cluster_experts", watched)
         _train(words)
     return seen
 
@@ -138,7 +136,7 @@ def test_nothing_changes_where_nothing_is_cut_off(tmp_path: Path) -> None:
 
 
 def _train_with_a_broken_expert(words: list[str]) -> str:
-    def broken(trained: Trained, *args: Any) -> dict[str, Any]:
+    def broken(trained: Trainer, *args: Any) -> dict[str, Any]:
         with torch.no_grad():
             state = trained.engine.training_state()
             for layer in standard_layers(trained.model)[:1]:
@@ -148,7 +146,7 @@ def _train_with_a_broken_expert(words: list[str]) -> str:
         return cluster_experts(trained, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "cluster_experts", broken)
+        patch.setattr(warmup, "cluster_experts", broken)
         with pytest.raises(TrainingError) as caught:
             _train(words)
     return str(caught.value)

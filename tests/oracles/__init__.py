@@ -1,0 +1,1 @@
+"""Slow, readable definitions that tests hold the code against."""

@@ -13,9 +13,17 @@ import moe_dist
 
 PACKAGE = Path(moe_dist.__file__).parent
 PARTS = {
-    "step": ("engine/engine.py", "engine/gradient_norm.py", "model/", "dispatch/", "training/run.py", "data/loader.py"),
-    "save": ("checkpoint/", "training/checkpoints.py"),
-    "recluster": ("migration/", "training/recluster.py", "training/evidence.py", "engine/expert_tensors.py"),
+    "step": (
+        "engine/deepspeed_engine.py",
+        "engine/gradient_norm.py",
+        "model/",
+        "moe/",
+        "dispatch/",
+        "training/trainer.py",
+        "data/loader.py",
+    ),
+    "save": ("checkpoint/", "training/checkpointing.py"),
+    "recluster": ("recluster/",),
 }
 """What a run can be killed in; a kill in `save` hits copying, writing, committing and pruning alike."""
 
@@ -36,6 +44,7 @@ class LineCounter:
         self.lines = 0
         self._last = last
         self._prefixes = tuple(str(PACKAGE / name) for name in PARTS[part])
+        assert all(map(os.path.exists, self._prefixes)), f"a file of {self._prefixes} has moved"
 
     def __enter__(self) -> "LineCounter":
         threading.settrace(self._enter_function)

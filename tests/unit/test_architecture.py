@@ -5,15 +5,18 @@ Read from the source by `ast`, so that an import inside a function counts as wel
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from moe_dist.launch.tasks import TASKS, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = [
@@ -37,15 +40,8 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
-# A rank that has been accepted hands over to its task: the one place where code imports upward, inside a function.
 LAUNCH_MAY_IMPORT = {"moe_dist.config", "moe_dist.errors", "moe_dist.launch"}
-HANDS_OVER = {
-    ("moe_dist/launch/rank.py", "moe_dist.training.trainer"),
-    ("moe_dist/launch/rank_measure.py", "moe_dist.benchmarks.traffic.measure"),
-    ("moe_dist/launch/rank_doctor.py", "moe_dist.doctor.checks"),
-    ("moe_dist/launch/rank_evaluate.py", "moe_dist.evaluation.evaluate"),
-    ("moe_dist/launch/rank_bench.py", "moe_dist.benchmarks.on_ranks"),
-}
+REGISTRY = "moe_dist/launch/tasks.py"  # the one place that names modules above its own
 FRAMEWORKS = [
     ("megatron", ("moe_dist/model/megatron_", "moe_dist/benchmarks/baselines/")),
     ("deepspeed", ("moe_dist/engine/", "moe_dist/benchmarks/baselines/")),
@@ -124,8 +120,6 @@ def test_every_package_has_a_level() -> None:
 def test_imports_point_downward() -> None:
     def upward(found: Import) -> bool:
         own, other = package(found.file), package(found.target)
-        if (found.file, found.target) in HANDS_OVER:
-            return found.at_module_level
         return own is not None and other is not None and own != other and LEVEL[other] >= LEVEL[own]
 
     complain([found for found in imports() if upward(found)])
@@ -133,11 +127,23 @@ def test_imports_point_downward() -> None:
 
 def test_launch_uses_configuration_and_errors_alone() -> None:
     def foreign(found: Import) -> bool:
-        if package(found.file) != "launch" or package(found.target) is None or (found.file, found.target) in HANDS_OVER:
+        if package(found.file) != "launch" or package(found.target) is None:
             return False
         return not any(found.target == name or found.target.startswith(f"{name}.") for name in LAUNCH_MAY_IMPORT)
 
     complain([found for found in imports() if foreign(found)])
+
+
+def test_only_the_registry_of_tasks_names_functions_by_strings() -> None:
+    users = [path for path in modules().values() if re.search(r'"moe_dist[\w.]+:\w+"', path.read_text())]
+    assert [path.relative_to(ROOT).as_posix() for path in users] == [REGISTRY]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_resolves(name: str) -> None:
+    task = TASKS[name]
+    assert callable(resolve(task.function))
+    assert task.options is None or is_dataclass(resolve(task.options))
 
 
 @pytest.mark.parametrize(("framework", "rooms"), FRAMEWORKS)
@@ -174,7 +180,9 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["moe_dist.cli", "moe_dist.config", "moe_dist.metrics", "moe_dist.launch.rank", "moe_dist.launch.runners"]
+    "module",
+    ["moe_dist.cli", "moe_dist.config", "moe_dist.metrics", "moe_dist.launch.rank", "moe_dist.launch.runners"]
+    + [task.options.partition(":")[0] for task in TASKS.values() if task.options],
 )
 def test_answers_without_torch(module: str) -> None:
     """Transitively: help and refusals must not wait for seconds of imports."""

@@ -1,4 +1,4 @@
-"""The language of the house: docstrings open with a verb or a noun, a class's name is used once, no private metaphors."""
+"""The language of the house: docstrings open with a verb or a noun, class names are used once, no metaphors."""
 
 import ast
 import re
@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = sorted(path.parent.name for path in (ROOT / "moe_dist").glob("*/__init__.py"))
-FRAGMENTS = frozenset("what how where whether of as who which when why with from in that if to on by at for".split())
+FRAGMENTS = frozenset(
+    "what how where whether of as who which when why with from in that if to on by at for".split()  # noqa: SIM905
+)
 METAPHORS = re.compile(
     r"\b(hops?|hopping|travels?|travelled|departs?|departed|arrives?|arrived|lives|wish|wishes|home|homes|flight|"
     r"says|said|tells|told|knows|speaks|hears|heard|gives up|comes? to the same)\b"

@@ -1,1 +1,1 @@
-"""TODO."""
+"""MoE layers of other libraries, as baselines."""

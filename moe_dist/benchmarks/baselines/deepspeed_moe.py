@@ -1,4 +1,4 @@
-"""DeepSpeed's own MoE layer, which measurements hold beside ours; nothing is trained with it."""
+"""DeepSpeed's own MoE layer as a baseline of benchmarks; no model is trained with it."""
 
 from contextlib import redirect_stdout
 from io import StringIO
@@ -17,10 +17,10 @@ class DeepSpeedMoE(nn.Module):
     """`deepspeed.moe.layer.MoE` over all ranks with the experts of our standard layer; [T, D] -> [T, D]."""
 
     def __init__(self, config: RunConfig, ranks: int, capacity_factor: float | None = None) -> None:
-        """Collective, since DeepSpeed forms its process groups here.
+        """Create the layer; collective, since DeepSpeed forms its process groups here.
 
         Args:
-            capacity_factor: what an expert takes over an even share, the rest is dropped; None: dropless.
+            capacity_factor: capacity of an expert as a multiple of a uniform share; None: no dropping.
         """
         super().__init__()
         init_deepspeed()
@@ -42,7 +42,7 @@ class DeepSpeedMoE(nn.Module):
             self.layer.set_deepspeed_parallelism()
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Its output, with the auxiliary loss added to every element so that both get a gradient."""
+        """Return the layer's output, with the auxiliary loss added to every element so that both get a gradient."""
         y_TD, loss, _ = self.layer(x_TD)
         total: Tensor = y_TD + loss.to(y_TD.dtype)
         return total

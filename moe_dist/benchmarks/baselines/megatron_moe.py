@@ -1,8 +1,8 @@
-"""Megatron-core's own MoE layer, which measurements hold beside ours; nothing is trained with it.
+"""Megatron-core's own MoE layer as a baseline of benchmarks; no model is trained with it.
 
-On a GPU it runs as it is. On the CPU, where Megatron-core does not mean it to run, `stand_ins` replaces what asks for
-CUDA, and nothing that computes or communicates: the current device, a router GEMM of Transformer Engine, and the copy
-of split sizes to the host by a side stream. Grouped GEMMs are off there, so experts run one after the other.
+On a GPU it runs unchanged. Megatron-core does not support the CPU; there `stand_ins` replaces what needs CUDA, and
+nothing that computes or communicates: the current device, a router GEMM of Transformer Engine, and the copy of split
+sizes to the host by a side stream. Grouped GEMMs are off there, so that experts run one after the other.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class MegatronMoE(nn.Module):
     """`MoELayer` over all ranks with our standard layer's sizes, dropless, without auxiliary loss; [T, D] -> [T, D]."""
 
     def __init__(self, config: RunConfig, ranks: int) -> None:
-        """Collective, since Megatron-core forms its process groups here."""
+        """Create the layer; collective, since Megatron-core forms its process groups here."""
         super().__init__()
         initialize_megatron(config.world.timeout_seconds, ranks)
         torch.manual_seed(config.seed)
@@ -34,14 +34,14 @@ class MegatronMoE(nn.Module):
             self.layer: Any = MoELayer(_transformer_config(config, ranks), spec.submodules, layer_number=1)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Forward and backward pass must run inside `stand_ins`."""
+        """Run forward or backward; call it inside `stand_ins`."""
         y_TD: Tensor = self.layer(x_TD[:, None])[0][:, 0]
         return y_TD
 
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """What Megatron-core's MoE layer needs where there is no CUDA; nothing changes where there is."""
+    """Replace what Megatron-core's MoE layer needs of CUDA while entered, on machines without CUDA."""
     with ExitStack() as undo:
         if not _has_cuda():
             _set(undo, torch.cuda, "current_device", lambda: "cpu")
@@ -62,7 +62,7 @@ def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
 
 
 def _splits_to_lists(dispatcher: Any, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
-    """In place of a copy from the GPU: gloo wants split sizes as lists."""
+    """Return split sizes as lists, which gloo needs, instead of a copy from the GPU."""
     for name in ("input_splits", "output_splits"):
         if isinstance(splits := getattr(dispatcher, name), Tensor):
             setattr(dispatcher, name, splits.tolist())

@@ -1,4 +1,4 @@
-"""The traffic of DeepSpeed's and Megatron-core's own MoE layers, counted from outside by the collectives they issue."""
+"""Traffic of DeepSpeed's and Megatron-core's own MoE layers, counted by the collectives that they issue."""
 
 import time
 from collections.abc import Callable
@@ -22,17 +22,17 @@ PEERS: dict[str, tuple[Callable[[RunConfig, int], nn.Module], Callable[[], Abstr
     "deepspeed": (DeepSpeedMoE, nullcontext),
     "megatron": (MegatronMoE, stand_ins),
 }
-"""By name: what makes the layer for so many ranks, and what must be entered around its passes."""
+"""Factory of the layer for a number of ranks, and context manager of its passes, by name."""
 
 
 def measure_peer(
-    name: str, config: RunConfig, process: RankInfo, watch: CollectiveTimer, steps: int, warmup: int
+    name: str, config: RunConfig, process: RankInfo, timer: CollectiveTimer, steps: int, warmup: int
 ) -> dict[str, Any]:
-    """One layer, forward and backward, on random tokens in the type of `train.precision`; collective.
+    """Measure one layer, forward and backward, on random tokens in the type of `train.precision`; collective.
 
     Dropless: DeepSpeed's capacity is that of the fullest expert of any rank, and every expert's chunk is padded to it;
-    Megatron-core's all-to-all is uneven, without padding. The routing is their own, of an untrained gate.
-    `layer_seconds` is the time of this one layer, with the watch on.
+    Megatron-core's all-to-all has variable splits, without padding. The routing is that of an untrained gate.
+    `layer_seconds` is the time of this one layer, with the timer on.
 
     Raises:
         ConfigError: the ranks do not divide the experts.
@@ -47,25 +47,25 @@ def measure_peer(
     draw, seconds = torch.Generator().manual_seed(config.seed + process.rank), []
     for step in range(warmup + steps):
         if step == warmup:
-            watch.clear()
-            watch.active = True
+            timer.clear()
+            timer.active = True
         x_TD = torch.randn(shape, generator=draw).to(process.device, dtype).requires_grad_()
         started = time.perf_counter()
         with setting():
             layer(x_TD).square().mean().backward()
         seconds.append(time.perf_counter() - started)
-    watch.active = False
-    return _figures(name, process, watch, steps, shape[0], float(np.median(seconds[warmup:])))
+    timer.active = False
+    return _figures(name, process, timer, steps, shape[0], float(np.median(seconds[warmup:])))
 
 
 def _figures(
-    name: str, process: RankInfo, watch: CollectiveTimer, steps: int, tokens: int, seconds: float
+    name: str, process: RankInfo, timer: CollectiveTimer, steps: int, tokens: int, seconds: float
 ) -> dict[str, Any]:
-    """The keys of `gather_figures`, as far as they can be told from outside."""
+    """Return those keys of `gather_figures` that can be measured from outside."""
     links = Links.discover(process.device)
     mine = torch.zeros(2, process.ranks, dtype=torch.int64)
-    for peer, size in watch.bytes_to.items():
-        mine[:, peer] = torch.tensor([size, watch.messages_to[peer]])
+    for peer, size in timer.bytes_to.items():
+        mine[:, peer] = torch.tensor([size, timer.messages_to[peer]])
     rows = [torch.empty_like(mine) for _ in range(process.ranks)]
     dist.all_gather(rows, mine.to(process.device))
     sent, messages = torch.stack(rows, dim=1)

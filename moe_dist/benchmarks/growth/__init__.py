@@ -1,1 +1,1 @@
-"""TODO."""
+"""Benchmark of the cost of more experts."""

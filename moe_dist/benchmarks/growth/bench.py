@@ -1,4 +1,4 @@
-"""`moe-dist bench growth`: time and memory of a layer as its experts become more, at the same k, in this process.
+"""`moe-dist bench growth`: time and memory of a layer as its number of experts grows, at the same k, in this process.
 
 G grows as sqrt(2E), so that both stages search about sqrt(E) scores. Clustered and standard layers of one size are
 timed in one run, interleaved, beside a dense layer, which does not grow: ratios to it make the sizes comparable.
@@ -24,18 +24,18 @@ from moe_dist.metrics.spread import Spread
 
 @dataclass(frozen=True)
 class Grown:
-    """One layer at one number of experts."""
+    """Result of one layer at one number of experts."""
 
     seconds: Spread
     over_dense: Spread
     weight_bytes: int
     saved_bytes_per_token: float
-    """What the forward pass keeps for the backward pass, weights apart."""
+    """Bytes per token that the forward pass saves for the backward pass, weights not included."""
 
 
 @dataclass(frozen=True)
 class GrowthCase:
-    """All layers at one number of experts."""
+    """Result of all layers at one number of experts."""
 
     experts: int
     clusters: int
@@ -44,24 +44,24 @@ class GrowthCase:
 
 @dataclass(frozen=True)
 class GrowthResult:
-    """All sizes, and what they were measured with."""
+    """Result of all sizes, with the specification and versions."""
 
     spec: GrowthSpec
     cases: list[GrowthCase] = field(default_factory=list)
     versions: dict[str, str | None] = field(default_factory=installed_versions)
 
     def grows(self, name: str) -> float:
-        """Time over the dense layer's at the most experts, over the same at the fewest, less 1."""
+        """Return the relative growth of the time over the dense layer's, from the fewest experts to the most."""
         first, last = (case.layers[name].over_dense.median for case in (self.cases[0], self.cases[-1]))
         return last / first - 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; times in seconds."""
+        """Return plain numbers and strings for JSON; times in seconds."""
         return asdict(self)
 
 
 def run_growth(spec: GrowthSpec, report: Callable[[str], None] = lambda line: None) -> GrowthResult:
-    """Measures all sizes, one after the other, in this process."""
+    """Measure all sizes, one after the other, in this process."""
     process = init_distributed(WorldConfig(threads=spec.threads, backend="gloo"))
     result = GrowthResult(spec)
     try:
@@ -93,7 +93,7 @@ def _measure(spec: GrowthSpec, experts: int, process: RankInfo) -> GrowthCase:
 
 
 def render(result: GrowthResult, console: Console) -> None:
-    """One table: a block for each number of experts."""
+    """Print one table with a block for each number of experts."""
     shape = result.spec.shape
     title = (
         f"forward + backward, T={shape.tokens} d={shape.hidden} f={shape.expert_hidden} r={shape.rank} "

@@ -1,4 +1,4 @@
-"""Time and weights of layers against the number of experts, as a picture."""
+"""Plot of time and weights of layers against the number of experts."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from moe_dist.benchmarks.growth.bench import GrowthResult
 
 
 def plot_growth(result: GrowthResult, target: Path) -> None:
-    """Writes a PNG: time over dense with its quartiles on the left, bytes of weights on the right, both against E."""
+    """Write a PNG: time over dense with its quartiles on the left, bytes of weights on the right, both against E."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     time, weights = figure.subplots(1, 2)

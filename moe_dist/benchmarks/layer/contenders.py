@@ -1,4 +1,4 @@
-"""The layers that benches hold side by side, each with the same interface: ours, the peers', and the dense floor."""
+"""Layers that benchmarks compare, behind one interface: ours, those of other libraries, and the dense floor."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,25 +17,24 @@ from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
-from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.dense_feed_forward import SwiGLU
 from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.layer_kinds import LAYER_KINDS
 from moe_dist.moe.load_balancing import BalanceState
-from moe_dist.moe.standard_moe import StandardMoE
 
 DENSE, STANDARD = "dense", "standard"
 CAPACITY_FACTOR = 1.25
-"""Of DeepSpeed's layer, whose padding to the fullest expert without one costs it more still."""
+"""Capacity factor of DeepSpeed's layer; dropless it is slower still, since it pads to the fullest expert."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One layer: takes and returns [T, D].
+    """One layer that is compared: [T, D] -> [T, D].
 
     Attributes:
-        ledger: where our own layers enter what they send; None for others.
-        vector_bytes: what one hidden vector takes on the wire.
-        setting: entered around forward and backward passes.
+        ledger: traffic ledger of our own layers; None for others.
+        vector_bytes: bytes of one hidden vector on the wire.
+        setting: context manager of forward and backward passes.
     """
 
     module: nn.Module
@@ -44,19 +43,19 @@ class Contender:
     setting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def run(self, x_TD: Tensor, d_y_TD: Tensor) -> Tensor:
-        """Forward and backward; gradients of the input and of all weights are afresh."""
+        """Run forward and backward; gradients of the input and of all weights are recomputed."""
         with self.setting():
             y_TD: Tensor = self.module(x_TD)
             y_TD.backward(d_y_TD)
         return y_TD
 
     def forget(self) -> None:
-        """Drops the gradients."""
+        """Drop the gradients."""
         self.module.zero_grad(set_to_none=True)
 
 
 def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: RankInfo, mesh: Mesh) -> Contender:
-    """The contender of that name; collective for the peers, which backend process groups."""
+    """Return the contender of that name; collective for other libraries, which form process groups."""
     clustered = name.startswith("clustered")
     kind = "clustered" if clustered else DENSE if name == DENSE else STANDARD
     config = shape.config(kind, dtype, top_k, CLUSTERED.get(name, 1))
@@ -76,14 +75,14 @@ def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: RankInf
 
 def _ours(config: RunConfig, process: RankInfo, mesh: Mesh, ledger: TrafficLedger) -> nn.Module:
     moe = config.moe
-    clustered = moe.kind == "clustered"
+    clustered = moe.layer_kind.clustered
     placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] if clustered else []
     context = LayerContext(mesh, placements, BalanceState.create(1, moe, process.device), ledger, config.seed)
-    return (ClusteredMoE if clustered else StandardMoE)(0, config.model, moe, context, 1.0)
+    return LAYER_KINDS[moe.kind](0, config.model, moe, context, 1.0)
 
 
 def mesh_for(shape: LayerShape, process: RankInfo) -> Mesh:
-    """All experts once over all ranks; collective."""
+    """Return a mesh that divides all experts over all ranks once; collective."""
     if process.ranks == 1:
         return Mesh.alone()
     return Mesh.create(resolve_world(shape.config("clustered", "float32", 1), process.ranks), process.timeout)

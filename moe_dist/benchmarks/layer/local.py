@@ -1,10 +1,10 @@
 """Speed of one feed-forward layer: clustered experts against standard experts and the dense floor, side by side.
 
-All contenders see the same tokens and the same drawn routing (the router itself is left out), in one process, one after
+All contenders get the same tokens and the same drawn routing (the router is left out), in one process, one after
 the other in every round, so that a busy machine slows them alike: ratios are taken within a round, and their median and
 quartiles are reported. A time is forward + backward, with gradients of the input, the gates and all weights:
 
-    dense       SwiGLU of width f on every token: the floor, what a token's base work costs
+    dense       SwiGLU of width f on every token: the floor, the cost of a token's base
     standard    k of E full experts: sort by expert, gather, experts, weighted scatter (loop over leaf parameters, and
                 grouped_mm over weights stacked beforehand); ratios use the faster one
     clustered   k experts of one cluster on a shared base: sort by cluster, gather, clustered experts, scatter
@@ -25,57 +25,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moe_dist.benchmarks.layer.spec import LayerBenchSpec
 from moe_dist.compression import ClusterWeights, init_base, init_residual
 from moe_dist.errors import ConfigError
 from moe_dist.kernels import BACKENDS, choose_backend, clustered_experts
 from moe_dist.metrics.spread import Spread
 from moe_dist.moe.standard_experts import experts_grouped, experts_loop, swiglu
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STANDARD = ("standard/loop", "standard/grouped_mm")
 
 
 @dataclass(frozen=True)
-class LayerBenchSpec:
-    """Sizes of the layer and what to time; `backends`: further backends of the clustered layer to show."""
-
-    tokens: int = 4096
-    hidden: int = 512
-    expert_hidden: int = 1408
-    experts: int = 32
-    clusters: int = 4
-    rank: int = 8
-    top_k: tuple[int, ...] = (1, 2, 4)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    threads: int = 1
-    repeats: int = 7
-    vectors: bool = False
-    backend: str = "auto"
-    backends: tuple[str, ...] = ()
-    device: str = "cpu"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be measured, in one line."""
-        for name in ("tokens", "hidden", "expert_hidden", "experts", "clusters", "rank", "threads", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.experts % self.clusters:
-            raise ConfigError(f"experts={self.experts} is not divisible by clusters={self.clusters}")
-        for top_k in self.top_k:
-            if not 1 <= top_k <= self.experts // self.clusters:
-                raise ConfigError(f"top_k={top_k} must be in 1..{self.experts // self.clusters}, a cluster's experts")
-        if unknown := sorted(set(self.dtypes) - set(_DTYPES)):
-            raise ConfigError(f"dtype {unknown[0]!r} is unknown: use {' or '.join(_DTYPES)}")
-        if unknown := sorted({self.backend, *self.backends} - set(BACKENDS)):
-            raise ConfigError(f"backend {unknown[0]!r} is unknown: use one of {', '.join(BACKENDS)}")
-        if self.device not in (here := ("cpu", *_accelerators())):
-            raise ConfigError(f"device={self.device} is not here: use {' or '.join(here)}")
-
-
-@dataclass(frozen=True)
 class LayerBenchCase:
-    """One dtype and k: seconds of each contender, and ratios within rounds."""
+    """Result of one dtype and k: seconds of each contender, and ratios within rounds."""
 
     dtype: str
     top_k: int
@@ -90,14 +52,14 @@ class LayerBenchCase:
 
 @dataclass(frozen=True)
 class LayerBenchResult:
-    """All cases, and what they were measured with."""
+    """Result of all cases, with the specification and versions."""
 
     spec: LayerBenchSpec
     cases: list[LayerBenchCase] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; times in seconds."""
+        """Return plain numbers and strings for JSON; times in seconds."""
         return asdict(self)
 
 
@@ -116,7 +78,7 @@ class _Layer:
     clustered: list[ClusterWeights]
 
     def leaves(self) -> Iterator[Tensor]:
-        """Everything that gets a gradient."""
+        """Return all tensors that get a gradient."""
         yield from (self.x_TD, self.gate_TK, *self.dense, *self.stacked)
         for pair in self.loop:
             yield from pair
@@ -125,7 +87,17 @@ class _Layer:
 
 
 def run_layer_bench(spec: LayerBenchSpec) -> LayerBenchResult:
-    """Measure all cases of `spec` in this process, on `spec.threads` threads."""
+    """Measure all cases of `spec` in this process, on `spec.threads` threads.
+
+    Raises:
+        ConfigError: a backend is unknown, or the device is not available.
+    """
+    if unknown := sorted({spec.backend, *spec.backends} - set(BACKENDS)):
+        raise ConfigError(f"backend {unknown[0]!r} is unknown: use one of {', '.join(BACKENDS)}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    available = ["cpu", *([accelerator.type] if accelerator else [])]
+    if spec.device not in available:
+        raise ConfigError(f"device {spec.device!r} is not available: use {' or '.join(available)}")
     result = LayerBenchResult(spec, [], {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()})
     with _threads(spec.threads):
         for dtype in spec.dtypes:
@@ -134,7 +106,7 @@ def run_layer_bench(spec: LayerBenchSpec) -> LayerBenchResult:
 
 
 def render(result: LayerBenchResult, console: Console) -> None:
-    """One table: a row for each contender, a block for each dtype and k."""
+    """Print one table: a row for each contender, a block for each dtype and k."""
     s = result.spec
     title = (
         f"forward + backward, T={s.tokens} d={s.hidden} f={s.expert_hidden} E={s.experts} G={s.clusters} r={s.rank}"
@@ -160,7 +132,7 @@ def render(result: LayerBenchResult, console: Console) -> None:
 
 
 def _measure(spec: LayerBenchSpec, dtype: str, top_k: int) -> LayerBenchCase:
-    layer = _draw_layer(spec, _DTYPES[dtype], top_k)
+    layer = _draw_layer(spec, getattr(torch, dtype), top_k)
     backend = spec.backend
     if backend == "auto":
         backend = choose_backend(layer.x_TD.device, layer.x_TD.dtype, layer.clustered[0])
@@ -191,7 +163,7 @@ def _contenders(layer: _Layer, backend: str, more_backends: Sequence[str]) -> di
 
 
 def _time_rounds(layer: _Layer, contenders: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; a first round warms up; each starts a round in turn."""
+    """Return the seconds of each contender in each round; the first round warms up; each starts a round in turn."""
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(repeats + 1):
@@ -208,13 +180,8 @@ def _time_rounds(layer: _Layer, contenders: dict[str, Callable[[], Tensor]], rep
     return seconds
 
 
-def _accelerators() -> list[str]:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return [] if found is None else [found.type]
-
-
 def _wait_for(device: torch.device) -> None:
-    """Until the device has done all that it was given; a CPU has."""
+    """Wait until an accelerator has finished its queue."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
@@ -247,7 +214,7 @@ def _clustered(layer: _Layer, backend: str) -> Tensor:
 
 
 def _draw_layer(spec: LayerBenchSpec, dtype: torch.dtype, top_k: int) -> _Layer:
-    """Weights and a roughly balanced random routing: each token a cluster, k of its experts, gates that sum to 1."""
+    """Draw weights and a roughly balanced routing: a cluster per token, k of its experts, gates that sum to 1."""
     generator = torch.Generator().manual_seed(spec.seed)
     size = spec.experts // spec.clusters
     x_TD, d_y_TD = torch.randn(2, spec.tokens, spec.hidden, generator=generator).to(dtype).unbind()

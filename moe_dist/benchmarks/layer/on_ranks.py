@@ -1,10 +1,9 @@
-"""`moe-dist bench layer --ranks`: clustered, standard and the peers' MoE layers on ranks, beside the dense floor.
+"""`moe-dist bench layer --ranks`: whole MoE layers on ranks, ours and those of other libraries, beside the dense floor.
 
-All contenders are whole layers with routers of their own, given the same tokens, one after the other in every round.
-Times are forward + backward of the slowest rank, without the reduction of gradients. Bytes are those of all-to-alls,
-counted in one more pass for all of them alike by wrapping the collectives; the floor of our own layers is what their
-routing cannot do without: one vector of each token to each other rank that holds something it needs, and one back, in
-both passes.
+All contenders have routers of their own and get the same tokens, one after the other in every round. Times are
+forward + backward of the slowest rank, without the reduction of gradients. Bytes are those of all-to-alls, counted in
+one more pass by the same wrapper for all contenders. The floor of our own layers is the minimum for their routing: one
+vector of each token to each other rank that holds a cluster of its choice, and one back, in both passes.
 """
 
 from collections.abc import Mapping
@@ -24,14 +23,14 @@ from moe_dist.benchmarks.layer.spec import CLUSTERED, RanksBenchSpec, overlapped
 from moe_dist.benchmarks.rounds import inputs, time_rounds
 from moe_dist.config import RunConfig
 from moe_dist.console import wide_console
-from moe_dist.dispatch.chunked_overlap import HopSpeed, choose_chunks
+from moe_dist.dispatch.chunked_overlap import ExchangeSpeed, choose_chunks
 from moe_dist.dispatch.routing_trace import RoutingTrace
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.metrics import installed_versions, write_json
 from moe_dist.metrics.spread import Spread
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.overlap_probe import measure_hop
+from moe_dist.moe.overlap_probe import measure_exchange_speed
 
 _WIDTH = 120  # columns of the table, also where the output goes to a file
 PASSES = 4  # there and back, in the forward and in the backward pass
@@ -39,40 +38,40 @@ PASSES = 4  # there and back, in the forward and in the backward pass
 
 @dataclass(frozen=True)
 class Bytes:
-    """What all ranks hand to all-to-alls for other ranks, a token."""
+    """All-to-all bytes to other ranks, summed over ranks, per token."""
 
     counted: float
     floor: float | None
-    """None: not known of others' layers."""
+    """Minimum for the routing; None: unknown, for layers of other libraries."""
 
 
 @dataclass(frozen=True)
-class MeasuredHop:
-    """Into how many chunks a layer's tokens are divided on their way; where that was chosen, by which speeds."""
+class OverlapFigures:
+    """Number of chunks of an overlapped layer, with the measured speeds if it was chosen automatically."""
 
     chunks: int
-    speed: HopSpeed | None = None
+    speed: ExchangeSpeed | None = None
 
 
 @dataclass(frozen=True)
 class RanksBenchCase:
-    """One dtype and k: seconds, ratios within rounds, and bytes of each contender."""
+    """Result of one dtype and k: seconds, ratios within rounds, and bytes of each contender."""
 
     dtype: str
     top_k: int
     seconds: dict[str, Spread]
     over_dense: dict[str, Spread]
     peer_over_clustered: dict[str, Spread]
-    """The fastest of the peers (standard, where there is none) over each clustered layer."""
+    """Time of the fastest other library (without one: standard) over that of each clustered layer."""
     fastest_peer: str
     bytes_per_token: dict[str, Bytes]
-    hops: dict[str, MeasuredHop]
-    """Of the layers that were asked to overlap."""
+    hops: dict[str, OverlapFigures]
+    """Choices of the layers with overlap, by name."""
 
 
 @dataclass(frozen=True)
 class RanksBenchResult:
-    """All cases, and what they were measured with."""
+    """Result of all cases, with the specification and versions."""
 
     spec: RanksBenchSpec
     ranks: int
@@ -81,23 +80,23 @@ class RanksBenchResult:
     versions: dict[str, str | None] = field(default_factory=installed_versions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; times in seconds."""
+        """Return plain numbers and strings for JSON; times in seconds."""
         return asdict(self)
 
 
 def bench_ranks(config: RunConfig, spec: RanksBenchSpec) -> None:
-    """Measures every case, and shows and writes the figures on rank 0; collective.
+    """Measure every case, and print and write the figures on rank 0; collective.
 
     Raises:
-        ConfigError: the layer cannot be had on so many ranks.
+        ConfigError: the layer cannot be divided over so many ranks.
     """
-    with timing_collectives() as watch:  # before DeepSpeed and Megatron-core are initialised
+    with timing_collectives() as timer:  # before DeepSpeed and Megatron-core are initialised
         process = init_distributed(config.world)
         spec.check(process.ranks)
         mesh = mesh_for(spec.shape, process)
         result = RanksBenchResult(spec, process.ranks, torch.get_num_threads())
         for dtype in spec.dtypes:
-            result.cases.extend(_measure(spec, dtype, top_k, process, mesh, watch) for top_k in spec.top_k)
+            result.cases.extend(_measure(spec, dtype, top_k, process, mesh, timer) for top_k in spec.top_k)
     if process.rank == 0:
         console = wide_console()
         console.width = max(console.width, _WIDTH)
@@ -108,7 +107,7 @@ def bench_ranks(config: RunConfig, spec: RanksBenchSpec) -> None:
 
 
 def _measure(
-    spec: RanksBenchSpec, dtype: str, top_k: int, process: RankInfo, mesh: Mesh, watch: CollectiveTimer
+    spec: RanksBenchSpec, dtype: str, top_k: int, process: RankInfo, mesh: Mesh, timer: CollectiveTimer
 ) -> RanksBenchCase:
     shape, ours = spec.shape, (*CLUSTERED, *map(overlapped, spec.overlap))
     names = (DENSE, *ours, STANDARD, *spec.peers)
@@ -125,40 +124,40 @@ def _measure(
         over_dense={name: Spread.of_ratios(values, rounds[DENSE]) for name, values in rounds.items()},
         peer_over_clustered={name: Spread.of_ratios(rounds[peer], rounds[name]) for name in ours},
         fastest_peer=peer,
-        bytes_per_token=count_bytes(contenders, x_TD, d_y_TD, process, watch),
+        bytes_per_token=count_bytes(contenders, x_TD, d_y_TD, process, timer),
         hops=hops,
     )
 
 
-def _divide(contender: Contender, asked: str, tokens: int) -> MeasuredHop:
-    """Has the layer work in the chunks of that value of `moe.overlap_chunks`; collective."""
+def _divide(contender: Contender, asked: str, tokens: int) -> OverlapFigures:
+    """Set the layer's number of chunks as that value of `moe.overlap_chunks` does; collective."""
     layer = contender.module
     assert isinstance(layer, ClusteredMoE)
-    if layer.one.alone:
-        hop = MeasuredHop(1)
+    if layer.stage_one.alone:
+        hop = OverlapFigures(1)
     elif asked == "auto":
-        speed = measure_hop(layer, tokens)
-        hop = MeasuredHop(choose_chunks(speed), speed)
+        speed = measure_exchange_speed(layer, tokens)
+        hop = OverlapFigures(choose_chunks(speed), speed)
     else:
-        hop = MeasuredHop(int(asked))
-    layer.divide(hop.chunks)
+        hop = OverlapFigures(int(asked))
+    layer.set_chunks(hop.chunks)
     return hop
 
 
 def count_bytes(
-    contenders: Mapping[str, Contender], x_TD: Tensor, d_y_TD: Tensor, process: RankInfo, watch: CollectiveTimer
+    contenders: Mapping[str, Contender], x_TD: Tensor, d_y_TD: Tensor, process: RankInfo, timer: CollectiveTimer
 ) -> dict[str, Bytes]:
-    """One more pass of each contender, watched; collective."""
+    """Count the bytes of each contender in one more pass; collective."""
     counted = torch.zeros(len(contenders), 2, dtype=torch.int64)
     for row, contender in zip(counted, contenders.values(), strict=True):
         observed = RoutingTrace(process.rank, [0] * process.ranks)
         if contender.ledger is not None:
             contender.ledger.observer = observed
-        watch.clear()
-        watch.active = True
+        timer.clear()
+        timer.active = True
         contender.run(x_TD, d_y_TD)
-        watch.active = False
-        row[0], row[1] = sum(watch.bytes_to.values()), _rows_needed_elsewhere(observed)
+        timer.active = False
+        row[0], row[1] = sum(timer.bytes_to.values()), _rows_needed_elsewhere(observed)
         if contender.ledger is not None:
             contender.ledger.observer = None
     dist.all_reduce(counted := counted.to(process.device))
@@ -180,7 +179,7 @@ def _rows_needed_elsewhere(observed: RoutingTrace) -> int:
 
 
 def render(result: RanksBenchResult, console: Console) -> None:
-    """One table: a row for each contender, a block for each dtype and k; behind `overlap` the number of chunks."""
+    """Print one table: a row for each contender, a block for each dtype and k; after `overlap` the number of chunks."""
     shape = result.spec.shape
     title = (
         f"forward + backward on {result.ranks} ranks of {result.threads} thread(s), T={shape.tokens} a rank "

@@ -1,40 +1,51 @@
-"""What the benches of whole layers are asked for; no torch here, so that a refusal comes at once."""
+"""Specifications of the layer benchmarks; imports no torch, so that a refusal is immediate."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
 
 from moe_dist.config import RunConfig
 from moe_dist.errors import ConfigError
+from moe_dist.launch.options import nested, option
 
 DTYPES = ("float32", "bfloat16")
 PEERS = ("deepspeed", "megatron")
 CLUSTERED = {"clustered m=1": 1, "clustered m=2": 2}
-"""Name of each of our layers in the tables, and the clusters a token goes to."""
+"""Name of each of our layers in the tables -> clusters per token."""
 MOST_CHUNKS = 64
 
 
 def overlapped(chunks: str) -> str:
-    """Name of the layer of one cluster a token that travels in so many chunks."""
+    """Return the name of the top-1 layer whose dispatch is overlapped in so many chunks."""
     return f"clustered m=1, overlap {chunks}"
+
+
+TOKENS = "Tokens in the batch; with --ranks: of each rank."
+WIDTH = "d: width of the model."
+EXPERT_WIDTH = "f: hidden width of an expert."
+EXPERTS = "E: experts in the layer."
+CLUSTERS = "G: clusters of experts."
+RANK = "r: rank of an expert's residual."
+THREADS = "CPU threads per process."
+REPEATS = "Timed rounds; the median is reported."
+SEED = "Seed of weights and tokens."
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One feed-forward layer and the tokens a rank gives it."""
+    """One feed-forward layer and the number of tokens that a rank gives it."""
 
-    tokens: int = 2048
-    hidden: int = 512
-    expert_hidden: int = 1408
-    experts: int = 32
-    clusters: int = 4
-    rank: int = 8
-    vectors: bool = False
-    backend: str = "auto"
-    wire_dtype: str | None = None
-    seed: int = 0
+    tokens: int = option(2048, TOKENS)
+    hidden: int = option(512, WIDTH)
+    expert_hidden: int = option(1408, EXPERT_WIDTH)
+    experts: int = option(32, EXPERTS)
+    clusters: int = option(4, CLUSTERS)
+    rank: int = option(8, RANK)
+    vectors: bool = option(False, "Experts with per-expert vectors.")
+    backend: str = option("auto", "Kernel of clustered experts, as moe.backend.")
+    wire_dtype: str | None = option(None, "With --ranks: as moe.wire_dtype. Default: --dtype.")
+    seed: int = option(0, SEED)
 
     def config(self, kind: str, dtype: str, top_k: int, top_clusters: int = 1) -> RunConfig:
-        """The configuration of a model of this one layer; `dense` is as wide as one expert.
+        """Return the configuration of a model of this one layer; `dense` is as wide as one expert.
 
         Raises:
             ConfigError: the sizes do not go together.
@@ -61,32 +72,68 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class LayerBenchSpec:
+    """Benchmark of one layer's experts in this process, on routing drawn beforehand."""
+
+    tokens: int = option(4096, TOKENS)
+    hidden: int = option(512, WIDTH)
+    expert_hidden: int = option(1408, EXPERT_WIDTH)
+    experts: int = option(32, EXPERTS)
+    clusters: int = option(4, CLUSTERS)
+    rank: int = option(8, RANK)
+    top_k: tuple[int, ...] = option((1, 2, 4), "k: experts per token; may be given again.")
+    dtypes: tuple[str, ...] = option(
+        ("float32", "bfloat16"), "float32 or bfloat16; may be given again.", flag="--dtype"
+    )
+    threads: int = option(1, THREADS)
+    repeats: int = option(7, REPEATS)
+    vectors: bool = option(False, "Experts with per-expert vectors.")
+    backend: str = option("auto", "Kernel of clustered experts, as moe.backend.")
+    backends: tuple[str, ...] = option(
+        (), "Without --ranks: another kernel to time; may be given again.", flag="--also-backend"
+    )
+    device: str = option("cpu", "Without --ranks: device, such as cuda.")
+    seed: int = option(0, SEED)
+
+    def __post_init__(self) -> None:
+        """Check sizes and data types."""
+        for name in ("tokens", "hidden", "expert_hidden", "experts", "clusters", "rank", "threads", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.experts % self.clusters:
+            raise ConfigError(f"experts={self.experts} is not divisible by clusters={self.clusters}")
+        for top_k in self.top_k:
+            if not 1 <= top_k <= self.experts // self.clusters:
+                raise ConfigError(f"top_k={top_k} must be in 1..{self.experts // self.clusters}, a cluster's experts")
+        if unknown := sorted(set(self.dtypes) - set(DTYPES)):
+            raise ConfigError(f"dtype {unknown[0]!r} is unknown: use {' or '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
 class RanksBenchSpec:
-    """What `moe-dist bench layer --ranks` measures.
+    """Benchmark of whole layers, with routers, on several ranks.
 
     Attributes:
-        overlap: values of `moe.overlap_chunks` that the layer of one cluster a token is measured with besides 1.
+        json_file: file that also receives the figures.
     """
 
     shape: LayerShape = LayerShape()
-    top_k: tuple[int, ...] = (2, 4)
-    dtypes: tuple[str, ...] = ("float32",)
-    peers: tuple[str, ...] = ()
-    overlap: tuple[str, ...] = ()
-    repeats: int = 7
+    top_k: tuple[int, ...] = option((2, 4), "k: experts per token; may be given again.")
+    dtypes: tuple[str, ...] = option(("float32",), "float32 or bfloat16; may be given again.", flag="--dtype")
+    peers: tuple[str, ...] = option(
+        (), "With --ranks, other libraries' layers too: deepspeed,megatron.", flag="--peers"
+    )
+    overlap: tuple[str, ...] = option(
+        (), "With --ranks: the top-1 layer also with moe.overlap_chunks=auto or a number; may be given again."
+    )
+    repeats: int = option(7, REPEATS)
     json_file: str | None = None
 
-    @classmethod
-    def from_words(cls, words: dict[str, Any]) -> Self:
-        """From `asdict`, after a way through JSON."""
-        lists = {name: tuple(value) for name, value in words.items() if isinstance(value, list)}
-        return cls(**{**words, **lists, "shape": LayerShape(**words["shape"])})
-
     def check(self, ranks: int) -> None:
-        """Refuses what cannot be measured on so many ranks.
+        """Check that the specification can be measured on so many ranks.
 
         Raises:
-            ConfigError: in one line, what and why.
+            ConfigError: it cannot; one line with key, value and reason.
         """
         shape = self.shape
         for name, value in (("tokens", shape.tokens), ("repeats", self.repeats)):
@@ -109,7 +156,7 @@ class RanksBenchSpec:
 
 
 def clusters_for(experts: int) -> int:
-    """G: the largest power of two up to sqrt(2E) that divides E."""
+    """Return G: the largest power of two up to sqrt(2E) that divides E."""
     clusters = 1 << ((2 * experts).bit_length() - 1) // 2
     while experts % clusters:
         clusters //= 2
@@ -118,21 +165,21 @@ def clusters_for(experts: int) -> int:
 
 @dataclass(frozen=True)
 class GrowthSpec:
-    """What `moe-dist bench growth` measures; `shape.experts` and `shape.clusters` are what grows."""
+    """Benchmark of layers with more and more experts; `shape.experts` and `shape.clusters` are not used."""
 
-    shape: LayerShape = LayerShape()
-    experts: tuple[int, ...] = (16, 32, 64, 128, 256)
-    top_k: int = 2
-    dtype: str = "float32"
-    threads: int = 1
-    repeats: int = 5
-    standard_up_to: int = 256
+    shape: LayerShape = nested(LayerShape(), "clusters", "wire_dtype")
+    experts: tuple[int, ...] = option((16, 32, 64, 128, 256), f"{EXPERTS[:-1]}; may be given again.")
+    top_k: int = option(2, "k: experts per token.")
+    dtype: str = option("float32", "float32 or bfloat16.")
+    threads: int = option(1, THREADS)
+    repeats: int = option(5, REPEATS)
+    standard_up_to: int = option(256, "Largest number of experts of the standard layer.")
 
     def check(self) -> None:
-        """Refuses what cannot be measured.
+        """Check that the specification can be measured.
 
         Raises:
-            ConfigError: in one line, what and why.
+            ConfigError: it cannot; one line with key, value and reason.
         """
         for name, value in (("tokens", self.shape.tokens), ("repeats", self.repeats), ("threads", self.threads)):
             if value < 1:

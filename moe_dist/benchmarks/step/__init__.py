@@ -1,1 +1,1 @@
-"""Where the time of a training step goes."""
+"""Benchmark of whole training steps, divided into parts."""

@@ -1,8 +1,8 @@
-"""`moe-dist bench step`: the speed of whole training steps by kind of layer, and where the time of a step goes.
+"""`moe-dist bench step`: speed of whole training steps by kind of layer, and the time of their parts.
 
 Models of all kinds are trained side by side, some steps of each in every round, so that a busy machine slows them
-alike. Then some more steps of each are taken with a clock on their parts; these synchronise before every collective and
-are somewhat slower, so that shares mean more than times.
+alike. Then some more steps of each are profiled; these synchronize before every collective and are somewhat slower, so
+that shares mean more than times.
 """
 
 import time
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.benchmarks.step.parts import clock_attention, step_clock
+from moe_dist.benchmarks.step.parts import profile_attention, step_profiler
 from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
 from moe_dist.benchmarks.step.spec import StepBenchSpec
 from moe_dist.config import RunConfig, resolve_world
@@ -36,7 +36,7 @@ OVERHEAD = (StepPart.ROUTING, StepPart.PERMUTE, StepPart.COUNTERS, StepPart.METR
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One kind of layer; seconds of a step are those of the slowest rank, parts are means over ranks and steps."""
+    """Result of one kind of layer; step seconds are of the slowest rank, parts are means over ranks and steps."""
 
     tokens_per_second: Spread
     over_last: Spread
@@ -45,14 +45,14 @@ class StepFigures:
 
     @property
     def overhead(self) -> float | None:
-        """Routing, permutation, counters and metrics over all time in MoE layers and metrics; None: not divided."""
+        """Share of routing, permutation, counters and metrics in MoE layers and metrics; None: not profiled."""
         layers = sum(self.parts.get(part, 0.0) for part in {*OF_MOE_LAYERS, *OVERHEAD})
         return sum(self.parts.get(part, 0.0) for part in OVERHEAD) / layers if layers else None
 
 
 @dataclass(frozen=True)
 class StepBenchResult:
-    """All kinds, and what they were measured with."""
+    """Result of all kinds, with the specification and versions."""
 
     spec: StepBenchSpec
     ranks: int
@@ -62,22 +62,22 @@ class StepBenchResult:
     versions: dict[str, str | None] = field(default_factory=installed_versions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; times in seconds."""
+        """Return plain numbers and strings for JSON; times in seconds."""
         overheads = {kind: figures.overhead for kind, figures in self.kinds.items()}
         return {**asdict(self), "overhead": overheads}
 
 
 def bench_step(config: RunConfig, spec: StepBenchSpec) -> None:
-    """Measures every kind, and shows and writes the figures on rank 0; collective.
+    """Measure every kind, and print and write the figures on rank 0; collective.
 
     Raises:
         ConfigError: a kind does not fit the configuration or the number of ranks.
     """
-    with step_clock() as clock, TemporaryDirectory() as folder:  # before DeepSpeed is initialised
+    with step_profiler() as profiler, TemporaryDirectory() as folder:  # before DeepSpeed is initialised
         process = init_distributed(config.world)
         data = prepare_data(config.corpus, config.tokenizer)
         runs = {
-            kind: _TimedTraining(single, process, data, clock, Path(folder))
+            kind: _TimedTraining(single, process, data, profiler, Path(folder))
             for kind, single in spec.configs(config).items()
         }
         for run in runs.values():
@@ -99,20 +99,20 @@ def bench_step(config: RunConfig, spec: StepBenchSpec) -> None:
 
 
 class _TimedTraining:
-    """A model of one kind under training; it writes nothing."""
+    """Model of one kind in training; it writes no files."""
 
     def __init__(
-        self, config: RunConfig, process: RankInfo, data: PreparedData, clock: StepProfiler, folder: Path
+        self, config: RunConfig, process: RankInfo, data: PreparedData, profiler: StepProfiler, folder: Path
     ) -> None:
-        self.clock, self.signals, self.done = clock, StopSignals(), 0  # not entered: signals end a measurement
+        self.profiler, self.signals, self.done = profiler, StopSignals(), 0  # not entered: signals end a measurement
         self.run = Trainer(config, process, resolve_world(config, process.ranks), data, NullRecorder(folder))
-        self.run.overlap.apply(self.run.model, 0)
-        self.run.engine.wrap_reduction(partial(clock.wrap, StepPart.REDUCTION))
+        self.run.start()
+        self.run.engine.wrap_reduction(partial(profiler.wrap, StepPart.REDUCTION))
         for layer in self.run.model.gpt.decoder.layers:  # type: ignore[union-attr]
-            clock_attention(clock, layer.self_attention)
+            profile_attention(profiler, layer.self_attention)
 
     def steps(self, count: int) -> float:
-        """Trains on; returns the mean seconds of a step."""
+        """Train some steps; return the mean seconds of a step."""
         started = time.perf_counter()
         for _ in range(count):
             self.done += 1
@@ -120,20 +120,20 @@ class _TimedTraining:
         return (time.perf_counter() - started) / count
 
     def divided(self, count: int) -> dict[str, float]:
-        """Trains on; returns the seconds of a step by part, mean over steps and ranks; collective."""
+        """Train some steps; return the seconds of a step by part, mean over steps and ranks; collective."""
         if not count:
             return {}
-        self.clock.clear()
-        self.clock.start()
+        self.profiler.clear()
+        self.profiler.start()
         self.steps(count)
-        self.clock.stop()
-        mine = torch.tensor([self.clock.seconds[part] / count for part in StepPart], dtype=torch.float64)
+        self.profiler.stop()
+        mine = torch.tensor([self.profiler.seconds[part] / count for part in StepPart], dtype=torch.float64)
         dist.all_reduce(mine)
         return dict(zip(map(str, StepPart), (mine / dist.get_world_size()).tolist(), strict=True))
 
 
 def _rounds(runs: dict[str, _TimedTraining], spec: StepBenchSpec) -> dict[str, list[float]]:
-    """Mean seconds of a step of each kind in each round; each kind starts a round in turn."""
+    """Return the mean seconds of a step of each kind in each round; each kind starts a round in turn."""
     names, seconds = list(runs), {name: list[float]() for name in runs}
     for index in range(spec.rounds):
         first = index % len(names)
@@ -151,7 +151,7 @@ def _slowest(seconds: list[float]) -> list[float]:
 
 
 def render(result: StepBenchResult, console: Console) -> None:
-    """Two tables: speeds, and the parts of a step."""
+    """Print two tables: speeds, and the parts of a step."""
     console.width = max(console.width, 120)
     last = result.spec.kinds[-1]
     speeds = Table("layer", title=f"{result.ranks} ranks of {result.threads} thread(s), median of rounds [quartiles]")

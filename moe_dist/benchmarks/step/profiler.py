@@ -1,12 +1,12 @@
-"""Divides the time of a step over its parts, forward and backward, without a profiler.
+"""Profiler that divides the time of a step into parts, forward and backward, by marks at which a part begins.
 
-The time from one mark to the next belongs to the part that the first mark names. In the forward pass a wrapped function
-marks its beginning and its end. In the backward pass the marks are hooks on autograd's nodes: before the last node of a
-part runs backwards time begins to belong to that part, and before the nodes that made its inputs run, to the part
-around it. Autograd runs nodes in the reverse order of their making, so parts do not mix; adding up weights' gradients
-and what hangs on that (DeepSpeed copies them to its buckets) belongs to whatever part they come in between.
+The time from one mark to the next belongs to the part of the first. In the forward pass a wrapped function marks its
+beginning and its end. In the backward pass the marks are hooks on autograd nodes: time belongs to a part from the
+moment before its last node runs backward, and to the part around it from the moment before the nodes that made its
+inputs run. Autograd runs nodes in the reverse order of their creation, so parts do not mix. The accumulation of weight
+gradients, with DeepSpeed's copies to its buckets, belongs to the part in which it happens.
 
-On a device that works asynchronously every mark waits for it, so that a step takes longer than it would.
+On an asynchronous device every mark synchronizes, so that a step takes longer than usual.
 """
 
 import time
@@ -23,7 +23,7 @@ _MARKED = "moe_dist.part"  # key in a node's metadata
 
 
 class StepPart(StrEnum):
-    """What a training step consists of."""
+    """Part of a training step."""
 
     ATTENTION = "attention"
     ROUTING = "routing"
@@ -46,26 +46,26 @@ class StepProfiler:
     part: StepPart = StepPart.ELSE
     seconds: defaultdict[StepPart, float] = field(default_factory=lambda: defaultdict(float))
     on_switch: Callable[[bool], None] = lambda running: None
-    """Told when the clock starts and stops."""
+    """Callback for start (true) and stop (false)."""
     _since: float = 0.0
 
     def start(self) -> None:
-        """From now on time belongs to `ELSE`, until a mark says otherwise."""
+        """Start the profile; time belongs to `ELSE` until the first mark."""
         self.on_switch(True)
         self.running, self.part, self._since = True, StepPart.ELSE, _now()
 
     def stop(self) -> None:
-        """Ends the account; marks are without effect until the next start."""
+        """Stop the profile; marks have no effect until the next start."""
         self.enter(StepPart.ELSE)
         self.running = False
         self.on_switch(False)
 
     def clear(self) -> None:
-        """Starts a new account."""
+        """Reset all sums."""
         self.seconds.clear()
 
     def enter(self, part: StepPart) -> StepPart:
-        """Time belongs to `part` from now on; returns the part that it belonged to."""
+        """Begin a part; return the part that was running."""
         before = self.part
         if self.running:
             now = _now()
@@ -74,7 +74,7 @@ class StepProfiler:
         return before
 
     def wrap(self, part: StepPart, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, whose time, forward and backward, belongs to `part`."""
+        """Return the same function with its time, forward and backward, in `part`."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             if not self.running:
@@ -91,10 +91,10 @@ class StepProfiler:
         return timed
 
     def _mark(self, part: StepPart, value: Any) -> None:
-        """Before autograd runs the nodes that made the tensors in `value`, time begins to belong to `part`.
+        """Begin `part` in the backward pass before autograd runs the nodes that made the tensors in `value`.
 
-        The first mark of a node counts, which is that of the part in which it was made: what a function hands on as it
-        got it, or gives to the next, belongs to neither.
+        The first mark of a node counts, which is that of the part that created it: a tensor that a function only passes
+        on belongs to neither side.
         """
         for tensor in _tensors(value):
             node: Any = tensor.grad_fn  # torch annotates its metadata wrongly

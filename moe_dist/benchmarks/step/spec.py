@@ -1,38 +1,35 @@
-"""What `moe-dist bench step` is asked for; no torch here, so that a refusal comes at once."""
+"""Specification of the step benchmark; imports no torch, so that a refusal is immediate."""
 
 from dataclasses import dataclass
-from typing import Any, Self
 
 from moe_dist.config import RunConfig
 from moe_dist.errors import ConfigError
+from moe_dist.launch.options import option
 
 KINDS = ("clustered", "standard", "dense")
 
 
 @dataclass(frozen=True)
 class StepBenchSpec:
-    """What to measure.
+    """Step benchmark of some kinds of layer on the same backbone.
 
     Attributes:
-        kinds: of layer, on the same backbone; speeds are told over the last one's.
-        rounds: of `steps` steps of each kind in turn, after `warmup` steps.
-        divided: steps whose time is divided over its parts afterwards; 0: none.
+        json_file: file that also receives the figures.
     """
 
-    kinds: tuple[str, ...] = ("clustered", "standard")
-    rounds: int = 5
-    steps: int = 2
-    warmup: int = 2
-    divided: int = 4
+    kinds: tuple[str, ...] = option(
+        ("clustered", "standard"),
+        "A kind of layer; may be given again; speeds are relative to the last. Default: clustered, standard.",
+        flag="--kind",
+    )
+    rounds: int = option(5, "Rounds of some steps of each kind.")
+    steps: int = option(2, "Steps of each kind in a round.")
+    warmup: int = option(2, "Steps before the first round.")
+    divided: int = option(4, "Steps whose time is divided into parts after the rounds; 0: none.")
     json_file: str | None = None
 
-    @classmethod
-    def from_words(cls, words: dict[str, Any]) -> Self:
-        """From `asdict`, after a way through JSON."""
-        return cls(**{**words, "kinds": tuple(words["kinds"])})
-
     def configs(self, config: RunConfig) -> dict[str, RunConfig]:
-        """The configuration with each kind of layer, and as many steps as the measurement takes.
+        """Return the configuration with each kind of layer, and with the steps that the measurement takes.
 
         Raises:
             ConfigError: a number is too small, or a kind is unknown or does not fit the other settings.

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Measurement of the bytes between ranks."""

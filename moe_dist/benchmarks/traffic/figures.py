@@ -1,4 +1,4 @@
-"""The figures of a traffic measurement, summed over all ranks from their ledgers and observed routing."""
+"""Figures of a traffic measurement, summed over all ranks from their ledgers and routing traces."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +19,8 @@ PASSES = 4  # there and back, in the forward and in the backward pass
 
 
 def gather_figures(run: Trainer, observed: RoutingTrace, steps: int) -> dict[str, Any]:
-    """Figures of the `steps` steps that the ledger holds (docs/metrics.md); collective."""
-    layers, tokens = run.config.model.layers, steps * run.tokens_per_step
+    """Return the figures of the `steps` steps in the ledger (docs/metrics.md); collective."""
+    layers, tokens = run.config.model.layers, steps * run.logger.tokens_per_step
     ledger = run.model.context.ledger
     axes: tuple[Sequence[Any], ...] = (range(layers), list(Stage), list(Payload), list(Direction), list(LinkKind))
     mine = torch.zeros(*(len(axis) for axis in axes), 2, dtype=torch.int64)
@@ -53,10 +53,10 @@ def gather_figures(run: Trainer, observed: RoutingTrace, steps: int) -> dict[str
 
 
 def _lower_bound(run: Trainer, observed: RoutingTrace, token_layers: int) -> dict[str, Any]:
-    """The least that hidden vectors could cost for the same routing, hop by hop.
+    """Return the minimum of bytes of hidden vectors for the same routing.
 
-    One vector of each token to each other rank that holds something it needs, and one back, in both passes; between
-    nodes, one to each other node, wherever there its experts are.
+    One vector of each token to each other rank that holds one of its experts, and one back, in both passes; between
+    nodes, one to each other node with one of its experts.
     """
     vector = {hop.stage: hop.hidden for hop in hop_costs(run.config.model, run.config.moe, run.shape)}
     mine = torch.zeros(2, dtype=torch.int64)
@@ -75,7 +75,7 @@ def _lower_bound(run: Trainer, observed: RoutingTrace, token_layers: int) -> dic
 
 
 def gather_seconds(mine: list[float], process: RankInfo) -> list[list[float]]:
-    """Every rank's row; collective."""
+    """Return every rank's row; collective."""
     row = torch.tensor(mine, device=process.device)
     rows = [torch.empty_like(row) for _ in range(process.ranks)]
     dist.all_gather(rows, row)

@@ -1,12 +1,10 @@
-"""`moe-dist measure traffic`: trains a few steps of each kind of layer and tells what crossed between ranks.
+"""`moe-dist measure traffic`: a few training steps of each kind of layer, with the bytes between ranks.
 
-Every rank of the job calls `measure_traffic`. Steps come in three rounds on the same model: timed as they are; counted,
-with the routing observed; and, if asked for, profiled, with every collective synchronised.
+Every rank of the job calls `measure_traffic`. Steps come in three rounds on the same model: timed without changes;
+counted, with the routing recorded; and on request profiled, with every collective synchronized.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,12 @@ from moe_dist.benchmarks.baselines import traffic as peer
 from moe_dist.benchmarks.collective_timer import CollectiveTimer, StepPhase, timing_collectives
 from moe_dist.benchmarks.traffic import tables as traffic_view
 from moe_dist.benchmarks.traffic.figures import gather_figures, gather_seconds
+from moe_dist.benchmarks.traffic.spec import TrafficSpec
 from moe_dist.config import RunConfig, dump_config, resolve_batch, resolve_world
 from moe_dist.console import wide_console
 from moe_dist.data import PreparedData, prepare_data
 from moe_dist.dispatch.routing_trace import RoutingTrace
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
-from moe_dist.errors import ConfigError
 from moe_dist.metrics import RunFolder, write_json
 from moe_dist.metrics.recorder import NullRecorder
 from moe_dist.training.preemption import StopSignals
@@ -32,59 +30,20 @@ KEPT_ROWS = 4096
 Figures = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TrafficSpec:
-    """What to measure.
-
-    Attributes:
-        kinds: kinds of layer, one after the other, or `deepspeed` and `megatron` for their own MoE layers; empty: the
-            configuration's and `standard`.
-        steps: of each round, after `warmup` steps.
-        profile: also tell compute, all-to-all, reduction and waiting apart, and save a trace.
-        json_file: also write the figures here.
-    """
-
-    kinds: tuple[str, ...] = ()
-    steps: int = 3
-    warmup: int = 2
-    profile: bool = False
-    json_file: str | None = None
-
-    def kinds_for(self, config: RunConfig) -> tuple[str, ...]:
-        """What is measured of a configuration: the kinds asked for, else its own and `standard`."""
-        return self.kinds or tuple(dict.fromkeys((config.moe.kind, "standard")))
-
-
-def of_kind(config: RunConfig, kind: str, spec: TrafficSpec) -> RunConfig:
-    """The configuration with another kind of layer, and as many steps as the measurement takes.
-
-    Raises:
-        ConfigError: the kind does not fit the other settings.
-    """
-    steps = spec.warmup + (4 if spec.profile else 2) * spec.steps + 1
-    tree = config.model_dump()
-    tree["moe"]["kind"] = kind
-    tree["train"].update(steps=steps, warmup_steps=0, eval_every=0, log_every=steps + 1)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValueError as error:
-        raise ConfigError(f"--kind {kind} does not fit this configuration: {' '.join(str(error).split())}") from error
-
-
 def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
-    """Measures every kind, and shows and writes the figures on rank 0; collective.
+    """Measure every kind, and print and write the figures on rank 0; collective.
 
     Raises:
         MoeDistError: a kind cannot be run with this configuration and number of ranks.
     """
-    with timing_collectives() as watch:  # before DeepSpeed is initialised
+    with timing_collectives() as timer:  # before DeepSpeed is initialised
         process = init_distributed(config.world)
         kinds = spec.kinds_for(config)
-        configs = {kind: of_kind(config, kind, spec) for kind in kinds if kind not in peer.PEERS}
+        configs = {kind: spec.config_for(config, kind) for kind in kinds if kind not in peer.PEERS}
         data = prepare_data(config.corpus, config.tokenizer)
-        results = {kind: _Measurement(single, process, data, watch).take(spec) for kind, single in configs.items()}
+        results = {kind: _Measurement(single, process, data, timer).take(spec) for kind, single in configs.items()}
         for name in filter(peer.PEERS.__contains__, kinds):
-            results[name] = peer.measure_peer(name, config, process, watch, spec.steps, spec.warmup)
+            results[name] = peer.measure_peer(name, config, process, timer, spec.steps, spec.warmup)
     if process.rank == 0:
         traffic_view.render(results, wide_console())
         if spec.json_file is not None:
@@ -93,10 +52,10 @@ def measure_traffic(config: RunConfig, spec: TrafficSpec) -> None:
 
 
 class _Measurement:
-    """One kind of layer under measurement."""
+    """Measurement of one kind of layer."""
 
-    def __init__(self, config: RunConfig, process: RankInfo, data: PreparedData, watch: CollectiveTimer) -> None:
-        self.config, self.process, self.watch = config, process, watch
+    def __init__(self, config: RunConfig, process: RankInfo, data: PreparedData, timer: CollectiveTimer) -> None:
+        self.config, self.process, self.timer = config, process, timer
         shape = resolve_world(config, process.ranks)
         resolve_batch(config, process.ranks)
         self.steps_done, self.signals = 0, StopSignals()  # not entered: signals end a measurement
@@ -109,7 +68,7 @@ class _Measurement:
         self.ledger = self.run.model.context.ledger
 
     def take(self, spec: TrafficSpec) -> Figures:
-        """All rounds; returns the figures, whole on rank 0, and leaves them in the run folder."""
+        """Run all rounds, write the figures to the run folder, and return them (complete on rank 0)."""
         self._steps(spec.warmup)
         seconds = self._steps(spec.steps)
         self.ledger.clear()
@@ -126,7 +85,7 @@ class _Measurement:
         return figures
 
     def _steps(self, steps: int) -> list[float]:
-        """Trains on; returns the seconds of each step."""
+        """Train some steps; return the seconds of each step."""
         seconds = []
         for _ in range(steps):
             self.steps_done += 1
@@ -136,15 +95,15 @@ class _Measurement:
         return seconds
 
     def _profile(self, steps: int) -> Figures:
-        """Mean seconds of a step by part on every rank, then one more step traced."""
-        self.watch.clear()
-        self.watch.active = True
+        """Return the mean seconds of a step by part on every rank, then trace one more step."""
+        self.timer.clear()
+        self.timer.active = True
         total = sum(self._steps(steps))
-        parts = dict(self.watch.seconds)
+        parts = dict(self.timer.seconds)
         parts[StepPhase.COMPUTE] = total - sum(parts.values())
         mine = [parts.get(part, 0.0) / steps for part in StepPhase]
         self._trace()
-        self.watch.active = False
+        self.timer.active = False
         ranks = [dict(zip(map(str, StepPhase), row, strict=True)) for row in gather_seconds(mine, self.process)]
         return {"steps": steps, "ranks": ranks}
 
@@ -164,10 +123,9 @@ class _Measurement:
             folder.write_traffic(figures)
             if "profile" in figures:
                 write_json(folder.path / "profile.json", figures["profile"])
-            arrays = {f"layer{layer}.{stage}": _stacked(rows) for (layer, stage), rows in observed.choices.items()}
+            arrays: dict[str, Any] = {
+                f"layer{layer}.{stage}": torch.cat(list(rows)).numpy().astype(np.int32)
+                for (layer, stage), rows in observed.choices.items()
+            }
             np.savez_compressed(folder.path / "routing.npz", **arrays)
             folder.event("measured", self.steps_done, steps=figures["steps"])
-
-
-def _stacked(rows: Sequence[torch.Tensor]) -> Any:
-    return torch.cat(list(rows)).numpy().astype(np.int32)

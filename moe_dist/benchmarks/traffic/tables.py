@@ -1,4 +1,4 @@
-"""The tables of a traffic measurement in the terminal."""
+"""Terminal tables of a traffic measurement."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ MATRIX_RANKS = 16
 
 
 def render(results: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """Bytes a token and layer of each kind, by what they are; the matrices; the profile."""
+    """Print bytes per token and layer of each kind by payload, the matrices between ranks, and the profile."""
     console.print(_kinds(results))
     for kind, figures in results.items():
         for stage, content in figures["stages"].items():

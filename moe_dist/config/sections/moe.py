@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moe_dist.config.sections.base import NonNegative, Positive, Section, require_divisible
-from moe_dist.errors import ConfigError
+from moe_dist.config.layer_kinds import LAYER_KINDS, DenseKind
+from moe_dist.config.sections.base import NonNegative, Positive, Section
 
 WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
@@ -62,36 +62,13 @@ class MoEConfig(Section):
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
-        if self.kind == "clustered":
-            self._check_clustered()
-        elif self.warmup_standard:
-            raise ConfigError(
-                f"moe.warmup_standard={self.warmup_standard} works with moe.kind=clustered only, not {self.kind}: set "
-                "it to 0"
-            )
-        if self.kind == "standard" and self.top_k > self.experts:
-            raise ConfigError(f"moe.top_k={self.top_k} is larger than moe.experts={self.experts}")
+        self.layer_kind.check(self)
         return self
 
-    def _check_clustered(self) -> None:
-        require_divisible("moe.experts", self.experts, "moe.clusters", self.clusters)
-        if self.top_k > self.experts_per_cluster:
-            raise ConfigError(
-                f"moe.top_k={self.top_k} is larger than a cluster: moe.experts={self.experts} / "
-                f"moe.clusters={self.clusters} = {self.experts_per_cluster} experts"
-            )
-        if self.top_clusters > self.clusters:
-            raise ConfigError(f"moe.top_clusters={self.top_clusters} is larger than moe.clusters={self.clusters}")
-        if self.overlap_chunks not in ("auto", 1) and (key := self.needs_whole_batches):
-            raise ConfigError(
-                f"moe.overlap_chunks={self.overlap_chunks} does not work with {key}, which needs all tokens of "
-                "a micro-batch together: use auto or 1"
-            )
-        if self.shared_expert_hidden:
-            raise ConfigError(
-                f"moe.shared_expert_hidden={self.shared_expert_hidden} works with moe.kind=standard only; "
-                "moe.kind=clustered shares a base instead: set it to 0"
-            )
+    @property
+    def layer_kind(self) -> DenseKind:
+        """Description of the kind of layer."""
+        return LAYER_KINDS[self.kind]
 
     @property
     def needs_whole_batches(self) -> str | None:

@@ -1,1 +1,1 @@
-"""The paper's table, reproduced: every kind of layer trained on the same tokens and evaluated: `moe-dist reproduce`."""
+"""Reproduction of the paper's table: every kind of layer trained on the same tokens and evaluated."""

@@ -1,4 +1,4 @@
-"""The runs of a reproduction, as cells of a study: each a training of its own that can be had alone by one command."""
+"""Runs of a reproduction as cells of a study; one command repeats any cell alone."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ import yaml
 from moe_dist.config import RunConfig, load_config
 from moe_dist.errors import ConfigError
 from moe_dist.studies.reproduction.scales import KINDS, RecipeKind, Scale
-from moe_dist.studies.scaling.cells import StudyCell
+from moe_dist.studies.runner import StudyCell
 
 GRID_SEED = 1000
-"""Of the grid's runs: none of those that are reported."""
+"""Seed of the grid's runs; differs from those of the reported runs."""
 UNAVAILABLE = "not available in this version"
 COMMON = ("world.threads=1", "tensorboard=false", "checkpoint.resume=auto")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs share.
+    """Setting that all runs share.
 
     Attributes:
         configs: the folder `configs` of a checkout.
-        folder: where everything is kept.
+        folder: folder of all results.
         overrides: settings that win over the scale's.
     """
 
@@ -35,16 +35,16 @@ class Setting:
 
     @property
     def base(self) -> Path:
-        """The scale's configuration, which every kind builds on."""
+        """Load the scale's configuration, which every kind extends."""
         return self.configs / "reproduce" / f"{self.scale.name}.yaml"
 
     def load(self) -> RunConfig:
-        """What the runs of all kinds have in common."""
+        """Overrides that the runs of all kinds share."""
         return load_config(self.base, self.overrides)
 
 
 def grid_cells(setting: Setting, kinds: Sequence[RecipeKind]) -> list[StudyCell]:
-    """Short runs of the first kind of each family at each learning rate."""
+    """Return short runs of the first kind of each family at each learning rate."""
     families = dict.fromkeys(kind.family for kind in kinds if kind.is_available)
     highest = setting.load().optimizer.learning_rate
     steps = setting.scale.grid_steps
@@ -70,10 +70,10 @@ def grid_cells(setting: Setting, kinds: Sequence[RecipeKind]) -> list[StudyCell]
 def main_cells(
     setting: Setting, kinds: Sequence[RecipeKind], seeds: int, rates: Mapping[str, float]
 ) -> list[StudyCell]:
-    """The trainings that are reported, seed by seed, so that an early stop leaves a whole table.
+    """Return the reported trainings, seed by seed, so that an early stop leaves a complete table.
 
     Args:
-        rates: learning rate of each family; that of the configuration where one is missing.
+        rates: learning rate of each family; default: the configuration's.
     """
     return [
         _cell(setting, kind, seed, (f"optimizer.learning_rate={rate:g}",) if (rate := rates.get(kind.family)) else ())
@@ -83,7 +83,7 @@ def main_cells(
 
 
 def kind_of(cell: StudyCell) -> str:
-    """The name of a cell's kind."""
+    """Return the name of a cell's kind."""
     return dict(cell.values)["kind"]
 
 
@@ -104,7 +104,7 @@ def _cell(
 
 
 def _config_of(setting: Setting, kind: RecipeKind) -> Path:
-    """A file that joins the scale's configuration and the kind's."""
+    """Write a file that joins the configurations of the scale and the kind; return its path."""
     target = setting.folder / "configs" / f"{kind.name}.yaml"
     includes = [str(path.resolve()) for path in (setting.base, setting.configs / "model" / f"{kind.model}.yaml")]
     text = yaml.safe_dump({"include": includes})
@@ -115,10 +115,10 @@ def _config_of(setting: Setting, kind: RecipeKind) -> Path:
 
 
 def text_words(text: str) -> tuple[str, ...]:
-    """Settings that select a text: `stdlib`, `hub` (the scale's own), or files TRAIN,VALIDATION.
+    """Return overrides that select a text: `stdlib`, `hub` (the scale's own), or files TRAIN,VALIDATION.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: the text is none of these.
     """
     if text == "hub":
         return ()

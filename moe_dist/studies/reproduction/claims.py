@@ -1,4 +1,4 @@
-"""What the paper claims, beside what was measured, against both baselines: the classic one and the strong one."""
+"""Claims of the paper beside the measured figures, against both baselines: the classic and the strong one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class Claim:
     """One claim.
 
     Attributes:
-        figure: the figure it is about.
-        against: the rows it compares with.
+        figure: name of the figure.
+        against: rows of the baselines.
         compare: (ours, theirs) -> the number that the claim is about.
-        reached: whether such a number is what is claimed.
-        form: how the number is shown.
+        reached: number -> whether the claim holds.
+        form: format of the number.
     """
 
     text: str
@@ -56,10 +56,10 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class ClaimVerdict:
-    """A claim for one kind against one baseline.
+    """Result of a claim for one kind against one baseline.
 
     Attributes:
-        values: of the seeds that both have, in order.
+        values: one number for each seed that both have, in order.
     """
 
     claim: Claim
@@ -69,7 +69,7 @@ class ClaimVerdict:
 
     @property
     def reached(self) -> bool:
-        """Whether the mean over seeds is what is claimed."""
+        """True if the claim holds for the mean over seeds."""
         return self.claim.reached(mean(self.values))
 
     def __str__(self) -> str:
@@ -81,14 +81,14 @@ class ClaimVerdict:
 
     @property
     def _word(self) -> str:
-        """A mean that not every seed bears out is said to be one."""
+        """Return yes or no, with a remark if single seeds disagree with the mean."""
         if not self.reached:
             return "not reached"
         return "reached" if all(map(self.claim.reached, self.values)) else "reached on average, not in every seed"
 
 
 def verdicts(table: Sequence[KindRow], kind: str) -> list[ClaimVerdict]:
-    """All claims for which `kind` and the baseline have figures of the same seeds."""
+    """Return all claims for which `kind` and the baseline have figures of the same seeds."""
     ours, found = row_of(table, kind), []
     for claim in CLAIMS:
         for baseline in claim.against:

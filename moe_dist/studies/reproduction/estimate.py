@@ -1,4 +1,4 @@
-"""What a reproduction on GPUs will cost, predicted by the planner before anything is submitted."""
+"""Cost of a reproduction on GPUs, predicted by the planner before anything is submitted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from moe_dist.errors import ConfigError
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.planner import GIB, plan
 from moe_dist.studies.reproduction.cells import kind_of
-from moe_dist.studies.scaling.cells import StudyCell
+from moe_dist.studies.runner import StudyCell
 
 SKEW = 0.2
 FINE_TUNING_TOKENS = 150e6
-"""Of all nine tasks of GLUE: 950,000 rows of some 50 tokens, three times."""
+"""Tokens of all nine tasks of GLUE: 950,000 rows of about 50 tokens, three epochs."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Cost:
     """Prediction for one training.
 
     Attributes:
-        problem: why there is none.
+        problem: reason for a missing prediction.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Cost:
 
 
 def costs(cells: Sequence[StudyCell], fabric: Fabric) -> list[Cost]:
-    """Of each cell, by the fastest layout that fits; evaluation as if fine-tuning were as fast as training."""
+    """Predict each cell by the fastest layout that fits; evaluation as if fine-tuning were as fast as training."""
     return [_cost(cell, fabric) for cell in cells]
 
 
@@ -59,7 +59,7 @@ def _cost(cell: StudyCell, fabric: Fabric) -> Cost:
 
 
 def render(found: Sequence[Cost], seeds: int, device: str, console: Console) -> None:
-    """A line a kind, and the sum over all seeds."""
+    """Print one line per kind, and the sum over all seeds."""
     table = Table(title=f"predicted cost on {device}, not measured", title_justify="left")
     for name in ("kind", "hours", "GLUE, hours", "GPUs", "GiB a GPU", "GPU-hours, all seeds"):
         table.add_column(name, justify="left" if name == "kind" else "right")

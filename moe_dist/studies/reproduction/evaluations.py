@@ -1,4 +1,4 @@
-"""Evaluates the trained model of a cell by `moe-dist eval`, once: its figures are kept beside the cell's summary."""
+"""Evaluation of a cell's trained model by `moe-dist eval`, once; the figures are kept beside the cell's summary."""
 
 import hashlib
 import sys
@@ -8,20 +8,19 @@ from typing import Any
 
 from moe_dist.benchmarks import subruns
 from moe_dist.studies.reproduction.scales import Scale
-from moe_dist.studies.scaling.cells import StudyCell
-from moe_dist.studies.scaling.run import run_name
+from moe_dist.studies.runner import StudyCell
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What is evaluated.
+    """Selection of evaluations.
 
     Attributes:
-        text: file of the text for perplexity, or `hub`; None: none.
+        text: file of the text for perplexity, or `hub`; None: no perplexity.
         glue: folder of the data, or `hub`; None: no GLUE.
-        subset: of WikiText on the hub.
+        subset: subset of WikiText on the hub.
     """
 
     text: str | None
@@ -29,7 +28,7 @@ class Evaluations:
     subset: str | None = None
 
     def words(self, scale: Scale) -> list[str]:
-        """Options of `moe-dist eval`; none: there is nothing to evaluate."""
+        """Return the options of `moe-dist eval`; empty: no evaluation."""
         words: list[str] = []
         if self.text is not None:
             words += ["--task=wikitext"] + ([f"--stride={scale.stride}"] if scale.stride else [])
@@ -41,12 +40,12 @@ class Evaluations:
 
 
 def choose(scale: Scale, text: str, test_text: Path | None, glue: str | None, subset: str | None) -> Evaluations:
-    """What to evaluate, by the options of `moe-dist reproduce`.
+    """Select evaluations by the options of `moe-dist reproduce`.
 
     Args:
-        text: that is trained on: `stdlib`, `hub`, or TRAIN,VALIDATION.
+        text: training text: `stdlib`, `hub`, or TRAIN,VALIDATION.
         glue: folder, `hub` or `none`; None: the scale's default.
-        subset: of WikiText, where the text is the hub's.
+        subset: subset of WikiText if the text is the hub's.
     """
     held = None if text == "stdlib" else "hub" if text == "hub" else str(Path(text.partition(",")[2]).absolute())
     held = held if test_text is None else str(test_text.absolute())
@@ -56,36 +55,32 @@ def choose(scale: Scale, text: str, test_text: Path | None, glue: str | None, su
 
 
 def result_file(cell: StudyCell, folder: Path, words: list[str]) -> Path:
-    """Where the figures are kept: another training or other options have another file."""
+    """Return the file of the figures; another training or other options have another file."""
     key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
-    return folder / f"eval_{run_name(cell, folder)}-{key}.json"
+    return folder / f"eval_{cell.run_name(folder)}-{key}.json"
 
 
 def trained_run(cell: StudyCell, folder: Path) -> Path:
-    """The folder of the cell's finished run; a start that was cut short may have taken the plain name."""
-    name, runs = run_name(cell, folder), folder / "runs"
+    """Return the folder of the cell's finished run; after an aborted start its name may have a suffix."""
+    name, runs = cell.run_name(folder), folder / "runs"
     found = [path for path in runs.glob(f"{name}*") if (path / "summary.json").is_file()]
     return max(found, key=lambda path: (len(path.name), path.name), default=runs / name)
 
 
 def command_words(cell: StudyCell, folder: Path, words: list[str]) -> list[str]:
-    """What follows `moe-dist eval`."""
+    """Return the arguments of `moe-dist eval`."""
     target = result_file(cell, folder, words)
     return [str(trained_run(cell, folder).absolute()), "world.threads=1", *words, f"--json={target.absolute()}"]
 
 
 def known(cell: StudyCell, folder: Path, words: list[str]) -> Figures | None:
-    """Figures that are there already."""
+    """Return the figures of an earlier evaluation; None without one."""
     return subruns.read_summary(result_file(cell, folder, words))
 
 
 def evaluate(
     cell: StudyCell, folder: Path, words: list[str], seconds: float | None
 ) -> tuple[Figures | None, str | None]:
-    """The figures, or what went wrong in one line."""
-    if figures := known(cell, folder, words):
-        return figures, None
+    """Evaluate, or read the figures; return the figures, or the last line of the error."""
     command = [sys.executable, "-m", "moe_dist", "eval", f"--ranks={cell.ranks}", *command_words(cell, folder, words)]
-    problem = subruns.run(command, seconds)
-    figures = known(cell, folder, words)
-    return figures, None if figures else problem or "the evaluation left no figures"
+    return subruns.run_once(result_file(cell, folder, words), command, seconds)

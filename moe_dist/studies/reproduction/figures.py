@@ -1,4 +1,4 @@
-"""From summaries and evaluations to figures by kind: means and spreads over seeds."""
+"""Figures by kind, from summaries and evaluations: means and spreads over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from typing import Any
 
 from moe_dist.config import RunConfig
 from moe_dist.metrics.summary import look_up
-from moe_dist.simulator.sizes import PROJECTIONS, work_of
 
 Tree = dict[str, Any]
 FROM_SUMMARY = {
@@ -35,11 +34,11 @@ NAMES = (*FROM_SUMMARY, "expert_share", "active_work", *FROM_EVALUATION)
 
 @dataclass(frozen=True)
 class Result:
-    """One training and its evaluation, as far as they went.
+    """One training and its evaluation.
 
     Attributes:
-        run: the folder of the training.
-        problems: one line each on what went wrong.
+        run: folder of the training.
+        problems: one line per failed part.
     """
 
     kind: str
@@ -51,7 +50,7 @@ class Result:
     problems: tuple[str, ...] = ()
 
     def figures(self) -> dict[str, float]:
-        """All figures there are, by the names in `NAMES`."""
+        """Return all available figures by the names in `NAMES`."""
         summary, evaluation = self.summary or {}, self.evaluation or {}
         found = {name: look_up(summary, key) for name, key in FROM_SUMMARY.items()}
         found.update({name: look_up(evaluation, key) for name, key in FROM_EVALUATION.items()})
@@ -64,7 +63,7 @@ class Result:
 
 @dataclass(frozen=True)
 class KindRow:
-    """A kind over its seeds.
+    """Figures of a kind over its seeds.
 
     Attributes:
         values: figure -> seed -> value.
@@ -75,25 +74,23 @@ class KindRow:
     problems: tuple[str, ...]
 
     def middle(self, name: str) -> float | None:
-        """Mean over seeds."""
+        """Return the mean over seeds."""
         return mean(self.values[name].values()) if self.values.get(name) else None
 
     def spread(self, name: str) -> float | None:
-        """Sample standard deviation over seeds; None for fewer than two."""
+        """Return the sample standard deviation over seeds; None for fewer than two."""
         values = self.values.get(name, {})
         return stdev(values.values()) if len(values) > 1 else None
 
 
 def active_work(config: RunConfig) -> float:
-    """Forward FLOPs of the feed-forward part for a token in one layer, routers left out."""
-    if config.moe.kind == "dense":
-        return 2.0 * PROJECTIONS * config.model.hidden_size * config.moe.dense_width
-    work = work_of(config, config.tokenizer.vocab_size)
-    return work.rows * work.row
+    """Return the forward FLOPs of the feed-forward part per token and layer, without routers."""
+    work = config.moe.layer_kind.work(config.model.hidden_size, config.moe)
+    return work.rows * work.row if config.moe.layer_kind.routed else work.token
 
 
 def rows(results: Sequence[Result]) -> list[KindRow]:
-    """One row for each kind, in the results' order."""
+    """Return one row for each kind, in the results' order."""
     kinds = dict.fromkeys(result.kind for result in results)
     return [_row(kind, [result for result in results if result.kind == kind]) for kind in kinds]
 
@@ -108,5 +105,5 @@ def _row(kind: str, members: Sequence[Result]) -> KindRow:
 
 
 def row_of(table: Sequence[KindRow], kind: str) -> KindRow | None:
-    """The row of a kind, if anything of it was measured."""
+    """Return the row of a kind; None if nothing of it was measured."""
     return next((row for row in table if row.kind == kind and row.values), None)

@@ -1,4 +1,4 @@
-"""PNG plots of a reproduction; what has no figures has no plot.
+"""PNG plots of a reproduction; a plot without figures is left out.
 
 Shapes: C logged steps (or bins of several), L layers, E experts.
 """
@@ -24,7 +24,7 @@ FRONTIERS = {  # file name -> figure on the x-axis, its label
 
 
 def plot_all(results: Sequence[Result], table: Sequence[KindRow], folder: Path) -> list[Path]:
-    """Writes every plot for which there is something to show; returns the files."""
+    """Write every plot that has figures; return the files."""
     bytes_label, variance_label = "all-to-all, bytes a token and layer", "load variance (log)"
     makers: dict[str, Callable[[Any], bool]] = {
         "loss-tokens": partial(_loss_curves, results=results),
@@ -65,7 +65,7 @@ def _loss_curves(figure: Any, results: Sequence[Result]) -> bool:
 
 
 def _frontier(figure: Any, table: Sequence[KindRow], name: str, label: str) -> bool:
-    """One point a kind, with its spread; left and below is better."""
+    """Draw one point per kind, with its spread; left and below is better."""
     panel = figure.subplots()
     for row in table:
         x, y = row.middle(name), row.middle("loss")
@@ -101,7 +101,7 @@ def _finished(panel: Any, x: str, y: str) -> bool:
 
 
 def _load_map(figure: Any, run: Path) -> bool:
-    """Load of each expert over the mean load, a panel a layer."""
+    """Draw the load of each expert over the mean load, one panel per layer."""
     steps, counts_CLE = load_counts(read_runs([run])[0].loads)
     if not steps:
         return False
@@ -123,7 +123,7 @@ def _load_map(figure: Any, run: Path) -> bool:
 
 
 def _membership(figure: Any, run: Path) -> bool:
-    """The cluster of each expert over time, a panel a layer."""
+    """Draw the cluster of each expert over time, one panel per layer."""
     read = read_runs([run])[0]
     history = membership_history(read.events)
     if not history:

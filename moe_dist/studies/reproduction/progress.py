@@ -1,4 +1,4 @@
-"""How far a reproduction is and when it will end, by what its parts have taken so far."""
+"""Progress of a reproduction and its remaining time, from the durations of its finished parts."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -6,20 +6,24 @@ from statistics import mean
 
 
 class StudyProgress:
-    """Counts down parts of several sorts.
+    """Countdown of parts of several sorts.
 
     Attributes:
-        left: parts of each sort that are still to run.
+        left: remaining parts of each sort.
     """
 
     def __init__(self, left: Mapping[str, int], seconds: Mapping[str, float], say: Callable[[str], None]) -> None:
-        """Args: seconds: what one of each sort takes, until one has been measured."""
+        """Start the countdown.
+
+        Args:
+            seconds: assumed duration of one part of each sort, until one has been measured.
+        """
         self.left, self._seconds, self._say = dict(left), dict(seconds), say
         self._taken: dict[str, list[float]] = {sort: [] for sort in left}
         self._total = sum(left.values())
 
     def run(self, sort: str, name: str, work: Callable[[], str]) -> None:
-        """Does one part and says what `work` says of it, and how long the rest will take."""
+        """Run one part, and report the line that `work` returns with the remaining time."""
         started = time.monotonic()
         told = work()
         self._taken[sort].append(time.monotonic() - started)
@@ -28,7 +32,7 @@ class StudyProgress:
         self._say(f"{done}/{self._total} {sort} {name}: {told}; {self.remaining()}")
 
     def remaining(self) -> str:
-        """In words."""
+        """Return the remaining time in words."""
         seconds = sum(
             count * (mean(self._taken[sort]) if self._taken[sort] else self._seconds[sort])
             for sort, count in self.left.items()
@@ -37,7 +41,7 @@ class StudyProgress:
 
 
 def shown(seconds: float) -> str:
-    """A duration for people."""
+    """Format a duration for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Runs what a reproduction still lacks, and writes its results after every seed."""
+"""Runner of a reproduction: runs the missing parts and writes the results after every seed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,18 +18,17 @@ from moe_dist.studies.reproduction.plots import plot_all
 from moe_dist.studies.reproduction.progress import StudyProgress
 from moe_dist.studies.reproduction.scales import KINDS, RecipeKind
 from moe_dist.studies.reproduction.tables import Rates
-from moe_dist.studies.scaling.cells import StudyCell
-from moe_dist.studies.scaling.run import StudyOutcome, finish, known
+from moe_dist.studies.runner import StudyCell, StudyOutcome, finish, known, validation_loss
 
 RATE, RESULTS = "rate", "results.json"
 
 
 @dataclass(frozen=True)
 class ReproductionPlan:
-    """What a reproduction consists of.
+    """Parts of a reproduction.
 
     Attributes:
-        limit: seconds that a training, or an evaluation, may take.
+        limit: time limit of one training or evaluation, seconds.
     """
 
     setting: Setting
@@ -42,7 +41,7 @@ class ReproductionPlan:
 
     @property
     def folder(self) -> Path:
-        """Where everything is kept."""
+        """Folder of all results."""
         return self.setting.folder
 
     @property
@@ -52,7 +51,7 @@ class ReproductionPlan:
 
     @property
     def told(self) -> list[str]:
-        """How it was measured, in words."""
+        """Conditions of the measurement, in words."""
         config = self.setting.load()
         tokens = config.train.steps * config.train.global_batch_size * config.model.sequence_length
         corpus = config.corpus
@@ -67,12 +66,12 @@ class ReproductionPlan:
 
     @property
     def grid_cells(self) -> list[StudyCell]:
-        """The short runs that choose learning rates; none unless a grid is asked for."""
+        """Short runs that choose learning rates; empty without a grid."""
         return grid_cells(self.setting, self.kinds) if self.grid else []
 
 
 def reproduce(plan: ReproductionPlan, say: Callable[[str], None]) -> list[Result]:
-    """Runs everything; a part that fails is reported and the others go on. Results are written after every seed."""
+    """Run everything; report a part that fails and continue. Results are written after every seed."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     progress = _progress(plan, say)
     grid = _rates_of_grid([_train(plan, cell, "grid", progress) for cell in plan.grid_cells])
@@ -87,10 +86,10 @@ def reproduce(plan: ReproductionPlan, say: Callable[[str], None]) -> list[Result
 
 
 def require_data(plan: ReproductionPlan) -> None:
-    """Prepares the text and reads GLUE's local data once, so that what is wrong with them is said before any run.
+    """Prepare the text and read GLUE's local data once, so that their errors come before any run.
 
     Raises:
-        DataError: the text cannot be had, or a task's data are wrong.
+        DataError: the text is not available, or a task's data are wrong.
     """
     config = plan.setting.load()
     prepare_data(config.corpus, config.tokenizer)
@@ -105,7 +104,7 @@ def require_data(plan: ReproductionPlan) -> None:
 
 
 def gather(plan: ReproductionPlan) -> list[Result]:
-    """What there is by now, nothing run."""
+    """Return the available results and run nothing."""
     grid = known_grid(plan)
     cells = main_cells(plan.setting, plan.kinds, plan.seeds, best_rates(grid))
     results = []
@@ -122,10 +121,10 @@ def gather(plan: ReproductionPlan) -> list[Result]:
 
 
 def require_all(plan: ReproductionPlan, results: Sequence[Result]) -> None:
-    """Refuses to call it done.
+    """Check that no part has failed.
 
     Raises:
-        MoeDistError: parts that this version can do have failed; it names them.
+        MoeDistError: parts of available kinds have failed; names them.
     """
     can = {kind.name for kind in plan.kinds if kind.is_available}
     failed = [f"{r.kind} seed {r.seed} ({'; '.join(r.problems)})" for r in results if r.problems and r.kind in can]
@@ -134,17 +133,17 @@ def require_all(plan: ReproductionPlan, results: Sequence[Result]) -> None:
 
 
 def known_grid(plan: ReproductionPlan) -> dict[str, dict[str, float]]:
-    """The grid's losses by family and learning rate, as far as it has been run."""
+    """Return the available losses of the grid by family and learning rate."""
     return _rates_of_grid([known(cell, plan.folder) or _missing(cell) for cell in plan.grid_cells])
 
 
 def best_rates(grid: Rates) -> dict[str, float]:
-    """The learning rate of the lowest loss, for each family with a result."""
+    """Return the learning rate of the lowest loss, for each family with a result."""
     return {family: float(min(losses, key=lambda rate: losses[rate])) for family, losses in grid.items() if losses}
 
 
 def write_results(plan: ReproductionPlan, results: Sequence[Result], grid: Rates) -> None:
-    """`results.json`, `runs.csv`, `results.md` and the plots."""
+    """Write `results.json`, `runs.csv`, `results.md` and the plots."""
     table = rows(results)
     claimed = [kind.name for kind in plan.kinds if kind.name.startswith("clustered") and kind.is_available]
     write_json(plan.folder / RESULTS, tables.to_dict(results, table, claimed, grid, plan.setting.scale.name))
@@ -154,7 +153,7 @@ def write_results(plan: ReproductionPlan, results: Sequence[Result], grid: Rates
 
 
 def _progress(plan: ReproductionPlan, say: Callable[[str], None]) -> StudyProgress:
-    """What is left to run; the trainings' own cells depend on what the grid will find."""
+    """Count the remaining parts; the trainings to run depend on the result of the grid."""
     grid = [cell for cell in plan.grid_cells if known(cell, plan.folder) is None]
     available = sum(kind.is_available for kind in plan.kinds) * plan.seeds
     left = {"grid": len(grid), "training": available, "evaluation": available * bool(plan.words)}
@@ -179,7 +178,7 @@ def _train(plan: ReproductionPlan, cell: StudyCell, sort: str, progress: StudyPr
     def work() -> str:
         found.append(finish(cell, plan.folder, plan.launcher, plan.limit))
         summary = found[0].summary
-        return f"validation loss {summary['validation']['loss']:.4f}" if summary else f"failed: {found[0].problem}"
+        return validation_loss(summary) if summary else f"failed: {found[0].problem}"
 
     progress.run(sort, _shown(cell), work)
     return found[0]
@@ -219,7 +218,7 @@ def _missing(cell: StudyCell) -> StudyOutcome:
 
 
 def _rates_of_grid(outcomes: Sequence[StudyOutcome]) -> dict[str, dict[str, float]]:
-    """Validation losses by family and learning rate; runs that failed or diverged have none."""
+    """Return validation losses by family and learning rate; failed or diverged runs have none."""
     grid: dict[str, dict[str, float]] = {}
     for outcome in outcomes:
         kind = KINDS[kind_of(outcome.cell)]

@@ -1,4 +1,4 @@
-"""What is compared, and at which sizes."""
+"""Kinds of layer that a reproduction compares, and the scales at which it does."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class RecipeKind:
         model: file in configs/model.
         family: kinds of one family share the learning rate that the grid finds for the first of them.
         online: clusters are regrouped during training.
-        words: settings on top.
+        words: additional overrides.
         needs: sections of the configuration that a version without the capability lacks.
     """
 
@@ -26,7 +26,7 @@ class RecipeKind:
 
     @property
     def is_available(self) -> bool:
-        """Whether this version can do it."""
+        """True if this version supports the kind."""
         return all(section in RunConfig.model_fields for section in self.needs)
 
 
@@ -57,18 +57,18 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is; the configuration of a run is `configs/reproduce/<name>.yaml` and that of its kind.
+    """Sizes of all runs; the configuration of a run is `configs/reproduce/<name>.yaml` and that of its kind.
 
     Attributes:
-        text: `stdlib`, or `hub` for what the configuration names.
-        ranks: of every run.
-        grid: factors on the configuration's learning rate, of which each family takes its best; empty: no grid.
+        text: `stdlib`, or `hub` for the configured corpus.
+        ranks: ranks of every run.
+        grid: factors on the configured learning rate, of which each family takes its best; empty: no grid.
         grid_steps: steps of the grid's runs.
-        recluster: settings of online kinds, which depend on how long a run is.
-        stride: of the windows that perplexity is taken by; None: half a window.
-        glue: options of `moe-dist eval`; each trained model, one a seed, is fine-tuned once on each task.
-        glue_by_default: whether GLUE is evaluated where no `--glue` says.
-        seconds: what a run of the grid, a training and an evaluation take on two cores, until it is measured.
+        recluster: settings of online kinds, which depend on the length of a run.
+        stride: stride of the perplexity windows; None: half a window.
+        glue: options of `moe-dist eval`; each trained model, one per seed, is fine-tuned once on each task.
+        glue_by_default: GLUE is evaluated without `--glue` too.
+        seconds: duration of a grid run, a training and an evaluation on two cores, until measured.
     """
 
     name: str

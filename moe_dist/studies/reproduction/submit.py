@@ -1,4 +1,4 @@
-"""A reproduction on a cluster: what it will cost, and the job arrays that do it."""
+"""Reproduction on a SLURM cluster: predicted cost, and job arrays."""
 
 from collections.abc import Callable
 
@@ -10,14 +10,14 @@ from moe_dist.studies.reproduction import estimate
 from moe_dist.studies.reproduction import evaluations as evaluate
 from moe_dist.studies.reproduction.cells import main_cells
 from moe_dist.studies.reproduction.run import ReproductionPlan, best_rates, known_grid
-from moe_dist.studies.scaling.run import known
+from moe_dist.studies.runner import known
 from moe_dist.studies.scaling.slurm import array_job, array_jobs
 
 MOST_NODES_IN_A_POD = 32
 
 
 def show_cost(plan: ReproductionPlan, gpu: str, nodes: int, console: Console) -> None:
-    """Predicts the cost of one training of each kind, and of all.
+    """Predict the cost of one training of each kind, and of all.
 
     Raises:
         ConfigError: the GPU is unknown, or the ranks cannot be divided over the nodes.
@@ -29,12 +29,12 @@ def show_cost(plan: ReproductionPlan, gpu: str, nodes: int, console: Console) ->
 
 
 def write_arrays(plan: ReproductionPlan, nodes: int, say: Callable[[str], None], gpus: bool = False) -> None:
-    """Writes what is still to do as sbatch scripts, the next ones to submit: the grid, then trainings, evaluations.
+    """Write the missing parts as sbatch scripts, the next ones to submit: the grid, then trainings, then evaluations.
 
-    A training that is started again goes on from its newest checkpoint.
+    A training that is started again resumes from its newest checkpoint.
 
     Args:
-        gpus: the commands it says ask for one GPU a rank.
+        gpus: the printed commands ask for one GPU per rank.
 
     Raises:
         ConfigError: the ranks cannot be divided over the nodes.

@@ -1,4 +1,4 @@
-"""The results as Markdown, CSV and JSON."""
+"""Results as Markdown, CSV and JSON."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,15 @@ COLUMNS = {  # figure -> heading, format, factor
     "peak_rss_bytes": ("peak RSS, MiB", ",.0f", 2**-20),
 }
 Rates = Mapping[str, Mapping[str, float]]
-"""Family -> learning rate -> validation loss of the grid."""
+"""Validation loss of the grid: family -> learning rate -> loss."""
 
 
 def markdown(table: Sequence[KindRow], claimed: Sequence[str], grid: Rates, facts: Sequence[str]) -> str:
-    """The whole report.
+    """Return the whole report as Markdown.
 
     Args:
-        claimed: kinds that the paper's claims are held against.
-        facts: lines on how it was measured.
+        claimed: kinds for which the paper's claims are checked.
+        facts: lines on the conditions of the measurement.
     """
     parts = [
         "# Results of a reproduction",
@@ -100,7 +100,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def write_csv(results: Sequence[Result], target: Path) -> None:
-    """A line for each run, failed ones too."""
+    """Write one CSV line for each run, failed ones included."""
     with target.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["kind", "seed", *NAMES, "problems"])
@@ -113,7 +113,7 @@ def write_csv(results: Sequence[Result], target: Path) -> None:
 def to_dict(
     results: Sequence[Result], table: Sequence[KindRow], claimed: Sequence[str], grid: Rates, scale: str
 ) -> dict[str, Any]:
-    """Everything, for JSON."""
+    """Return everything for JSON."""
     return {
         "scale": scale,
         "versions": installed_versions(),

@@ -1,1 +1,1 @@
-"""Scaling studies: the same training over a grid of ranks and settings, repeated, resumable: `moe-dist study`."""
+"""Scaling studies: the same training over a grid of ranks and settings, repeated and resumable."""

@@ -1,4 +1,4 @@
-"""The cells of a study: every combination of the axes' values with its overrides, checked before anything runs."""
+"""Cells of a study: every combination of the axes' values with its overrides, checked before anything runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,9 +6,9 @@ from enum import StrEnum
 from itertools import product
 from pathlib import Path
 
-from moe_dist.benchmarks.subruns import result_file
-from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
+from moe_dist.config import RunConfig, resolve_batch, resolve_world
 from moe_dist.errors import ConfigError
+from moe_dist.studies.runner import StudyCell
 
 RANKS = "ranks"
 SHORT = {
@@ -29,7 +29,7 @@ QUIET = ("tensorboard=false", "train.eval_every=0")
 
 
 class Mode(StrEnum):
-    """What stays the same as ranks are added."""
+    """Quantity that stays constant as ranks are added."""
 
     STRONG = "strong"  # the whole batch
     WEAK = "weak"  # the batch of a rank
@@ -37,58 +37,22 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Axis:
-    """A name as it was given and the values to go through."""
+    """Axis of a study: its name as given, and its values."""
 
     name: str
     values: tuple[str, ...]
 
     @property
     def key(self) -> str:
-        """The configuration's key."""
+        """Key of the configuration."""
         return SHORT.get(self.name, self.name)
 
 
-@dataclass(frozen=True)
-class StudyCell:
-    """One run of a study.
-
-    Attributes:
-        values: (axis, value) in the axes' order.
-        refusal: why it cannot run; None: it can.
-    """
-
-    values: tuple[tuple[str, str], ...]
-    ranks: int
-    repeat: int
-    config: Path
-    overrides: tuple[str, ...]
-    refusal: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The axes' values and the repeat, in characters that a file name may hold."""
-        words = [f"{axis.rpartition('.')[2]}-{value}" for axis, value in self.values]
-        kept = "_".join(words) or "cell"
-        return "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{kept}_{self.repeat}")
-
-    def load(self) -> RunConfig:
-        """The run's configuration.
-
-        Raises:
-            ConfigError: these overrides are refused.
-        """
-        return load_config(self.config, self.overrides)
-
-    def result_file(self, folder: Path) -> Path:
-        """Where its summary is kept, by name, configuration and code; the name tells ranks and repeat."""
-        return result_file(folder, f"r{self.ranks}_{self.name}", self.load())
-
-
 def parse_axis(word: str) -> Axis:
-    """`NAME=VALUE,VALUE,...`.
+    """Parse `NAME=VALUE,VALUE,...`.
 
     Raises:
-        ConfigError: it reads otherwise, repeats a value, or `ranks` are no numbers.
+        ConfigError: the form is another, a value is repeated, or `ranks` are no numbers.
     """
     name, equals, text = word.partition("=")
     values = tuple(value.strip() for value in text.split(","))
@@ -104,12 +68,12 @@ def parse_axis(word: str) -> Axis:
 def build_cells(
     config: Path, axes: Sequence[Axis], mode: Mode, repeats: int, ranks: int, overrides: Sequence[str]
 ) -> list[StudyCell]:
-    """All cells, one round of repeats after the other, so that an early stop leaves a whole table.
+    """Return all cells, one round of repeats after the other, so that an early stop leaves a complete table.
 
-    Combinations that cannot run carry their refusal.
+    Cells that cannot run have a refusal.
 
     Args:
-        ranks: where no axis says how many.
+        ranks: ranks of each cell if no axis has them.
 
     Raises:
         ConfigError: an axis is named twice, or no combination can run.
@@ -153,7 +117,7 @@ def _cell(
 
 
 def _weak_batch(config: RunConfig, ranks: int, smallest: int) -> str:
-    """The configuration's batch is that of the smallest number of ranks."""
+    """Return the batch of a number of ranks; the configured batch is that of the fewest ranks."""
     batch = config.train.global_batch_size
     if batch * ranks % smallest:
         raise ConfigError(f"train.global_batch_size={batch} x {ranks} ranks is not divisible by {smallest} ranks")

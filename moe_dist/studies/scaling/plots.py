@@ -14,7 +14,7 @@ Value = Callable[[StudyRow], float | None]
 
 
 def plot(rows: Sequence[StudyRow], target: Path) -> None:
-    """Writes a PNG of four panels; combinations without a result have no point."""
+    """Write a PNG of four panels; combinations without a result have no point."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
     over_ranks = any(axis == RANKS for axis, _ in rows[0].values)
@@ -22,7 +22,7 @@ def plot(rows: Sequence[StudyRow], target: Path) -> None:
         ("tokens/s", lambda row: row.middle("tokens_per_second")),
         ("efficiency", lambda row: row.efficiency),
         ("all-to-all, bytes a token and layer", lambda row: row.middle("bytes_per_token_layer")),
-        ("peak resident memory of a rank, MiB", lambda row: _mebibytes(row.middle("peak_rss_bytes"))),
+        ("peak resident memory of a rank, MiB", lambda row: (peak := row.middle("peak_rss_bytes")) and peak / 2**20),
     )
     for panel, (title, value) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         _panel(panel, rows, value, over_ranks)
@@ -62,7 +62,7 @@ def _place(row: StudyRow, over_ranks: bool) -> int | str:
 
 
 def _ideal(panel: Any, rows: Sequence[StudyRow]) -> None:
-    """From the fewest ranks of each line, as many times faster as there are ranks."""
+    """Draw the ideal line of each curve: speed of its fewest ranks times the ratio of ranks."""
     for index, members in enumerate(_lines(rows, over_ranks=True).values()):
         measured = [(row.ranks, speed) for row in members if (speed := row.middle("tokens_per_second")) is not None]
         if len(measured) > 1:
@@ -70,7 +70,3 @@ def _ideal(panel: Any, rows: Sequence[StudyRow]) -> None:
             first = min(measured)
             ideal = [first[1] * rank / first[0] for rank in ranks]
             panel.plot(ranks, ideal, linestyle=":", color="grey", label=None if index else "ideal")
-
-
-def _mebibytes(value: float | None) -> float | None:
-    return None if value is None else value / 2**20

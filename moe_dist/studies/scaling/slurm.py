@@ -1,4 +1,4 @@
-"""A study as SLURM array jobs: one file for each number of ranks, one array task for each cell that is not done."""
+"""SLURM job arrays of a study: one script for each number of ranks, one array task for each missing cell."""
 
 import shlex
 import sys
@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_dist.benchmarks.subruns import read_summary
-from moe_dist.studies.scaling.cells import StudyCell
-from moe_dist.studies.scaling.run import train_words
+from moe_dist.studies.runner import StudyCell
 
 
 def array_jobs(cells: Sequence[StudyCell], folder: Path, python: str = sys.executable) -> dict[str, str]:
-    """File name -> text of the sbatch scripts that run what `folder` still lacks.
+    """Return file name -> text of the sbatch scripts that run the cells missing in `folder`.
 
-    Tasks of one array run one at a time (`%1`), so that cells do not disturb each other; ranks meet through a file in
-    `folder`, which all nodes must see, as they must see Python and the configuration. What sbatch is to ask for
-    beyond the number of tasks (partition, GPUs, time) is given on its command line, which wins over the file.
+    Tasks of one array run one at a time (`%1`), so that cells do not disturb each other; ranks use a rendezvous file in
+    `folder`, which all nodes must share, with Python and the configuration. Resources beyond the number of tasks
+    (partition, GPUs, time) are given on sbatch's command line, which wins over the file.
     """
     missing = [cell for cell in cells if not cell.refusal and read_summary(cell.result_file(folder)) is None]
     by_ranks: dict[int, list[StudyCell]] = {}
@@ -23,7 +22,7 @@ def array_jobs(cells: Sequence[StudyCell], folder: Path, python: str = sys.execu
         by_ranks.setdefault(cell.ranks, []).append(cell)
     return {
         f"study-{ranks}.sbatch": array_job(
-            "train", ranks, {c.name: train_words(c, folder) for c in held}, folder, python
+            "train", ranks, {c.name: c.train_words(folder) for c in held}, folder, python
         )
         for ranks, held in by_ranks.items()
     }
@@ -32,7 +31,7 @@ def array_jobs(cells: Sequence[StudyCell], folder: Path, python: str = sys.execu
 def array_job(
     command: str, ranks: int, tasks: Mapping[str, Sequence[str]], folder: Path, python: str = sys.executable
 ) -> str:
-    """Text of an sbatch script that runs `moe-dist <command> WORDS` for each task, by its name, on so many ranks."""
+    """Return the text of an sbatch script that runs `moe-dist <command> WORDS` for each task on so many ranks."""
     home = folder.absolute()
     cases = "\n".join(
         f"{index}) words=({shlex.join(words)}) ;;  # {name}" for index, (name, words) in enumerate(tasks.items())
@@ -48,8 +47,8 @@ case "$SLURM_ARRAY_TASK_ID" in
 {cases}
 *) echo "no cell $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;
 esac
-meeting=$(mktemp -d {shlex.quote(str(home))}/meeting-XXXXXX)
-trap 'rm -rf "$meeting"' EXIT
-export MOE_DIST_INIT_METHOD="file://$meeting/ranks"
+rendezvous=$(mktemp -d {shlex.quote(str(home))}/rendezvous-XXXXXX)
+trap 'rm -rf "$rendezvous"' EXIT
+export MOE_DIST_INIT_METHOD="file://$rendezvous/ranks"
 srun --kill-on-bad-exit=1 {shlex.quote(python)} -m moe_dist {command} "${{words[@]}}"
 """

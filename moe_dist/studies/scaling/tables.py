@@ -1,4 +1,4 @@
-"""From the runs of a study to its table: medians and spread over repeats, and efficiency against the ideal line."""
+"""Table of a study: medians and spread over repeats, and efficiency against the ideal line."""
 
 import csv
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.metrics.summary import look_up
+from moe_dist.studies.runner import StudyOutcome
 from moe_dist.studies.scaling.cells import RANKS
-from moe_dist.studies.scaling.run import StudyOutcome
 
 FIGURES = {
     "tokens_per_second": "tokens_per_second",
@@ -26,13 +26,13 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class StudyRow:
-    """One combination of the axes' values over its repeats.
+    """Result of one combination of the axes' values over its repeats.
 
     Attributes:
-        figures: name in FIGURES -> what each finished repeat gave.
+        figures: name in FIGURES -> values of the finished repeats.
         efficiency: median tokens/s over that of the fewest ranks times the ratio of ranks; 1 is the ideal line. None
-            where there is nothing to compare with.
-        problems: why repeats have no result.
+            without a comparison.
+        problems: reasons for repeats without a result.
     """
 
     values: tuple[tuple[str, str], ...]
@@ -42,17 +42,17 @@ class StudyRow:
     efficiency: float | None = None
 
     def middle(self, name: str) -> float | None:
-        """The median of a figure over the repeats; None where no repeat has it."""
+        """Return the median of a figure over the repeats; None if no repeat has it."""
         return median(self.figures[name]) if self.figures.get(name) else None
 
     @property
     def others(self) -> tuple[tuple[str, str], ...]:
-        """The values of all axes but the ranks: what makes a line in a plot."""
+        """Values of all axes except the ranks, which identify a line in a plot."""
         return tuple((axis, value) for axis, value in self.values if axis != RANKS)
 
 
 def rows(outcomes: Sequence[StudyOutcome]) -> list[StudyRow]:
-    """One row for each combination, in the cells' order."""
+    """Return one row for each combination, in the cells' order."""
     groups: dict[tuple[tuple[str, str], ...], list[StudyOutcome]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.cell.values, []).append(outcome)
@@ -82,7 +82,7 @@ def _efficiency(row: StudyRow, found: Sequence[StudyRow]) -> float | None:
 
 
 def render(table_rows: Sequence[StudyRow], console: Console) -> None:
-    """Prints the table; a combination without results shows why."""
+    """Print the table; a combination without results shows its reason."""
     axes = [axis for axis, _ in table_rows[0].values]
     view = Table(title="medians over repeats", title_justify="left")
     for name in (*axes, "tokens/s", "from - to", "efficiency", "B/token/layer", "inter-node B", "RSS, MiB", "runs"):
@@ -103,19 +103,16 @@ def render(table_rows: Sequence[StudyRow], console: Console) -> None:
     console.print(view)
     for row in table_rows:
         for problem in row.problems:
-            console.print(f"{_name(row)}: {problem}", markup=False, highlight=False, soft_wrap=True)
+            values = ", ".join(f"{axis}={value}" for axis, value in row.values)
+            console.print(f"{values or 'the one cell'}: {problem}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _name(row: StudyRow) -> str:
-    return ", ".join(f"{axis}={value}" for axis, value in row.values) or "the one cell"
-
-
 def write_csv(outcomes: Sequence[StudyOutcome], table_rows: Sequence[StudyRow], folder: Path) -> None:
-    """`cells.csv`, a line for each run, failed ones too, and `table.csv`, a line for each combination."""
+    """Write `cells.csv`, one line per run, failed ones included, and `table.csv`, one line per combination."""
     axes = [axis for axis, _ in outcomes[0].cell.values]
     with (folder / "cells.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -141,5 +138,5 @@ def _ends(values: list[float]) -> list[float | str]:
 
 
 def to_dict(table_rows: Sequence[StudyRow]) -> dict[str, Any]:
-    """The figures for `--json`."""
+    """Return the figures for `--json`."""
     return {"rows": [{**vars(row), "values": dict(row.values)} for row in table_rows]}

@@ -1,10 +1,11 @@
 """Every configuration file that the project ships loads, and some number of ranks can run it."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from moe_dist.config import WorldShape, load_config, resolve_batch, resolve_world
+from moe_dist.config import MoEConfig, WorldShape, load_config, resolve_batch, resolve_world
 from moe_dist.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,3 +33,13 @@ def test_the_demo_runs_on_any_usual_number_of_ranks(ranks: int, data: int, clust
     assert (config.moe.experts, config.moe.clusters, config.moe.top_k) == (32, 4, 2)
     assert resolve_world(config, ranks) == WorldShape(data, cluster, 1)
     resolve_batch(config, ranks)
+
+
+def test_every_kind_of_layer_has_a_description_and_a_module() -> None:
+    from moe_dist.config.layer_kinds import LAYER_KINDS as DESCRIPTIONS
+    from moe_dist.moe.layer_kinds import LAYER_KINDS as MODULES
+    from moe_dist.moe.load_balancing import BALANCERS
+
+    allowed = {name: field.annotation for name, field in MoEConfig.model_fields.items()}
+    assert set(DESCRIPTIONS) == set(MODULES) == set(get_args(allowed["kind"]))
+    assert set(BALANCERS) == set(get_args(allowed["balance"]))

@@ -7,12 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.dispatch.chunked_overlap import CANDIDATES, Division, HopSpeed, choose_chunks, predicted_seconds, shares
+from moe_dist.dispatch.chunked_overlap import (
+    CANDIDATES,
+    Division,
+    ExchangeSpeed,
+    choose_chunks,
+    predicted_seconds,
+    shares,
+)
 
 COUNTS = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=4)
 SECONDS = st.floats(0, 10)
-SPEEDS = st.builds(HopSpeed, SECONDS, SECONDS, SECONDS, SECONDS, st.floats(0, 1))
-EVEN = HopSpeed(latency=0, exchange=1, compute=1, chunk=0, hidden=1)
+SPEEDS = st.builds(ExchangeSpeed, SECONDS, SECONDS, SECONDS, SECONDS, st.floats(0, 1))
+EVEN = ExchangeSpeed(latency=0, exchange=1, compute=1, chunk=0, hidden=1)
 
 
 @given(COUNTS, st.integers(1, 5))
@@ -48,7 +55,7 @@ def test_chunks_hold_their_share_of_each_destination_in_order(counts: list[list[
 
 
 @given(SPEEDS)
-def test_the_choice_is_the_fastest_unless_it_gains_next_to_nothing(speed: HopSpeed) -> None:
+def test_the_choice_is_the_fastest_unless_it_gains_next_to_nothing(speed: ExchangeSpeed) -> None:
     chosen = choose_chunks(speed)
     best = min(predicted_seconds(speed, chunks) for chunks in CANDIDATES)
     assert chosen in CANDIDATES
@@ -58,7 +65,7 @@ def test_the_choice_is_the_fastest_unless_it_gains_next_to_nothing(speed: HopSpe
 
 
 @given(SPEEDS)
-def test_nothing_to_hide_or_nothing_hidden_needs_no_chunks(speed: HopSpeed) -> None:
+def test_nothing_to_hide_or_nothing_hidden_needs_no_chunks(speed: ExchangeSpeed) -> None:
     assert choose_chunks(replace(speed, hidden=0)) == 1
     assert choose_chunks(replace(speed, exchange=0)) == 1
     assert choose_chunks(replace(speed, compute=0, chunk=0)) == 1

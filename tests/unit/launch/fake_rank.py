@@ -1,4 +1,4 @@
-"""A rank without torch: the real entry script with another `train`, whose behaviour RANK_n variables choose."""
+"""A rank without torch: the real entry script with another task, whose behaviour RANK_n variables choose."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from moe_dist.config import RunConfig
 from moe_dist.errors import TrainingError
-from moe_dist.launch import rank as entry
+from moe_dist.launch import rank as rank_entry
 from moe_dist.training.preemption import StopSignals
 
 
@@ -27,13 +27,13 @@ def wait_until_watched() -> None:
 
 
 def wait_for_all(rank: str, what: str) -> None:
-    folder = Path(os.environ.get("FAKE_MEETING") or os.environ["MOE_DIST_JOB_FOLDER"])
+    folder = Path(os.environ.get("FAKE_RENDEZVOUS") or os.environ["MOE_DIST_JOB_FOLDER"])
     (folder / f"{rank}.{what}").touch()
     while len(list(folder.glob(f"*.{what}"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)
 
 
-def behave(config: RunConfig) -> bool:
+def behave(config: RunConfig, task: str, options: object | None) -> bool:
     rank = os.environ["RANK"]
     how = os.environ.get(f"RANK_{rank}", "succeed")
     if how == "stop":
@@ -80,7 +80,7 @@ def _behave(rank: str, how: str, signals: StopSignals) -> bool:
     return False
 
 
-entry._train = behave
+rank_entry._perform = behave
 
 if __name__ == "__main__":
-    sys.exit(entry.main())
+    sys.exit(rank_entry.main())

@@ -1,6 +1,6 @@
 """Supervises one job of fake ranks in a process of its own, as `moe-dist launch` does: WHO N CONFIG.
 
-WHO `fleet`: half of the ranks on each of two machines, a and b.
+WHO `ssh`: half of the ranks on each of two machines, a and b.
 """
 
 import sys
@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> int:
     who, count, config = sys.argv[1:]
-    if who == "fleet":
+    if who == "ssh":
         nodes = tuple(Node(host, int(count) // 2) for host in ("a", "b"))
         return runners.launch(Job(Launcher.LOCAL, nodes, (config,), entry=HERE / "fake_rank.py"))
     if who in list(Launcher):

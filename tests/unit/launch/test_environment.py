@@ -12,7 +12,7 @@ from moe_dist.launch.environment import RankEnvironment, discover, prepare_proce
 PLACE = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 DEEPSPEED = {**PLACE, "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
 TORCHRUN = {**PLACE, "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
-MEETING = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
+RENDEZVOUS = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "2",
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -40,18 +40,18 @@ SRUN = {
         (TORCHRUN, RankEnvironment("torchrun", 2, 4, 0, 2)),
         ({**PLACE, "LOCAL_WORLD_SIZE": "2", environment.STARTER: "local"}, RankEnvironment("local", 2, 4, 0, 2)),
         ({**PLACE, "LOCAL_RANK": "2"}, RankEnvironment("environment", 2, 4, 2, 4)),
-        ({**OPEN_MPI, **MEETING}, RankEnvironment("mpi", 2, 4, 0, 2)),
-        ({**PMI, **MEETING}, RankEnvironment("mpi", 2, 4, 0, 2)),
+        ({**OPEN_MPI, **RENDEZVOUS}, RankEnvironment("mpi", 2, 4, 0, 2)),
+        ({**PMI, **RENDEZVOUS}, RankEnvironment("mpi", 2, 4, 0, 2)),
         ({"PMI_RANK": "0", "PMI_SIZE": "1"}, RankEnvironment("mpi", 0, 1, 0, 1)),
-        ({**SRUN, **MEETING}, RankEnvironment("slurm", 3, 5, 1, 2)),
+        ({**SRUN, **RENDEZVOUS}, RankEnvironment("slurm", 3, 5, 1, 2)),
         (
-            {**SRUN, **MEETING, "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"},
+            {**SRUN, **RENDEZVOUS, "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"},
             RankEnvironment("slurm", 4, 5, 0, 1),
         ),
         (SBATCH, RankEnvironment("alone", 0, 1, 0, 1)),
         ({**SBATCH, "SLURM_STEP_NUM_TASKS": "1"}, RankEnvironment("alone", 0, 1, 0, 1)),
-        ({**SRUN, **PMI, **MEETING}, RankEnvironment("mpi", 2, 4, 0, 2)),  # mpirun that starts its helpers by srun
-        ({**SRUN, **MEETING, "PMI_RANK": "3", "PMI_SIZE": "5"}, RankEnvironment("slurm", 3, 5, 1, 2)),  # srun --mpi
+        ({**SRUN, **PMI, **RENDEZVOUS}, RankEnvironment("mpi", 2, 4, 0, 2)),  # mpirun that starts its helpers by srun
+        ({**SRUN, **RENDEZVOUS, "PMI_RANK": "3", "PMI_SIZE": "5"}, RankEnvironment("slurm", 3, 5, 1, 2)),  # srun --mpi
         ({**SRUN, **DEEPSPEED}, RankEnvironment("deepspeed", 2, 4, 0, 2)),
     ],
 )
@@ -84,7 +84,7 @@ def test_an_impossible_environment_is_one_line(change: dict[str, str | None], pa
 
 def test_tasks_that_slurm_does_not_count_are_refused() -> None:
     with pytest.raises(LaunchError, match=r"SLURM_STEP_TASKS_PER_NODE='2\(x2\),1' .* SLURM_NODEID=3"):
-        discover({**SRUN, **MEETING, "SLURM_NODEID": "3"})
+        discover({**SRUN, **RENDEZVOUS, "SLURM_NODEID": "3"})
 
 
 def test_what_is_exported_is_discovered_again() -> None:

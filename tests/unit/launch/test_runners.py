@@ -15,7 +15,7 @@ from moe_dist.launch import commands, runners
 from moe_dist.launch import job as jobs
 from moe_dist.launch.commands import node_command
 from moe_dist.launch.environment import free_port
-from moe_dist.launch.job import ENTRY, Job, JobSize, Launcher, plan
+from moe_dist.launch.job import RANK_SCRIPT, Job, JobSize, Launcher, plan
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def test_deepspeed_command(config: str) -> None:
     assert words[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert "--num_gpus=4" in words  # data 2 x cluster 2
     assert "--master_addr=127.0.0.1" in words
-    assert words[-3:] == [str(ENTRY), config, "seed=1"]
-    assert ENTRY.is_file()
+    assert words[-3:] == [str(RANK_SCRIPT), config, "seed=1"]
+    assert RANK_SCRIPT.is_file()
 
 
 def test_torchrun_command_names_no_port(config: str) -> None:
@@ -153,7 +153,7 @@ def test_each_machine_gets_its_part(config: str, hostfile: Path) -> None:
     assert {"--nnodes=2", "--node-rank=1", "--nproc-per-node=3", "--master-addr=n1", "--master-port=1234"} < set(
         words(Launcher.TORCHRUN)
     )
-    assert {"--ranks=3", "--first-rank=2", "--world-size=5", "--meet=n1:1234"} < set(words(Launcher.LOCAL))
+    assert {"--ranks=3", "--first-rank=2", "--world-size=5", "--rendezvous=n1:1234"} < set(words(Launcher.LOCAL))
     deepspeed = words(Launcher.DEEPSPEED)
     assert {"deepspeed.launcher.launch", "--node_rank=1", "--master_addr=n1", "--master_port=1234"} < set(deepspeed)
     (world,) = [word.partition("=")[2] for word in deepspeed if word.startswith("--world_info")]

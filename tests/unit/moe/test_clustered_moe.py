@@ -11,11 +11,11 @@ from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
-from moe_dist.model.reference import clustered_moe_reference
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.load_balancing import BalanceState
 from moe_dist.moe.router_losses import balance_loss, z_loss
+from tests.oracles.clustered_moe import clustered_moe_reference
 
 
 def build(moe: MoEConfig, seed: int = 0) -> ClusteredMoE:
@@ -23,9 +23,8 @@ def build(moe: MoEConfig, seed: int = 0) -> ClusteredMoE:
     mesh = Mesh.alone()
     placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)
     balance = BalanceState.create(model.layers, moe, torch.device("cpu"))
-    layer = ClusteredMoE(
-        1, model, moe, LayerContext(mesh, [placement] * 2, balance, TrafficLedger(Links.alone()), seed)
-    )
+    context = LayerContext(mesh, [placement] * 2, balance, TrafficLedger(Links.alone()), seed)
+    layer = ClusteredMoE.in_model(1, model, moe, context, 1.0)
     draw = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():  # large enough that every part of the formula shows
         parameter.data = torch.randn(parameter.shape, generator=draw) * 0.5

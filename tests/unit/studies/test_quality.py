@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_dist.benchmarks.subruns import source_digest
+from moe_dist.benchmarks import subruns
+from moe_dist.benchmarks.subruns import result_file, source_digest
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.studies import quality
+from moe_dist.studies.runner import StudyCell, require_all, run_cells, validation_loss
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "experiment"
 CORPORA = {"stdlib": ("corpus.kind=stdlib",)}
@@ -28,19 +30,18 @@ def _summary(loss: float, expert: int = 20) -> dict[str, Any]:
 
 def test_every_recipe_is_shipped_and_only_what_it_should_differs() -> None:
     found = quality.cells(CONFIGS, CORPORA, 2, quality.RECIPES, ())
-    assert [cell.name for cell in found[:2]] == ["dense-stdlib-0", "standard-aux-stdlib-0"]
+    assert [cell.name for cell in found[:2]] == ["recipe-dense_corpus-stdlib_0", "recipe-standard-aux_corpus-stdlib_0"]
     assert len({cell.result_file(Path()) for cell in found}) == len(found) == 2 * len(quality.RECIPES)
-    configs = [load_config(cell.config, cell.overrides) for cell in found if cell.seed == 0]
+    configs = [load_config(cell.config, cell.overrides) for cell in found if cell.repeat == 0]
     assert len({config.moe.model_dump_json() for config in configs}) == len(quality.RECIPES)
     assert len({config.model_dump_json(exclude={"moe", "name", "optimizer"}) for config in configs}) == 1
 
 
-def test_other_code_has_other_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_code_has_other_results(tmp_path: Path) -> None:
     (cell,) = quality.cells(CONFIGS, CORPORA, 1, ["good"], ())
     before = cell.result_file(tmp_path)
     assert cell.result_file(tmp_path) == before
-    monkeypatch.setattr(quality, "PACKAGE", tmp_path)
-    assert cell.result_file(tmp_path) != before
+    assert result_file(tmp_path, "good", cell.load(), package=tmp_path) != result_file(tmp_path, "good", cell.load())
     digests = set()
     for name, text in (("a.py", "1"), ("a.py", "2"), ("b.c", "2"), ("notes.txt", "3")):
         (tmp_path / name).write_text(text)
@@ -59,28 +60,29 @@ def test_finished_cells_are_read_and_failed_ones_do_not_stop_the_others(
 ) -> None:
     trained: list[str] = []
 
-    def fake(cell: quality.QualityCell, file: Path, folder: Path) -> str | None:
-        trained.append(cell.name)
-        if cell.recipe == "dense":
+    def fake(command: list[str], seconds: float | None = None) -> str | None:
+        target = Path(command[-1])
+        trained.append(target.name)
+        if "dense" in target.name:
             return "out of luck"
-        file.write_text(json.dumps(_summary(4.0)))
+        target.write_text(json.dumps(_summary(4.0)))
         return None
 
-    monkeypatch.setattr(quality, "_train", fake)
+    monkeypatch.setattr(subruns, "run", fake)
     todo = quality.cells(CONFIGS, CORPORA, 1, ("dense", "good"), ())
     said: list[str] = []
-    results = quality.run_cells(todo, tmp_path, 2, said.append)
-    assert [cell.recipe for cell in results] == ["good"]
-    assert any("dense-stdlib-0: failed: out of luck" in line for line in said)
-    with pytest.raises(MoeDistError, match="dense-stdlib-0"):
-        quality.require_all(results, todo)
-    quality.run_cells(todo, tmp_path, 1, said.append)
-    assert sorted(trained) == ["dense-stdlib-0", "dense-stdlib-0", "good-stdlib-0"]
+    outcomes = run_cells(todo, tmp_path, said.append, validation_loss, jobs=2)
+    assert [outcome.cell.value("recipe") for outcome in outcomes if outcome.summary] == ["good"]
+    assert any("recipe-dense_corpus-stdlib_0: no result: out of luck" in line for line in said)
+    with pytest.raises(MoeDistError, match="recipe-dense_corpus-stdlib_0"):
+        require_all(outcomes)
+    run_cells(todo, tmp_path, said.append, validation_loss)
+    assert sorted("dense" in name for name in trained) == [False, True, True]
 
 
-def test_rows_compare_seed_by_seed_with_the_yardstick() -> None:
-    def cell(recipe: str, seed: int) -> quality.QualityCell:
-        return quality.QualityCell(recipe, "stdlib", seed, CONFIGS / "quality.yaml", ())
+def test_rows_compare_seed_by_seed_with_the_baseline() -> None:
+    def cell(recipe: str, seed: int) -> StudyCell:
+        return StudyCell((("recipe", recipe), ("corpus", "stdlib")), 1, seed, CONFIGS / "quality.yaml", ())
 
     results = {
         cell("standard-aux", 0): _summary(4.0, 100),

@@ -15,9 +15,9 @@ from rich.console import Console
 from moe_dist.benchmarks import subruns
 from moe_dist.config import load_config
 from moe_dist.errors import ConfigError
-from moe_dist.studies.scaling.cells import Axis, Mode, StudyCell, build_cells, parse_axis
+from moe_dist.studies.runner import StudyCell, StudyOutcome, gather, run_cells, speed
+from moe_dist.studies.scaling.cells import Axis, Mode, build_cells, parse_axis
 from moe_dist.studies.scaling.plots import plot
-from moe_dist.studies.scaling.run import StudyOutcome, gather, run_study
 from moe_dist.studies.scaling.slurm import array_jobs
 from moe_dist.studies.scaling.tables import render, rows, to_dict, write_csv
 
@@ -87,14 +87,14 @@ def test_finished_cells_are_kept_failed_ones_tried_again(tmp_path: Path, monkeyp
     monkeypatch.setattr(subruns, "run", _stand_in(started, lambda ranks: None if ranks == 4 else 100.0))
     cells = build_cells(SMOKE, AXES, Mode.STRONG, 1, 1, ())
     said: list[str] = []
-    outcomes = run_study(cells, tmp_path, "torchrun", None, said.append)
+    outcomes = run_cells(cells, tmp_path, said.append, speed, launcher="torchrun")
     assert [outcome.problem for outcome in outcomes] == [None, None, *["rank 1 failed: out of luck"] * 2]
     assert said[0].startswith("1/4 ranks-2_experts-16_0: 100 tokens/s")
     assert "no result: rank 1 failed" in said[3]
     command = started[0]
     assert command[:5] == [sys.executable, "-m", "moe_dist", "launch", "--launcher"]
     load_config(command[8], [word for word in command[9:] if "=" in word])
-    run_study(cells, tmp_path, "torchrun", None, said.append)
+    run_cells(cells, tmp_path, said.append, speed, launcher="torchrun")
     assert len(started) == 4 + 2
     assert [bool(outcome.summary) for outcome in gather(cells, tmp_path)] == [True, True, False, False]
 
@@ -164,12 +164,12 @@ def test_a_job_array_runs_every_missing_cell(tmp_path: Path) -> None:
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}
     for task, cell in enumerate(cells[2:4]):
         subprocess.run(["bash", str(script)], env={**environment, "SLURM_ARRAY_TASK_ID": str(task)}, check=True)
-        meeting, option, *command = (tmp_path / "seen").read_text().splitlines()
-        assert meeting.startswith(f"file://{folder}/meeting-")
+        rendezvous, option, *command = (tmp_path / "seen").read_text().splitlines()
+        assert rendezvous.startswith(f"file://{folder}/rendezvous-")
         assert option == "--kill-on-bad-exit=1"
         assert command[:5] == ["python of the job", "-m", "moe_dist", "train", str(SMOKE)]
         assert load_config(command[4], [word for word in command[5:] if "=" in word]).moe.experts == 16 * (task + 1)
         assert command[-2:] == ["--json", str(cell.result_file(folder))]
-    assert not list(folder.glob("meeting-*"))
+    assert not list(folder.glob("rendezvous-*"))
     other = subprocess.run(["bash", str(script)], env={**environment, "SLURM_ARRAY_TASK_ID": "9"}, check=False)
     assert other.returncode == 2

@@ -1,0 +1,85 @@
+"""Gradients and load balancing of MoE layers in a training loop of one's own."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_dist.distributed.mesh import GroupKind, Mesh
+from moe_dist.errors import ConfigError
+from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.parameter_class import ParameterClass, class_of
+from moe_dist.moe.standard_moe import StandardMoE
+
+OVER_ALL_RANKS = (GroupKind.EXPERT_PARALLEL, GroupKind.EXPERT_DATA)
+"""Groups of a mesh whose sums, one after the other, are sums over all its ranks."""
+SUMMED_OVER = {
+    ParameterClass.DENSE: OVER_ALL_RANKS,
+    ParameterClass.BASE: (GroupKind.BASE_DATA,),
+    ParameterClass.EXPERT: (GroupKind.EXPERT_DATA,),
+}
+"""Groups over which the gradients of a class of parameters are summed."""
+
+
+def moe_layers(module: nn.Module) -> list[ClusteredMoE | StandardMoE]:
+    """Return the MoE layers in a module.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, ClusteredMoE | StandardMoE)]
+    if not layers:
+        raise ConfigError(f"{type(module).__name__} holds no ClusteredMoE and no StandardMoE layer")
+    return layers
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module) -> None:
+    """Make every gradient that of the mean of all ranks' losses; collective, after `backward()`.
+
+    Experts' gradients are summed over the ranks that hold a copy of the expert, bases' over those of the base, all
+    others over all ranks of the layers' mesh; each is divided by the number of ranks. A parameter without a gradient
+    counts as zero. In place of DistributedDataParallel, which would average different experts.
+
+    Raises:
+        ConfigError: the module holds no MoE layer.
+    """
+    mesh = moe_layers(module)[0].context.mesh
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        _sum_over(parameter.grad, mesh, SUMMED_OVER[class_of(parameter)])
+        parameter.grad /= mesh.shape.ranks
+
+
+@torch.no_grad()
+def update_load_balance(module: nn.Module) -> dict[str, Tensor]:
+    """Move the selection biases by the loads since the last call; collective, once a step, after its backward passes.
+
+    Returns:
+        count_LE: copies that each expert of each MoE layer got on all ranks, int64 [L, E]; dropped_L: copies beyond the
+        capacity.
+
+    Raises:
+        ConfigError: the module holds no MoE layer.
+    """
+    layers = moe_layers(module)
+    counts: list[Tensor] = []
+    drops: list[Tensor] = []
+    contexts = {id(layer.context): layer.context for layer in layers}
+    for context in contexts.values():
+        balance = context.balance
+        for tensor in (balance.count_LE, balance.dropped_L):
+            _sum_over(tensor, context.mesh, OVER_ALL_RANKS)
+        counts.append(balance.count_LE.clone())
+        drops.append(balance.dropped_L.clone())
+        balance.update(counts[-1], context.placements)
+        balance.clear_counts()
+    return {"count_LE": torch.cat(counts), "dropped_L": torch.cat(drops)}
+
+
+def _sum_over(tensor: Tensor, mesh: Mesh, kinds: tuple[GroupKind, ...]) -> None:
+    for group in (mesh.group(kind) for kind in kinds):
+        if group.size > 1:
+            dist.all_reduce(tensor, group=group.handle)

@@ -1,0 +1,103 @@
+"""Metrics of a run: steps, loads and evaluations for the recorder, and their part of the summary."""
+
+from typing import Any
+
+import numpy as np
+
+from moe_dist.config import RunConfig, WorldShape
+from moe_dist.distributed.init import RankInfo
+from moe_dist.engine.callback import Callback, StepReport
+from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.metrics import process_seconds
+from moe_dist.metrics.recorder import Recorder, perplexity
+from moe_dist.training.load_metrics import LoadRecord, last_fifth
+from moe_dist.training.run_history import RunHistory
+from moe_dist.training.summary_metrics import memory_now
+
+
+class MetricsLogger(Callback):
+    """Callback that keeps the run's history and passes figures to the recorder."""
+
+    def __init__(self, config: RunConfig, shape: WorldShape, process: RankInfo, recorder: Recorder) -> None:
+        self._config, self._shape, self._process, self._recorder = config, shape, process, recorder
+        self.history = RunHistory()
+        self.first_step_seconds: float | None = None
+        self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
+
+    def attach(self, engine: DeepSpeedEngine) -> None:
+        """Count loads by this model's placements from now on."""
+        moe, layers = engine.model.config.moe, self._config.model.layers
+        copies = moe.layer_kind.copies(moe)
+        self._loads = LoadRecord(moe.experts, self._shape, self.tokens_per_step * layers * copies)
+        self._routed, self._placements = moe.layer_kind.routed, engine.model.context.placements
+
+    def release(self) -> None:
+        """Forget the loads of standard experts, which have no clusters: other figures."""
+        self.history.loads.clear()
+
+    def after_update(self, report: StepReport) -> None:
+        """Enter the loads, by the placement that routed them."""
+        if self.first_step_seconds is None:
+            self.first_step_seconds = process_seconds()
+        if self._routed:
+            outcome = report.outcome
+            self.history.loads.append(self._loads.add(outcome.count_LE.numpy(), outcome.dropped, self._placements))
+
+    def after_step(self, report: StepReport) -> None:
+        """Enter the time, and record the step where one is to be logged."""
+        self.history.step_seconds.append(report.seconds)
+        train = self._config.train
+        if report.step % train.log_every == 0 or report.step in (1, train.steps):
+            self._recorder.step(report.step, self._figures(report))
+            self.record_loads(report.step)
+
+    def record_loads(self, step: int) -> None:
+        """Record the copies routed since the last time, if there are any steps to report."""
+        if self._loads.steps:
+            self._recorder.load(step, {**self._loads.take_counts(), "load": self.history.loads[-1]})
+
+    def after_evaluation(self, step: int, loss: float) -> None:
+        """Record the loss."""
+        tokens = step * self.tokens_per_step
+        self.history.curve.append({"step": step, "tokens": tokens, "loss": loss})
+        self._recorder.evaluation(step, tokens, loss)
+
+    def state(self) -> dict[str, Any]:
+        """Return the history."""
+        return {"history": self.history}
+
+    def summary(self) -> dict[str, Any]:
+        """Return losses, speed and loads of the whole run."""
+        steps, history = self._config.train.steps, self.history
+        loss = history.curve[-1]["loss"]
+        timed = history.step_seconds[1:] or history.step_seconds  # the first step warms up
+        return {
+            "steps": steps,
+            "tokens": steps * self.tokens_per_step,
+            "seconds": sum(history.step_seconds),
+            "first_step_seconds": self.first_step_seconds,
+            "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": history.curve},
+            "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
+            "load": last_fifth(history.loads),
+        }
+
+    def _figures(self, report: StepReport) -> dict[str, Any]:
+        recent, moe = self.history.step_seconds[-self._config.train.log_every :], self._config.moe
+        train = {
+            "loss": report.outcome.loss,
+            "learning_rate": report.learning_rate,
+            "gradient_norm": report.gradient_norm,
+        }
+        if moe.balance == "aux_loss":
+            train["balance_loss"] = report.outcome.balance_loss
+        if moe.z_loss_weight:
+            train["z_loss"] = report.outcome.z_loss
+        figures: dict[str, Any] = {
+            "tokens": report.step * self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
+            "train": train,
+            "memory": memory_now(self._process),
+        }
+        if self.history.loads:
+            figures["load"] = self.history.loads[-1]
+        return figures

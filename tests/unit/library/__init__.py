@@ -1,0 +1,1 @@
+"""The public library, as a user of torch alone meets it."""
