@@ -6,7 +6,7 @@ prints that line and exits; a traceback means a bug of ours.
 
 EXIT_FAILURE = 1
 EXIT_REFUSED = 2
-EXIT_STOPPED = 75  # as asked, at a step's end and with a checkpoint: start it again to go on (EX_TEMPFAIL)
+EXIT_STOPPED = 75  # on request, after a step and with a checkpoint: restart it to resume (EX_TEMPFAIL)
 
 
 class MoeDistError(Exception):

@@ -44,8 +44,7 @@ def config_of(manifest: Manifest) -> RunConfig:
 
 
 def check_config_compatible(manifest: Manifest, config: RunConfig, data: DataRecord) -> list[str]:
-    """Reject a configuration that cannot resume from the checkpoint; return the other differences as `key: then ->
-    now`.
+    """Reject a configuration that cannot resume from the checkpoint; return other differences as `key: then -> now`.
 
     Raises:
         CheckpointError: keys differ that must be equal (all are named), or the tokens differ.

@@ -48,7 +48,8 @@ def export_weights(
     read_checkpoint(weights.path, state)
     tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        name, value = _name(key), tensor.shards[0].values.view(tensor.shape)
+        name = key.removeprefix(PREFIX) if key.startswith(PREFIX) else f"balance.{key.removeprefix(BALANCE)}"
+        value = tensor.shards[0].values.view(tensor.shape)
         tensors |= {name: value} if form is None else quantized_tensors_of(name, value, form)
     _write(file, tensors, _metadata(weights, stored))
     return sum(tensor.numel for key, tensor in state.items() if key.startswith(PREFIX))
@@ -73,10 +74,6 @@ def _room(index: Index, dtype: torch.dtype | None, of_clusters: torch.dtype | No
             wanted = (of_clusters if is_of_cluster(key) else None) or dtype or wanted
         state[key] = ShardedTensor.whole(torch.empty(tensor.shape, dtype=wanted))
     return state
-
-
-def _name(key: str) -> str:
-    return key.removeprefix(PREFIX) if key.startswith(PREFIX) else f"balance.{key.removeprefix(BALANCE)}"
 
 
 def _metadata(weights: TrainedWeights, stored: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Found:
+class ValidCheckpoint:
     """A checkpoint whose files have all been verified, and the problems of newer ones."""
 
     path: Path
@@ -22,7 +22,7 @@ class Found:
     damaged: dict[Path, str] = field(default_factory=dict)
 
 
-def latest_valid_checkpoint(run: Path, *, weights: bool = False) -> Found | None:
+def latest_valid_checkpoint(run: Path, *, weights: bool = False) -> ValidCheckpoint | None:
     """Return the newest undamaged checkpoint of a run, or None if the run has no checkpoint. Collective.
 
     Args:
@@ -35,14 +35,14 @@ def latest_valid_checkpoint(run: Path, *, weights: bool = False) -> Found | None
     for candidate in agreed(_candidates(run, weights)):
         problem = first_problem(candidate)
         if problem is None:
-            return Found(candidate, read_manifest(candidate), damaged)
+            return ValidCheckpoint(candidate, read_manifest(candidate), damaged)
         damaged[candidate] = problem
     if damaged:
         raise CheckpointError(f"{run}: every checkpoint is damaged; the newest: {next(iter(damaged.values()))}")
     return None
 
 
-def checked(checkpoint: Path) -> Found:
+def checked(checkpoint: Path) -> ValidCheckpoint:
     """Verify this checkpoint and no other; collective.
 
     Raises:
@@ -51,7 +51,7 @@ def checked(checkpoint: Path) -> Found:
     problem = first_problem(checkpoint)
     if problem is not None:
         raise CheckpointError(problem)
-    return Found(checkpoint, read_manifest(checkpoint))
+    return ValidCheckpoint(checkpoint, read_manifest(checkpoint))
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """Complete state of a run: model, optimizer, and other stateful parts."""
 
-from moe_dist.checkpoint.find import Found
+from moe_dist.checkpoint.find import ValidCheckpoint
 from moe_dist.checkpoint.manifest import DataRecord, Manifest, read_index
 from moe_dist.checkpoint.model_state import training_tensors_of, weights_of
 from moe_dist.checkpoint.placement_record import adopt_placements, placement_to_record
@@ -38,9 +38,10 @@ class RunState:
         """Return the weights and the parts that the model computes with, for evaluation and export."""
         process = self._engine.process
         tensors = training_tensors_of(self._engine.model, self._engine.training_state(), (MASTER,))
-        return self._manifest(step), {**tensors, **tensors_of(self._model_parts(), process.rank, process.ranks)}
+        balance: Parts = {"balance": self._engine.model.context.balance}
+        return self._manifest(step), {**tensors, **tensors_of(balance, process.rank, process.ranks)}
 
-    def restore(self, found: Found) -> None:
+    def restore(self, found: ValidCheckpoint) -> None:
         """Restore the run from a checkpoint that any number of ranks wrote; collective.
 
         Raises:
@@ -69,6 +70,3 @@ class RunState:
             placements=[placement_to_record(placement) for placement in engine.model.context.placements],
             versions=installed_versions(),
         )
-
-    def _model_parts(self) -> Parts:
-        return {"balance": self._engine.model.context.balance}

@@ -149,8 +149,7 @@ class ShardWriter(StorageWriter):
         return [WriteResult(item.index, tensors[key_of(item.index)].nbytes, written) for item in items]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write index and manifest, then rename the folder to its final name; on the coordinator, after all ranks
-        wrote.
+        """Write index and manifest, then rename the folder to its final name; on the coordinator, after all writes.
 
         Raises:
             CheckpointError: some elements of a tensor are on no rank.

@@ -36,8 +36,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def check(checkpoint: Path, part: int = 0, parts: int = 1) -> Manifest:
-    """Read a checkpoint's manifest and index, and verify the checksums of every `parts`-th of its files, from `part`
-    on.
+    """Read a checkpoint's manifest and index, and verify checksums of every `parts`-th file, from `part` on.
 
     Raises:
         CheckpointError: a file is missing or damaged, or differs from the manifest.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moe_dist.checkpoint.compatibility import config_of
 from moe_dist.checkpoint.exported import open_exported
-from moe_dist.checkpoint.find import Found, checked, is_checkpoint, latest_valid_checkpoint
+from moe_dist.checkpoint.find import ValidCheckpoint, checked, is_checkpoint, latest_valid_checkpoint
 from moe_dist.checkpoint.manifest import Manifest
 from moe_dist.config import RunConfig
 from moe_dist.errors import CheckpointError
@@ -24,8 +24,7 @@ class TrainedWeights:
 
 
 def find_weights(run: Path) -> TrainedWeights:
-    """Find the final weights of a run, or its newest valid checkpoint if it has not ended; or the weights at `run`
-    itself.
+    """Find the weights at `run` itself, the final weights of a run, or its newest valid checkpoint.
 
     `run` may also be a file that `moe-dist export` wrote. Collective if a process group exists. All files of a
     checkpoint are verified.
@@ -37,7 +36,7 @@ def find_weights(run: Path) -> TrainedWeights:
         with open_exported(run) as file:
             manifest, stored = file.manifest(), file.stored
         return TrainedWeights(run, manifest, config_of(manifest), stored)
-    found: Found | None = checked(run) if is_checkpoint(run) else latest_valid_checkpoint(run, weights=True)
+    found: ValidCheckpoint | None = checked(run) if is_checkpoint(run) else latest_valid_checkpoint(run, weights=True)
     if found is None:
         what = "holds no weights" if run.exists() else "does not exist"
         raise CheckpointError(

@@ -91,9 +91,7 @@ class ActivationStatistics:
         return ~(self.mass_E < UNUSED_MASS)
 
     def mean_mass(self) -> Tensor:
-        """Return the bias-corrected moving average of the router's weight per step, sum / ((1 - b^t) / (1 - b)),
-        float32 [E].
-        """
+        """Return the moving average of router weight per step, bias-corrected by (1 - b^t) / (1 - b), float32 [E]."""
         return self.mass_E / self.steps.to(self.mass_E).clamp(min=1.0)
 
     def centroids(self) -> Tensor:

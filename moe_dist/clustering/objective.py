@@ -21,8 +21,7 @@ Labels = npt.NDArray[np.int64]
 def pair_weights(
     similarity: npt.ArrayLike, clusters: int, loads: npt.ArrayLike | None = None, load_weight: float = 0.0
 ) -> Matrix:
-    """Compute A [E, E], symmetric with zero diagonal: objective = sum of A_ij over pairs of one cluster, plus a
-    constant.
+    """Compute A [E, E], symmetric, zero diagonal: objective = sum of A_ij over pairs of one cluster + constant.
 
     Raises:
         ValueError: S is not square or not finite, E does not divide, or loads are not E finite non-negative numbers.

@@ -40,9 +40,7 @@ class FactorizedExpert:
 
 
 def usage_weighted_mean(w_NIO: Tensor, usage_N: Tensor) -> Tensor:
-    """Compute `sum_n usage_n W_n / sum_n usage_n`; the plain mean if nothing was used. Usage is not negative, on any
-    scale.
-    """
+    """Compute `sum_n usage_n W_n / sum_n usage_n`, with usage >= 0; the plain mean if nothing was used."""
     weight_N = usage_N.to(w_NIO)
     if not weight_N.any():
         weight_N = torch.ones_like(weight_N)
@@ -66,13 +64,13 @@ def factorize_expert(
         vectors: add the expert's vectors, zero.
         inputs: moments that whitening fits; None: plain only.
         check: moments of other tokens, which decide between plain and whitened; None: `inputs`.
-        seed: of the randomized decomposition, the same on all ranks; None: the exact one.
+        seed: seed of the randomized decomposition, the same on all ranks; None: the exact one.
 
     Raises:
         ValueError: the rank is larger than a matrix allows.
     """
     if rank < 1:
-        raise ValueError(f"rank={rank} must be 1 or more")
+        raise ValueError(f"rank={rank} must be >= 1")
     nothing = WhiteningRoots(None, None)
     fit = (inputs or nothing).projections()
     judge = (check or inputs or nothing).projections()
@@ -171,20 +169,18 @@ def _factorize(w_IO: Tensor, base_IO: Tensor, rank: int, fit: Root, judge: Root,
 
 
 def _whitened_vectors(fit: Tensor, left_IO: Tensor, rank: int, seed: int | None) -> Tensor:
-    """Return the leading right singular vectors of the outputs; if tokens are fewer than ranks, the matrix's own fill
-    up.
-    """
+    """Return the leading right singular vectors of the outputs, completed by the matrix's own for few tokens."""
     output_IO = apply_root(fit, left_IO)
-    told = min(rank, len(output_IO))
-    q_OR = leading_right_vectors(output_IO, told, seed)
-    rest_OR = leading_right_vectors(left_IO - left_IO @ q_OR @ q_OR.T, rank - told, seed)
+    fitted = min(rank, len(output_IO))
+    q_OR = leading_right_vectors(output_IO, fitted, seed)
+    rest_OR = leading_right_vectors(left_IO - left_IO @ q_OR @ q_OR.T, rank - fitted, seed)
     return torch.cat([q_OR, rest_OR], dim=1)
 
 
 def _balanced(u_IR: Tensor, v_RO: Tensor) -> tuple[Tensor, Tensor]:
     """Rescale U and V to equal norms without changing their product, so that an optimizer treats both alike.
 
-    A V smaller than a new expert's keeps that norm: where U and V both vanish, neither would get a gradient.
+    V's norm is at least that of a new expert: where U and V both vanish, neither would get a gradient.
     """
     size_R = torch.linalg.vector_norm(u_IR, dim=0)
     scale_R = size_R.sqrt().clamp(min=V_STD * v_RO.shape[1] ** 0.5)

@@ -19,9 +19,7 @@ _LONG_AXIS = {"in_u": -2, "in_v": -1, "out_u": -2, "out_v": -1}
 
 
 def long_axis(name: str) -> int | None:
-    """Return the axis of a factor that is d or f, by its name (`in_u_NDR`, or `in_u_DR` of one expert); None: no
-    factor.
-    """
+    """Return a factor's axis that is d or f, by its name (`in_u_NDR`, `in_u_DR` of one expert); None: no factor."""
     return _LONG_AXIS.get(name.rpartition("_")[0])
 
 

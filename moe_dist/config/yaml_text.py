@@ -1,4 +1,4 @@
-"""Strict YAML parser: every text gives a value or a one-line error."""
+"""Strict YAML parser: every text gives a value or an error of one line."""
 
 from typing import Any
 

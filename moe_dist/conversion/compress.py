@@ -47,9 +47,7 @@ class CompressedLayer:
     whitened: float
     """Share of the matrices for which whitening had the smaller error."""
     bytes: int
-    """Bytes sent between the ranks that hold these experts: residuals, and all-reduces of bases (each rank's part of a
-    sum once for every other rank).
-    """
+    """Bytes sent between the ranks of the group: residuals, and all-reduces of bases."""
 
 
 @torch.no_grad()

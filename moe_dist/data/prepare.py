@@ -49,7 +49,9 @@ def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedDa
     """
     source = open_corpus(corpus)
     key = _key(source, tokenizer)
-    folder = Path(corpus.cache_dir).expanduser() / "prepared" / key
+    if corpus.cache_dir.startswith("~"):
+        raise DataError(f"corpus.cache_dir={corpus.cache_dir}: '~' is unknown here: set HOME or give another folder")
+    folder = Path(corpus.cache_dir) / "prepared" / key
     ready = _open(folder)
     if ready:
         return ready

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 _ROWS_OF_A_BATCH = 1024
 _COLUMNS_SHOWN = 20
 # Numbers of other columns may be too long or too large for Python's own types.
-_DECODER = json.JSONDecoder(parse_int=lambda _: 0, parse_float=lambda _: 0.0)
+_TEXT_DECODER = json.JSONDecoder(parse_int=lambda _: 0, parse_float=lambda _: 0.0)
 
 
 def jsonl_texts(path: Path, column: str) -> Iterator[str]:
@@ -26,7 +26,7 @@ def jsonl_texts(path: Path, column: str) -> Iterator[str]:
     """
     columns: dict[str, None] = {}
     rows, missing = 0, _MissingTexts(path, "line")
-    for number, row in _json_objects(path):
+    for number, row in json_objects(path, _TEXT_DECODER):
         rows += 1
         text = row.get(column)
         if column in row:
@@ -96,8 +96,13 @@ def _listed(columns: Iterable[str]) -> str:
     return ", ".join(names[:_COLUMNS_SHOWN]) + (", ..." if len(names) > _COLUMNS_SHOWN else "")
 
 
-def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
+def json_objects(path: Path, decoder: json.JSONDecoder | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number, from 1, and the object of each line that is not blank; a byte-order mark is skipped.
+
+    Raises:
+        DataError: one line that names the file and its line.
+    """
+    decoder, number = decoder or json.JSONDecoder(), 0
     try:
         with path.open("rb") as file:
             for chunk in file:
@@ -106,7 +111,7 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     data = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                     if not data.strip():
                         continue
-                    row = _DECODER.decode(data.decode())
+                    row = decoder.decode(data.decode())
                     if not isinstance(row, dict):
                         raise DataError(f"{path}: line {number} is not a JSON object: .jsonl holds one object per line")
                     yield number, row

@@ -1,7 +1,6 @@
 """Rows of a GLUE task from a local folder of JSON lines or from the hub, validated before any training."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_dist.data.hub import HubSource
+from moe_dist.data.table_files import json_objects
 from moe_dist.errors import DataError
 from moe_dist.evaluation.glue_tasks import STS_B_HIGHEST, GlueTask
 
@@ -57,9 +57,7 @@ def has_task(task: GlueTask, folder: Path | None) -> bool:
 
 
 def _validation_splits(task: GlueTask, folder: Path | None) -> tuple[tuple[str, str], ...]:
-    """Return the validation splits; a local `validation.jsonl` of MNLI is the matched one, and the mismatched one is
-    optional.
-    """
+    """Return the validation splits; a local `validation.jsonl` of MNLI is the matched one."""
     if folder is None or len(task.validation) == 1:
         return task.validation
     named = tuple((split, suffix) for split, suffix in task.validation if _file(task, split, folder).is_file())
@@ -78,20 +76,7 @@ def _open(task: GlueTask, split: str, folder: Path | None) -> tuple[str, Iterabl
     file = _file(task, split, folder)
     if not file.is_file():
         raise DataError(f"{file}: no such file: --glue takes a folder with {task.name}/{split}.jsonl")
-    return str(file), _json_lines(file)
-
-
-def _json_lines(file: Path) -> Iterator[Mapping[str, Any]]:
-    number = 0
-    with file.open("rb") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                row = json.loads(line.decode("utf-8"))
-                if not isinstance(row, dict):
-                    raise DataError(f"{file}: line {number} is not a JSON object")
-                yield row
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
-            raise DataError(f"{file}: line {number} cannot be read: {error}") from error
+    return str(file), (row for _, row in json_objects(file))
 
 
 def _checked(task: GlueTask, origin: str, rows: Iterable[Mapping[str, Any]]) -> list[Example]:

@@ -24,22 +24,10 @@ def score(name: str, predicted: Values, label: Values) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _f1(label: Values, predicted: Values) -> float:
-    return float(metrics.f1_score(label, predicted, zero_division=0))
-
-
-def _pearson(label: Values, predicted: Values) -> float:
-    return float(stats.pearsonr(label, predicted).statistic)
-
-
-def _spearman(label: Values, predicted: Values) -> float:
-    return float(stats.spearmanr(label, predicted).statistic)
-
-
 METRICS: dict[str, Metric] = {
     "matthews": metrics.matthews_corrcoef,
     "accuracy": metrics.accuracy_score,
-    "f1": _f1,
-    "pearson": _pearson,
-    "spearman": _spearman,
+    "f1": lambda label, predicted: float(metrics.f1_score(label, predicted, zero_division=0)),
+    "pearson": lambda label, predicted: float(stats.pearsonr(label, predicted).statistic),
+    "spearman": lambda label, predicted: float(stats.spearmanr(label, predicted).statistic),
 }

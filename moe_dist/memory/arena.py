@@ -55,7 +55,7 @@ class Arena:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
 
     def fits(self, size: int) -> bool:
-        """Return True if `take` would succeed."""
+        """Return True if `allocate` would succeed."""
         return bool(self._free[size]) or self.account.room + self._idle >= size
 
     def allocate(self, size: int) -> Tensor:
@@ -67,17 +67,15 @@ class Arena:
         if self._free[size]:
             return self._free[size].pop()
         while self.account.room < size and self._idle:
-            self._free_one(max(other for other, buffers in self._free.items() if buffers))
+            largest = max(other for other, buffers in self._free.items() if buffers)
+            self._free[largest].pop()
+            self.account.free(largest)
         self.account.reserve(size)
         return torch.empty(size, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
 
     def release(self, buffer: Tensor) -> None:
         """Keep a buffer for the next block of its size."""
         self._free[len(buffer)].append(buffer)
-
-    def _free_one(self, size: int) -> None:
-        self._free[size].pop()
-        self.account.free(size)
 
     @property
     def _idle(self) -> int:

@@ -227,7 +227,8 @@ class BlockCache:
         return True
 
     def _next_victim(self, demanded: bool) -> Block | None:
-        free = [(block, resident.use) for block, resident in self._residents.items() if self._evictable(resident)]
+        entries = self._residents.items()
+        free = [(block, entry.use) for block, entry in entries if not entry.pins and not entry.busy]
         order = eviction_order([pair for pair in free if demanded or not pair[1].prefetched], self._activity)
         return order[0] if order else None
 
@@ -235,10 +236,6 @@ class BlockCache:
     def _require_unused(block: Block, resident: _Resident) -> None:
         if resident.pins:
             raise RuntimeError(f"{block} is in use and cannot be evicted")
-
-    @staticmethod
-    def _evictable(resident: _Resident) -> bool:
-        return not resident.pins and not resident.busy
 
     def _write_back(self, block: Block, resident: _Resident) -> None:
         """Write a changed block to the lower tier, without the lock, and remove it."""

@@ -56,7 +56,7 @@ class OffloadedCluster:
         layer: int,
         local: int,
         parameters: Mapping[str, nn.Parameter],
-        residency: BlockCache,
+        cache: BlockCache,
         schedule: Schedule,
         dtype: torch.dtype,
         device: torch.device,
@@ -69,7 +69,7 @@ class OffloadedCluster:
         self.layer, self.local, self.dtype, self.device = layer, local, dtype, device
         self.layout = BlockLayout.of({name: parameter.shape for name, parameter in parameters.items()})
         self.parameters = dict(parameters)
-        self._residency, self._schedule = residency, schedule
+        self._cache, self._schedule = cache, schedule
         self._weights: Tensor | None = None
         self._uses = 0
         self._gradient: dict[nn.Parameter, Tensor] = {}
@@ -104,7 +104,7 @@ class OffloadedCluster:
         sizes = self.sizes()
         for kind, size in sizes.items():
             on_device = kind in (TensorKind.WEIGHT, TensorKind.GRADIENT)
-            (self._residency if on_device else state).register(self.block(kind), size)
+            (self._cache if on_device else state).register(self.block(kind), size)
         for kind in (TensorKind.WEIGHT, TensorKind.MASTER):
             if kind in sizes:
                 flat = state.acquire(self.block(kind), zero_init=True)
@@ -127,7 +127,7 @@ class OffloadedCluster:
         if self._schedule.recomputing:
             if not self._kept_for_backward:
                 self._kept_for_backward = True
-                self._bring_weights_in()
+                self._load_weights()
             result = compute(*entered)
         elif self._schedule.recomputes:
             with self.weights():
@@ -141,7 +141,7 @@ class OffloadedCluster:
     def skip(self) -> None:
         """Record a forward pass without rows: the weights are not loaded."""
         self._schedule.forward_begins(self, 0)
-        self._residency.cancel_prefetch(self.block(TensorKind.WEIGHT))
+        self._cache.cancel_prefetch(self.block(TensorKind.WEIGHT))
 
     @contextmanager
     def weights(self, *, changed: bool = False) -> Iterator[None]:
@@ -150,17 +150,17 @@ class OffloadedCluster:
         Args:
             changed: they are written to.
         """
-        self._bring_weights_in()
+        self._load_weights()
         try:
             yield
         finally:
-            self._let_weights_go(changed)
+            self._release_weights(changed)
 
     def begin_backward(self) -> None:
         """Load the weights, and a buffer for their gradient."""
         self._schedule.backward_begins(self)
-        self._bring_weights_in()
-        flat = self._residency.acquire(self.block(TensorKind.GRADIENT), zero_init=not self.has_gradient)
+        self._load_weights()
+        flat = self._cache.acquire(self.block(TensorKind.GRADIENT), zero_init=not self.has_gradient)
         self.has_gradient, self._flat_gradient = True, flat
         views = self.layout.views(flat)
         self._gradient = {self.parameters[name]: view for name, view in views.items()}
@@ -171,11 +171,11 @@ class OffloadedCluster:
         self._schedule.gradient_is_complete(self, self._flat_gradient)
         self._gradient, self._flat_gradient = {}, None
         self.expects_backward -= 1
-        self._residency.release(self.block(TensorKind.GRADIENT), changed=True)
-        self._let_weights_go()
+        self._cache.release(self.block(TensorKind.GRADIENT), changed=True)
+        self._release_weights()
         if self._kept_for_backward:
             self._kept_for_backward = False
-            self._let_weights_go()
+            self._release_weights()
 
     def _take_gradient(self, parameter: nn.Parameter) -> None:
         """Add the gradients that autograd accumulated to the block, and free them."""
@@ -185,20 +185,20 @@ class OffloadedCluster:
         self._gradient[parameter].add_(parameter.grad)
         parameter.grad = None
 
-    def _bring_weights_in(self) -> None:
-        flat = self._residency.acquire(self.block(TensorKind.WEIGHT))
+    def _load_weights(self) -> None:
+        flat = self._cache.acquire(self.block(TensorKind.WEIGHT))
         self._uses += 1
         if self._uses == 1:
             self._weights = flat
             for name, view in self.layout.views(flat).items():
                 self.parameters[name].data = view
 
-    def _let_weights_go(self, changed: bool = False) -> None:
+    def _release_weights(self, changed: bool = False) -> None:
         self._uses -= 1
         if not self._uses:
             self._weights = None
             self._show_placeholders()
-        self._residency.release(self.block(TensorKind.WEIGHT), changed=changed)
+        self._cache.release(self.block(TensorKind.WEIGHT), changed=changed)
 
     def _show_placeholders(self) -> None:
         nothing = torch.full((1,), float("nan"), dtype=self.dtype, device=self.device)

@@ -8,6 +8,7 @@ from typing import Any, Self
 from moe_dist.config import RunConfig, dump_config
 from moe_dist.console import wide_console
 from moe_dist.metrics import Progress, RunFolder, render_summary
+from moe_dist.metrics.run_lock import RunLock
 
 
 class Recorder:
@@ -65,14 +66,15 @@ class RunRecorder(Recorder):
 
     Args:
         run: folder of a run that resumes after `step`; None: the run gets a new one.
+        lock: lock of that folder, if the caller has acquired it.
     """
 
-    def __init__(self, config: RunConfig, run: Path | None = None, step: int = 0) -> None:
+    def __init__(self, config: RunConfig, run: Path | None = None, step: int = 0, lock: RunLock | None = None) -> None:
         options: dict[str, Any] = {"tensorboard": config.tensorboard, "summary_copy": config.summary_copy}
         if run is None:
             self._folder = RunFolder.create(config.runs_dir, config.name, dump_config(config), **options)
         else:
-            self._folder = RunFolder.reopen(run, step, dump_config(config), **options)
+            self._folder = RunFolder.reopen(run, step, dump_config(config), lock=lock, **options)
         self._console = wide_console()
         self._progress = Progress(config.train.steps, self._console)
 

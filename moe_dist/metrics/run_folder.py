@@ -7,6 +7,7 @@
     events.jsonl    one JSON object per event: evaluations, re-clusterings, checkpoints, faults, end of the run
     tensorboard/    the metrics again, for TensorBoard
     summary.json    the figures of the finished run
+    .lock           held while a job writes the folder
 
 Lines are written whole and flushed, so that the folder of a run that is interrupted or killed is readable.
 """
@@ -21,6 +22,7 @@ from typing import Any, Self, TextIO
 
 from moe_dist.errors import ConfigError
 from moe_dist.metrics.json_text import strict_json, write_json
+from moe_dist.metrics.run_lock import RunLock
 from moe_dist.metrics.summary import flatten, missing_keys
 
 
@@ -32,15 +34,22 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, *, tensorboard: bool = True, summary_copy: str | Path | None = None, step: int | None = None
+        self,
+        path: Path,
+        lock: RunLock,
+        *,
+        tensorboard: bool = True,
+        summary_copy: str | Path | None = None,
+        step: int | None = None,
     ) -> None:
         """Open the folder's files.
 
         Args:
+            lock: the folder's lock, released by `close`.
             step: step after which a run resumes; None: a new run.
         """
         self.path = path
-        self._summary_copy = summary_copy
+        self._lock, self._summary_copy = lock, summary_copy
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = (path / "events.jsonl").open("a", encoding="utf-8")
         self._loads: TextIO | None = None
@@ -71,7 +80,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"runs_dir={str(runs_dir)!r}: cannot create a run folder: {error.strerror}") from error
         (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        return cls(path, tensorboard=tensorboard, summary_copy=summary_copy)
+        return cls(path, RunLock(path), tensorboard=tensorboard, summary_copy=summary_copy)
 
     @classmethod
     def reopen(
@@ -80,6 +89,7 @@ class RunFolder:
         step: int,
         config_yaml: str,
         *,
+        lock: RunLock | None = None,
         tensorboard: bool = True,
         summary_copy: str | Path | None = None,
     ) -> Self:
@@ -87,17 +97,22 @@ class RunFolder:
 
         `events.jsonl` keeps its lines, since events are history; a summary of an earlier end is removed.
 
+        Args:
+            lock: the folder's lock, if the caller has acquired it.
+
         Raises:
-            ConfigError: the folder cannot be written.
+            ConfigError: the folder cannot be written, or another job is writing it.
         """
+        lock = lock or RunLock(path)
         try:
             for file in path.glob("*.jsonl"):
                 _cut_back(file, None if file.name == "events.jsonl" else step)
             (path / "summary.json").unlink(missing_ok=True)
             (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         except OSError as error:
+            lock.release()
             raise ConfigError(f"{path}: cannot resume this run: {error.strerror}") from error
-        return cls(path, tensorboard=tensorboard, summary_copy=summary_copy, step=step)
+        return cls(path, lock, tensorboard=tensorboard, summary_copy=summary_copy, step=step)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`, and each number in it to TensorBoard under its dotted key."""
@@ -143,6 +158,7 @@ class RunFolder:
             self._loads.close()
         if self._board is not None:
             self._board.close()
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self

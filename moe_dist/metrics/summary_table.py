@@ -65,7 +65,7 @@ def _curve_table(curve: Sequence[Mapping[str, Any]], width: int) -> Table:
             _number(point.get("tokens"), ",d"),
             _number(point.get("step"), ",d"),
             f"{loss:.4f}",
-            _perplexity(loss),
+            f"{exp(loss):,.2f}" if loss < 50 else MISSING,
             Bar(1.0, 0.0, share, width=bar_width, color="green"),
         )
     return table
@@ -76,10 +76,6 @@ def _spread(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str,
     if len(points) <= most:
         return list(points)
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
-
-
-def _perplexity(loss: float) -> str:
-    return f"{exp(loss):,.2f}" if loss < 50 else MISSING
 
 
 def _figures_table(summary: Mapping[str, Any], folder: Path | None) -> Table:

@@ -1,4 +1,4 @@
-"""Resumption of a run: resolves `checkpoint.resume` to a checkpoint, the same on all ranks."""
+"""Resolution of `checkpoint.resume` to a run and a checkpoint, the same on all ranks."""
 
 import json
 import os
@@ -6,66 +6,93 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from moe_dist.checkpoint.compatibility import check_config_compatible
-from moe_dist.checkpoint.find import Found, agreed, checked, is_checkpoint, latest_valid_checkpoint
+from moe_dist.checkpoint.find import ValidCheckpoint, agreed, checked, is_checkpoint, latest_valid_checkpoint
 from moe_dist.checkpoint.manifest import DataRecord
 from moe_dist.checkpoint.store import checkpoints_of, set_aside
 from moe_dist.config import RunConfig
 from moe_dist.data import PreparedData
+from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.errors import CheckpointError
 from moe_dist.metrics.recorder import Recorder, RunRecorder
+from moe_dist.metrics.run_lock import RunLock
 
 WORDS = ("none", "auto", "requeued")
 RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-"""Environment variables that launchers set above 0 when they restart a job."""
+"""Environment variables that schedulers set above 0 when they restart a job."""
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """Checkpoint from which a run resumes.
+    """Checkpoint to resume from.
 
     Attributes:
-        run: folder of the run to continue; None: a new run starts from the checkpoint.
+        run: folder of the run that resumes; None: a new run branches off.
         changes: keys that differ from the checkpoint's configuration, as `key: then -> now`.
+        skipped: newer runs of the name that have no checkpoint.
+        lock: lock of the run's folder, on rank 0.
     """
 
-    found: Found
+    found: ValidCheckpoint
     run: Path | None
     changes: list[str]
+    skipped: tuple[Path, ...] = ()
+    lock: RunLock | None = None
 
     @property
     def step(self) -> int:
-        """Last step before the checkpoint."""
+        """Last step that the checkpoint contains."""
         return self.found.manifest.step
 
 
+@dataclass(frozen=True)
+class _RunChoice:
+    """Run that `checkpoint.resume` selects, and newer runs of the name that have nothing to resume from."""
+
+    run: Path | None = None
+    skipped: tuple[Path, ...] = ()
+
+
 def find_resumption(config: RunConfig, data: PreparedData) -> Resumption | None:
-    """Find and verify the checkpoint of `checkpoint.resume`; None: start a new run. Collective.
+    """Return the verified checkpoint that `checkpoint.resume` selects, or None if the run starts anew; collective.
 
     Raises:
-        CheckpointError: a given path has no checkpoint, all checkpoints are damaged, or the configuration is
-            incompatible.
+        CheckpointError: a path holds no checkpoint, all checkpoints are damaged, or it is incompatible.
+        ConfigError: another job is writing the run.
     """
-    run, found = _wanted(config)
-    if found is None:
-        return None
-    changes = check_config_compatible(found.manifest, config.phase_after(found.manifest.step), data_record(data))
-    if found.manifest.step > config.train.steps:
-        raise CheckpointError(
-            f"checkpoint {found.path} is of step {found.manifest.step}, beyond train.steps={config.train.steps}"
-        )
-    return Resumption(found, run, changes)
+    choice = _choose_run(config)
+    lock = _lock(choice)
+    try:
+        found = _checkpoint_of(config, choice.run)
+        if found is None:
+            _release(lock)
+            return None
+        changes = check_config_compatible(found.manifest, config.phase_after(found.manifest.step), data_record(data))
+        if found.manifest.step > config.train.steps:
+            raise CheckpointError(
+                f"checkpoint {found.path} is of step {found.manifest.step}, beyond train.steps={config.train.steps}"
+            )
+    except BaseException:
+        _release(lock)
+        raise
+    return Resumption(found, choice.run, changes, choice.skipped, lock)
 
 
 def open_recorder(config: RunConfig, rank: int, resumption: Resumption | None) -> Recorder:
-    """Open the recorder of a new or resumed run, and record its start; damaged checkpoints are set aside."""
+    """Open the recorder of a new or resumed run, record the resumption, and rename damaged checkpoints."""
     if rank:
         return Recorder()
     if resumption is None or resumption.run is None:
+        earlier = _runs_to_choose_from(config) if resumption is None else []
         recorder = RunRecorder(config)
         recorder.event("started", 0, run=config.name, job=job_id())
+        if earlier:
+            names = ", ".join(str(path) for path in earlier)
+            recorder.note(f"no checkpoint to resume from in {names}: starts anew at step 0")
     else:
-        recorder = RunRecorder(config, resumption.run, resumption.step)
+        recorder = RunRecorder(config, resumption.run, resumption.step, resumption.lock)
     if resumption is not None:
         _record_resumption(recorder, resumption)
     return recorder
@@ -75,15 +102,19 @@ def _record_resumption(recorder: RunRecorder, resumption: Resumption) -> None:
     found, step = resumption.found, resumption.step
     for path, problem in found.damaged.items():
         kept = set_aside(path) if resumption.run is not None else path
-        recorder.note(f"warning: {problem}; it is kept as {kept.name}, and the previous checkpoint is used")
+        recorder.note(f"warning: {problem}; it is kept as {kept.name}, and the one before is used")
         recorder.event("checkpoint_damaged", step, path=path.name, error=problem)
+    if resumption.skipped:
+        names = ", ".join(str(path) for path in resumption.skipped)
+        recorder.note(f"no checkpoint in {names}: resumes the run before, {resumption.run}")
     changes = f"; changed: {', '.join(resumption.changes)}" if resumption.changes else ""
     recorder.note(f"resumes after step {step} from {found.path}{changes}")
-    recorder.event("resumed", step, path=str(found.path), changes=resumption.changes)
+    skipped = [str(path) for path in resumption.skipped]
+    recorder.event("resumed", step, path=str(found.path), changes=resumption.changes, skipped=skipped)
 
 
 def data_record(data: PreparedData) -> DataRecord:
-    """Return the identity of the token files, for checkpoints."""
+    """Return the identity of the training tokens."""
     return DataRecord(
         train_checksum=data.train.checksum,
         validation_checksum=data.validation.checksum,
@@ -93,52 +124,80 @@ def data_record(data: PreparedData) -> DataRecord:
 
 
 def job_id() -> str | None:
-    """Return an identifier of the scheduler's job that does not change when it is requeued; None: no Slurm job."""
+    """Return the identity of a job that is the same after a restart by the scheduler, or None without a scheduler."""
     job, array, task = (os.environ.get(f"SLURM_{part}") for part in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"))
     return f"slurm-{array}_{task}" if array and task else f"slurm-{job}" if job else None
 
 
-def _wanted(config: RunConfig) -> tuple[Path | None, Found | None]:
+def run_to_go_on(config: RunConfig) -> Path | None:
+    """Return the folder of the run that `checkpoint.resume` selects, if any; collective."""
+    return _choose_run(config).run
+
+
+def _choose_run(config: RunConfig) -> _RunChoice:
     resume = config.checkpoint.resume
-    run = run_to_go_on(config)
+    if resume not in WORDS:
+        path = Path(resume)
+        return _RunChoice(agreed(path if checkpoints_of(path) and not is_checkpoint(path) else None))
+    runs = agreed(_runs_to_choose_from(config))
+    resumable = agreed(next((path for path in runs if _has_state(path)), None))
+    return _RunChoice(resumable, tuple(runs[: runs.index(resumable)] if resumable is not None else runs))
+
+
+def _lock(choice: _RunChoice) -> RunLock | None:
+    """Lock the run on rank 0; reject the job on all ranks if another one is writing it or a newer run of the name."""
+    lock = None
+    with raise_on_all_ranks():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            for path in choice.skipped:
+                RunLock(path).release()
+            if choice.run is not None:
+                lock = RunLock(choice.run)
+    return lock
+
+
+def _release(lock: RunLock | None) -> None:
+    if lock is not None:
+        lock.release()
+
+
+def _checkpoint_of(config: RunConfig, run: Path | None) -> ValidCheckpoint | None:
     if run is not None:
-        return run, latest_valid_checkpoint(run)
+        return latest_valid_checkpoint(run)
+    resume = config.checkpoint.resume
     if resume in WORDS:
-        return None, None
-    path = Path(resume)
-    if not agreed(is_checkpoint(path)):
+        return None
+    if not agreed(is_checkpoint(Path(resume))):
         raise CheckpointError(
             f"checkpoint.resume={resume!r} holds no checkpoint: give auto, none, or the folder of a run or a checkpoint"
         )
-    return None, checked(path)
+    return checked(Path(resume))
 
 
-def run_to_go_on(config: RunConfig) -> Path | None:
-    """Return the folder of the run that `checkpoint.resume` continues, or None; collective."""
+def _runs_to_choose_from(config: RunConfig) -> list[Path]:
+    """Return the runs that `checkpoint.resume=auto` or a restarted job may resume, newest first."""
     resume = config.checkpoint.resume
-    if resume == "none" or (resume == "requeued" and not _started_again()):
-        return None
-    if resume in WORDS:
-        return agreed(_newest_run(config, job_id() if resume == "requeued" else None))
-    path = Path(resume)
-    return agreed(path if bool(checkpoints_of(path)) and not is_checkpoint(path) else None)
+    if resume not in ("auto", "requeued") or (resume == "requeued" and not _started_again()):
+        return []
+    job = job_id() if resume == "requeued" else None
+    pattern = re.compile(re.escape(config.name) + r"(-[0-9]+)?")
+    runs = Path(config.runs_dir)
+    found = [path for path in (runs.iterdir() if runs.is_dir() else []) if pattern.fullmatch(path.name)]
+    numbered = sorted(found, key=lambda path: int(path.name.removeprefix(config.name)[1:] or 1), reverse=True)
+    return [path for path in numbered if _is_run_of(path, config.name, job)]
+
+
+def _has_state(run: Path) -> bool:
+    """Return True if a run has a checkpoint, or has finished."""
+    return bool(checkpoints_of(run)) or (run / "summary.json").exists()
 
 
 def _started_again() -> bool:
     return any(os.environ.get(name, "0") not in ("", "0") for name in RESTART_COUNTS)
 
 
-def _newest_run(config: RunConfig, job: str | None) -> Path | None:
-    """Return the newest folder of a run of this name (`name` or `name-2`, ...), and of `job` if it is given."""
-    pattern = re.compile(re.escape(config.name) + r"(-[0-9]+)?")
-    runs = Path(config.runs_dir)
-    found = [path for path in (runs.iterdir() if runs.is_dir() else []) if pattern.fullmatch(path.name)]
-    numbered = sorted(found, key=lambda path: int(path.name.removeprefix(config.name)[1:] or 1), reverse=True)
-    return next((path for path in numbered if _is_run_of(path, config.name, job)), None)
-
-
 def _is_run_of(run: Path, name: str, job: str | None) -> bool:
-    """Return True if the first event of a run has this name, and this job unless `job` is None."""
+    """Return True if a run's first event has that name, and that job unless it is None."""
     try:
         with (run / "events.jsonl").open(encoding="utf-8") as file:
             started = json.loads(file.readline())

@@ -140,7 +140,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     cases = {
         "--window 99 is longer than the sequences": {"window": 99},
         "--stride 20 is longer than a window of 16 tokens": {"window": 16, "stride": 20},
-        "holds no folder of a task": {"tasks": ("glue",), "glue": tmp_path},
+        "holds no task's folder": {"tasks": ("glue",), "glue": tmp_path},
         "--glue-batch 3 is not divisible": {"tasks": ("glue:cola",), "glue_batch": 3},
     }
     for said, options in cases.items():

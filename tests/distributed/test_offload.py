@@ -136,7 +136,7 @@ def test_ranks_that_share_or_repeat_experts_are_the_same(axes: tuple[int, int, i
 
 
 def _bytes_by_kind(residuals: list[str], directory: Path) -> list[tuple[dict[str, int], int, int, int]]:
-    """Of a model under training: bytes in blocks by kind, in files, in the stored form; and elements of clusters."""
+    """Of a model under training: bytes in blocks by kind, in files, and quantized; and elements of clusters."""
     found = []
     for how in residuals:
         words = [f"precision.residuals={how}", "train.precision=bfloat16", f"memory.directory={directory}"]

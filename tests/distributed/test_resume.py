@@ -23,6 +23,7 @@ from moe_dist.config import load_config
 from moe_dist.data import SequenceLoader
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.errors import MoeDistError, TrainingError
+from moe_dist.metrics.run_lock import RunLock
 from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training import SMOKE
@@ -295,7 +296,7 @@ def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(folder: Path) -> 
     run = folder / "runs" / "hangs"
     assert "since step 4: this rank hangs in " in (folder / "runs" / "rank-1.error").read_text()
     waits, hangs = ((run / "stacks" / f"rank-0000{rank}.txt").read_text() for rank in (0, 1))
-    assert "torch/distributed" in waits or "moe_dist/dispatch/channel.py" in waits  # in a collective, or for its end
+    assert "torch/distributed" in waits or "moe_dist/dispatch/all_to_all.py" in waits  # in a collective, or for its end
     assert "_train_until_it_hangs" in hangs
     assert _lines(run, "events.jsonl")[-1]["event"] == "failed"
     run_ranks(_train, 2, words)
@@ -328,3 +329,42 @@ def test_only_damaged_checkpoints_are_an_error(folder: Path) -> None:
         (checkpoint / "manifest.json").unlink()
     for message, _ in run_ranks(_refused, 2, _words(folder, "ruined", f"checkpoint.resume={run}")):
         assert "every checkpoint is damaged" in message
+
+
+def _rename(run: Path) -> None:
+    """Give a copied run its folder's name, by which `checkpoint.resume=auto` finds it."""
+    started = _lines(run, "events.jsonl")[0]
+    (run / "events.jsonl").write_text(json.dumps({**started, "run": run.name}) + "\n")
+
+
+def _in_use(words: list[str]) -> str:
+    with pytest.raises((MoeDistError, ConnectionError)) as caught:
+        _train(words)
+    return str(caught.value)
+
+
+def test_a_second_job_of_the_name_is_refused_on_all_ranks_and_harms_nothing(folder: Path) -> None:
+    run = _copy(folder, "shared")
+    (run / "summary.json").unlink()
+    _rename(run)
+    first_job = RunLock(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    own, followed = run_ranks(_in_use, 2, _words(folder, "shared", "checkpoint.resume=auto"))
+    first_job.release()
+    assert own.startswith(f"{run} is in use by another job (process {os.getpid()} on ")
+    assert followed == f"rank 0 failed: {own}"
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_auto_resumes_the_run_before_one_that_died_before_its_first_checkpoint(folder: Path) -> None:
+    run = _copy(folder, "early")
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    _rename(run)
+    died = folder / "runs" / "early-2"
+    died.mkdir()
+    shutil.copy(run / "events.jsonl", died)
+    run_ranks(_train, 2, _words(folder, "early", "world.zero_stage=2", "checkpoint.resume=auto"))
+    _assert_same_end(run, _straight(folder))
+    resumed = next(line for line in _lines(run, "events.jsonl") if line["event"] == "resumed")
+    assert (resumed["step"], resumed["skipped"]) == (3, [str(died)])

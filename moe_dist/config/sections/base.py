@@ -22,13 +22,19 @@ def _integer_of_float(value: object) -> object:
     return int(number) if isinstance(number, float) and number.is_integer() else value
 
 
+def _expanded(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a path holds no NUL character")
+    return os.path.expanduser(path)
+
+
 Positive = Annotated[int, Field(ge=1, le=LARGEST_INTEGER)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
 ByteCount = Annotated[int, BeforeValidator(_integer_of_float), Field(ge=1, le=LARGEST_BYTES)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-"""Path or glob in which `~` is expanded."""
+PathText = Annotated[str, AfterValidator(_expanded)]
+"""Path or glob in which `~` and `~user` are expanded."""
 
 
 class Section(BaseModel):

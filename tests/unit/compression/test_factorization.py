@@ -217,7 +217,7 @@ def _distance(a: ExpertMatrices, b: ExpertMatrices) -> float:
     return float(((a.w_in_DH - b.w_in_DH) ** 2).sum() + ((a.w_out_FD - b.w_out_FD) ** 2).sum())
 
 
-@pytest.mark.parametrize(("rank", "why"), [(0, "must be 1 or more"), (13, "must be in 0 to 12")])
+@pytest.mark.parametrize(("rank", "why"), [(0, "must be >= 1"), (13, "must be in 0 to 12")])
 def test_a_rank_that_cannot_be_is_refused(rank: int, why: str) -> None:
     w_in, w_out = draw_experts(0, 2)
     with pytest.raises(ValueError, match=f"rank={rank} {why}"):

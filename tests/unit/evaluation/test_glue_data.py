@@ -83,7 +83,7 @@ def test_wrong_rows_are_one_clear_line(folder: Path, rows: list[Any], said: str)
 
 def test_wrong_files_are_one_clear_line(folder: Path) -> None:
     (folder / "rte" / "train.jsonl").write_text('{"sentence1": \n')
-    with pytest.raises(DataError, match=r"train.jsonl: line 1 cannot be read"):
+    with pytest.raises(DataError, match=r"train.jsonl: line 1 is not JSON"):
         load_task(TASKS["rte"], folder)
     (folder / "rte" / "train.jsonl").unlink()
     with pytest.raises(DataError, match=r"train.jsonl: no such file: --glue takes a folder with rte/train.jsonl"):
@@ -93,9 +93,9 @@ def test_wrong_files_are_one_clear_line(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b'{"sentence1": "caf\xe9"}', r"line 2 cannot be read: 'utf-8' codec"),
-        (b"[" * 200_000, r"line 2 cannot be read: .*recursion"),
-        (b'{"sentence1": ', r"line 2 cannot be read: "),
+        (b'{"sentence1": "caf\xe9"}', r"line 2 is not UTF-8 text: byte 18"),
+        (b"[" * 200_000, r"line 2 is nested too deeply"),
+        (b'{"sentence1": ', r"line 2 is not JSON: "),
     ],
 )
 def test_lines_that_are_no_json_are_named(folder: Path, line: bytes, said: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class LateWorker:
-    """Takes the place of a residency's executor."""
+    """Takes the place of a cache's executor."""
 
     def __init__(self) -> None:
         self._queue: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = []

@@ -14,12 +14,12 @@ from moe_dist.memory.block import Block
 from moe_dist.memory.block_cache import BlockCache
 from moe_dist.memory.copy_streams import Transfers
 from tests.unit.memory.late_worker import LateWorker
-from tests.unit.memory.test_tiers import BLOCKS, CPU, SIZE, residency, values_of
+from tests.unit.memory.test_tiers import BLOCKS, CPU, SIZE, cache_on_disk, values_of
 
 
 def stacked(path: Path, on_device: int, on_host: int) -> tuple[BlockCache, BlockCache, LateWorker]:
     """A device over a host, and the thread that fetches for the device, which waits to be told."""
-    host, worker = residency(path, on_host), LateWorker()
+    host, worker = cache_on_disk(path, on_host), LateWorker()
     device = BlockCache(host, Arena(Account(on_device * SIZE.bytes, "device"), CPU), Transfers(CPU))
     device._worker = worker  # type: ignore[assignment]
     for block in BLOCKS:
@@ -48,7 +48,7 @@ def test_what_is_being_fetched_has_arrived_before_it_is_sent_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread is in the middle of its copy when the host's memory is to be written: it is waited for."""
-    host = residency(tmp_path, 3)
+    host = cache_on_disk(tmp_path, 3)
     device = BlockCache(host, Arena(Account(2 * SIZE.bytes, "device"), CPU), Transfers(CPU))
     device.register(BLOCKS[0], SIZE)
     host.write(BLOCKS[0], values_of(1))
@@ -77,7 +77,7 @@ def test_what_is_being_fetched_has_arrived_before_it_is_sent_down(
 
 
 STACKED_STEPS = st.tuples(
-    st.sampled_from(BLOCKS[:3]), st.sampled_from(["use", "fetch", "unwant", "update", "drop", "hold", "late"])
+    st.sampled_from(BLOCKS[:3]), st.sampled_from(["use", "fetch", "cancel", "update", "drop", "hold", "late"])
 )
 
 
@@ -97,7 +97,7 @@ def test_stacked_blocks_read_as_they_were_left_however_late_fetches_are(
                 expected[block] = number
             case "fetch":
                 device.prefetch([block])
-            case "unwant":
+            case "cancel":
                 device.cancel_prefetch(block)
             case "update":
                 device.evict(block)

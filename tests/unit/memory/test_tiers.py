@@ -35,7 +35,7 @@ def disk(path: Path) -> DiskTier:
     return DiskTier(OwnedFolder(path), lambda block: f"layer {block.layer}, cluster {block.local}")
 
 
-def residency(path: Path, blocks_at_once: int, activity: Activity | None = None) -> BlockCache:
+def cache_on_disk(path: Path, blocks_at_once: int, activity: Activity | None = None) -> BlockCache:
     arena = Arena(Account(blocks_at_once * SIZE.bytes, "the test's memory"), CPU)
     tier = BlockCache(disk(path), arena, Transfers(CPU), activity)
     for block in BLOCKS:
@@ -106,7 +106,7 @@ def test_blocks_read_as_they_were_left(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[Block, str]], room: int
 ) -> None:
     """Against a dictionary, whatever is evicted, fetched ahead or dropped between."""
-    tier, expected = residency(tmp_path_factory.mktemp("tier"), room), dict.fromkeys(BLOCKS, 0)
+    tier, expected = cache_on_disk(tmp_path_factory.mktemp("tier"), room), dict.fromkeys(BLOCKS, 0)
     for number, (block, what) in enumerate(steps, 1):
         match what:
             case "write":
@@ -144,7 +144,7 @@ def test_blocks_read_as_they_were_left(
 
 def test_tiers_stack(tmp_path: Path) -> None:
     """As device -> host -> disk: both budgets hold, and values come back through both."""
-    host = residency(tmp_path, 3)
+    host = cache_on_disk(tmp_path, 3)
     device = BlockCache(host, Arena(Account(2 * SIZE.bytes, "device"), CPU), Transfers(CPU))
     for number, block in enumerate(BLOCKS, 1):
         device.register(block, SIZE)
@@ -160,7 +160,7 @@ def test_tiers_stack(tmp_path: Path) -> None:
 
 
 def test_only_what_changed_is_written(tmp_path: Path) -> None:
-    tier = residency(tmp_path, 1)
+    tier = cache_on_disk(tmp_path, 1)
     with tier.pinned(BLOCKS[0], changed=True):
         pass
     for block in (*BLOCKS[1:3], BLOCKS[0], BLOCKS[1]):
@@ -171,7 +171,7 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
 
 
 def test_blocks_in_use_stay_and_are_counted(tmp_path: Path) -> None:
-    tier = residency(tmp_path, 1)
+    tier = cache_on_disk(tmp_path, 1)
     with (
         tier.pinned(BLOCKS[0]),
         pytest.raises(OffloadError, match=r"budget of 4,000: raise memory.device_budget_bytes"),
@@ -234,7 +234,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_what_is_fetched_too_late_does_not_blank_what_has_been_used(tmp_path: Path) -> None:
     """The thread that fetches lags behind: the block has been filled and sent down before its generation comes."""
-    tier, gate = residency(tmp_path, 2), threading.Event()
+    tier, gate = cache_on_disk(tmp_path, 2), threading.Event()
     tier.prefetch([])
     assert tier._worker is not None
     tier._worker.submit(gate.wait)
@@ -251,7 +251,7 @@ def test_what_is_fetched_too_late_does_not_blank_what_has_been_used(tmp_path: Pa
 
 def test_an_error_below_leaves_the_table_whole(tmp_path: Path) -> None:
     """What could not be fetched ahead says so when it is demanded, and other blocks go on."""
-    tier = residency(tmp_path, 1)
+    tier = cache_on_disk(tmp_path, 1)
     tier.write(BLOCKS[-1], values_of(1))
     tier.evict(BLOCKS[-1])
     os.truncate(tmp_path / "layer-001.bin", 0)

@@ -146,5 +146,5 @@ def test_a_run_that_goes_on_repeats_no_line(tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_go_on_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot resume this run: [^\n]+$"):
+    with pytest.raises(ConfigError, match=r"nowhere: cannot be locked for this job: [^\n]+$"):
         RunFolder.reopen(tmp_path / "nowhere", 3, "", tensorboard=False)

@@ -28,7 +28,7 @@ def documents_or_line(config: CorpusConfig) -> list[str] | str:
 def test_without_a_network_the_line_says_what_to_do(tmp_path: Path) -> None:
     # a process of its own: the hub's address is read when its library is imported; port 1 refuses every connection
     code = (
-        "from tests.unit.data.test_hub_corpus import HUB, documents_or_line; import time; start = time.monotonic();"
+        "from tests.unit.data.test_hub import HUB, documents_or_line; import time; start = time.monotonic();"
         "line = documents_or_line(HUB); print(time.monotonic() - start, line)"
     )
     environment = {
