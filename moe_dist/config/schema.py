@@ -31,6 +31,7 @@ class RunConfig(Section):
     runs_dir: PathText = "runs"
     seed: NonNegative = 0
     tensorboard: bool = True
+    picture: bool = Field(False, description="draw the run's figures in run.png, in its folder")
     summary_copy: PathText | None = Field(
         None, description="a file that also receives summary.json; --json FILE sets it"
     )

@@ -9,6 +9,7 @@ from moe_dist.config import RunConfig, dump_config
 from moe_dist.console import wide_console
 from moe_dist.metrics import Progress, RunFolder, render_summary
 from moe_dist.metrics.run_lock import RunLock
+from moe_dist.metrics.run_picture import write_picture
 
 
 class Recorder:
@@ -75,6 +76,7 @@ class RunRecorder(Recorder):
             self._folder = RunFolder.create(config.runs_dir, config.name, dump_config(config), **options)
         else:
             self._folder = RunFolder.reopen(run, step, dump_config(config), lock=lock, **options)
+        self._picture = config.picture
         self._console = wide_console()
         self._progress = Progress(config.train.steps, self._console)
 
@@ -133,7 +135,8 @@ class RunRecorder(Recorder):
         self._folder.write_summary(summary)
         self._folder.event("finished", summary["steps"])
         self._progress.__exit__(None, None, None)
-        render_summary(summary, self._console, self._folder.path)
+        picture = write_picture(self._folder.path, summary) if self._picture else None
+        render_summary(summary, self._console, self._folder.path, picture)
 
 
 def perplexity(loss: float) -> float:
