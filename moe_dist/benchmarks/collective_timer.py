@@ -25,7 +25,7 @@ class StepPhase(StrEnum):
     COMPUTE = "compute"
     ALL_TO_ALL = "all_to_all"
     REDUCTION = "reduction"  # of gradients, norms and counts, and the gathering of updated weights
-    WAITING = "waiting"  # for the last rank to come to a collective
+    WAITING = "waiting"  # until the last rank has joined a collective
 
 
 WATCHED = {
@@ -75,7 +75,7 @@ class CollectiveTimer:
             if not self.active:
                 return function(*args, **kwargs)
             given = signature.bind(*args, **kwargs)
-            self.active = False  # one collective may be made of others
+            self.active = False  # a collective may call others
             try:
                 self._run(part, function, given)
             finally:

@@ -25,7 +25,7 @@ from moe_dist.cli import (
     weights,
 )
 from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError
-from moe_dist.launch.environment import hush_libraries
+from moe_dist.launch.environment import silence_library_warnings
 
 EXIT_INTERRUPTED = 130
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of the click inside typer
@@ -72,7 +72,7 @@ for group in (
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: a user's error is one line, only our own errors show a traceback."""
-    hush_libraries()
+    silence_library_warnings()
     sys.exit(_exit_code(arguments))
 
 
@@ -81,7 +81,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         code = app(args=arguments, prog_name="moe-dist", standalone_mode=False)
     except UsageError as error:
         shown = getattr(error, "format_message", error.__str__)()
-        return _complain(f"{' '.join(shown.split())} (moe-dist --help shows what there is)", EXIT_REFUSED)
+        return _complain(f"{' '.join(shown.split())} (see moe-dist --help)", EXIT_REFUSED)
     except MoeDistError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:

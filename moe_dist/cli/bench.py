@@ -36,15 +36,16 @@ def register(app: typer.Typer) -> None:
 def bench_quality(
     overrides: Overrides = None,
     text: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=TRAIN,VALIDATION", help="On these files; may be given again.")
+        list[str] | None,
+        typer.Option(metavar="NAME=TRAIN,VALIDATION", help="Train on these files; repeatable."),
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="A recipe to run; may be given again. Default: all.")] = None,
     stdlib: Annotated[
-        bool, typer.Option("--stdlib/--no-stdlib", help="On the source code of Python's standard library.")
+        bool, typer.Option("--stdlib/--no-stdlib", help="Train on the source code of Python's standard library.")
     ] = True,
     equal_time: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="Every recipe trains as long as this one, not on as many tokens."),
+        typer.Option(metavar="RECIPE", help="Train every recipe for the time of this one instead of equal tokens."),
     ] = None,
     seeds: Seeds = 3,
     jobs: Jobs = 2,

@@ -14,11 +14,11 @@ def bench_domains(
     overrides: Overrides = None,
     recipe: Annotated[
         list[str] | None,
-        typer.Option(help="A recipe to run; may be given again. The first is what others are held to."),
+        typer.Option(help="A recipe to run; may be given again. The first is the baseline."),
     ] = None,
     seeds: Seeds = 3,
     jobs: Jobs = 2,
-    characters: Annotated[int, typer.Option(min=10_000, help="Text of each domain.")] = 1_500_000,
+    characters: Annotated[int, typer.Option(min=10_000, help="Characters per domain.")] = 1_500_000,
     english: Annotated[Path | None, typer.Option(help="A text file; default: docstrings of the library.")] = None,
     configs: RecipeFolder = Path("configs/experiment"),
     folder: FinishedRuns = Path("results/domains"),

@@ -14,7 +14,7 @@ from moe_dist.metrics import write_json
 
 def bench_precision(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="precision.KEY=value", help="What clusters are stored as.")
+        list[str] | None, typer.Argument(metavar="precision.KEY=value", help="Storage format of clusters.")
     ] = None,
     clusters: Annotated[int | None, typer.Option(help="G of every shape, instead of those shown.")] = None,
     rank: Annotated[int | None, typer.Option(help="r of every shape, instead of those shown.")] = None,

@@ -81,13 +81,11 @@ def takes(**specifications: type | tuple[type, ...]) -> Callable[[Command], Comm
 
 def build(specification: type, values: dict[str, Any]) -> Any:
     """Return a specification with those of `values` that it declares, also in a field that is a specification."""
-    arguments, hints = {}, get_type_hints(specification)
-    for field in fields(specification):
-        if is_dataclass(hints[field.name]):
-            arguments[field.name] = build(hints[field.name], values)
-        elif KEY in field.metadata and field.name in values:
-            arguments[field.name] = values[field.name]
-    return specification(**arguments)
+    hints, names = get_type_hints(specification), [field.name for field in fields(specification)]
+    arguments = {field.name: values[field.name] for field in fields(specification) if field.name in values}
+    inner = {name: value for name, value in values.items() if name not in names}
+    nested = {name: build(hints[name], inner) for name in names if is_dataclass(hints[name])}
+    return specification(**nested, **arguments)
 
 
 def _declared(specification: type) -> dict[str, tuple[Any, OptionHelp, Any]]:

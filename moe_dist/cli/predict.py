@@ -15,9 +15,13 @@ PerNode = Annotated[int, typer.Option(min=1, help="GPUs in each.")]
 Gpu = Annotated[str, typer.Option(help="v100, a100, h100, h200, b200 or mi300x.")]
 Rails = Annotated[int | None, typer.Option(min=1, help="Network interfaces of a node; default: one for each GPU.")]
 PodNodes = Annotated[int | None, typer.Option(min=1, help="Nodes below one leaf switch; default: at most 32.")]
-Oversubscription = Annotated[float, typer.Option(min=1.0, help="Of the spine: leaf's downlinks over its uplinks.")]
-Skew = Annotated[float, typer.Option(min=0.0, help="Popularity of the i-th expert goes as 1 / i^skew.")]
-Calibration = Annotated[Path | None, typer.Option("--calibration", help="From `moe-dist calibrate`; instead of --gpu.")]
+Oversubscription = Annotated[
+    float, typer.Option(min=1.0, help="Oversubscription of the spine: downlinks over uplinks.")
+]
+Skew = Annotated[float, typer.Option(min=0.0, help="The i-th expert's popularity is 1 / i^skew.")]
+Calibration = Annotated[
+    Path | None, typer.Option("--calibration", help="Machine file of `moe-dist calibrate`; instead of --gpu.")
+]
 Vocabulary = Annotated[int | None, typer.Option(min=1, help="Pieces; default: tokenizer.vocab_size.")]
 
 
@@ -65,7 +69,7 @@ def simulate(
     oversubscription: Oversubscription = 1.0,
     skew: Skew = 0.2,
     trace: Annotated[Path | None, typer.Option(help="A run folder: its experts' loads instead of --skew.")] = None,
-    node_limit: Annotated[int, typer.Option(min=1, help="Nodes a token's experts may be on (node-limited).")] = 4,
+    node_limit: Annotated[int, typer.Option(min=1, help="Limit of the nodes of a token's experts (node-limited).")] = 4,
     recluster_every: Annotated[int, typer.Option(min=1, help="Steps between re-clusterings.")] = 100,
     resident: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of clusters kept on the GPU (offload).")

@@ -38,30 +38,33 @@ def register(app: typer.Typer) -> None:
 
 def reproduce(
     overrides: Overrides = None,
-    scale: Annotated[ScaleName, typer.Option(help="How large: tiny takes 90 minutes on two cores.")] = ScaleName.TINY,
+    scale: Annotated[ScaleName, typer.Option(help="Scale; tiny takes 90 minutes on two cores.")] = ScaleName.TINY,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind.")] = 3,
     kind: Annotated[list[str] | None, typer.Option(help="A kind to run; may be given again. Default: all.")] = None,
     text: Annotated[
-        str | None, typer.Option(metavar="TRAIN,VALIDATION", help="Files; or stdlib, or hub. Default: the scale's.")
+        str | None,
+        typer.Option(metavar="TRAIN,VALIDATION", help="Text: files, stdlib or hub. Default: the scale's."),
     ] = None,
     test_text: Annotated[Path | None, typer.Option(help="File for perplexity; default: the validation file.")] = None,
     glue: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Of GLUE's data; or hub, or none. Default: the scale's.")
+        str | None, typer.Option(metavar="FOLDER", help="Folder of GLUE's data, hub, or none. Default: the scale's.")
     ] = None,
     grid: Annotated[
-        bool | None, typer.Option("--grid/--no-grid", help="Look for each kind's learning rate first.")
+        bool | None, typer.Option("--grid/--no-grid", help="Search each kind's learning rate first.")
     ] = None,
     launcher: Annotated[
         ReproduceLauncher | None, typer.Option(help="slurm writes job arrays; default for paper. Else local.")
     ] = None,
-    limit: Annotated[float | None, typer.Option(help="Seconds that one training or evaluation may take.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Time limit of one training or evaluation, seconds.")] = None,
     configs: Annotated[Path, typer.Option(help="The folder configs of a checkout.")] = Path("configs"),
-    folder: Annotated[Path | None, typer.Option(help="Where all is kept; default: results/reproduce-SCALE.")] = None,
-    gpu: Annotated[str, typer.Option(help="For the predicted cost (paper): as moe-dist plan.")] = "h100",
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of all results; default: results/reproduce-SCALE.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="GPU of the predicted cost, as in moe-dist plan.")] = "h100",
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Machines, for the predicted cost and sbatch (paper). Default: 2.")
     ] = None,
-    only_cost: Annotated[bool, typer.Option("--cost", help="Only predict what it costs on GPUs.")] = False,
+    only_cost: Annotated[bool, typer.Option("--cost", help="Only predict the cost on GPUs.")] = False,
     json_file: Json = None,
 ) -> None:
     """Train and evaluate dense, standard and clustered models on equal tokens: table, plots, the paper's claims.
@@ -75,7 +78,7 @@ def reproduce(
     chosen, console = SCALES[scale.value], wide_console()
     unknown = [name for name in kind or () if name not in KINDS]
     if unknown:
-        raise ConfigError(f"--kind {unknown[0]}: there are {', '.join(KINDS)}")
+        raise ConfigError(f"--kind {unknown[0]}: use {', '.join(KINDS)}")
     home = folder or Path("results") / f"reproduce-{chosen.name}"
     words = (*cells.text_words(text or chosen.text), *(overrides or ()))
     setting = cells.Setting(chosen, configs, home, words)
@@ -107,7 +110,7 @@ def reproduce(
         run.require_data(plan)
     results = run.gather(plan) if on_slurm else run.reproduce(plan, typer.echo)
     if on_slurm and not any(result.summary for result in results):
-        return  # nothing has arrived yet
+        return  # no results yet
     console.print(Markdown((home / "results.md").read_text(encoding="utf-8")))
     typer.echo(f"{home}/: results.md, {run.RESULTS}, runs.csv, *.png")
     if json_file is not None:

@@ -40,17 +40,15 @@ def study(
         typer.Option(metavar="NAME=V,V", help="ranks=1,2,4 or any key, such as moe.experts=16,32; may be given again."),
     ] = None,
     mode: Annotated[
-        StudyMode, typer.Option(help="strong: one batch for all; weak: one batch a rank.")
+        StudyMode, typer.Option(help="strong: the same global batch; weak: the same batch per rank.")
     ] = StudyMode.STRONG,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks of each cell, where no axis says.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of each cell without an axis of ranks.")] = 1,
     launcher: Annotated[
-        StudyLauncher, typer.Option(help="Who starts ranks; slurm writes job arrays.")
+        StudyLauncher, typer.Option(help="Program that starts the ranks; slurm writes job arrays.")
     ] = StudyLauncher.LOCAL,
-    limit: Annotated[float | None, typer.Option(help="Seconds that one cell may take.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where finished cells and the results are kept.")] = Path(
-        "results/study"
-    ),
+    limit: Annotated[float | None, typer.Option(help="Time limit of one cell, seconds.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder of finished cells and results.")] = Path("results/study"),
     json_file: Json = None,
 ) -> None:
     """Run every combination of the axes, repeatedly: speed, efficiency, bytes, memory. Finished cells are kept."""
@@ -89,4 +87,4 @@ def _write_arrays(jobs: dict[str, str], folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
         typer.echo(f"sbatch {folder / name}")
     if jobs:
-        typer.echo("Run these where sbatch is, then this command again for the results.")
+        typer.echo("Submit these, then run this command again for the results.")

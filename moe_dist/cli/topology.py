@@ -42,7 +42,7 @@ def topology(
     overrides: Overrides = None,
 ) -> None:
     """Show which node, clusters and experts each rank has, and which traffic stays inside nodes."""
-    # SLURM's rule for sizes fits here: machines need not be named.
+    # As under SLURM, machines need not be named.
     launcher = Launcher.SLURM if size.hostfile is None else Launcher.LOCAL
     job = plan(launcher, size, config, overrides or ())
     resolved = load_config(config, overrides or ())
@@ -56,6 +56,10 @@ def topology(
     found = [(WHAT[name], entry) for entry in crossings(shape, node_of_rank) if (name := _name(entry)) in shown]
     console.print()
     console.print(_crossings(found))
+    from moe_dist.dispatch.layout_advice import layout_advice
+
+    if (advice := layout_advice(resolved, shape)) is not None:
+        console.print(f"\nwarning: {advice}", highlight=False, soft_wrap=True)
     console.print(_verdict(resolved, shape, found, job.nodes), highlight=False, soft_wrap=True)
 
 

@@ -28,7 +28,7 @@ def export(
     output: Annotated[
         Path,
         typer.Option(
-            "-o", "--output", metavar="FILE", help="The .safetensors file to write, in the place of an old one."
+            "-o", "--output", metavar="FILE", help="The .safetensors file to write, replacing an existing one."
         ),
     ],
     dtype: Annotated[
@@ -39,7 +39,7 @@ def export(
     ] = None,
     stored: Annotated[
         bool | None,
-        typer.Option("--stored/--plain", help="Factors in few bits. Default: as precision.residuals says."),
+        typer.Option("--stored/--plain", help="Store quantized factors. Default: as precision.residuals."),
     ] = None,
 ) -> None:
     """Write a run's trained weights to one safetensors file, its configuration and placement in the file's metadata."""

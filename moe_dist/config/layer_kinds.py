@@ -192,7 +192,7 @@ class ClusteredKind(StandardKind):
         """Require that clusters divide over the cluster axis and experts of a cluster over the shard axis."""
         if world.cluster is not None and moe.clusters % world.cluster:
             raise ConfigError(f"moe.clusters={moe.clusters} cannot be divided over world.cluster={world.cluster}")
-        if moe.experts_per_cluster % world.shard:
+        if world.shard_mode == "experts" and moe.experts_per_cluster % world.shard:
             raise ConfigError(
                 f"a cluster of {moe.experts_per_cluster} experts (moe.experts={moe.experts} / "
                 f"moe.clusters={moe.clusters}) cannot be divided over world.shard={world.shard}"

@@ -9,11 +9,16 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class WorldShape:
-    """Sizes of the three mesh axes; world = data x cluster x shard."""
+    """Sizes of the three mesh axes; world = data x cluster x shard.
+
+    Attributes:
+        replicas: part of the data axis whose ranks are neighbors: replicas of a block of clusters inside of a node.
+    """
 
     data: int
     cluster: int
     shard: int
+    replicas: int = 1
 
     @property
     def ranks(self) -> int:
@@ -21,7 +26,8 @@ class WorldShape:
         return self.data * self.cluster * self.shard
 
     def __str__(self) -> str:
-        return f"data {self.data} x cluster {self.cluster} x shard {self.shard}"
+        near = f" ({self.replicas} replicas of a block of clusters on neighboring ranks)" if self.replicas > 1 else ""
+        return f"data {self.data} x cluster {self.cluster} x shard {self.shard}{near}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
             f"world.data={data} x world.cluster={cluster} x world.shard={world.shard} = {data * cluster * world.shard} "
             f"ranks, but {ranks} were started: start that many or change one of these keys"
         )
+    if config.moe.layer_kind.clustered and world.shard_mode == "replicate":
+        return WorldShape(data * world.shard, cluster, 1, replicas=world.shard)
     return WorldShape(data, cluster, world.shard)
 
 

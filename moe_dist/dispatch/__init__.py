@@ -1,1 +1,1 @@
-"""Moving tokens to their experts and back: permutation, all-to-all, combination, and the account of every byte."""
+"""Dispatch of tokens to experts and combination of results: permutation, all-to-all, and traffic accounting."""

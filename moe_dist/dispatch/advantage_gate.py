@@ -1,10 +1,10 @@
-"""The gate of a token's one cluster: 1, with a gradient that tells the router which tokens a cluster serves best.
+"""Gate of a token's single cluster: its value is 1, and its gradient trains the router by an advantage.
 
-What the loss gains from a larger gate is mostly what it would gain from a larger output of the whole layer: the same
-for all tokens of a cluster, and nothing about routing. As a router's gradient it only drives the clusters' logits
-apart, faster than balancing can follow. So the mean over the tokens of the same sequence that went to the same cluster
-is taken from it: what is left is an advantage, as in policy gradients (REINFORCE with a group's mean as its baseline).
-A sequence is never divided over ranks or micro-batches, so the layout does not show.
+The plain gradient of the gate mostly measures what the loss would gain from a larger output of the whole layer. That
+is the same for all tokens of a cluster and contains no information about routing: it only drives the clusters' logits
+apart, faster than load balancing can correct. The gradient therefore has its mean over the tokens of the same sequence
+and cluster subtracted. The difference is an advantage, as in policy gradients (REINFORCE with a group's mean as its
+baseline). A sequence is never divided over ranks or micro-batches, so the result does not depend on the layout.
 
 Shapes: T tokens, D hidden, G clusters, B sequences; token t belongs to sequence t % B, as hidden states are [S, B, D].
 """
@@ -16,18 +16,18 @@ from torch import Tensor
 
 
 def advantage_gate(y_TD: Tensor, logits_TG: Tensor, cluster_T1: Tensor, sequences: int) -> Tensor:
-    """`y_TD`, times a gate that is 1 with the gradient of log softmax(logits)[cluster] times the advantage.
+    """Return `y_TD` times a gate of 1 whose gradient is that of log softmax(logits)[cluster] times the advantage.
 
     Args:
-        y_TD: what a token's cluster made of it.
-        sequences: B.
+        y_TD: output of each token's cluster.
+        sequences: number of sequences, B.
     """
     gated_TD: Tensor = _AdvantageGate.apply(y_TD, logits_TG, cluster_T1, sequences)  # type: ignore[no-untyped-call]
     return gated_TD
 
 
 def advantage(grad_T: Tensor, cluster_T: Tensor, clusters: int, sequences: int) -> Tensor:
-    """The gradients less their mean over the tokens of the same sequence and cluster; 0 for one that is alone."""
+    """Subtract from each gradient its mean over the tokens of the same sequence and cluster; 0 for a single token."""
     sequence_T = torch.arange(len(grad_T), device=grad_T.device) % sequences
     group_T = sequence_T * clusters + cluster_T
     sums = grad_T.new_zeros(sequences * clusters).index_add_(0, group_T, grad_T)

@@ -3,7 +3,7 @@
 `start` sends rows and `wait` returns those received; what is computed between the two overlaps the exchange. The
 backward pass mirrors it: `wait`'s backward starts the exchange of gradients, `start`'s backward waits for it.
 
-Shapes: R rows, D their width, B bytes or numbers of a packed row, P ranks of the group, C counts for each of them.
+Shapes: R rows, D their width, B elements of a packed row, P ranks of the group, C counts for each of them.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from moe_dist.distributed.mesh import RankGroup
 
 @dataclass
 class PendingAllToAll:
-    """Collective under way; `sent` stays referenced as long as it may be read."""
+    """Running all-to-all; it keeps `sent` referenced, because the backend may still read it."""
 
     work: dist.Work
     sent: Tensor
@@ -31,7 +31,7 @@ class PendingAllToAll:
         """Return the rows received from the peers.
 
         Raises:
-            RuntimeError: (of torch) a peer is lost, or the group's time-out has passed.
+            RuntimeError: raised by torch if a peer is lost or the group's timeout has passed.
         """
         self.work.wait()
         return self.received
@@ -58,7 +58,7 @@ class AllToAll:
 
     @property
     def observed(self) -> bool:
-        """True if somebody measures routing decisions."""
+        """True if the ledger has an observer of routing decisions."""
         return self.ledger.observer is not None
 
     def observe(self, choice_RK: Tensor, owner_RK: Tensor) -> None:
@@ -135,10 +135,11 @@ class _Exchange:
 
 @dataclass(frozen=True)
 class PendingRows:
-    """Rows under way.
+    """Rows whose all-to-all is running.
 
     Attributes:
-        ticket: empty tensor that joins start and wait in autograd's graph; or the rows, where the group is this rank.
+        ticket: empty tensor that connects start and wait in autograd's graph, or the rows if nothing is exchanged.
+        exchange: state of the exchange; None: the group is this rank alone.
     """
 
     ticket: Tensor

@@ -1,18 +1,20 @@
-"""Chunks of an exchange that take turns, one on the wire while one is computed, and the number of chunks that pays.
+"""Overlap of communication and computation in chunks, and the choice of the number of chunks.
 
-Forward, with S the sending of tokens, C their computation, R the return of results, one chunk a number:
+One chunk is exchanged while another is computed. Forward pass, with S for dispatch, C for computation, R for the return
+of results, and the number of the chunk:
 
     wire     S0   S1      R0 S2      R1 S3  ...  R(n-1)
     compute       C0      C1         C2     ...
 
-Autograd runs the nodes made last first, so the backward pass is the same picture from right to left: the gradient of
-a result is on the wire while the following chunk is computed.
+Autograd executes the nodes in reverse order of creation, so the backward pass is the same schedule from right to left:
+the gradient of a result is exchanged while the following chunk is computed.
 
-A rank's rows for each destination are divided evenly, by a rule that both ends follow: no counts are sent for chunks,
-and bytes are those of one chunk. A row is computed as in one chunk, except for the rounding of a matrix product of
-fewer rows; gradients of weights are sums over chunks, equal up to the order of summation.
+A rank's rows for each destination are divided evenly, by a rule that sender and receiver share: chunks need no
+additional counts, and the total traffic does not change. A row's result does not depend on the chunks, except for the
+rounding of a matrix product of fewer rows. Gradients of weights are sums over chunks, equal up to the order of
+summation.
 
-Shapes: C chunks, P counts (of the ranks of a group), L counts kept apart by a rank, R rows, D hidden.
+Shapes: C chunks, P ranks of a group, L separate counts of each rank, R rows, D hidden.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,13 +30,13 @@ from moe_dist.dispatch.permute import group_order
 Result = TypeVar("Result")
 CANDIDATES = (1, 2, 4, 8)
 LEAST_GAIN = 0.02
-"""Least gain, as a share of the time in one chunk, that is worth another order of summation."""
+"""Least predicted gain, relative to the time with one chunk, for which several chunks are used."""
 BACKWARD_WORK = 2
-"""Computation of the backward pass, as a multiple of the forward pass's."""
+"""Computation of the backward pass, as a multiple of that of the forward pass."""
 
 
 def shares(count_P: Tensor, chunks: int) -> Tensor:
-    """Return count_CP, the rows of each count that each chunk takes, as even as possible; int64, further axes stay."""
+    """Divide each count evenly over the chunks; return count_CP, int64. Further axes of `count_P` are kept."""
     end_C = torch.arange(chunks + 1, device=count_P.device).view(-1, *[1] * count_P.ndim)
     return (count_P * end_C).div(chunks, rounding_mode="floor").diff(dim=0)
 
@@ -44,10 +46,10 @@ class Division:
     """Division of the rows of one exchange into chunks.
 
     Attributes:
-        order_R: turns rows sorted by destination into rows sorted by chunk, then by destination; None: one chunk.
+        order_R: permutation from rows sorted by destination to rows sorted by chunk, then destination; None: one chunk.
         send, receive: rows to and from each rank of the group, by chunk.
-        received_CPL: rows received, by chunk, source and the count kept apart.
-        received_of: the same summed over sources, on the host.
+        received_CPL: rows received, by chunk, source and separate count (cluster).
+        received_of: received_CPL summed over sources, on the host.
     """
 
     order_R: Tensor | None
@@ -58,7 +60,7 @@ class Division:
 
     @classmethod
     def of(cls, count_PL: Tensor, received_PL: Tensor, chunks: int) -> "Division":
-        """Divide the rows sent and received; synchronises once with the host."""
+        """Divide the rows sent and received; synchronizes once with the host."""
         count_CPL, received_CPL = shares(count_PL, chunks), shares(received_PL, chunks)
         counts, received = torch.stack([count_CPL, received_CPL]).tolist()
         send, receive = ([[sum(row) for row in chunk] for chunk in both] for both in (counts, received))
@@ -86,7 +88,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def receive_chunks(chunks: int, start: Callable[[int], Sequence[PendingRows]]) -> Iterator[list[Tensor]]:
-    """Yield the rows of each chunk; while one is used, the exchange of the next is under way.
+    """Yield the received rows of each chunk; the next chunk's exchange runs while the caller uses one.
 
     Args:
         start: starts the exchanges of a chunk.
@@ -102,10 +104,10 @@ def receive_chunks(chunks: int, start: Callable[[int], Sequence[PendingRows]]) -
 def return_chunks(
     results: Iterable[Result], start: Callable[[int, Result], Sequence[PendingRows]]
 ) -> list[list[Tensor]]:
-    """Exchange the results of each chunk in the order in which they are computed; return what was received by chunk.
+    """Exchange the results of each chunk in the order of their computation; return the received rows by chunk.
 
     Args:
-        results: computed lazily: the exchange of one chunk is under way while the next is computed.
+        results: lazily computed results: the exchange of one chunk runs while the next is computed.
         start: starts the exchanges of a chunk's results.
     """
     done: list[list[Tensor]] = []
@@ -143,9 +145,9 @@ class ExchangeSpeed:
 def predicted_seconds(speed: ExchangeSpeed, chunks: int) -> float:
     """Return the predicted seconds of one dispatch and combine, forward and backward, in `chunks` chunks.
 
-    A pass does 2 C exchanges and C computations. Hidden in full, either the wire is never idle, or the computation
-    waits only for the first chunk to be received and the last one to be sent; partial overlap lies between that and no
-    overlap.
+    A pass has 2 C exchanges and C computations. With full overlap, either the wire is never idle, or the computation
+    waits only for the first chunk's dispatch and the last chunk's return. Partial overlap is interpolated between full
+    overlap and none.
     """
     total, way = 0.0, speed.latency + speed.exchange / chunks
     for work in (1, BACKWARD_WORK):

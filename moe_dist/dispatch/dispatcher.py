@@ -1,8 +1,8 @@
-"""Values between a dispatcher's `dispatch` and `combine`, shared by all cluster dispatchers.
+"""Interface of all cluster dispatchers, and the values passed from `dispatch` to `combine`.
 
-    chunks, metadata = dispatcher.dispatch(x_TD, routing)       rows to the ranks of their clusters, chunk by chunk
-    computed = map(experts, chunks)                             lazily: chunk c + 1 is on the wire while c is computed
-    y_TD = dispatcher.combine(computed, metadata)               results back to their sources, weighted by their gates
+    chunks, metadata = dispatcher.dispatch(x_TD, routing)       send rows to the ranks of their clusters, in chunks
+    computed = map(experts, chunks)                             lazy: chunk c + 1 is exchanged while c is computed
+    y_TD = dispatcher.combine(computed, metadata)               return results to their sources, weighted by their gates
 
 Shapes: T tokens here, R rows of one cluster, D hidden, G clusters, M chosen clusters, L clusters of this rank.
 """
@@ -70,10 +70,10 @@ class ClusterDispatcher(Protocol):
 
     @property
     def single_cluster(self) -> bool:
-        """True if a token goes to one cluster: its experts' gates alone then train stage two's router."""
+        """True if each token has one cluster; stage two's router is then trained by the experts' gates alone."""
 
     def dispatch(self, x_TD: Tensor, routing: ClusterRouting) -> tuple[Iterator[DispatchedChunk], Any]:
-        """Send rows to the ranks of their clusters; return the chunks as they come, and metadata for `combine`."""
+        """Send rows to the ranks of their clusters; return an iterator of chunks, and the metadata for `combine`."""
 
     def combine(self, computed: Iterable[ComputedChunk], metadata: Any) -> Tensor:
-        """Send results back and weigh them by the clusters' gates; return y_TD."""
+        """Return results to their source ranks and sum them, weighted by the clusters' gates; return y_TD."""

@@ -1,6 +1,7 @@
-"""Standard expert parallelism: k copies of a token go directly to the ranks of its k experts.
+"""Standard expert parallelism: k copies of a token are sent directly to the ranks of its k experts.
 
-Shapes: T tokens, K chosen experts, C = T*K copies, S of them sent, A received, P ranks, N experts a rank, D hidden.
+Shapes: T tokens, K chosen experts, C = T*K copies, S copies sent, A copies received, P ranks, N experts per rank,
+D hidden.
 """
 
 from dataclasses import dataclass
@@ -15,19 +16,19 @@ from moe_dist.dispatch.traffic_ledger import Payload
 
 
 class ExpertRows(NamedTuple):
-    """Copies on the rank of their experts, sorted by local expert, and the number of each expert's."""
+    """Copies on the rank of their experts, sorted by local expert, and their number by local expert."""
 
     x_AD: Tensor
     per_expert: list[int]
 
 
 class FlatMetadata(NamedTuple):
-    """Both sides of a dispatch.
+    """Metadata of both the sender and the receiver of a dispatch.
 
     Attributes:
         copy_S: copies sent, ordered by expert.
         order_A, back_A: permutation of received copies from (source, expert) to (expert, source) order and its inverse;
-            None: they are in order.
+            None: the copies are in order already.
         all_sent: True if no copy was dropped.
     """
 

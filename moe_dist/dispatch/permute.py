@@ -1,4 +1,7 @@
-"""Small index operations that the dispatch strategies share."""
+"""Index operations shared by the dispatchers.
+
+Shapes: R rows, D their width, S sources, G groups.
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ from torch import Tensor
 
 
 def permuted(x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-    """`x_RD[order_R]` of a permutation and its inverse: gradients are gathered too, not added up by index."""
+    """Return `x_RD[order_R]` for a permutation and its inverse; the backward pass gathers instead of index-adding."""
     rows: Tensor = _Permuted.apply(x_RD, order_R, inverse_R)  # type: ignore[no-untyped-call]
     return rows
 
@@ -25,21 +28,21 @@ class _Permuted(torch.autograd.Function):
 
 
 def count(index_R: Tensor, bins: int) -> Tensor:
-    """How often each of `bins` values occurs, int64; like bincount, without its synchronisation."""
+    """Count the occurrences of each of `bins` values, int64; like bincount, but without host synchronization."""
     return index_R.new_zeros(bins, dtype=torch.int64).scatter_add_(0, index_R, torch.ones_like(index_R))
 
 
 def inverse(order_R: Tensor) -> Tensor:
-    """The permutation that undoes `order_R`."""
+    """Return the inverse of the permutation `order_R`."""
     return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
 
 
 def group_order(count_SG: Tensor, rows: int) -> Tensor:
-    """Order that turns rows sorted by (source, group) into rows sorted by (group, source).
+    """Return the permutation from rows sorted by (source, group) to rows sorted by (group, source).
 
     Args:
-        count_SG: rows that each source sent for each group, int64.
-        rows: their sum, known to the host.
+        count_SG: number of rows from each source for each group, int64.
+        rows: sum of the counts; an int, which avoids a host synchronization.
     """
     sources, groups = count_SG.shape
     group_R = torch.arange(groups, device=count_SG.device).repeat(sources)

@@ -1,4 +1,4 @@
-"""What a run's routing asks of the network: the rows that really move, and the fewest that could serve it.
+"""Trace of routing decisions: the rows that the dispatch sends, and the fewest that the same routing requires.
 
 Shapes: R rows, K choices of a row, P ranks of a group, N nodes.
 """
@@ -16,25 +16,27 @@ Key = tuple[int, Stage]
 
 @dataclass
 class RowDemand:
-    """Rows of this rank in one layer and stage, by where they go."""
+    """Rows of this rank in one layer and stage, by destination."""
 
     group: tuple[int, ...]
     moved_P: Tensor
-    """Rows as the dispatch sends them: flat sends one for each chosen expert, the stages one for each rank."""
+    """Rows sent to each rank: one for each chosen expert in the flat dispatch, one for each rank in stages one, two."""
     needed_P: Tensor
-    """Rows that need something of each rank, each once."""
+    """Rows with at least one choice on each rank; each row counts once per rank."""
     nodes: int
-    """Pairs of a row and a node, not this rank's own, that holds something it needs."""
+    """Pairs of a row and another node that holds at least one of its choices."""
 
 
 @dataclass
 class RoutingTrace:
-    """A `RoutingObserver` that counts needs and keeps the choices of the first rows it sees.
+    """Routing observer that counts the demand for rows and keeps the choices of the first rows.
 
     Attributes:
         rank: this rank.
-        node_of_rank: the node of every rank.
-        keep: rows of each layer and stage whose choices are kept, for a simulation of the same routing.
+        node_of_rank: node of every rank.
+        keep: number of rows of each layer and stage whose choices are kept, for a simulation of the same routing.
+        needs: demand by layer and stage.
+        choices: choices kept by layer and stage, on the CPU.
     """
 
     rank: int
@@ -43,9 +45,9 @@ class RoutingTrace:
     needs: dict[Key, RowDemand] = field(default_factory=dict)
     choices: dict[Key, list[Tensor]] = field(default_factory=dict)
 
-    def see(self, layer: int, stage: Stage, group: Sequence[int], choice_RK: Tensor, home_RK: Tensor) -> None:
-        """Counts one decision (`RoutingObserver.see`)."""
-        on_P = home_RK[:, :, None] == torch.arange(len(group), device=home_RK.device)
+    def see(self, layer: int, stage: Stage, group: Sequence[int], choice_RK: Tensor, owner_RK: Tensor) -> None:
+        """Count one routing decision (`RoutingObserver.see`)."""
+        on_P = owner_RK[:, :, None] == torch.arange(len(group), device=owner_RK.device)
         on_RKP = on_P & (choice_RK >= 0)[:, :, None]
         needed_RP = on_RKP.any(dim=1)
         moved_P = (on_RKP.sum(dim=1) if stage is Stage.FLAT else needed_RP).sum(dim=0)

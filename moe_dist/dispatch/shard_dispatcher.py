@@ -1,9 +1,9 @@
-"""Stage two: inside a cluster group rows go to the shards that hold their chosen experts, one copy a shard.
+"""Stage two of the dispatch: within a cluster group, each row is sent once to each shard that holds one of its experts.
 
-Every shard holds the whole base, so it computes its share of the sum over chosen experts. The shares are added at the
-rank that received the token for the cluster, and one vector goes back to the token's source.
+Every shard holds the whole base, so it computes a partial sum over the experts that it holds. The partial sums are
+added on the entry rank, which received the token in stage one and returns one vector to the token's source.
 
-Shapes: R rows at the entry rank, A rows received by a shard, K chosen experts, S shards, D hidden.
+Shapes: R rows on the entry rank, A rows received by a shard, K chosen experts, S shards, D hidden.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from moe_dist.dispatch.traffic_ledger import Payload
 from moe_dist.distributed.placement import ExpertPlacement
 
 ABSENT = -1
-"""Slot of an expert that another shard holds, or that was dropped."""
+"""Slot number of an expert that another shard holds, or that was dropped."""
 
 
 class ShardRows(NamedTuple):
@@ -29,7 +29,13 @@ class ShardRows(NamedTuple):
 
 
 class ShardMetadata(NamedTuple):
-    """Sender's side of a dispatch: the row of each copy, copies to and from each shard; None: nothing was sent."""
+    """Sender's metadata of a dispatch.
+
+    Attributes:
+        row_A: row of each copy sent; None: the group is this rank alone and nothing was sent.
+        send, receive: copies to and from each shard.
+        rows: number of rows on this rank (R).
+    """
 
     row_A: Tensor | None
     send: list[int]
@@ -49,14 +55,14 @@ class ShardDispatcher:
         if self.all_to_all.alone:
             return ShardRows(x_RD, slot_RK, gate_RK), ShardMetadata(None, [], [], len(x_RD))
         per_shard = self.placement.slots_per_shard
-        shard_RK = slot_RK.div(per_shard, rounding_mode="floor")  # of an absent slot: -1, no shard
+        shard_RK = slot_RK.div(per_shard, rounding_mode="floor")  # -1 for an absent slot
         self.all_to_all.observe(slot_RK, shard_RK)
         wanted_RS = (shard_RK[:, :, None] == torch.arange(self.all_to_all.group.size, device=x_RD.device)).any(1)
         shard_A, row_A = wanted_RS.T.nonzero(as_tuple=True)
         count_S1 = wanted_RS.sum(0)[:, None]
         send, receive = torch.cat([count_S1, self.all_to_all.exchange_counts(count_S1)], dim=1).T.tolist()
         here_AK = shard_RK[row_A] == shard_A[:, None]
-        slot_AK = torch.where(here_AK, slot_RK[row_A] % per_shard, ABSENT).int()  # gloo sends nothing shorter
+        slot_AK = torch.where(here_AK, slot_RK[row_A] % per_shard, ABSENT).int()  # gloo: no shorter type
         rows = ShardRows(
             self.all_to_all.exchange(x_RD[row_A], send, receive, Payload.HIDDEN),
             self.all_to_all.exchange(slot_AK, send, receive, Payload.ROUTING).long(),
@@ -65,7 +71,7 @@ class ShardDispatcher:
         return rows, ShardMetadata(row_A, send, receive, len(x_RD))
 
     def combine(self, y_AD: Tensor, metadata: ShardMetadata) -> Tensor:
-        """Return y_RD = sum over the chosen experts of gate * expert(x), from the shards' shares."""
+        """Return y_RD = sum over the chosen experts of gate * expert(x), the sum of the shards' partial sums."""
         if metadata.row_A is None:
             return y_AD
         y_AD = self.all_to_all.exchange(y_AD, metadata.receive, metadata.send, Payload.HIDDEN)

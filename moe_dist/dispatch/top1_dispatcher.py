@@ -1,6 +1,7 @@
-"""Dispatch of each token to one cluster (m = 1): order and counts say which, so only hidden vectors are exchanged.
+"""Dispatch of each token to one cluster (m = 1), which the order of rows and the counts define.
 
-Shapes: T tokens here, R rows received, D hidden, B blocks (ranks of the group), L clusters a block.
+Shapes: T tokens of this rank, R rows received, K tokens kept, D hidden, B blocks (ranks of the group), L clusters per
+block, C chunks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from moe_dist.distributed.placement import ExpertPlacement
 
 
 class Top1Metadata(NamedTuple):
-    """Sender's side of a dispatch.
+    """Sender's metadata of a dispatch.
 
     Attributes:
         kept_K: tokens within the capacity; None: all.
@@ -43,7 +44,7 @@ class _RowOrder(NamedTuple):
 
 @dataclass(frozen=True)
 class Top1Dispatcher:
-    """Cluster dispatcher for one cluster a token.
+    """Cluster dispatcher for one cluster per token.
 
     Attributes:
         chunks: number of chunks that are exchanged and computed in turn; the same on all ranks of the group.
@@ -80,7 +81,7 @@ class Top1Dispatcher:
         return (_by_cluster(x_RD, division, chunk) for chunk, (x_RD,) in received), metadata
 
     def combine(self, computed: Iterable[ComputedChunk], metadata: Top1Metadata) -> Tensor:
-        """Return results to their tokens, ungated but for the router's gradient (`advantage_gate`)."""
+        """Return results to their tokens; the gate is 1 and only has a gradient (`advantage_gate`)."""
         division, routing = metadata.division, metadata.routing
 
         def start(chunk: int, result: ComputedChunk) -> list[PendingRows]:
@@ -95,12 +96,12 @@ class Top1Dispatcher:
 
 
 def _by_cluster(x_RD: Tensor, division: Division, chunk: int) -> DispatchedChunk:
-    """Split the rows of a chunk, which come by source, then by cluster, into those of each cluster."""
+    """Split the rows of a chunk, sorted by (source, cluster), into those of each cluster."""
     count_BL, per_cluster = division.received_CPL[chunk], division.received_of[chunk]
     blocks, clusters = count_BL.shape
     if clusters == 1:
         return DispatchedChunk((x_RD,), _RowOrder(None, None))
-    if blocks == 1:  # one source: the clusters' rows are runs already
+    if blocks == 1:  # one source: the clusters' rows are contiguous already
         return DispatchedChunk(x_RD.split(per_cluster), _RowOrder(None, None))
     order_R = group_order(count_BL, len(x_RD))
     back_R = inverse(order_R)
@@ -108,7 +109,7 @@ def _by_cluster(x_RD: Tensor, division: Division, chunk: int) -> DispatchedChunk
 
 
 def _by_source(result: ComputedChunk) -> Tensor:
-    """Join the outputs of a chunk's clusters in the order in which its rows came."""
+    """Concatenate the outputs of a chunk's clusters in the order in which its rows were received."""
     y_RD = joined([output.y_RD for output in result.outputs_L])
     metadata: _RowOrder = result.metadata
     if metadata.order_R is None or metadata.back_R is None:

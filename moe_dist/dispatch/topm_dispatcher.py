@@ -1,10 +1,11 @@
-"""Dispatch of each token to several clusters (m > 1): one copy to each rank that holds a chosen cluster.
+"""Dispatch of each token to several clusters (m > 1): one copy is sent to each rank that holds a chosen cluster.
 
-Each row carries the token's logits for the destination's clusters, and the log-mass of what was computed comes back:
-partial sums of clusters on one rank are combined there, and those of several ranks are weighted against each other at
-the source. The nested softmaxes equal one softmax of (cluster logit + expert logit) over all chosen experts.
+The token's logits for the destination's clusters are sent with each row, and the log-mass (logsumexp) of the result is
+returned with it. Outputs of clusters on one rank are combined there; those of several ranks are weighted against each
+other at the source. The nested softmaxes equal one softmax of (cluster logit + expert logit) over all chosen experts.
 
-Shapes: T tokens here, R rows received, D hidden, G clusters, B blocks (ranks of the group), L clusters a block.
+Shapes: T tokens of this rank, R rows sent or received, N rows of one cluster, D hidden, G clusters, M chosen clusters,
+B blocks (ranks of the group), L clusters per block, C chunks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ NEVER = float("-inf")
 
 
 class TopMMetadata(NamedTuple):
-    """Sender's side of a dispatch: block and token of each row sent, in the order of sending."""
+    """Sender's metadata of a dispatch: block and token of each row sent, in the order of sending."""
 
     division: Division
     block_R: Tensor
@@ -43,7 +44,7 @@ class _ChosenRows(NamedTuple):
 
 @dataclass(frozen=True)
 class TopMDispatcher:
-    """Cluster dispatcher for several clusters a token.
+    """Cluster dispatcher for several clusters per token.
 
     Attributes:
         chunks: number of chunks that are exchanged and computed in turn; the same on all ranks of the group.
@@ -81,14 +82,14 @@ class TopMDispatcher:
         return (_by_cluster(*rows) for rows in received), TopMMetadata(division, block_R, token_R, len(x_TD))
 
     def combine(self, computed: Iterable[ComputedChunk], metadata: TopMMetadata) -> Tensor:
-        """Return results to their tokens, weighted by softmax over all chosen experts (zeros where there are none)."""
+        """Sum each token's results, weighted by softmax over all chosen experts; zero if all were dropped."""
         division, block_R, token_R, tokens = metadata
 
         def start(chunk: int, result: ComputedChunk) -> list[PendingRows]:
             return self._start(*_weighted_sum(result), division.receive[chunk], division.send[chunk])
 
         y_RD, mass_R = (joined(parts) for parts in zip(*return_chunks(computed, start), strict=True))
-        if self.all_to_all.alone and len(token_R) == tokens:  # all are here, in order, and their weights sum to one
+        if self.all_to_all.alone and len(token_R) == tokens:  # one row per token, in order, whose weights sum to one
             return y_RD
         mass_TB = mass_R.new_full((tokens, self.all_to_all.group.size), NEVER)
         weight_TB = mass_TB.index_put((token_R, block_R), mass_R).softmax(dim=1)
@@ -96,7 +97,7 @@ class TopMDispatcher:
         return y_RD.new_zeros(tokens, y_RD.shape[1]).index_add(0, token_R, weighted_RD)
 
     def _start(self, x_RD: Tensor, routing: Tensor, send: list[int], receive: list[int]) -> list[PendingRows]:
-        """Send hidden vectors, and the part of the routing that belongs to each."""
+        """Start the exchange of hidden vectors, and that of each row's routing data."""
         return [
             self.all_to_all.start(x_RD, send, receive, Payload.HIDDEN),
             self.all_to_all.start(routing, send, receive, Payload.ROUTING),

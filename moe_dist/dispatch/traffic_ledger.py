@@ -1,7 +1,7 @@
-"""The account of what crosses between ranks: `channel.py` enters every collective of the dispatch here.
+"""Accounting of the traffic between ranks: `all_to_all.py` records every collective of the dispatch.
 
-Bytes are `rows * row width * element size` of the tensors handed to the collective, towards each peer; what a rank
-sends to itself is never counted. A message is one non-empty chunk towards one peer.
+Bytes are `rows * row width * element size` of the tensors passed to the collective, for each peer. A rank's rows for
+itself are not counted. A message is one non-empty chunk for one peer.
 """
 
 from collections import defaultdict
@@ -18,30 +18,30 @@ from moe_dist.distributed.links import LinkKind, Links
 
 
 class Stage(StrEnum):
-    """Which hop of the dispatch."""
+    """Stage of the dispatch."""
 
     ONE = "one"  # to the ranks of the chosen clusters
-    TWO = "two"  # inside a cluster group, to the shards that hold the chosen experts
-    FLAT = "flat"  # standard: straight to the ranks of the chosen experts
+    TWO = "two"  # within a cluster group, to the shards that hold the chosen experts
+    FLAT = "flat"  # standard expert parallelism: directly to the ranks of the chosen experts
 
 
 class Payload(StrEnum):
-    """What is carried."""
+    """Content of an all-to-all."""
 
     HIDDEN = "hidden"  # token vectors and expert outputs
-    ROUTING = "routing"  # logits, gates and slots that travel with a token
-    COUNTS = "counts"  # how many rows follow
+    ROUTING = "routing"  # logits, gates and slots that are sent with a token
+    COUNTS = "counts"  # numbers of rows, exchanged before the rows
 
 
 class Direction(StrEnum):
-    """Pass of the step; a recomputed forward pass counts as forward, since it crosses again."""
+    """Pass of a training step; a recomputed forward pass counts as forward, since it communicates again."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
 
 
 class TrafficKey(NamedTuple):
-    """What one entry of the account is about."""
+    """Key of one entry of the ledger."""
 
     layer: int
     stage: Stage
@@ -59,28 +59,32 @@ class Volume:
 
 
 class RoutingObserver(Protocol):
-    """Is shown every routing decision; for measurements, since it costs time."""
+    """Observer of every routing decision; for measurements only, since it costs time."""
 
-    def see(self, layer: int, stage: Stage, group: Sequence[int], choice_RK: Tensor, home_RK: Tensor) -> None:
-        """One hop of one layer.
+    def see(self, layer: int, stage: Stage, group: Sequence[int], choice_RK: Tensor, owner_RK: Tensor) -> None:
+        """Observe the routing decision of one stage of one layer.
 
         Args:
-            group: global ranks of the hop's group.
-            choice_RK: what each row goes to (experts, clusters or slots), negative: nothing.
-            home_RK: the index in `group` of the rank that holds it.
+            group: global ranks of the stage's group.
+            choice_RK: chosen experts, clusters or slots of each row; negative: none.
+            owner_RK: index in `group` of the rank that holds each choice.
         """
 
 
 TOTALS = tuple(product(LinkKind, Payload, Direction))
-"""What an earlier process's account is kept by: the peers it had may not be those of this one."""
+"""Keys of the totals kept in checkpoints; peers are not among them, because they may differ after a resume."""
 
 
 @dataclass
 class TrafficLedger:
-    """What this rank has sent, by layer, stage, payload, direction and peer, while `recording`.
+    """Traffic that this rank has sent, by layer, stage, payload, direction and peer.
 
-    After a resume `carried` holds what was sent before it, by `TOTALS`; of that only the sum over all ranks means
-    something.
+    Attributes:
+        recording: False: traffic is not counted.
+        observer: observer of routing decisions, if any.
+        carried: bytes and messages sent before the last resume, [len(TOTALS), 2]; only its sum over all ranks is
+            meaningful.
+        sent: traffic since then.
     """
 
     summed_over_ranks = ("carried",)
@@ -100,7 +104,7 @@ class TrafficLedger:
         peers: Sequence[int],
         bytes_to: Iterable[int],
     ) -> None:
-        """Enters one collective: `bytes_to[i]` bytes towards global rank `peers[i]`."""
+        """Record one collective that sends `bytes_to[i]` bytes to global rank `peers[i]`."""
         if not self.recording:
             return
         for peer, size in zip(peers, bytes_to, strict=True):
@@ -112,7 +116,7 @@ class TrafficLedger:
     def total(
         self, link: LinkKind | None = None, payload: Payload | None = None, direction: Direction | None = None
     ) -> Volume:
-        """Sum over all entries, or over those of one kind of link, payload or direction."""
+        """Return the sum over all entries, or over those of one kind of link, payload or direction."""
         result = Volume()
         for key, volume in self.sent.items():
             wanted = ((link, self.links.kind(key.peer)), (payload, key.payload), (direction, key.direction))
@@ -127,16 +131,16 @@ class TrafficLedger:
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Bytes and messages so far, [len(TOTALS), 2]: what `carried` is after a resume."""
+        """Return the bytes and messages so far, [len(TOTALS), 2], which become `carried` after a resume."""
         volumes = [self.total(*kinds) for kinds in TOTALS]
         return {"carried": torch.tensor([[volume.bytes, volume.messages] for volume in volumes], dtype=torch.int64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor], /) -> None:
-        """Goes on from an earlier process's account."""
+        """Continue from the totals of an earlier process."""
         self.clear()
         self.carried = state["carried"]
 
     def clear(self) -> None:
-        """Forgets all that was counted."""
+        """Reset all counts to zero."""
         self.sent.clear()
         self.carried.zero_()

@@ -1,8 +1,8 @@
-"""Wire formats of hidden vectors: a cast to a shorter type, or eight bits a number with one scale for each vector.
+"""Wire formats of hidden vectors: a cast to a shorter dtype, or int8 codes with one scale per vector.
 
-Int8: q = round(127 x / max|x|) of each vector. Its scale max|x| / 127 (float32) follows in the same row, so that there
-is one message as before and D + 4 bytes a vector. The gradient passes the rounding unchanged (straight-through) and is
-rounded in the same way on its own exchange. A vector that is not finite becomes NaN.
+Int8: q = round(127 x / max|x|) of each vector. The scale max|x| / 127 (float32) is appended to the row, so that the
+number of messages stays the same and a vector takes D + 4 bytes. The gradient ignores the rounding (straight-through
+estimator) and is quantized in the same way when it is exchanged. A vector that is not finite becomes NaN.
 
 Shapes: R rows, D hidden, B = D + 4 bytes of a row.
 """
@@ -21,14 +21,14 @@ class WireFormat(Protocol):
     """Encoding of rows, and of their gradients, during an all-to-all."""
 
     def pack(self, x_RD: Tensor) -> Tensor:
-        """Return the rows as they are sent, [R, B]."""
+        """Encode the rows for the wire, [R, B]."""
 
     def unpack(self, packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the rows [R, D] in `dtype`."""
+        """Decode the rows [R, D] to `dtype`."""
 
 
 class IdentityFormat:
-    """Rows in their own type."""
+    """Rows in their own dtype."""
 
     def pack(self, x_RD: Tensor) -> Tensor:
         """Return the rows unchanged."""
@@ -44,12 +44,12 @@ IDENTITY_FORMAT = IdentityFormat()
 
 @dataclass(frozen=True)
 class CastFormat:
-    """Numbers of a type that may be shorter."""
+    """Rows cast to another dtype, usually a shorter one."""
 
     dtype: torch.dtype
 
     def pack(self, x_RD: Tensor) -> Tensor:
-        """Cast the rows to the wire's type."""
+        """Cast the rows to the wire's dtype."""
         return x_RD.to(self.dtype)
 
     def unpack(self, packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,14 +58,14 @@ class CastFormat:
 
 
 class Int8Format:
-    """Eight bits a number, and one scale a vector."""
+    """Rows quantized to 8 bits, with one scale per row."""
 
     def pack(self, x_RD: Tensor) -> Tensor:
-        """Return codes and the scale of each row as bytes."""
+        """Quantize the rows (`pack`)."""
         return pack(x_RD)
 
     def unpack(self, packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the numbers that codes and scales stand for."""
+        """Dequantize the rows (`unpack`)."""
         return unpack(packed_RB, dtype)
 
 
@@ -75,16 +75,16 @@ def wire_format_of(wire_dtype: torch.dtype) -> WireFormat:
 
 
 def pack(x_RD: Tensor) -> Tensor:
-    """Quantize vectors to rows of bytes, int8 [R, D + 4]."""
+    """Quantize vectors; return codes and scale of each as a row of bytes, int8 [R, D + 4]."""
     wide_RD = x_RD.detach().to(_SCALE)
     scale_R1 = wide_RD.abs().amax(dim=1, keepdim=True) / _STEPS
     scale_R1 = torch.where(scale_R1.isinf(), torch.nan, scale_R1)
-    steps_RD = (wide_RD / scale_R1).nan_to_num(0).round().to(torch.int8)  # 0 / 0 of a vector of zeros
+    steps_RD = (wide_RD / scale_R1).nan_to_num(0).round().to(torch.int8)  # 0 / 0 for a vector of zeros
     return torch.cat([steps_RD, scale_R1.view(torch.int8)], dim=1)
 
 
 def unpack(packed_RB: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the vectors [R, D] that `pack` quantized."""
+    """Dequantize rows of `pack` to vectors [R, D]."""
     steps_RD, scale_R4 = packed_RB.split([packed_RB.shape[1] - _SCALE.itemsize, _SCALE.itemsize], dim=1)
     x_RD: Tensor = steps_RD * scale_R4.clone(memory_format=torch.contiguous_format).view(_SCALE)
     return x_RD.to(dtype)

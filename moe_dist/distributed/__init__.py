@@ -1,1 +1,1 @@
-"""Where ranks and experts are: mesh and process groups, links between ranks, expert placement."""
+"""Layout of ranks and experts: mesh and process groups, links between ranks, expert placement."""

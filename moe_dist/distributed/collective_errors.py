@@ -1,4 +1,4 @@
-"""Work that each rank does by itself, but that all must have done before they go on."""
+"""Errors of rank-local work that must stop all ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +10,20 @@ from moe_dist.errors import MoeDistError
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Ranks leave the block together: where one could not do it, all stop, and none waits for it in a collective.
+    """Raise on all ranks if the block fails on any, so that no rank waits for a failed one in a later collective.
 
-    Collective at the end of the block, which therefore holds none after what may fail.
+    Collective at the end of the block. The block must therefore contain no collective after a statement that may fail.
 
     Raises:
-        MoeDistError: this rank's own.
-        ConnectionError: another rank's, which this one follows; it says which and why.
+        MoeDistError: the block failed on this rank.
+        ConnectionError: the block failed on another rank; the message has the rank and its error.
     """
     own: MoeDistError | None = None
     try:
         yield
     except MoeDistError as error:
         own = error
-    problems = _of_all_ranks(None if own is None else str(own))
+    problems = _gather_problems(None if own is None else str(own))
     if own is not None:
         raise own
     for rank, problem in enumerate(problems):
@@ -31,7 +31,7 @@ def raise_on_all_ranks() -> Iterator[None]:
             raise ConnectionError(f"rank {rank} failed: {problem}")
 
 
-def _of_all_ranks(problem: str | None) -> list[str | None]:
+def _gather_problems(problem: str | None) -> list[str | None]:
     if not dist.is_initialized():
         return [problem]
     problems = [problem] * dist.get_world_size()

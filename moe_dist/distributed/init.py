@@ -1,4 +1,4 @@
-"""Joins this process to the job: device, threads, process group."""
+"""Initialization of this process: device, threads, default process group."""
 
 import os
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from moe_dist.config import WorldConfig
 from moe_dist.errors import LaunchError
 
 INIT_METHOD = "MOE_DIST_INIT_METHOD"
-"""Set by `moe-dist launch` to a file of the job's own: no port that another process could take meanwhile."""
+"""Environment variable with torch's init_method; `moe-dist launch` sets it to a file, since a port may be taken."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """This process in the job."""
+    """Rank, device and timeout of this process."""
 
     rank: int
     ranks: int
@@ -25,7 +25,7 @@ class RankInfo:
 
 
 def init_distributed(world: WorldConfig) -> RankInfo:
-    """Forms the default process group from the launcher's environment, or that of a single process.
+    """Initialize the default process group from the launcher's environment, or for a single process.
 
     Raises:
         LaunchError: there is no GPU for this rank, or the other ranks cannot be reached.
@@ -38,18 +38,22 @@ def init_distributed(world: WorldConfig) -> RankInfo:
     backend = world.backend if world.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
     timeout = timedelta(seconds=world.timeout_seconds)
     if not dist.is_initialized():
-        _form_group(backend, rank, ranks, timeout)
+        _init_process_group(backend, rank, ranks, timeout)
     return RankInfo(dist.get_rank(), dist.get_world_size(), device, timeout)
 
 
 def shutdown() -> None:
-    """Gives the process group up; harmless where there is none."""
+    """Destroy the default process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _device(backend: str, local_rank: int) -> torch.device:
-    """A CUDA GPU of this rank's own, or the CPU: where there is none, or where the user wants it."""
+    """Return this rank's CUDA GPU, or the CPU if there is no GPU or the user chose the CPU.
+
+    Raises:
+        LaunchError: NCCL is configured without a GPU, or the node has fewer GPUs than local ranks.
+    """
     cpu_wanted = backend == "gloo" or os.environ.get("DS_ACCELERATOR") == "cpu"
     if cpu_wanted or not torch.cuda.is_available():
         if backend == "nccl":
@@ -67,7 +71,10 @@ def _device(backend: str, local_rank: int) -> torch.device:
 
 
 def _set_threads(wanted: int, ranks: int) -> None:
-    """Threads of torch on the CPU; OMP_NUM_THREADS, which torch has read itself, holds where none are wanted."""
+    """Set the number of torch's CPU threads.
+
+    If `wanted` is 0, OMP_NUM_THREADS applies, which torch reads itself; else the node's cores are divided over ranks.
+    """
     if wanted:
         torch.set_num_threads(wanted)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -75,7 +82,7 @@ def _set_threads(wanted: int, ranks: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_node))
 
 
-def _form_group(backend: str, rank: int, ranks: int, timeout: timedelta) -> None:
+def _init_process_group(backend: str, rank: int, ranks: int, timeout: timedelta) -> None:
     if ranks == 1 and "MASTER_PORT" not in os.environ:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)

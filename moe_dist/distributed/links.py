@@ -1,4 +1,4 @@
-"""What kind of link joins two ranks: none (the rank itself), inside a node, or between nodes."""
+"""Kind of link between two ranks: none (the rank itself), within a node, or between nodes."""
 
 import hashlib
 import socket
@@ -14,7 +14,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class LinkKind(StrEnum):
-    """What a message crosses."""
+    """Kind of link that a message uses."""
 
     SELF = "self"
     INTRA_NODE = "intra_node"
@@ -23,13 +23,17 @@ class LinkKind(StrEnum):
 
 @dataclass(frozen=True)
 class Links:
-    """`node_of_rank[r]` is an identifier of the node that rank r runs on."""
+    """Links between this rank and its peers.
+
+    Attributes:
+        node_of_rank: number of the node of each rank.
+    """
 
     rank: int
     node_of_rank: tuple[int, ...]
 
     def kind(self, peer: int) -> LinkKind:
-        """The link between this rank and `peer` (global rank)."""
+        """Return the kind of link between this rank and `peer` (global rank)."""
         if peer == self.rank:
             return LinkKind.SELF
         same_node = self.node_of_rank[peer] == self.node_of_rank[self.rank]
@@ -37,7 +41,7 @@ class Links:
 
     @classmethod
     def alone(cls) -> "Links":
-        """Of a single process that talks to no other."""
+        """Return the links of a single process without peers."""
         return cls(0, (0,))
 
     @classmethod
@@ -47,7 +51,7 @@ class Links:
 
     @classmethod
     def discover(cls, device: torch.device) -> "Links":
-        """Learns every rank's node from its host name and boot; collective over all ranks."""
+        """Identify the node of every rank by host name and boot id; collective over all ranks."""
         digest = hashlib.sha256(_node_identity().encode()).digest()
         mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=device)
         nodes = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -56,7 +60,7 @@ class Links:
 
 
 def _node_identity() -> str:
-    """Host name and the kernel's boot: nodes may all be called localhost, containers of one kernel may be nodes."""
+    """Return host name and boot id: host names may be equal on all nodes, boot ids in containers of one kernel."""
     try:
         return f"{socket.gethostname()} {BOOT_ID.read_text().strip()}"
     except OSError:
@@ -64,6 +68,6 @@ def _node_identity() -> str:
 
 
 def _numbered(identifiers: Sequence[int]) -> tuple[int, ...]:
-    """Nodes numbered from 0 in the order of their first rank."""
+    """Number the nodes from 0 in the order of their first rank."""
     order = {node: i for i, node in enumerate(dict.fromkeys(identifiers))}
     return tuple(order[node] for node in identifiers)

@@ -1,7 +1,8 @@
 """The data x cluster x shard mesh of ranks and its process groups.
 
-Ranks are numbered with the shard axis innermost, so that a cluster group is a run of neighbouring ranks and fits in a
-node: rank = (data * clusters + cluster) * shards + shard.
+Ranks are numbered with the shard axis innermost, so that a cluster group is a run of neighboring ranks and fits in a
+node: rank = (data * clusters + cluster) * shards + shard. Where the ranks of a block are replicas
+(`world.shard_mode=replicate`), they are the innermost part of the data axis instead.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,11 @@ from moe_dist.errors import ConfigError
 
 
 class GroupKind(StrEnum):
-    """A kind of process group, named by what its ranks do together."""
+    """Kind of process group."""
 
-    STAGE_ONE = "stage_one"  # same data and shard index, all clusters: tokens go to their clusters
-    CLUSTER = "cluster"  # same data and cluster index, all shards: together they hold a block of clusters
-    EXPERT_PARALLEL = "expert_parallel"  # same data index: together they hold all experts once
+    STAGE_ONE = "stage_one"  # same data and shard index, all clusters: dispatch of tokens to clusters
+    CLUSTER = "cluster"  # same data and cluster index, all shards: the ranks that together hold a block of clusters
+    EXPERT_PARALLEL = "expert_parallel"  # same data index: the ranks that together hold all experts once
     BASE_DATA = "base_data"  # same cluster index: replicas of the same bases
     EXPERT_DATA = "expert_data"  # same cluster and shard index: replicas of the same experts
 
@@ -38,14 +39,17 @@ class Coordinates:
 
 
 def rank_at(shape: WorldShape, at: Coordinates) -> int:
-    """The rank at a position in the mesh."""
-    return (at.data * shape.cluster + at.cluster) * shape.shard + at.shard
+    """Return the rank at a position in the mesh."""
+    outer, inner = divmod(at.data, shape.replicas)
+    return ((outer * shape.cluster + at.cluster) * shape.replicas + inner) * shape.shard + at.shard
 
 
 def coordinates_of(shape: WorldShape, rank: int) -> Coordinates:
-    """A rank's position in the mesh."""
-    outer, shard = divmod(rank, shape.shard)
-    return Coordinates(*divmod(outer, shape.cluster), shard)
+    """Return the position of a rank in the mesh."""
+    rest, shard = divmod(rank, shape.shard)
+    rest, inner = divmod(rest, shape.replicas)
+    outer, cluster = divmod(rest, shape.cluster)
+    return Coordinates(outer * shape.replicas + inner, cluster, shard)
 
 
 _COMMON: dict[GroupKind, Callable[[Coordinates], tuple[int, ...]]] = {
@@ -58,7 +62,7 @@ _COMMON: dict[GroupKind, Callable[[Coordinates], tuple[int, ...]]] = {
 
 
 def group_layout(shape: WorldShape) -> list[tuple[GroupKind, tuple[int, ...]]]:
-    """Every group of the mesh, in the one order in which all ranks create them."""
+    """Return every group of the mesh, in the order in which all ranks must create them."""
     layout = []
     for kind, common in _COMMON.items():
         members: dict[tuple[int, ...], list[int]] = {}
@@ -70,7 +74,12 @@ def group_layout(shape: WorldShape) -> list[tuple[GroupKind, tuple[int, ...]]]:
 
 @dataclass(frozen=True)
 class RankGroup:
-    """One of this rank's groups: its global ranks in order, and torch's handle."""
+    """Process group of this rank.
+
+    Attributes:
+        ranks: global ranks of the group, in order.
+        handle: torch's process group; None: a single process.
+    """
 
     kind: GroupKind
     ranks: tuple[int, ...]
@@ -78,12 +87,12 @@ class RankGroup:
 
     @property
     def size(self) -> int:
-        """How many ranks it has."""
+        """Number of ranks."""
         return len(self.ranks)
 
 
 CLUSTER_DIMS, SHARD_DIMS = ("cluster", "ep", "expert"), ("shard", "etp")
-"""Names of a device mesh's dimensions that become the cluster and the shard axis; all others hold replicas."""
+"""Names of device mesh dimensions that become the cluster axis and the shard axis; all others are the data axis."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ class Mesh:
         """Create the groups over all ranks; collective.
 
         Args:
-            timeout: of the groups' collectives; None: torch's default.
+            timeout: timeout of the groups' collectives; None: torch's default.
         """
         rank, groups = dist.get_rank(), {}
         for kind, ranks in group_layout(shape):
@@ -135,15 +144,15 @@ class Mesh:
 
     @classmethod
     def over_world(cls, shape: WorldShape) -> "Mesh":
-        """Return the mesh over all ranks of the default process group; one for all callers with the same shape."""
+        """Return the mesh over all ranks of the default process group, cached by shape; its creation is collective."""
         return _created(dist.group.WORLD, shape)
 
     @classmethod
     def from_device_mesh(cls, device_mesh: DeviceMesh) -> "Mesh":
         """Create the groups over the ranks of a device mesh; collective over those ranks.
 
-        Its dimensions named cluster, ep or expert form the cluster axis, those named shard or etp the shard axis, all
-        others the data axis. A mesh of one dimension without a name is the cluster axis.
+        A dimension named cluster, ep or expert becomes the cluster axis, one named shard or etp the shard axis, all
+        others the data axis. The dimension of an unnamed one-dimensional mesh becomes the cluster axis.
 
         Raises:
             ConfigError: a mesh of several dimensions has no names, or two of them claim one axis.
@@ -166,7 +175,7 @@ class Mesh:
 
     @classmethod
     def _over(cls, ranks: list[int], shape: WorldShape) -> "Mesh":
-        """Create the groups over some ranks, given in the order of their positions; each rank creates its own only."""
+        """Create the groups over `ranks`, given in the order of their positions; each rank creates only its own."""
         position, groups = ranks.index(dist.get_rank()), {}
         for kind, positions in group_layout(shape):
             if position in positions:

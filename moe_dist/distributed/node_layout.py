@@ -1,4 +1,4 @@
-"""Where the ranks of a world lie on nodes, and which of their groups must reach across nodes; pure."""
+"""Assignment of ranks to nodes, and the process groups that span several nodes. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from moe_dist.distributed.mesh import GroupKind, group_layout
 
 @dataclass(frozen=True)
 class Crossing:
-    """What one kind of group has to cross.
+    """Node boundaries that one kind of group crosses.
 
     Attributes:
-        kind: of the groups; None: the one group of all ranks.
-        groups: how many there are.
-        ranks: in each of them.
-        crossing: groups whose ranks are on more than one node.
-        pairs, pairs_between_nodes: unordered pairs of ranks that talk to each other in these groups.
+        kind: kind of group; None: the group of all ranks.
+        groups: number of groups of this kind.
+        ranks: number of ranks of each group.
+        crossing: number of groups with ranks on more than one node.
+        pairs, pairs_between_nodes: unordered pairs of ranks that communicate in these groups, and those of them on
+            different nodes.
     """
 
     kind: GroupKind | None
@@ -29,12 +30,12 @@ class Crossing:
 
 
 def nodes_of_ranks(ranks_of_node: Sequence[int]) -> tuple[int, ...]:
-    """The node of each rank, ranks being numbered node by node."""
+    """Return the node of each rank; ranks are numbered node by node."""
     return tuple(node for node, ranks in enumerate(ranks_of_node) for _ in range(ranks))
 
 
 def crossings(shape: WorldShape, node_of_rank: Sequence[int]) -> list[Crossing]:
-    """One entry for each kind of group in the order of `GroupKind`, then one for all ranks together."""
+    """Return one entry for each kind of group, in the order of `GroupKind`, then one for the group of all ranks."""
     groups: dict[GroupKind | None, list[tuple[int, ...]]] = {}
     for kind, ranks in group_layout(shape):
         groups.setdefault(kind, []).append(ranks)

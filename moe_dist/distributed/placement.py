@@ -1,4 +1,4 @@
-"""Which cluster, slot and rank hold each expert: one versioned value that every other part reads."""
+"""Expert placement: the cluster, slot and rank of each expert, as one versioned immutable value."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from moe_dist.config import WorldShape
 
 
 class Seat(NamedTuple):
-    """Where an expert sits: on the ranks of which block and shard, and there in which local cluster and slot."""
+    """Location of an expert: block and shard (its ranks), and local cluster and slot on these ranks."""
 
     block: int
     shard: int
@@ -22,8 +22,14 @@ class Seat(NamedTuple):
 class ExpertPlacement:
     """Balanced clusters of experts on a grid of (cluster block, shard) ranks.
 
-    `members[c][s]` is the expert in slot s of cluster c; every cluster has E/G slots. Cluster c lives on cluster block
-    `block_of_cluster[c]`, every block holding equally many; inside a block, slot s lives on shard s // (E/G/shards).
+    Slot s of every cluster is on shard s // (E/G/shards) of the cluster's block.
+
+    Attributes:
+        members: `members[c][s]` is the expert in slot s of cluster c; every cluster has E/G slots.
+        block_of_cluster: cluster block that holds each cluster; all blocks hold equally many.
+        blocks: number of cluster blocks.
+        shards: number of shards of a block.
+        version: number of changes since the initial placement.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -47,47 +53,47 @@ class ExpertPlacement:
 
     @classmethod
     def contiguous(cls, experts: int, clusters: int, shape: WorldShape) -> "ExpertPlacement":
-        """The placement a run starts from: experts and clusters in their numbers' order."""
+        """Return the initial placement of a run: experts and clusters in numerical order."""
         slots, per_block = experts // clusters, clusters // shape.cluster
         members = tuple(tuple(range(c * slots, (c + 1) * slots)) for c in range(clusters))
         return cls(members, tuple(c // per_block for c in range(clusters)), shape.cluster, shape.shard)
 
     @property
     def clusters(self) -> int:
-        """Clusters in all (G)."""
+        """Number of clusters (G)."""
         return len(self.members)
 
     @property
     def slots(self) -> int:
-        """Experts in a cluster (E/G)."""
+        """Number of experts in a cluster (E/G)."""
         return len(self.members[0])
 
     @property
     def experts(self) -> int:
-        """Experts in all (E)."""
+        """Number of experts (E)."""
         return self.clusters * self.slots
 
     @property
     def clusters_per_block(self) -> int:
-        """Clusters that each block's ranks hold together."""
+        """Number of clusters of a block."""
         return self.clusters // self.blocks
 
     @property
     def slots_per_shard(self) -> int:
-        """Experts of one cluster that one rank holds."""
+        """Number of experts of one cluster that one rank holds."""
         return self.slots // self.shards
 
     def home_of(self, cluster: int) -> int:
-        """The block that a run's first placement gives a cluster to."""
+        """Return the block that holds a cluster in the initial placement."""
         return cluster // self.clusters_per_block
 
     @property
     def at_home(self) -> bool:
-        """Whether every cluster lives where it started."""
+        """True if every cluster is on its initial block."""
         return all(self.home_of(cluster) == block for cluster, block in enumerate(self.block_of_cluster))
 
     def clusters_of_block(self, block: int) -> tuple[int, ...]:
-        """The clusters that the ranks of one block hold, in the order of their local index."""
+        """Return the clusters of one block, in the order of their local index."""
         return tuple(c for c in range(self.clusters) if self.block_of_cluster[c] == block)
 
     def clusters_in_block_order(self) -> list[int]:
@@ -95,16 +101,16 @@ class ExpertPlacement:
         return [cluster for block in range(self.blocks) for cluster in self.clusters_of_block(block)]
 
     def experts_of(self, cluster: int, shard: int) -> tuple[int, ...]:
-        """The experts of a cluster that one shard holds, in the order of their slots."""
+        """Return the experts of a cluster that one shard holds, in the order of their slots."""
         first = shard * self.slots_per_shard
         return self.members[cluster][first : first + self.slots_per_shard]
 
     def local_index(self, cluster: int) -> int:
-        """Which of its block's clusters a cluster is."""
+        """Return the index of a cluster among the clusters of its block."""
         return self.clusters_of_block(self.block_of_cluster[cluster]).index(cluster)
 
     def seats(self) -> dict[int, Seat]:
-        """The seat of every expert."""
+        """Return the location of every expert."""
         found = {}
         for cluster, members in enumerate(self.members):
             block, local = self.block_of_cluster[cluster], self.local_index(cluster)
@@ -114,19 +120,19 @@ class ExpertPlacement:
         return found
 
     def cluster_of(self) -> tuple[int, ...]:
-        """The cluster of every expert, by expert."""
+        """Return the cluster of every expert, by expert."""
         found = {expert: cluster for cluster, members in enumerate(self.members) for expert in members}
         return tuple(found[expert] for expert in range(self.experts))
 
     def with_blocks(self, block_of_cluster: Sequence[int]) -> "ExpertPlacement":
-        """The next version, after clusters have changed ranks as they are."""
+        """Return the next version, with whole clusters on other blocks."""
         return replace(self, block_of_cluster=tuple(block_of_cluster), version=self.version + 1)
 
     def with_members(self, members: tuple[tuple[int, ...], ...]) -> "ExpertPlacement":
-        """The next version, after a re-clustering."""
+        """Return the next version, with experts in other clusters or slots."""
         return replace(self, members=members, version=self.version + 1)
 
     def digest(self) -> str:
-        """Content hash that ranks compare before they rely on a placement."""
+        """Return a hash of the content, by which ranks check that their placements are equal."""
         content = [self.members, self.block_of_cluster, self.blocks, self.shards, self.version]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

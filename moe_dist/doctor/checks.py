@@ -22,7 +22,7 @@ from moe_dist.doctor.link_speed import Speed, clock_offsets, exchange_speed
 from moe_dist.errors import MoeDistError
 from moe_dist.metrics import installed_versions
 
-SHARED_SECONDS = 10.0  # for a new file to show on the other nodes; NFS keeps what it saw for some seconds
+SHARED_SECONDS = 10.0  # until a new file shows on other nodes; NFS caches for some seconds
 SKEW_WARN, SKEW_FAIL = 1.0, 60.0  # seconds
 MEMORY_WARN, DISK_WARN = 2 * 2**30, 5 * 2**30  # bytes: free for each rank; in each folder
 
@@ -154,7 +154,7 @@ def check_devices(facts: Sequence[Facts]) -> Check:
     """Compare devices."""
     kinds = sorted({told.device for told in facts})
     if len(kinds) > 1:
-        return Check("warn", "devices", f"ranks have different ones: {', '.join(kinds)}")
+        return Check("warn", "devices", f"ranks have different devices: {', '.join(kinds)}")
     cores = min(told.cores for told in facts)
     return Check("ok", "devices", f"{kinds[0]}, at least {cores} core(s) for the ranks of a node")
 
@@ -177,7 +177,7 @@ def check_speed(kind: LinkKind, speed: Speed | None) -> Check:
     """Check an all-to-all over one kind of link: correct data, and bandwidth."""
     name = {LinkKind.INTRA_NODE: "inside nodes", LinkKind.INTER_NODE: "between nodes"}[kind]
     if speed is None:
-        return Check("ok", name, "no two ranks are joined so")
+        return Check("ok", name, "no two ranks have such a link")
     if speed.wrong_ranks:
         return Check("fail", name, f"rank {_listed(speed.wrong_ranks)} received other bytes than were sent")
     of_each = "rank" if kind is LinkKind.INTRA_NODE else "node"

@@ -38,7 +38,7 @@ def exchange_speed(process: RankInfo, links: Links, kind: LinkKind) -> Speed | N
     if most == 0:
         return None
     size = min(BYTES_TO_PEER, BYTES_AT_MOST // most)
-    split = [size * wanted for wanted in joined[process.rank]]  # links go both ways: as much comes as goes
+    split = [size * wanted for wanted in joined[process.rank]]  # symmetric: each pair sends both ways
     sent = torch.full((sum(split),), process.rank % 251, dtype=torch.uint8, device=process.device)
     received = torch.empty_like(sent)
     seconds = [_timed_exchange(received, sent, split, process) for _ in range(ROUNDS + 1)][1:]  # the first connects

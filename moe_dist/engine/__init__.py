@@ -1,9 +1,9 @@
-"""The training engine; the only package that imports deepspeed."""
+"""Training engine; the only package that imports deepspeed."""
 
 import os
 
 import torch
 
 if not torch.accelerator.is_available():
-    # DeepSpeed picks its accelerator when it is imported, which the modules of this package do.
+    # DeepSpeed selects its accelerator on import, and the modules of this package import it.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

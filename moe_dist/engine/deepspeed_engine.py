@@ -1,4 +1,4 @@
-"""One training step at a time, through DeepSpeed: accumulation, reduction by class, clipping, ZeRO, AdamW."""
+"""Training steps on DeepSpeed: gradient accumulation, reduction by parameter class, clipping, ZeRO, AdamW."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from moe_dist.model.language_model import LanguageModel, copies_of
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What all ranks know after the backward passes of a step, before its update."""
+    """Result of a step's forward and backward passes, before its update; the same on all ranks."""
 
     loss: float
     """Mean over all ranks and micro-batches, nats a token."""
@@ -31,17 +31,17 @@ class StepOutcome:
     count_LE: Tensor
     """Copies routed to each expert of each layer, over all ranks; float64, on the CPU."""
     dropped: float
-    """Copies beyond the capacity, over all layers and ranks."""
+    """Copies dropped beyond the capacity, over all layers and ranks."""
     balance_loss: float
-    """What `loss` gets on top from `moe.aux_loss_weight`, over all layers."""
+    """Weighted load-balancing loss (`moe.aux_loss_weight`) of all layers; not included in `loss`."""
     z_loss: float
-    """And from `moe.z_loss_weight`."""
+    """Weighted router z-loss (`moe.z_loss_weight`) of all layers; not included in `loss`."""
     stop: bool
-    """Some rank wants all to stop after this step."""
+    """True if any rank was asked to stop the run after this step."""
 
 
 class DeepSpeedEngine:
-    """A language model under training."""
+    """Language model with its optimizer and DeepSpeed engine."""
 
     def __init__(self, model: LanguageModel, config: RunConfig, batch: BatchShape, process: RankInfo) -> None:
         init_deepspeed()
@@ -68,10 +68,11 @@ class DeepSpeedEngine:
         gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm, elsewhere)
 
     def forward_backward(self, sequences_BS: Tensor, stop_wanted: Callable[[], bool] = lambda: False) -> StepOutcome:
-        """Runs this rank's share of a step, [micro * accumulation, S+1] token numbers, in micro-batches; collective.
+        """Run the forward and backward passes of a step, in micro-batches; collective.
 
         Args:
-            stop_wanted: asked once, at the end: does this rank want all to stop after the step?
+            sequences_BS: this rank's share of the batch, [micro * accumulation, S+1] token ids.
+            stop_wanted: returns True if this rank was asked to stop after the step; called once, at the end.
         """
         loss = torch.zeros((), device=self.process.device)
         for sequence_BS in sequences_BS.to(self.process.device).split(self.batch.micro):
@@ -82,10 +83,10 @@ class DeepSpeedEngine:
             loss += micro_loss.detach().float() / self.batch.accumulation
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
-        return self._agree(loss, stop_wanted())
+        return self._reduce_outcome(loss, stop_wanted())
 
     def update(self, outcome: StepOutcome, learning_rate: float) -> float:
-        """Clips, updates the weights and the balance biases; returns the global gradient norm before clipping."""
+        """Clip gradients, update weights and balance biases; return the global gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         self._engine.step()
@@ -98,20 +99,20 @@ class DeepSpeedEngine:
         return float(self._engine.optimizer._global_grad_norm)
 
     def training_state(self) -> OptimizerState:
-        """Masters and moments of the parameters, as they are between two steps."""
+        """Return the master weights and moments of the parameters; to be used between two steps only."""
         return OptimizerState(self._engine.optimizer, self._offloaded)
 
     def wrap_reduction(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """For measurements: `wrap` is given what reduces the gradients of a micro-batch, and returns its substitute."""
+        """Replace the function that reduces gradients by `wrap` of it; for measurements."""
         self._engine.allreduce_gradients = wrap(self._engine.allreduce_gradients)
 
     def close(self) -> None:
-        """Gives up the optimizer and DeepSpeed's hooks; the engine cannot be used afterwards."""
+        """Release the optimizer and DeepSpeed's hooks; the engine cannot be used afterwards."""
         self._engine.destroy()
         del self._engine, self.model
 
-    def _agree(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
-        """Sums loads, losses, faults and wishes to stop over the ranks: the one small collective of a step."""
+    def _reduce_outcome(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
+        """Sum loads, losses, non-finite losses and stop requests over the ranks, in one small all-reduce per step."""
         balance, ranks = self.model.context.balance, self.process.ranks
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
         faults[self.process.rank] = (~loss.isfinite()).double()

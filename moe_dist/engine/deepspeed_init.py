@@ -1,4 +1,4 @@
-"""DeepSpeed's own start-up: it takes over the process group that exists."""
+"""Initialization of DeepSpeed on the existing default process group."""
 
 import logging
 import os
@@ -9,10 +9,10 @@ from deepspeed.utils import logger
 
 
 def init_deepspeed() -> None:
-    """Let DeepSpeed take over the default process group; its messages below errors are silenced."""
+    """Initialize DeepSpeed on the default process group, and silence its log messages below errors."""
     logger.setLevel(logging.ERROR)
-    # Its shared-memory all-reduce is compiled at start-up (half a minute), and a build killed half-way leaves a lock on
-    # which later runs hang: leave it out, gloo does the same work.
+    # DeepSpeed compiles its shared-memory all-reduce at start-up (half a minute), and an interrupted build leaves a
+    # lock on which later runs hang. gloo does the same work, so disable it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also for a single process
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, even for a single process
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

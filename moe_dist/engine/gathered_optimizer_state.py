@@ -1,4 +1,4 @@
-"""Whole parameters' masters and moments, put together from and divided into what each rank owns.
+"""Gathered optimizer state: masters and moments of whole parameters, from and to the fragments that ranks own.
 
 Shapes: P elements of a flattened parameter, S the three `STATE_NAMES`.
 """
@@ -15,30 +15,30 @@ from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, OptimizerState,
 from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
 
 GatheredOptimizerState = dict[str, Tensor]
-"""By `STATE_NAMES`: float32, each in the parameter's shape."""
+"""Tensors by `STATE_NAMES`: float32, each in the parameter's shape."""
 
 
 @dataclass(frozen=True)
 class OwnedState:
-    """This rank's part of a parameter's state, whoever keeps the rest; may outlive the optimizer as a `copy`."""
+    """Part of a parameter's optimizer state that this rank owns; a `copy` stays valid without the optimizer."""
 
     shape: torch.Size
     fragment: StateFragment | None
     group: dist.ProcessGroup | None
-    """The ranks that hold the parameter; None: all."""
+    """Ranks that hold the parameter; None: all."""
     divided: bool
-    """Whether each of them owns another part of it; else every one owns all."""
+    """True if each of these ranks owns a different part of the state; False if each owns all of it."""
 
     @classmethod
     def of(cls, state: OptimizerState, parameter: nn.Parameter, mesh: Mesh) -> "OwnedState":
-        """As views of the optimizer's tensors."""
+        """Return views of the optimizer's tensors for one parameter."""
         kind = REDUCED_OVER.get(class_of(parameter))
         group = None if kind is None else mesh.group(kind).handle
         copies = mesh.shape.ranks if kind is None else mesh.group(kind).size
         return cls(parameter.shape, state.fragment(parameter), group, state.divided and copies > 1)
 
     def copy(self) -> "OwnedState":
-        """The same with tensors of its own."""
+        """Return a deep copy."""
         if self.fragment is None:
             return self
         tensors = {name: tensor.clone() for name, tensor in self.fragment.tensors.items()}
@@ -46,19 +46,19 @@ class OwnedState:
 
     @torch.no_grad()
     def whole(self, device: torch.device) -> GatheredOptimizerState:
-        """All of it, on every rank that holds the parameter; collective over them if it is divided."""
+        """Gather the whole state on every rank that holds the parameter; collective over them if it is divided."""
         whole_SP = torch.zeros(len(STATE_NAMES), self.shape.numel(), device=device)
         if self.fragment is not None:
             for row_P, name in zip(whole_SP, STATE_NAMES, strict=True):
                 row_P[self.fragment.start : self.fragment.end] = self.fragment.tensors[name]
         if self.divided:
-            dist.all_reduce(whole_SP, group=self.group)  # of what others own there are zeros here: exact
+            dist.all_reduce(whole_SP, group=self.group)  # exact: every element is zero on all ranks but one
         return {name: row_P.view(self.shape) for row_P, name in zip(whole_SP, STATE_NAMES, strict=True)}
 
 
 @torch.no_grad()
 def write_whole(state: OptimizerState, parameter: nn.Parameter, whole: Mapping[str, Tensor]) -> None:
-    """Sets a parameter and what this rank owns of its master, and of the moments that are given."""
+    """Write a parameter's value, and this rank's fragment of its master weights and of the moments in `whole`."""
     parameter.copy_(whole[MASTER])
     fragment = state.fragment(parameter)
     if fragment is not None:
@@ -68,7 +68,7 @@ def write_whole(state: OptimizerState, parameter: nn.Parameter, whole: Mapping[s
 
 @torch.no_grad()
 def restore(state: OptimizerState, parameter: nn.Parameter, value: Tensor, owned: OwnedState) -> None:
-    """Sets a parameter, and what this rank owns of its state to a copy made before."""
+    """Restore a parameter to `value`, and this rank's fragment of its state to an earlier copy."""
     parameter.copy_(value)
     fragment = state.fragment(parameter)
     if fragment is not None and owned.fragment is not None:

@@ -1,9 +1,8 @@
-"""The true global gradient norm over all three parameter classes, in place of DeepSpeed's.
+"""Exact global gradient norm over all three parameter classes, which replaces DeepSpeed's.
 
-DeepSpeed 0.19 averages the norms of experts over their replicas (ZeRO 1 and 2) or leaves them out (ZeRO 0), so that
-its norm, and with it the clipping, depends on where experts are placed (deepspeedai/DeepSpeed#8475). Here every
-element of the gradient counts once: with ZeRO 1 and 2 exactly one rank owns it; with ZeRO 0 each of its n holders adds
-1/n of its square.
+DeepSpeed 0.19 averages the norms of experts over their replicas (ZeRO 1 and 2) or omits them (ZeRO 0). Its norm, and
+therefore its clipping, depends on the expert placement (deepspeedai/DeepSpeed#8475). Here every element of the gradient
+counts once: with ZeRO 1 and 2 exactly one rank owns it; with ZeRO 0 each of its n holders adds 1/n of its square.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,20 +17,25 @@ from torch import Tensor, nn
 
 CopiesOf = Callable[[nn.Parameter], int]
 Square = Callable[[], Tensor]
-"""This rank's part of the squared norm of gradients that the optimizer does not know; float64."""
+"""Function that returns this rank's part of the squared norm of gradients outside the optimizer; float64."""
 
 
 def nothing_else() -> Tensor:
-    """The optimizer knows all gradients."""
+    """Return 0: there are no gradients outside the optimizer."""
     return torch.zeros((), dtype=torch.float64)
 
 
 def global_norm(
     gradients: Iterable[tuple[Tensor, int]], device: torch.device, elsewhere: Square = nothing_else
 ) -> Tensor:
-    """sqrt of the sum over all ranks and (gradient, copies) of |gradient|^2 / copies; collective, float32 scalar.
+    """Return the square root of the sum over all ranks and (gradient, copies) of |gradient|^2 / copies; collective.
 
-    Summed in float64, so that the order of the terms, which follows from where clusters live, leaves no trace.
+    The sum is in float64, because the order of its terms depends on the placement of clusters and the result should
+    not. Returns a float32 scalar.
+
+    Args:
+        gradients: pairs of a gradient and the number of ranks that hold it.
+        elsewhere: returns this rank's part of the squared norm of further gradients.
     """
     square = torch.zeros((), dtype=torch.float64, device=device)
     for gradient, copies in gradients:
@@ -42,7 +46,7 @@ def global_norm(
 
 
 def install(engine: Any, copies_of: CopiesOf, clip_norm: float, elsewhere: Square = nothing_else) -> None:
-    """Makes `engine` (a DeepSpeedEngine) report and clip by the true norm, whatever its ZeRO stage and precision."""
+    """Patch a DeepSpeed engine to report and clip by the exact norm, for every ZeRO stage and precision."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         _install_partitioned(optimizer, elsewhere)
@@ -53,7 +57,7 @@ def install(engine: Any, copies_of: CopiesOf, clip_norm: float, elsewhere: Squar
 
 
 def clip_factor(optimizer: Any, norm: Tensor, clip_norm: float) -> Tensor | None:
-    """What an optimizer multiplies its gradients by, to the last bit; None: it leaves them as they are."""
+    """Return the factor by which an optimizer multiplies its gradients, bit-identical to its own; None: no clipping."""
     if clip_norm == 0:
         return None
     if isinstance(optimizer, (DeepSpeedZeroOptimizer, FP16_UnfusedOptimizer)):
@@ -100,4 +104,4 @@ def _install_plain(engine: Any, copies_of: CopiesOf, clip_norm: float, elsewhere
         return step(*args, **kwargs)
 
     engine.optimizer.step = MethodType(clip_and_step, engine.optimizer)
-    engine.clip_fp32_gradients = lambda: None  # DeepSpeed's own knows nothing of experts
+    engine.clip_fp32_gradients = lambda: None  # DeepSpeed's clipping ignores experts

@@ -1,9 +1,10 @@
-"""AdamW over experts that are kept in tiers, cluster by cluster, where their training state is.
+"""AdamW for offloaded experts, cluster by cluster, on the memory tier of their training state.
 
-DeepSpeed never sees these parameters. What it does for the others is done here in the same order and with the same
-arithmetic: gradients are summed over the replicas and divided by the number of ranks, enter the one global norm, are
-clipped by it, and torch's fused AdamW takes the step. In float32 on a CPU the result is the same to the last bit.
-(DeepSpeed's CPU Adam is not used: it rounds otherwise than what is stepped beside it.)
+DeepSpeed does not handle these parameters. Their update has the same steps in the same order and with the same
+arithmetic as DeepSpeed's: gradients are summed over the replicas, divided by the number of ranks, included in the
+global norm and clipped by it, and torch's fused AdamW updates the weights. In float32 on a CPU the result is
+bit-identical. DeepSpeed's CPU Adam is not used, because it rounds differently from the optimizer of the other
+parameters.
 """
 
 from collections.abc import Iterator
@@ -25,17 +26,17 @@ from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
 
 
 class OffloadedAdamW:
-    """The optimizer of all clusters in an `ExpertMemory`."""
+    """Optimizer of all clusters in an `ExpertMemory`."""
 
     def __init__(self, memory: ExpertMemory, options: OptimizerConfig, mesh: Mesh) -> None:
         self.memory, self._options, self._mesh = memory, options, mesh
         self.steps = 0
         self._square: dict[Place, Tensor] = {}
-        memory.on_gradient = self._finish_alone
+        memory.on_gradient = self._finish_without_replicas
         self._replicated = any(copies_of(parameter, mesh) > 1 for parameter in memory.parameters())
 
     def finish_gradients(self) -> Tensor:
-        """Completes all gradients of a step; returns this rank's part of the squared norm, float64. Collective."""
+        """Reduce all gradients of a step; return this rank's part of the squared norm, float64. Collective."""
         for place, cluster in self.memory.clusters.items():
             if place not in self._square and (cluster.has_gradient or self._replicated):
                 with self._gradient(cluster) as gradient:
@@ -46,22 +47,22 @@ class OffloadedAdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float, clip_factor: Tensor | None) -> None:
-        """Updates all clusters, moments and weights, and forgets the gradients."""
+        """Update moments and weights of all clusters, and drop their gradients."""
         clusters = list(self.memory.clusters.values())
         for index, cluster in enumerate(clusters):
-            for ahead in clusters[index + 1 : index + 2]:
-                self._prefetch(ahead)
+            for following in clusters[index + 1 : index + 2]:
+                self._prefetch(following)
             self._step_cluster(cluster, learning_rate, clip_factor)
         self.steps += 1
 
-    def _finish_alone(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
-        """Completes a gradient at the end of its backward pass, while it is at hand, where no other rank has to add."""
+    def _finish_without_replicas(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
+        """Finish a gradient right after its backward pass, while it is on the device, if there are no replicas."""
         if not self._replicated:
             self._square[cluster.layer, cluster.local] = self._finish(cluster, gradient)
 
     @torch.no_grad()
     def _finish(self, cluster: OffloadedCluster, gradient: Tensor) -> Tensor:
-        """Sums over replicas, divides by the number of ranks, and returns the square of the norm over the copies."""
+        """Reduce a gradient over replicas, divide it by the number of ranks, return its squared norm / copies."""
         square = torch.zeros((), dtype=torch.float64, device=gradient.device)
         views = cluster.layout.views(gradient)
         for name, parameter in cluster.parameters.items():
@@ -114,7 +115,7 @@ class OffloadedAdamW:
 
     @contextmanager
     def _blocks(self, cluster: OffloadedCluster) -> Iterator[dict[TensorKind, Tensor]]:
-        """Blocks where the training state is; what an accelerator has of them is sent down first."""
+        """Acquire the cluster's blocks on the tier of the training state; device copies are evicted to it first."""
         memory = self.memory
         with ExitStack() as held:
             blocks = {}

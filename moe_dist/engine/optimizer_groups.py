@@ -1,4 +1,4 @@
-"""Optimizer groups: by weight decay and learning rate, and by which ranks reduce them."""
+"""Optimizer parameter groups: by weight decay, learning rate and reduction group."""
 
 from typing import Any, NamedTuple
 
@@ -9,18 +9,18 @@ from moe_dist.config import OptimizerConfig
 from moe_dist.engine.expert_process_groups import has_experts
 
 VECTORS = ("hidden_gate_NF", "hidden_bias_NH", "output_bias_ND")
-FEED_FORWARD = {"w_in_DH", "w_out_FD", "w_in", "w_out"}  # of a dense layer or a cluster's base; of standard experts
+FEED_FORWARD = {"w_in_DH", "w_out_FD", "w_in", "w_out"}  # dense layers and bases; standard experts
 
 
 class UpdateRule(NamedTuple):
-    """A parameter's weight decay, and its learning rate over that of most."""
+    """Weight decay of a parameter, and its learning rate relative to the global one."""
 
     weight_decay: float
     lr_scale: float
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: not to norms, biases, expert vectors and embeddings."""
+    """Return True if weight decay applies: not for norms, biases, expert vectors and embeddings."""
     return parameter.ndim > 1 and "embedding" not in name and name.rpartition(".")[2] not in VECTORS
 
 
@@ -43,12 +43,12 @@ def _rules(optimizer: OptimizerConfig) -> dict[str, UpdateRule]:
 
 
 def update_rule(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) -> UpdateRule:
-    """How AdamW moves one parameter."""
+    """Return the update rule of one parameter."""
     return _rules(optimizer)[_kind(name, parameter)]
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups for the optimizer, in an order that is the same on all ranks."""
+    """Return the optimizer's parameter groups, in the same order on all ranks."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {
@@ -60,6 +60,7 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     ]
     if has_experts(model):
         groups = split_params_into_different_moe_groups_for_optimizer(groups)
-        # it walks a set of names, whose order differs between processes: ranks would reduce unlike groups together
+        # DeepSpeed iterates over a set of names, whose order differs between processes; without sorting, ranks would
+        # reduce different groups with each other
         groups.sort(key=lambda group: (group.get("moe", False), -group["weight_decay"], group["name"]))
     return [group for group in groups if group["params"]]

@@ -1,8 +1,8 @@
-"""What the optimizer knows of each parameter on this rank: FP32 master weights and Adam moments, free to be written.
+"""Optimizer state by parameter: writable views of this rank's FP32 master weights and Adam moments.
 
-DeepSpeed keeps them in three forms: whole beside each parameter (ZeRO 0, float32), whole in lists of their own (ZeRO 0,
-bfloat16), or as this rank's piece of a flat partition (ZeRO 1 and 2). Whoever moves or saves the state of an expert
-sees one form here: a *fragment*, a run of the flattened parameter's elements that this rank owns.
+DeepSpeed has three layouts: whole tensors by parameter (ZeRO 0, float32), whole tensors in separate lists (ZeRO 0,
+bfloat16), or this rank's part of a flat partition (ZeRO 1 and 2). This module has a single one for migration and
+checkpoints: a *fragment*, a run of the flattened parameter's elements that this rank owns.
 """
 
 from collections.abc import Iterator
@@ -24,26 +24,27 @@ _STEP = "step"
 
 @dataclass(frozen=True)
 class StateFragment:
-    """A run of one parameter's state, from element `start` of the flattened parameter."""
+    """Run of one parameter's state, from element `start` of the flattened parameter."""
 
     start: int
     tensors: dict[str, Tensor]
-    """By `STATE_NAMES`: one-dimensional float32 views of equal length; writing to them changes the state."""
+    """Tensors by `STATE_NAMES`: one-dimensional float32 views of equal length; writes to them change the state."""
 
     @property
     def end(self) -> int:
-        """One past the last element."""
+        """Index after the last element."""
         return self.start + self.tensors[MASTER].numel()
 
 
 class OptimizerState:
-    """The optimizer's state, parameter by parameter. Values before the first update are zero moments, step 0."""
+    """Optimizer state by parameter; before the first update the moments are zero and the step is 0."""
 
     def __init__(self, optimizer: Any, offloaded: OffloadedAdamW | None = None) -> None:
-        """
+        """Create missing moments, and map parameters to their master weights.
+
         Args:
-            optimizer: `DeepSpeedEngine.optimizer`, of any ZeRO stage that moe-dist uses.
-            offloaded: the optimizer of experts that are kept in tiers.
+            optimizer: DeepSpeed's optimizer, of any ZeRO stage that moe-dist uses.
+            offloaded: optimizer of offloaded experts.
         """
         self._optimizer, self.offloaded = optimizer, offloaded
         self._adamw: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -53,16 +54,16 @@ class OptimizerState:
 
     @torch.no_grad()
     def undo_trial_step(self) -> None:
-        """Back to before DeepSpeed's first step: one with zero gradients, by which some of its optimizers make room.
+        """Undo the step with zero gradients by which some of DeepSpeed's optimizers allocate their state.
 
-        It counts in the moments' correction and decays the weights (seen with ZeRO 0 in bfloat16).
+        That step would count in the moments' bias correction and decay the weights (observed with ZeRO 0, bfloat16).
         """
         self.steps = 0
         for held, master in self._masters.items():
             master.copy_(held)
 
     def fragment(self, parameter: nn.Parameter) -> StateFragment | None:
-        """What this rank owns of a parameter's state; None where other replicas own all of it (ZeRO 1 and 2)."""
+        """Return this rank's fragment of a parameter's state; None if other replicas own it all (ZeRO 1 and 2)."""
         if self.divided:
             return self._partitioned(parameter)
         master = self._masters.get(parameter, parameter)
@@ -70,7 +71,7 @@ class OptimizerState:
 
     @property
     def divided(self) -> bool:
-        """Whether replicas of a parameter own different parts of its state (ZeRO 1 and 2), or each all of it."""
+        """True if replicas own different parts of a parameter's state (ZeRO 1 and 2); False if each owns all of it."""
         return isinstance(self._optimizer, DeepSpeedZeroOptimizer)
 
     def _partitioned(self, parameter: Any) -> StateFragment | None:
@@ -90,23 +91,23 @@ class OptimizerState:
 
     @property
     def separate_masters(self) -> bool:
-        """Whether masters are tensors of their own, beside the weights."""
+        """True if master weights are separate from the parameters."""
         return isinstance(self._optimizer, DeepSpeedZeroOptimizer) or bool(self._masters)
 
     @property
     def separate_masters_of_experts(self) -> bool:
-        """The same for experts, which in tiers have masters of their own only where weights are narrower."""
+        """True if experts have separate master weights; offloaded ones do if their weights are not float32."""
         if self.offloaded is None:
             return self.separate_masters
         return self.offloaded.memory.separate_masters
 
     def is_offloaded(self, parameter: nn.Parameter) -> bool:
-        """Whether a parameter's values and state are in tiers, whole on each rank that holds it."""
+        """Return True if a parameter is offloaded; its state is then whole on each rank that holds it."""
         return self.offloaded is not None and self.offloaded.memory.of(parameter) is not None
 
     @property
     def steps(self) -> int:
-        """Updates that the moments have seen, which corrects their start from zero."""
+        """Number of updates of the moments, for their bias correction."""
         return int(next(iter(self._step_counters())))
 
     @steps.setter
@@ -117,7 +118,7 @@ class OptimizerState:
             self.offloaded.steps = value
 
     def _managed(self) -> Iterator[Tensor]:
-        """The tensors that AdamW itself updates."""
+        """Yield the tensors that AdamW itself updates."""
         for group in self._adamw.param_groups:
             yield from group["params"]
 
@@ -126,7 +127,7 @@ class OptimizerState:
 
 
 def _create_missing(state: dict[str, Any], like: Tensor) -> None:
-    """As torch's AdamW does at its first step."""
+    """Create the state that torch's AdamW creates at its first step."""
     if not state:
         state[_STEP] = torch.zeros((), dtype=torch.float32, device=like.device)
         for name in MOMENTS:
@@ -134,7 +135,7 @@ def _create_missing(state: dict[str, Any], like: Tensor) -> None:
 
 
 def _whole_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
-    """The FP32 copy of each parameter where DeepSpeed keeps whole ones."""
+    """Return the FP32 copy of each parameter if DeepSpeed keeps whole copies, else an empty mapping."""
     if not isinstance(optimizer, FP16_UnfusedOptimizer):
         return {}
     groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)

@@ -1,10 +1,12 @@
-"""C operators compiled on demand with the system's compiler, and None where that is not possible.
+"""Just-in-time compilation of C operators with the system's compiler.
 
-A library is kept in a private folder of the user's cache, named by the hash of all it depends on: source, flags,
-compiler and the processor's features (a home may be shared by unlike nodes). Ranks that start together are safe: one
-compiles under a file lock, and a finished library appears by an atomic rename. Nothing here raises for want of a
-compiler; a warning says once why the torch backend is used instead. `MOE_DIST_NATIVE=0` turns all of it off, and
-`MOE_DIST_ISA=avx2|sse4|scalar` compiles for an older x86 processor than this one, for tests.
+A compiled library is cached in a private folder of the user's cache directory. Its name contains a hash of the source,
+the flags, the compiler version and the processor's features, because nodes with different processors may share the
+directory. Concurrent ranks are safe: one compiles under a file lock, and the finished library is renamed atomically.
+A failed compilation does not raise: a warning is logged once with the reason, and a torch backend is used instead.
+
+Environment variables: `MOE_DIST_NATIVE=0` disables compiled operators. `MOE_DIST_ISA=avx2|sse4|scalar` compiles for an
+older x86 processor than this one, for tests.
 """
 
 import contextlib
@@ -32,21 +34,21 @@ _ISA_FLAGS = {
     "sse4": ("-march=x86-64-v2",),
     "scalar": ("-march=x86-64", "-DSCALAR", "-fno-tree-vectorize"),
 }
-"""By the value of MOE_DIST_ISA; all but native exist on x86 only."""
+"""Compiler flags by the value of MOE_DIST_ISA; only `native` is available on processors other than x86."""
 _TIMEOUT_SECONDS = 120
 _logger = logging.getLogger(__name__)
 
 
 def enabled() -> bool:
-    """Whether the environment allows compiled operators."""
+    """Return True if the environment allows compiled operators."""
     return os.environ.get("MOE_DIST_NATIVE", "1") != "0"
 
 
 def _isa_flags() -> tuple[str, ...]:
-    """Return the compiler's words for the vectors to use.
+    """Return the compiler flags that select the vector instructions.
 
     Raises:
-        OSError: MOE_DIST_ISA has another value than those of `_ISA_FLAGS`.
+        OSError: MOE_DIST_ISA is not a key of `_ISA_FLAGS`.
     """
     isa = os.environ.get("MOE_DIST_ISA", "native")
     if isa not in _ISA_FLAGS:
@@ -56,10 +58,10 @@ def _isa_flags() -> tuple[str, ...]:
 
 @functools.cache
 def library(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | None:
-    """The library of one C file compiled with `-D` for each of `defines`, or None if this machine cannot have it."""
+    """Compile and load one C file with `-D` for each of `defines`; return None if that fails on this machine."""
     try:
         return ctypes.CDLL(str(_compiled(source, defines)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
         detail = getattr(error, "stderr", None) or error
         text = detail.decode(errors="replace") if isinstance(detail, bytes) else str(detail)
         _logger.warning("%s is not compiled, torch is used instead: %s", source.name, text.strip()[:500])
@@ -73,7 +75,7 @@ def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
     if target.exists():
         return target
     with (folder / f"{target.name}.lock").open("w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks: several ranks compile, each renames the same
+        with contextlib.suppress(OSError):  # no file locks: ranks compile the same library, harmless
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             _compile([*command, str(source)], target)
@@ -106,7 +108,7 @@ def _key(source: Path, command: list[str]) -> str:
 
 
 def _processor_features() -> str:
-    """What `-march=native` looks at, as Linux tells it."""
+    """Return the processor's model and instruction sets, which determine the code that `-march=native` generates."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -116,7 +118,11 @@ def _processor_features() -> str:
 
 
 def _cache_folder() -> Path:
-    """A folder only this user can write: a library found there is code that will run."""
+    """Return the cache folder for libraries; other users must not be able to write it, since its code is executed.
+
+    Raises:
+        OSError: another user can write the folder.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "moe-dist" / "native"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

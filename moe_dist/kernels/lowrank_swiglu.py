@@ -1,4 +1,7 @@
-"""What every backend of the hidden step takes and gives (`shared_base`)."""
+"""Signature of a low-rank SwiGLU backend; `shared_base_experts` has the definition.
+
+Shapes: T tokens, K slots, N experts, F hidden width, H = 2 F (gate | up), R rank, C = 2 R; p gates, h hidden units.
+"""
 
 from collections.abc import Callable
 

@@ -1,17 +1,17 @@
-/* The hidden step of clustered experts, in one pass through the cache (moe_dist/compression/hidden_compiled.py).
+/* Fused low-rank SwiGLU of clustered experts (called by moe_dist/kernels/lowrank_swiglu_cpu.py).
  *
- * For every token t and every slot k that names an expert e = slot[t][k], with p = gate[t][k]:
+ * For every token t and every slot k that holds an expert e = slot[t][k], with p = gate[t][k]:
  *
  *     g = pre_gate[t] + z_gate[t][e] Vg[e] + bias_gate[e]         u = likewise with pre_up, z_up, Vu
  *     h = silu(g) * u * scale[e]
  *     hidden[t]   += p * h                                        thin[t][e] = p * (h Uo[e])
  *
- * and its gradient, which recomputes g, u and h instead of reading k saved copies of them.
+ * The backward pass recomputes g, u and h instead of reading k saved copies of them.
  *
- * Loops: a tile of the hidden width (so that the factors of one expert stay in L1), a chunk of tokens (so that its part
- * of `pre` stays in L2), the experts (whose factors are copied side by side, and whose gradients are summed likewise),
- * the chunk's slots of that expert, vectors. A call covers the columns [first, last) only: threads take disjoint
- * columns, and `thin`, `d_z` and `d_gate` are partial sums over them.
+ * Loop nest, from outside to inside: tiles of the hidden width (the factors of one expert stay in L1); chunks of tokens
+ * (their part of `pre` stays in L2); experts (their factors are copied to contiguous memory, and their gradients are
+ * summed there); the chunk's slots of that expert; SIMD vectors. A call covers the columns [first, last) only: threads
+ * compute disjoint columns, and `thin`, `d_z` and `d_gate` are partial sums over them.
  *
  * Compiled with -DRANK=r; -DBFLOAT16 makes the wide tensors (pre, hidden and their gradients) bfloat16, all others stay
  * float32 and so does the arithmetic. Plain C with the vector extensions of GCC and Clang.
@@ -23,7 +23,7 @@
 #include <immintrin.h>
 #endif
 
-/* The processor's own vectors: wider ones are cut up by the compiler, which takes it minutes and spills all registers. */
+/* Vectors as wide as the processor's: the compiler splits wider ones, which takes minutes and spills all registers. */
 #if defined(SCALAR)
 #define LANES 1
 #elif defined(__AVX512F__)
@@ -36,12 +36,12 @@
 #define WIDTH 4     /* vectors computed together: hides the latency of the fused multiply-add */
 #define TILE 128    /* columns */
 #define CHUNK 128   /* tokens */
-#define SLOTS 2     /* of one expert, together in the backward pass: its sums are read and written once for both */
-#define AHEAD 4     /* slots: how far memory is asked for in advance */
+#define SLOTS 2     /* slots of one expert computed together in the backward pass: its sums are updated once for both */
+#define AHEAD 4     /* prefetch distance in slots */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef float memory_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* in a tensor */
+typedef float memory_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* unaligned, in a tensor */
 #define INLINE static inline __attribute__((always_inline))
 
 #ifdef BFLOAT16
@@ -49,7 +49,7 @@ typedef uint16_t wide;
 typedef uint16_t wide_vec __attribute__((vector_size(2 * LANES)));
 typedef uint16_t memory_wide_vec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
-#if LANES == 16 /* as the line below means, but GCC 12 makes eight moves through the stack of that */
+#if LANES == 16 /* same as the generic version below, for which GCC 12 generates eight moves through the stack */
 INLINE uvec widen(wide_vec x) { return (uvec)_mm512_cvtepu16_epi32((__m256i)x); }
 INLINE wide_vec narrow(uvec x) { return (wide_vec)_mm512_cvtepi32_epi16((__m512i)x); }
 #else
@@ -57,7 +57,7 @@ INLINE uvec widen(wide_vec x) { return __builtin_convertvector(x, uvec); }
 INLINE wide_vec narrow(uvec x) { return __builtin_convertvector(x, wide_vec); }
 #endif
 INLINE vec load(const wide *p) { return (vec)(widen(*(const memory_wide_vec *)p) << 16); }
-INLINE void store(wide *p, vec x) { /* round to nearest even; a NaN stays one */
+INLINE void store(wide *p, vec x) { /* round to nearest even; a NaN stays a NaN */
     uvec b = (uvec)x, rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
     uvec is_nan = (uvec)(x != x);
     *(memory_wide_vec *)p = narrow((rounded & ~is_nan) | (0x7fc0 & is_nan));
@@ -74,8 +74,8 @@ INLINE vec zero(void) { return (vec){0}; }
 
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
 
-/* out[i] += the sum of x[i]'s lanes, for LANES vectors at a time. A fold of two vectors adds the two halves of each
- * of their parts: a vector comes out that has the sums of both, in parts of half the size. */
+/* Horizontal sums: out[i] += sum of the lanes of x[i], for LANES vectors at a time. FOLD_n of two vectors adds the two
+ * halves of each of their parts of 2 n lanes; the result holds the sums of both vectors in parts of n lanes. */
 #define HALVES(a, b, low, high) (__builtin_shufflevector(a, b, UNPACK low) + __builtin_shufflevector(a, b, UNPACK high))
 #define UNPACK(...) __VA_ARGS__
 #if LANES == 16
@@ -119,7 +119,7 @@ INLINE void add_sums(float *out, const vec *x, int count) {
     }
 }
 
-/* exp by the Cephes polynomial on [-ln2/2, ln2/2], within 2 units in the last place; clamped short of overflow. */
+/* exp by the Cephes polynomial on [-ln2/2, ln2/2], accurate to 2 ulp; the argument is clamped to avoid overflow. */
 INLINE vec exponential(vec x) {
     x = choose(x > 88.0f, zero() + 88.0f, x);
     x = choose(x < -87.0f, zero() - 87.0f, x);
@@ -136,7 +136,7 @@ INLINE vec exponential(vec x) {
 }
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
-/* Everything the loops share. Strides are in elements. */
+/* Sizes and inputs of one call. Strides are in elements. */
 typedef struct {
     int64_t tokens, experts, slots, hidden, first, last;
     const wide *pre;       /* [tokens, 2 hidden] */
@@ -149,17 +149,17 @@ typedef struct {
     const float *bias;     /* [experts, 2 hidden] or null */
 } problem;
 
-/* The slots sorted by (chunk, expert): entry = token * slots + slot; a group's entries are begin[group] and on. */
+/* Slots sorted by group = (chunk, expert). entry = token * slots + slot; begin[group] is the group's first entry. */
 typedef struct { int64_t *entry, *begin; } schedule;
 
-enum { DONE = 0, NO_MEMORY = 1, NO_SUCH_EXPERT = 2 }; /* what forward and backward return */
+enum { DONE = 0, NO_MEMORY = 1, NO_SUCH_EXPERT = 2 }; /* status returned by forward and backward */
 
 static int schedule_slots(const problem *p, schedule *s) {
     int64_t chunks = (p->tokens + CHUNK - 1) / CHUNK, groups = chunks * p->experts;
     s->begin = calloc(groups + 2, sizeof(int64_t));
     s->entry = calloc(p->tokens * p->slots + AHEAD, sizeof(int64_t));
     if (!s->begin || !s->entry) return NO_MEMORY;
-    int64_t *next = s->begin + 1; /* counts, then where a group's next entry goes, then where it ends */
+    int64_t *next = s->begin + 1; /* first counts, then the index of each group's next entry, finally its end */
     for (int64_t i = 0; i < p->tokens * p->slots; i++) {
         if (p->slot[i] >= p->experts) return NO_SUCH_EXPERT;
         if (p->slot[i] >= 0) next[i / p->slots / CHUNK * p->experts + p->slot[i] + 1]++;
@@ -175,17 +175,17 @@ static void discard(schedule *s) {
     free(s->entry);
 }
 
-/* Rows are far apart and come in the experts' order, which no hardware prefetcher guesses. */
+/* Prefetch a row. Rows are read in the order of experts, which a hardware prefetcher cannot predict. */
 INLINE void prefetch(const wide *row, int64_t columns) {
     for (int64_t f = 0; f < columns; f += 64 / sizeof(wide)) __builtin_prefetch(row + f);
 }
 
-/* What an expert has in a tile, or the gradient of that: side by side, where the tensors' rows are far apart. */
+/* One expert's weights in a tile, or their gradients, copied to contiguous memory. */
 typedef struct { float vg[RANK][TILE], vu[RANK][TILE], uo[RANK][TILE], scale[TILE], bias_g[TILE], bias_u[TILE]; } panel;
 
 INLINE void copy_columns(float *to, const float *from, int64_t columns) { memcpy(to, from, columns * sizeof(float)); }
 
-/* Without vectors the scale is one and the biases are zero. */
+/* Copy one expert's weights to a panel. Without expert vectors the scale is one and the biases are zero. */
 static void read_panel(panel *x, const problem *p, int64_t e, int64_t tile, int64_t columns) {
     const float *v = p->in_v + e * 2 * RANK * p->hidden + tile, *u = p->out_u + e * RANK * p->hidden + tile;
     for (int i = 0; i < RANK; i++) {
@@ -204,7 +204,8 @@ static void read_panel(panel *x, const problem *p, int64_t e, int64_t tile, int6
     }
 }
 
-/* g and u of one slot at `width` vectors from column f of the tile; pre: its row there; z: its 2 RANK coefficients. */
+/* Compute g and u of one slot for `width` vectors from column f of the tile. pre: the token's row in the tile; z: the
+ * 2 RANK coefficients of the slot. */
 INLINE void projections(const panel *x, const wide *pre, int64_t hidden, const float *z, int64_t f, int width, vec *g,
                         vec *u) {
     for (int w = 0; w < width; w++) {
@@ -241,7 +242,7 @@ static void forward_slot(const panel *x, const wide *pre, int64_t hidden, const 
     add_sums(out, thin, RANK);
 }
 
-/* hidden_out: [tokens, hidden]; thin: [tokens, experts, RANK], zeroed by the caller. */
+/* Forward pass. Outputs: hidden_out [tokens, hidden]; thin [tokens, experts, RANK], zeroed by the caller. */
 int forward(int64_t tokens, int64_t experts, int64_t slots, int64_t hidden, int64_t first, int64_t last,
             const wide *pre, const int64_t *slot, const float *z, const float *gate, const float *in_v,
             const float *out_u, const float *scale, const float *bias, wide *hidden_out, float *thin) {
@@ -275,7 +276,7 @@ int forward(int64_t tokens, int64_t experts, int64_t slots, int64_t hidden, int6
     return status;
 }
 
-/* What the backward pass adds to what it reads; the gradients of one expert's tensors have those tensors' layouts. */
+/* Gradients of the weights, in the layouts of the weights; the backward pass adds to them. */
 typedef struct { float *d_in_v, *d_out_u, *d_scale, *d_bias; } gradients;
 
 INLINE void add_columns(float *to, const float *from, int64_t columns) {
@@ -296,8 +297,8 @@ static void add_panel(const panel *x, const problem *p, const gradients *d, int6
     }
 }
 
-/* One slot in the backward pass: what it reads, where its row of d_pre is summed, and its sums over columns, kept as
- * vectors until the tile is done. */
+/* One slot in the backward pass: its inputs, the rows in which its share of d_pre is summed, and its sums over columns,
+ * kept as vectors until the tile is done. */
 typedef struct {
     const wide *pre, *d_hidden;
     const float *z, *d_thin;
@@ -314,7 +315,7 @@ INLINE void backward_block(const panel *x, panel *d, backward_slot *slot, int co
         for (int w = 0; w < width; w++) q[w] = load(slot[s].d_hidden + f + w * LANES);
         for (int i = 0; i < RANK; i++)
             for (int w = 0; w < width; w++) q[w] += slot[s].d_thin[i] * at(x->uo[i] + f + w * LANES);
-        for (int w = 0; w < width; w++) { /* from here g, u hold their own gradients */
+        for (int w = 0; w < width; w++) { /* from here on g and u hold their gradients */
             vec sig = sigmoid(g[s][w]), silu = g[s][w] * sig, d_h = q[w] * slot[s].weight;
             vec scale = at(x->scale + f + w * LANES);
             h[s][w] = silu * u[s][w];
@@ -355,7 +356,7 @@ INLINE void backward_slots(const panel *x, panel *d, backward_slot *slot, int co
     for (; f < columns; f += LANES) backward_block(x, d, slot, count, hidden, f, 1);
 }
 
-/* d_pre: [tokens, 2 hidden]; all other outputs are added to what the caller zeroed. */
+/* Backward pass. Output: d_pre [tokens, 2 hidden]; all other gradients are added to buffers zeroed by the caller. */
 int backward(int64_t tokens, int64_t experts, int64_t slots, int64_t hidden, int64_t first, int64_t last,
              const wide *pre, const int64_t *slot, const float *z, const float *gate, const float *in_v,
              const float *out_u, const float *scale, const float *bias, const wide *d_hidden, const float *d_thin,

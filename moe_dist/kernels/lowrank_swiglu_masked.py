@@ -1,7 +1,7 @@
-"""The hidden step, backend 'masked': every expert's thin product for every token in one GEMM, those not chosen zeroed.
+"""Low-rank SwiGLU, backend 'masked': one GEMM over all experts' low-rank factors, with unchosen experts zeroed.
 
-Device-agnostic torch without a synchronisation with the host: the backend for a GPU that cannot have 'triton'. It
-spends n r columns where k r are needed, and keeps copies of the hidden units for each slot.
+Device-agnostic torch without host synchronization: the backend for a GPU that does not support 'triton'. It computes
+n r columns where k r are needed, and stores a copy of the hidden units for each slot.
 
 Shapes: T tokens, K slots, N experts of the cluster, R rank, F hidden width, H = 2 F (gate | up), C = 2 R, Q = N R.
 """
@@ -16,7 +16,7 @@ from moe_dist.compression.cluster_weights import ClusterWeights
 def lowrank_swiglu_masked(
     pre_TH: Tensor, z_TNC: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ClusterWeights
 ) -> tuple[Tensor, Tensor]:
-    """`sum_k p_k h_k` [T, F] and `p_e (h_e U_e)` [T, N, R], zero for experts not chosen (`shared_base`)."""
+    """Return `sum_k p_k h_k` [T, F] and `p_e (h_e U_e)` [T, N, R], zero for experts not chosen (`LowRankSwiGLU`)."""
     experts, rank, width = weights.experts, weights.rank, weights.expert_hidden
     v_gate_QF, v_up_QF = weights.in_v_NRH.transpose(0, 1).flatten(1, 2)
     u_FQ = weights.out_u_NFR.transpose(0, 1).flatten(1)

@@ -1,6 +1,6 @@
-"""The hidden step, backend 'sorted': one row for each present slot, sorted by expert, with thin GEMMs for each expert.
+"""Low-rank SwiGLU, backend 'sorted': rows of chosen slots sorted by expert, with low-rank GEMMs for each expert.
 
-No work for experts that were not chosen; it needs the experts' counts on the host.
+It does no work for experts that were not chosen, but synchronizes with the host to read the rows per expert.
 
 Shapes: T tokens, K slots, P present slots sorted by expert, L of them of one expert, N experts of the cluster, R rank,
 F hidden width, H = 2 F (gate | up), C = 2 R.
@@ -16,7 +16,7 @@ from moe_dist.compression.cluster_weights import ClusterWeights
 def lowrank_swiglu_sorted(
     pre_TH: Tensor, z_TNC: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ClusterWeights
 ) -> tuple[Tensor, Tensor]:
-    """`sum_k p_k h_k` [T, F] and `p_e (h_e U_e)` [T, N, R], zero for experts not chosen (`shared_base`)."""
+    """Return `sum_k p_k h_k` [T, F] and `p_e (h_e U_e)` [T, N, R], zero for experts not chosen (`LowRankSwiGLU`)."""
     absent, *counts = torch.bincount(slot_TK.flatten() + 1, minlength=weights.experts + 1).tolist()
     order_P = torch.argsort(slot_TK.flatten(), stable=True)[absent:]
     token_P, expert_P = order_P // slot_TK.shape[1], slot_TK.flatten()[order_P]

@@ -1,15 +1,16 @@
-"""The hidden step, form 'triton': low-rank correction, SwiGLU, vectors and weighted sum in one kernel of a GPU.
+"""Low-rank SwiGLU, backend 'triton': one fused GPU kernel each for the forward and the backward pass.
 
-As the C operator does in the cache (`hidden_compiled`), it holds a tile of the hidden units in registers and recomputes
-it in the backward pass, so that no tensor of [tokens, k, hidden] exists: `pre` is read once, `hidden` written once. The
-GEMMs around it are the library's (ADR 17). Float32, bfloat16 and float16, with arithmetic and sums in float32.
+A kernel fuses the low-rank correction, SwiGLU, the expert vectors and the gated sum. It keeps a tile of the hidden
+units in registers and recomputes it in the backward pass, so that no tensor of [tokens, k, hidden] is stored: `pre` is
+read once and `hidden` is written once. The GEMMs around it are the library's (ADR 17). Float32, bfloat16 and float16,
+with arithmetic and sums in float32.
 
-Tokens are visited in an order that brings those with the same experts together: a block of them then has about k
-experts to visit. The order needs no synchronisation with the host, and rows of a block are read whole, so that it costs
-no bandwidth.
+Tokens are sorted by their set of experts, so that a block of tokens needs about k experts. Sorting needs no host
+synchronization and costs no bandwidth, because a block reads whole rows.
 
-Run in Triton's interpreter and compiled for GPUs, but never run on one, and never timed. So before they are first
-used on a device they are held against backend 'masked' there (`kernel_selftest`), and not used if they differ.
+The kernels have been run in Triton's interpreter and compiled for GPUs, but neither run on a GPU nor timed there.
+Before their first use on a device they are compared with backend 'masked' (`kernel_selftest`), and not used if they
+differ.
 
 Shapes: T tokens, K slots, N experts of the cluster, R rank, F hidden width, H = 2 F (gate | up), C = 2 R; W runs
 of columns, S splits of the tokens.
@@ -32,16 +33,16 @@ from moe_dist.compression.quantization import QuantizedFactor
 from moe_dist.kernels import c_compiler as native
 from moe_dist.kernels.kernel_selftest import kernel_selftest
 
-Factor = tuple[Tensor, Tensor | None, Tensor | None]  # numbers, or codes, scales and zero points
+Factor = tuple[Tensor, Tensor | None, Tensor | None]  # (values, None, None) or (codes, scales, zero points or None)
 Vectors = tuple[Tensor, Tensor] | tuple[None, None]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_RANK = 64  # a block's registers
-_CAPABILITY = 8  # of the GPU: bfloat16 in its matrix units
-_SPLIT = 512  # tokens whose gradients of factors are added up by one program
-_SET_BITS = 62  # of a set of experts in an int64
-_RUN = 256  # columns that one program takes
-_TILE = {"B": 32, "L": 32, "num_warps": 4}  # next to no register is spilled (Triton 3.9, sm_80, bfloat16, rank 8)
+_MAX_RANK = 64  # limited by the registers of a block
+_CAPABILITY = 8  # least compute capability of the GPU: bfloat16 in its tensor cores
+_SPLIT = 512  # tokens for which one program sums the factors' gradients
+_SET_BITS = 62  # bits of an int64 that represent a set of experts
+_RUN = 256  # columns of one program
+_TILE = {"B": 32, "L": 32, "num_warps": 4}  # spills almost no registers (Triton 3.9, sm_80, bfloat16, rank 8)
 REQUIREMENTS = (
     f"it needs triton, a GPU of compute capability {_CAPABILITY} (or TRITON_INTERPRET=1), float32, bfloat16 or "
     f"float16, a rank up to {_MAX_RANK}, and kernels that agree with backend 'masked' there"
@@ -50,7 +51,7 @@ _logger = logging.getLogger(__name__)
 
 
 def available(device: torch.device, dtype: torch.dtype, rank: int, width: int) -> bool:
-    """Whether the kernels do what they should for this device, type and shape; tries them when first asked."""
+    """Return True if the kernels support this device, dtype and shape; the first call runs their self-test."""
     fits = native.enabled() and dtype in _DTYPES and rank <= _MAX_RANK and width > 0
     return fits and (_capable(device) or _interpreted(device)) and _works(device, dtype, rank)
 
@@ -67,12 +68,12 @@ def _capable(device: torch.device) -> bool:
 
 @functools.cache
 def _works(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
-    """Whether a small problem comes out as in backend 'masked', with its gradients; a warning says once why not."""
+    """Run the kernels' self-test; return False if it fails, and log the reason once."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
         wrong = kernel_selftest(lowrank_swiglu_triton, device, dtype, rank)
-    except Exception as error:  # whatever a compiler or a driver may raise
+    except Exception as error:  # a compiler or a driver may raise anything
         wrong = f"{type(error).__name__}: {error}"
     if wrong is not None:
         _logger.warning(
@@ -84,10 +85,11 @@ def _works(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
 def lowrank_swiglu_triton(
     pre_TH: Tensor, z_TNC: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ClusterWeights
 ) -> tuple[Tensor, Tensor]:
-    """`sum_k p_k h_k` [T, F] and `p_e (h_e U_e)` [T, N, R], zero for experts not chosen (`shared_base`)."""
+    """Return `sum_k p_k h_k` [T, F] and `p_e (h_e U_e)` [T, N, R], zero for experts not chosen (`LowRankSwiGLU`)."""
     in_v_NRH, out_u_NRF = weights.in_v_NRH.contiguous(), weights.out_u_NFR.transpose(1, 2).contiguous()
     routed = (pre_TH.contiguous(), slot_TK.contiguous(), z_TNC.contiguous(), gate_TK.float().contiguous())
-    outputs = _Hidden.apply(*routed, in_v_NRH, out_u_NRF, *_float(weights.vectors()))  # type: ignore[no-untyped-call]
+    inputs = (*routed, in_v_NRH, out_u_NRF, *_as_float32(weights.vectors()))
+    outputs = _LowRankSwiGLUTriton.apply(*inputs)  # type: ignore[no-untyped-call]
     return cast(tuple[Tensor, Tensor], outputs)
 
 
@@ -99,15 +101,22 @@ def lowrank_swiglu_packed(
     factors: tuple[QuantizedFactor, QuantizedFactor],
     vectors: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """`hidden_triton`, to the bit, of in_v_NRH and out_u_NFR as they are stored, unpacked in registers; no backward."""
-    form = factors[0].format
+    """Return `lowrank_swiglu_triton` of quantized in_v_NRH and out_u_NFR, bit-identically; not differentiable.
+
+    The kernel unpacks the factors' codes in registers.
+    """
+    quantization = factors[0].format
     routed = (pre_TH.contiguous(), slot_TK.contiguous(), z_TNC.contiguous(), gate_TK.float().contiguous())
     in_v, out_u = ((x.codes_XB, x.scales_XG, x.zeros_XB) for x in factors)
-    return _forward(routed, _order(slot_TK), in_v, out_u, _float(vectors), (form.bits, form.group_size))
+    packing = (quantization.bits, quantization.group_size)
+    return _forward(routed, _order(slot_TK), in_v, out_u, _as_float32(vectors), packing)
 
 
-class _Hidden(torch.autograd.Function):
-    """All tensors contiguous; gate and vectors in float32, the others as `pre`; out_u is [N, R, F] here."""
+class _LowRankSwiGLUTriton(torch.autograd.Function):
+    """Autograd function of the kernels.
+
+    All tensors are contiguous; gate and vectors are float32, all others have the dtype of `pre`. out_u is [N, R, F].
+    """
 
     @staticmethod
     def forward(
@@ -156,7 +165,12 @@ def _launch(
     width: int,
     options: dict[str, int],
 ) -> None:
-    """`shape`: that of z [T, N, C]; without tokens there is nothing to launch."""
+    """Launch a kernel, unless there are no tokens.
+
+    Args:
+        shape: shape of z, [T, N, C].
+        options: further compile-time constants.
+    """
     if not len(slot):
         return
     chosen = constants(shape[2] // 2, slot.shape[1]) | options
@@ -165,25 +179,25 @@ def _launch(
 
 
 def constants(rank: int, slots: int) -> dict[str, Any]:
-    """What both kernels are compiled for. Float32 is multiplied as exactly as torch is told to."""
+    """Return the compile-time constants of both kernels; float32 products follow torch's matmul precision."""
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return {"rank": rank, "J": max(16, _power_of_two(rank)), "P": _power_of_two(slots), "precision": precision, **_TILE}
 
 
 @functools.cache
 def _kernels() -> ModuleType:
-    """Imported at the first use: importing Triton takes half a second, and a CPU has no need of it."""
+    """Import the kernels at their first use: importing Triton takes half a second, and a CPU does not need it."""
     return importlib.import_module("moe_dist.kernels.lowrank_swiglu_triton_kernels")
 
 
 def _order(slot_TK: Tensor) -> Tensor:
-    """The order [T] in which tokens are visited: by the set of their experts."""
+    """Return the order [T] that sorts tokens by their set of experts."""
     bit_TK = torch.ones_like(slot_TK, dtype=torch.int64) << (slot_TK.clamp(min=0).long() % _SET_BITS)
     return torch.argsort(torch.where(slot_TK >= 0, bit_TK, 0).sum(1), stable=True)
 
 
 def _by_expert(thin_TKR: Tensor, slot_TK: Tensor, experts: int) -> Tensor:
-    """[T, N, R]: what each slot has, zero for experts not chosen; absent slots hold zeros."""
+    """Scatter the slots' rows to their experts [T, N, R], zero for experts not chosen; absent slots hold zeros."""
     index_TKR = slot_TK.clamp(min=0).long()[:, :, None].expand_as(thin_TKR)
     thin_TNR = thin_TKR.new_zeros(len(slot_TK), experts, thin_TKR.shape[2])
     return thin_TNR.scatter_add(1, index_TKR, thin_TKR)
@@ -193,7 +207,7 @@ def _plain(factor: Tensor) -> Factor:
     return factor, None, None
 
 
-def _float(vectors: Vectors | None) -> Vectors:
+def _as_float32(vectors: Vectors | None) -> Vectors:
     scale_NF, bias_NH = vectors or (None, None)
     if scale_NF is None or bias_NH is None:
         return None, None

@@ -1,4 +1,4 @@
-"""Clustered experts as they are defined: each expert's weight materialised, one expert at a time. Slow; for tests.
+"""Reference implementation of clustered experts: one expert at a time, with its full weight. Slow; for tests.
 
 Shapes: T tokens, K slots, L tokens of one expert, D model width, F hidden width, H = 2 F (gate | up).
 """
@@ -11,7 +11,7 @@ from moe_dist.compression.cluster_weights import ClusterWeights
 
 
 def expert_weights(weights: ClusterWeights, e: int) -> tuple[Tensor, Tensor]:
-    """`W = B + U V` of expert e: the projections to the hidden units [D, 2F] (gate | up) and back [F, D]."""
+    """Return `W = B + U V` of expert e: the input projection [D, 2F] (gate | up) and the output projection [F, D]."""
     u_gate, u_up = weights.in_u_NDR[e].chunk(2, dim=1)
     v_gate, v_up = weights.in_v_NRH[e]
     w_in_DH = weights.base_in_DH + torch.cat([u_gate @ v_gate, u_up @ v_up], dim=1)
@@ -19,7 +19,7 @@ def expert_weights(weights: ClusterWeights, e: int) -> tuple[Tensor, Tensor]:
 
 
 def expert(x_LD: Tensor, weights: ClusterWeights, e: int) -> Tensor:
-    """One expert on its tokens: `(silu(gate) * up * (1 + tanh(hidden_gate))) W_out + output_bias` -> [L, D]."""
+    """Apply one expert to its tokens: `(silu(gate) * up * (1 + tanh(hidden_gate))) W_out + output_bias`, [L, D]."""
     w_in_DH, w_out_FD = expert_weights(weights, e)
     pre_LH = x_LD @ w_in_DH
     if weights.hidden_bias_NH is not None:
@@ -33,7 +33,7 @@ def expert(x_LD: Tensor, weights: ClusterWeights, e: int) -> Tensor:
 
 
 def clustered_experts_reference(x_TD: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ClusterWeights) -> Tensor:
-    """`y[t] = sum_k gate[t, k] * expert_{slot[t, k]}(x[t])` [T, D]; a slot of -1 is absent."""
+    """Return `y[t] = sum_k gate[t, k] * expert_{slot[t, k]}(x[t])` [T, D]; a slot of -1 is absent."""
     y_TD = torch.zeros_like(x_TD)
     for e in range(weights.experts):
         token_L, k_L = torch.nonzero(slot_TK == e, as_tuple=True)

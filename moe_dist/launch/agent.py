@@ -18,11 +18,11 @@ from types import FrameType
 from moe_dist.errors import EXIT_REFUSED, LaunchError
 from moe_dist.launch import faults
 from moe_dist.launch.environment import prepare_process
-from moe_dist.launch.supervisor import HEARD, JobOutcome, run_job
+from moe_dist.launch.supervisor import FORWARDED_SIGNALS, JobOutcome, run_job
 
-SIGN_OF_LIFE_SECONDS = 5.0
-SILENCE_SECONDS = 60.0  # after which the machine that started us counts as lost
-OUTCOME = "moe-dist-outcome "  # before the JSON of how it ended
+HEARTBEAT_SECONDS = 5.0
+HEARTBEAT_TIMEOUT_SECONDS = 60.0  # without a heartbeat, after which the starting machine counts as lost
+OUTCOME = "moe-dist-outcome "  # prefix of the outcome's JSON
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,25 @@ class NodeJob:
 
 def main() -> int:
     """Read the job, run it to its end and print its outcome."""
-    for signum in HEARD:
-        signal.signal(signum, _nothing_runs)
-    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # kept until the job can hear them
+    for signum in FORWARDED_SIGNALS:
+        signal.signal(signum, _ignore)
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)  # pending until the supervisor installs its handlers
     orders = sys.stdin.fileno()
     part = NodeJob(**json.loads(_read_line(orders)))
     environment = {**os.environ, **part.variables}
     prepare_process(environment, part.threads, part.ranks)
-    threading.Thread(target=_obey, args=(orders,), name="orders", daemon=True).start()
+    threading.Thread(target=_handle_orders, args=(orders,), name="orders", daemon=True).start()
     try:
         os.chdir(part.folder)
         ranks = range(part.first_rank, part.first_rank + part.ranks)
         outcome = run_job(part.command, environment, ranks, rendezvous_file=False)
     except (OSError, LaunchError) as error:
         outcome = JobOutcome(EXIT_REFUSED, faults.describe(error))
-    print(say_outcome(outcome), file=sys.stderr, flush=True)
+    print(format_outcome(outcome), file=sys.stderr, flush=True)
     return outcome.exit_code
 
 
-def _obey(orders: int) -> None:
+def _handle_orders(orders: int) -> None:
     """Turn orders into signals to this process, which its supervisor handles; the end of the orders ends the job."""
     while line := _read_line(orders):
         if line.strip():
@@ -73,7 +73,7 @@ def _obey(orders: int) -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
 
-def _nothing_runs(signum: int, frame: FrameType | None) -> None:
+def _ignore(signum: int, frame: FrameType | None) -> None:
     """Ignore a signal: after the end of the job its outcome must still be printed."""
 
 
@@ -81,7 +81,7 @@ def _read_line(orders: int) -> bytes:
     """Return one line; empty if the stream has ended or has been silent for too long."""
     line = b""
     while not line.endswith(b"\n"):
-        readable, _, _ = select.select([orders], [], [], SILENCE_SECONDS)
+        readable, _, _ = select.select([orders], [], [], HEARTBEAT_TIMEOUT_SECONDS)
         byte = os.read(orders, 1) if readable else b""
         if not byte:
             return b""
@@ -89,18 +89,18 @@ def _read_line(orders: int) -> bytes:
     return line
 
 
-def say_outcome(outcome: JobOutcome) -> str:
+def format_outcome(outcome: JobOutcome) -> str:
     """Return the outcome of a part as one line."""
     return OUTCOME + json.dumps(asdict(outcome))
 
 
-def read_outcome(line: str) -> JobOutcome | None:
+def parse_outcome(line: str) -> JobOutcome | None:
     """Return the outcome that a line holds; None for any other line."""
     if not line.startswith(OUTCOME):
         return None
-    said = json.loads(line.removeprefix(OUTCOME))
-    fault = said["fault"] and faults.Fault(**said["fault"])
-    return JobOutcome(said["exit_code"], said["line"], fault)
+    found = json.loads(line.removeprefix(OUTCOME))
+    fault = found["fault"] and faults.Fault(**found["fault"])
+    return JobOutcome(found["exit_code"], found["line"], fault)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def _torchrun(job: Job, node: int) -> list[str]:
 def _deepspeed(job: Job, node: int) -> list[str]:
     """Return DeepSpeed's runner for this machine, or on several machines the program that its runner starts on each."""
     if job.is_here:
-        # Ranks meet through a file (supervise.py); DeepSpeed still exports a port, so it gets one free just now.
+        # Ranks use a rendezvous file (supervisor.py); DeepSpeed still exports a port, so it gets a free one.
         address = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile=", "--log_level=critical"]
         return [*runner, _devices(job.ranks), *address]
@@ -80,7 +80,7 @@ def sbatch(job: Job) -> list[str]:
     """
     if job.task != TRAIN:
         raise LaunchError(
-            "--launcher slurm submits nothing but training: give this command inside an allocation, such as salloc's, "
+            "--launcher slurm submits training alone: run this command inside an allocation, such as salloc's, "
             f"where srun starts its {job.ranks} ranks"
         )
     size = [f"--nodes={len(job.nodes)}", f"--ntasks-per-node={job.nodes[0].ranks}"]

@@ -100,7 +100,7 @@ def _names(environment: Mapping[str, str]) -> _Names | None:
     if _OPEN_MPI.rank in environment:
         return _OPEN_MPI
     if _PMI.rank in environment and _PMI.local_rank in environment:
-        return _PMI  # before SLURM: mpirun may have used it to start one helper a node, whose variables ranks inherit
+        return _PMI  # before SLURM: ranks inherit SLURM's variables if mpirun used it to start one helper per node
     if environment.get(_SLURM.world_size, "1") != "1":
         return _SLURM  # a step of srun; an sbatch script itself is one process, whatever SLURM_NTASKS says
     return _PMI if _PMI.rank in environment else None
@@ -191,8 +191,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def hush_libraries() -> None:
+def silence_library_warnings() -> None:
     """Ignore warnings for the developers of libraries, which every rank would print into the live display."""
-    if not sys.warnoptions:  # someone who asks for warnings gets them all
+    if not sys.warnoptions:  # not if the user asks for warnings
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(torch|torchao|megatron|deepspeed|apex)\b")

@@ -27,8 +27,8 @@ REFUSALS = "MOE_DIST_REFUSALS"
 EXIT_INTERRUPTED = 130
 LONGEST_LINE = 500
 STOPPED = "stopped"
-PEER_SECONDS = 3.0
-PEER_LOST = re.compile(
+STATUS_SECONDS = 3.0
+CONNECTION_LOST = re.compile(
     r"closed by (remote )?peer|reset by peer|broken pipe|socket closed|connection refused|remote process exited"
     r"|recvValue failed|DistNetworkError",
     re.IGNORECASE,
@@ -58,26 +58,26 @@ def supervised_folder() -> Path | None:
     return Path(name) if name else None
 
 
-def folder_of_ranks() -> Path | None:
+def status_folder() -> Path | None:
     """Return the folder of status files: the supervisor's, or the one shared by the ranks of one launcher here."""
     return supervised_folder() or sibling_ranks.shared_folder()
 
 
-def register(rank: int, *, leave_with_parent: bool) -> None:
+def register(rank: int, *, end_with_parent: bool) -> None:
     """Write this rank's pid file, and start a thread that ends the rank when its launcher or supervisor ends."""
-    watched = [os.getppid()] if leave_with_parent else []
+    watched = [os.getppid()] if end_with_parent else []
     if supervised_folder() is not None:
         watched.append(int(os.environ[SUPERVISOR]))
     else:
         sibling_ranks.remove_abandoned()
-    if (folder := folder_of_ranks()) is not None:
+    if (folder := status_folder()) is not None:
         _write(folder / f"rank-{rank}.pid", json.dumps({"pid": os.getpid(), "group": os.getpgid(0)}))
-        for how in ("done", "fault"):  # of an earlier start by the same launcher: no news of this one
+        for how in ("done", "fault"):  # left by an earlier start under the same launcher
             (folder / f"rank-{rank}.{how}").unlink(missing_ok=True)
-    threading.Thread(target=_leave_with, args=(watched,), name="leave-with-launcher", daemon=True).start()
+    threading.Thread(target=_end_with, args=(watched,), name="end-with-launcher", daemon=True).start()
 
 
-def _leave_with(watched: list[int]) -> None:
+def _end_with(watched: list[int]) -> None:
     """End this process as soon as one of the watched ones ends, even while it is blocked in a collective."""
     poller = select.poll()
     try:
@@ -85,22 +85,22 @@ def _leave_with(watched: list[int]) -> None:
             poller.register(os.pidfd_open(pid), select.POLLIN)
         poller.poll()
     except ProcessLookupError:
-        pass  # it ended before we looked
+        pass  # it has ended already
     except (AttributeError, OSError):
-        return  # a kernel without pidfd: the launcher's own signals must do
+        return  # a kernel without pidfd: only the launcher's own signals end the rank
     os._exit(128 + signal.SIGTERM)
 
 
-def _told_folder(rank: int) -> Path | None:
+def _registered_folder(rank: int) -> Path | None:
     """Return the folder if this rank has registered in it; a process that is the whole job has not."""
-    folder = folder_of_ranks()
+    folder = status_folder()
     registered = folder is not None and (folder / f"rank-{rank}.pid").exists()
     return folder if registered or supervised_folder() is not None else None
 
 
 def mark_done(rank: int, how: str = "") -> None:
     """Record that this rank ended as it should, or that it is STOPPED by a signal."""
-    if (folder := _told_folder(rank)) is not None:
+    if (folder := _registered_folder(rank)) is not None:
         _write(folder / f"rank-{rank}.done", how)
 
 
@@ -120,46 +120,46 @@ def report(rank: int, world_size: int, error: BaseException) -> int:
     """
     expected = isinstance(error, MoeDistError)
     line = describe(error)
-    lost = isinstance(error, ConnectionError) or PEER_LOST.search(line) is not None
+    lost = isinstance(error, ConnectionError) or CONNECTION_LOST.search(line) is not None
     consequence = world_size > 1 and not expected and lost
     exit_code = error.exit_code if isinstance(error, MoeDistError) else EXIT_FAILURE
     fault = Fault(rank, time.time(), line, exit_code, consequence)
-    if (folder := _told_folder(rank)) is not None:
+    if (folder := _registered_folder(rank)) is not None:
         _write(folder / f"rank-{rank}.fault", json.dumps(asdict(fault)))
     if exit_code == EXIT_REFUSED:
-        _tell_batch_script(line)
+        _record_refusal(line)
     if not expected and not consequence:
         traceback.print_exception(error)
     if supervised_folder() is None:
-        print(f"moe-dist: {_complaint(fault, world_size, folder)}", file=sys.stderr, flush=True)
+        print(f"moe-dist: {_message(fault, world_size, folder)}", file=sys.stderr, flush=True)
     return exit_code
 
 
-def _tell_batch_script(line: str) -> None:
+def _record_refusal(line: str) -> None:
     """Record for slurm/train.sbatch that this job must not be requeued."""
     if file := os.environ.get(REFUSALS):
         with suppress(OSError), open(file, "a", encoding="utf-8") as refusals:
             refusals.write(f"{line}\n")
 
 
-def _complaint(fault: Fault, world_size: int, folder: Path | None) -> str:
+def _message(fault: Fault, world_size: int, folder: Path | None) -> str:
     if fault.consequence:
-        cause = None if folder is None else _cause_among_peers(folder)
-        return cause or f"rank {fault.rank} lost a peer: another rank ended first ({fault.line})"
+        cause = None if folder is None else _first_failure(folder)
+        return cause or f"rank {fault.rank} lost its connection: another rank ended first ({fault.line})"
     return f"rank {fault.rank} failed: {fault.line}" if world_size > 1 else f"error: {fault.line}"
 
 
-def _cause_among_peers(folder: Path) -> str | None:
+def _first_failure(folder: Path) -> str | None:
     """Return the first failed or killed rank of this machine; poll for some seconds, since status files come late."""
-    deadline = time.monotonic() + PEER_SECONDS
+    deadline = time.monotonic() + STATUS_SECONDS
     while time.monotonic() < deadline:
-        told = [Fault(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("rank-*.fault")]
-        first = root_cause(told)
+        faults_here = [Fault(**json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("rank-*.fault")]
+        first = root_cause(faults_here)
         if first is not None and not first.consequence:
             return f"rank {first.rank} failed: {first.line}"
         if (killed := sibling_ranks.killed_rank(folder)) is not None:
-            return f"rank {killed[0]} failed: its process (pid {killed[1]}) was killed or ended without a word"
-        time.sleep(PEER_SECONDS / 30)
+            return f"rank {killed[0]} failed: its process (pid {killed[1]}) was killed or ended without a status"
+        time.sleep(STATUS_SECONDS / 30)
     return None
 
 

@@ -16,7 +16,7 @@ from types import FrameType
 from moe_dist.launch.environment import STARTER
 
 POLL_SECONDS = 0.1
-TERMINATE_SECONDS = 20.0  # for the others to stop after a failure, before they are killed
+TERMINATE_SECONDS = 20.0  # from a failure until the other ranks are killed
 
 
 def main() -> int:

@@ -43,22 +43,22 @@ def run_rank(
     except LaunchError as error:
         return faults.report(0, 1, error)
     if place.kind != "alone":
-        faults.register(place.rank, leave_with_parent=place.kind != "environment")
+        faults.register(place.rank, end_with_parent=place.kind != "environment")
     if config_path is None:
         overrides = ["moe.kind=dense", f"train.global_batch_size={place.world_size}", *overrides]
     try:
         config = _accepted_config(place, config_path, overrides)
-        environment.hush_libraries()
+        environment.silence_library_warnings()
         if _perform(config, task, options):
             return _stopped(place)
     except KeyboardInterrupt:
-        return _leave(place, _interrupted(place))
+        return _exit(place, _interrupted(place))
     except ConfigError as error:
         if place.local_rank:  # all refuse the same configuration: the first reports it, its launcher ends the others
             time.sleep(REFUSAL_SECONDS)
         return faults.report(place.rank, place.world_size, error)
     except Exception as error:
-        return _leave(place, faults.report(place.rank, place.world_size, error))
+        return _exit(place, faults.report(place.rank, place.world_size, error))
     faults.mark_done(place.rank)
     return 0
 
@@ -108,7 +108,7 @@ def _stopped(place: environment.RankEnvironment) -> int:
     return 0 if others_would_be_killed else EXIT_STOPPED
 
 
-def _leave(place: environment.RankEnvironment, code: int) -> int:
+def _exit(place: environment.RankEnvironment, code: int) -> int:
     """End a rank of several at once: a normal exit can wait for ever on ranks that have already ended."""
     if place.world_size > 1:
         sys.stdout.flush()
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None, task: str = TRAIN) -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the launcher")
     given = parser.parse_intermixed_args(arguments)
     chosen, words = TASKS[given.task], given.words
-    has_config = chosen.needs_config or (words and "=" not in words[0])
+    has_config = chosen.needs_config or bool(words and "=" not in words[0])
     if has_config and not words:
         parser.error("CONFIG is missing: give a YAML file, such as configs/experiment/demo.yaml")
     try:

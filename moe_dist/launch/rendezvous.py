@@ -7,7 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from moe_dist.errors import LaunchError
 from moe_dist.launch.environment import INIT_METHOD, RankEnvironment, free_port, number
 
-LOWEST_PORT, HIGHEST_PORT = 15000, 31999  # below the ports that Linux hands out by itself
+LOWEST_PORT, HIGHEST_PORT = 15000, 31999  # below Linux's ephemeral ports
 
 
 def resolve(place: RankEnvironment, environment: MutableMapping[str, str]) -> None:
@@ -68,7 +68,7 @@ def _from_mpi(place: RankEnvironment) -> dict[str, str]:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
         why = " ".join(str(error).split())
-        raise LaunchError(f"{_missing('MASTER_ADDR')}; mpi4py, which could tell by itself, fails: {why}") from error
+        raise LaunchError(f"{_missing('MASTER_ADDR')}; mpi4py, which could find it, fails: {why}") from error
     world = MPI.COMM_WORLD
     if (world.rank, world.size) != (place.rank, place.world_size):
         raise LaunchError(

@@ -19,7 +19,7 @@ from moe_dist.launch.supervisor import run_job
 RANK_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", INIT_METHOD, STARTER,
 )  # fmt: skip
-EXPORTED = re.compile(  # what other machines are given of this one's environment
+EXPORTED = re.compile(  # variables that other machines receive
     r"PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(PYTHON|OMP_|MKL_|OPENBLAS_|DS_|TORCH|NCCL_|GLOO_|UCX_|MOE_DIST_|HF_|CUDA_HOME).*"
 )
 
@@ -71,13 +71,13 @@ def dry_run(job: Job) -> str:
         command = _command(job) if job.is_here else _foreign_command(job)
         given = [f"{name}={shlex.quote(value)}" for name, value in _for_template(command).items()]
         return " ".join([*given, shlex.join(command)])
-    told = [
+    exported = [
         f"{name}={'...' if SECRET.search(name) else value}"
         for name, value in sorted(exported_variables(os.environ).items())
     ]
     lines = []
     for number, node in enumerate(job.nodes):
-        there = ["env", *told, *commands.node_command(job, number)]
+        there = ["env", *exported, *commands.node_command(job, number)]
         lines += [
             f"# on {node.host}, started by: {shlex.join(ssh_runner.ssh_command(node.host or ''))}",
             shlex.join(there),

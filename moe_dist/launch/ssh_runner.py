@@ -20,7 +20,7 @@ from types import FrameType
 
 from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
 from moe_dist.launch import commands, faults
-from moe_dist.launch.agent import SIGN_OF_LIFE_SECONDS, NodeJob, read_outcome
+from moe_dist.launch.agent import HEARTBEAT_SECONDS, NodeJob, parse_outcome
 from moe_dist.launch.environment import split_words
 from moe_dist.launch.job import Job
 from moe_dist.launch.supervisor import GRACE_SECONDS, POLL_SECONDS, TERMINATE_SECONDS, JobOutcome
@@ -31,7 +31,7 @@ SSH_OPTIONS = [
     for option in ("BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=5", "ServerAliveCountMax=4")
     for word in ("-o", option)
 ]
-STOP_SECONDS = 2 * TERMINATE_SECONDS + 4.0  # for an agent to end its ranks
+STOP_SECONDS = 2 * TERMINATE_SECONDS + 4.0  # time for an agent to end its ranks
 
 
 def ssh_command(host: str) -> list[str]:
@@ -49,20 +49,20 @@ def run(job: Job, variables: Mapping[str, str]) -> JobOutcome:
     Raises:
         LaunchError: there is no ssh, or MOE_DIST_SSH cannot be parsed.
     """
-    parts: list[_RemotePart] = []
+    parts: list[_RemoteAgent] = []
     try:
-        parts.extend(_RemotePart(job, number, variables) for number in range(len(job.nodes)))
-        with _signals_passed_to(parts) as heard:
+        parts.extend(_RemoteAgent(job, number, variables) for number in range(len(job.nodes)))
+        with _forward_signals(parts) as received:
             _watch(parts)
     finally:
         for part in parts:
             part.stop()
         for part in parts:
             part.kill()
-    return conclude([part.outcome() for part in parts], heard)
+    return conclude([part.outcome() for part in parts], received)
 
 
-class _RemotePart:
+class _RemoteAgent:
     """Connection to the agent of one machine."""
 
     def __init__(self, job: Job, number: int, variables: Mapping[str, str]) -> None:
@@ -78,12 +78,12 @@ class _RemotePart:
             raise LaunchError(f"ssh cannot be run ({error.strerror}): jobs on several machines need it") from error
         self._listener = threading.Thread(target=self._listen, name=f"listen to {self.host}", daemon=True)
         self._listener.start()
-        self.say(json.dumps(asdict(part)))
+        self.send(json.dumps(asdict(part)))
 
-    def say(self, line: str = "") -> None:
+    def send(self, line: str = "") -> None:
         """Send the agent one line; do nothing if it has ended."""
         assert self._ssh.stdin is not None
-        with suppress(OSError, ValueError):  # ValueError: told to stop already
+        with suppress(OSError, ValueError):  # ValueError: closed by stop()
             self._ssh.stdin.write(f"{line}\n".encode())
             self._ssh.stdin.flush()
 
@@ -117,7 +117,7 @@ class _RemotePart:
         assert self._ssh.stderr is not None
         for line in self._ssh.stderr:
             text = line.decode(errors="replace")
-            outcome = read_outcome(text)
+            outcome = parse_outcome(text)
             if outcome is None:
                 sys.stderr.write(text)
                 sys.stderr.flush()
@@ -125,56 +125,56 @@ class _RemotePart:
                 self._outcome = outcome
 
 
-def _watch(parts: list[_RemotePart]) -> None:
+def _watch(parts: list[_RemoteAgent]) -> None:
     """Wait until all parts have ended; after a first failure, at most some seconds."""
     deadline: float | None = None
-    told = time.monotonic()
+    last_heartbeat = time.monotonic()
     while any(part.poll() is None for part in parts):
         now = time.monotonic()
         if deadline is None and any(part.poll() for part in parts):
             deadline = now + GRACE_SECONDS
         if deadline is not None and now >= deadline:
             return
-        if now - told >= SIGN_OF_LIFE_SECONDS:
-            told = now
+        if now - last_heartbeat >= HEARTBEAT_SECONDS:
+            last_heartbeat = now
             for part in parts:
-                part.say()
+                part.send()
         time.sleep(POLL_SECONDS)
 
 
 @contextmanager
-def _signals_passed_to(parts: list[_RemotePart]) -> Iterator[list[int]]:
+def _forward_signals(parts: list[_RemoteAgent]) -> Iterator[list[int]]:
     """Forward signals to all machines; a second one that ends jobs ends the parts. Yield the signals received."""
-    heard: list[int] = []
+    received: list[int] = []
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if signum != signal.SIGUSR1:
-            heard.append(signum)
+            received.append(signum)
         for part in parts:
-            part.stop() if len(heard) > 1 or signum == signal.SIGHUP else part.say(str(signum))
+            part.stop() if len(received) > 1 or signum == signal.SIGHUP else part.send(str(signum))
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {signum: signal.signal(signum, handle) for signum in signals}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # the process that started this one may have blocked them
     try:
-        yield heard
+        yield received
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
-def conclude(outcomes: list[JobOutcome], heard: list[int]) -> JobOutcome:
+def conclude(outcomes: list[JobOutcome], received: list[int]) -> JobOutcome:
     """Combine the outcomes of the parts: the fault that the others follow from, else the first failure."""
     known = [outcome.fault for outcome in outcomes if outcome.fault is not None]
     cause = faults.root_cause(known)
-    odd = [outcome for outcome in outcomes if outcome.exit_code]
-    silent = [outcome for outcome in odd if outcome.fault is None and outcome.line.startswith("error")]
-    if odd and all(outcome.exit_code == EXIT_STOPPED for outcome in odd):
-        return odd[0]
-    if heard and odd:
-        return JobOutcome(128 + heard[0], "interrupted")
+    failed = [outcome for outcome in outcomes if outcome.exit_code]
+    silent = [outcome for outcome in failed if outcome.fault is None and outcome.line.startswith("error")]
+    if failed and all(outcome.exit_code == EXIT_STOPPED for outcome in failed):
+        return failed[0]
+    if received and failed:
+        return JobOutcome(128 + received[0], "interrupted")
     if silent and (cause is None or cause.consequence):
         return silent[0]
     if cause is not None:
         return next(outcome for outcome in outcomes if outcome.fault == cause)
-    return odd[0] if odd else JobOutcome(0)
+    return failed[0] if failed else JobOutcome(0)

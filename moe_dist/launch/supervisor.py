@@ -24,15 +24,15 @@ from moe_dist.launch.environment import INIT_METHOD
 from moe_dist.launch.processes import wait_status, was_terminated
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 6.0  # for the launcher to stop the other ranks by itself after a failure
-GENTLE_SECONDS = {  # for the ranks to act upon a signal that is passed on to them
+GRACE_SECONDS = 6.0  # time for the launcher to stop the other ranks after a failure
+SIGNAL_SECONDS = {  # time for the ranks to react to a forwarded signal
     signal.SIGINT: 15.0,  # to close their files
     signal.SIGTERM: 25.0,  # to save a checkpoint; many systems kill what still runs after 30 s
 }
-HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TERMINATE_SECONDS = 4.0  # between SIGTERM and SIGKILL
 SHOW_CURSOR = "\x1b[?25h"
-STOPPED = "stopped as asked, with a checkpoint: the same command and checkpoint.resume=auto goes on from it"
+STOPPED = "stopped by a signal, with a checkpoint: run the same command with checkpoint.resume=auto to continue"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run_job(
         if rendezvous_file:
             variables[INIT_METHOD] = f"file://{name}/rendezvous"
         job = _SupervisedJob(Path(name), ranks)
-        with _signals_passed_to(job):
+        with _forward_signals(job):
             try:
                 job.start(command, variables)
                 job.watch()
@@ -91,12 +91,14 @@ def _require_pidfd() -> None:
 
 
 @contextmanager
-def _signals_passed_to(job: "_SupervisedJob") -> Iterator[None]:
+def _forward_signals(job: "_SupervisedJob") -> Iterator[None]:
     def handle(signum: int, frame: FrameType | None) -> None:
         job.receive(signum)
 
-    before = {signum: signal.signal(signum, handle) for signum in HEARD}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # whoever called may have held back what came earlier
+    before = {signum: signal.signal(signum, handle) for signum in FORWARDED_SIGNALS}
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, FORWARDED_SIGNALS
+    )  # the caller may have blocked them; pending ones are delivered now
     try:
         yield
     finally:
@@ -118,20 +120,20 @@ class _SupervisedJob:
 
     def __init__(self, folder: Path, ranks: Sequence[int]) -> None:
         self._folder = folder
-        self._awaited = set(ranks)
-        self._living: dict[int, _Rank] = {}
-        self._undone = set(ranks)
+        self._unregistered = set(ranks)
+        self._running: dict[int, _Rank] = {}
+        self._unfinished = set(ranks)
         self._stopped = False
         self._groups: set[int] = set()
         self._faults: list[faults.Fault] = []
         self._signal: int | None = None
-        self._passed_on: int | None = None
+        self._forwarded: int | None = None
         self._deadline: float | None = None
         self._poller = select.poll()
         self._launcher: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        # A session of its own: Ctrl-C reaches the ranks through us alone, and one group holds launcher and ranks.
+        # A session of its own: only the supervisor gets Ctrl-C, and one process group holds launcher and ranks.
         self._launcher = subprocess.Popen(
             list(command), env=dict(environment), stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -143,30 +145,30 @@ class _SupervisedJob:
         SIGUSR1 asks the ranks to stop at their next step, without a time limit.
         """
         if signum == signal.SIGUSR1:
-            self._pass_on(signum)
+            self._forward(signum)
             return
-        gently = self._signal is None and signum in GENTLE_SECONDS and self._any_rank_listens()
+        gently = self._signal is None and signum in SIGNAL_SECONDS and self._any_rank_runs()
         self._signal = self._signal or signum
-        self._deadline = time.monotonic() + (GENTLE_SECONDS[signal.Signals(signum)] if gently else 0.0)
+        self._deadline = time.monotonic() + (SIGNAL_SECONDS[signal.Signals(signum)] if gently else 0.0)
         if gently:
-            self._pass_on(signum)
+            self._forward(signum)
 
-    def _any_rank_listens(self) -> bool:
+    def _any_rank_runs(self) -> bool:
         """Return whether a rank runs, or has registered since the last poll and will get the signal when found."""
-        return bool(self._living) or any((self._folder / f"rank-{rank}.pid").exists() for rank in self._awaited)
+        return bool(self._running) or any((self._folder / f"rank-{rank}.pid").exists() for rank in self._unregistered)
 
-    def _pass_on(self, signum: int) -> None:
-        self._passed_on = signum
-        for rank in self._living.values():
+    def _forward(self, signum: int) -> None:
+        self._forwarded = signum
+        for rank in self._running.values():
             _send(rank, signum)
 
     def watch(self) -> None:
         """Wait until the launcher has ended, or its deadline is over."""
         while self._launcher is not None and self._launcher.poll() is None:
-            self._look(POLL_SECONDS)
+            self._poll(POLL_SECONDS)
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 return
-        self._look(0.0)
+        self._poll(0.0)
 
     def stop(self) -> None:
         """End all remaining processes, first by SIGTERM, then by SIGKILL."""
@@ -175,36 +177,40 @@ class _SupervisedJob:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(group, signum)
             deadline = time.monotonic() + TERMINATE_SECONDS
-            while self._anything_left() and time.monotonic() < deadline:
+            while self._any_process_runs() and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS / 2)
 
     def conclude(self) -> JobOutcome:
         """Return the outcome of the job."""
         assert self._launcher is not None
         code = self._launcher.wait()
-        if code == 0 and not self._undone:
+        if code == 0 and not self._unfinished:
             if self._stopped:
                 return JobOutcome(EXIT_STOPPED, STOPPED)
             if self._signal is None:
                 return JobOutcome(0)
-        if sys.stdout.isatty():  # rank 0 may have been killed with its live display on
+        if sys.stdout.isatty():  # rank 0 may have been killed during its live display
             sys.stdout.write(SHOW_CURSOR)
             sys.stdout.flush()
         if self._signal is not None:
             return JobOutcome(128 + self._signal, "interrupted")
         fault = faults.root_cause(self._faults)
         if fault is None:
-            missing = f"without rank {', '.join(map(str, sorted(self._undone)))}" if self._undone else "after its ranks"
+            missing = (
+                f"without rank {', '.join(map(str, sorted(self._unfinished)))}"
+                if self._unfinished
+                else "after its ranks"
+            )
             line = f"error: the launcher ended {missing}, exit code {code}"
             return JobOutcome(code if code > 0 else EXIT_FAILURE, line)
         return JobOutcome(fault.exit_code or EXIT_FAILURE, f"rank {fault.rank} failed: {fault.line}", fault)
 
-    def _look(self, seconds: float) -> None:
-        for rank in sorted(self._awaited):
+    def _poll(self, seconds: float) -> None:
+        for rank in sorted(self._unregistered):
             self._find(rank)
-        ended = [self._living.pop(descriptor) for descriptor, _ in self._poller.poll(seconds * 1000)]
+        ended = [self._running.pop(descriptor) for descriptor, _ in self._poller.poll(seconds * 1000)]
         statuses = {rank: wait_status(rank.descriptor, rank.pid) for rank in ended}
-        # Several may end between two looks: those that were sent SIGTERM followed the one that made the launcher do so.
+        # Several may end between two polls: ranks ended by SIGTERM followed from the first failure.
         for one in sorted(ended, key=lambda each: was_terminated(statuses[each])):
             self._ended(one.rank, one.pid, statuses[one])
             self._poller.unregister(one.descriptor)
@@ -215,30 +221,30 @@ class _SupervisedJob:
             entry = json.loads((self._folder / f"rank-{number}.pid").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
-        self._awaited.discard(number)
+        self._unregistered.discard(number)
         self._groups.add(entry["group"])
         try:
             rank = _Rank(number, entry["pid"], os.pidfd_open(entry["pid"]))
         except ProcessLookupError:
             self._ended(number, entry["pid"], status=None)
             return
-        self._living[rank.descriptor] = rank
+        self._running[rank.descriptor] = rank
         self._poller.register(rank.descriptor, select.POLLIN)
-        if self._passed_on is not None:
-            _send(rank, self._passed_on)
+        if self._forwarded is not None:
+            _send(rank, self._forwarded)
 
     def _ended(self, rank: int, pid: int, status: int | None) -> None:
         if (ending := faults.read_done(self._folder, rank)) is not None:
-            self._undone.discard(rank)
+            self._unfinished.discard(rank)
             self._stopped |= ending == faults.STOPPED
             return
         self._faults.append(faults.read_fault(self._folder, rank) or _killed(rank, pid, status, first=not self._faults))
         self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS
 
-    def _anything_left(self) -> bool:
+    def _any_process_runs(self) -> bool:
         if self._launcher is not None:
             self._launcher.poll()
-        return any(_lives(group) for group in self._groups)
+        return any(_group_exists(group) for group in self._groups)
 
 
 def _send(rank: _Rank, signum: int) -> None:
@@ -246,7 +252,7 @@ def _send(rank: _Rank, signum: int) -> None:
         signal.pidfd_send_signal(rank.descriptor, signum)
 
 
-def _lives(group: int) -> bool:
+def _group_exists(group: int) -> bool:
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):

@@ -1,1 +1,1 @@
-"""The language model: clustered, standard and dense feed-forward layers on one Megatron-core backbone."""
+"""Language model: clustered, standard or dense feed-forward layers on a Megatron-core backbone."""

@@ -1,4 +1,4 @@
-"""Puts a language model together from its configuration, and counts its parameters."""
+"""Language model built from a configuration, and its parameter counts."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,10 +28,10 @@ from moe_dist.moe.routing_statistics import RoutingStatistics
 
 
 class LanguageModel(nn.Module):
-    """A causal language model whose parts stand for this rank's share of the experts.
+    """Causal language model with this rank's share of the experts.
 
     Attributes:
-        context: mesh, placements, balance state and traffic ledger that its layers share.
+        context: state shared by the layers: mesh, placements, balance state, traffic ledger.
     """
 
     def __init__(
@@ -46,11 +46,13 @@ class LanguageModel(nn.Module):
         *,
         quantized: bool = False,
     ) -> None:
-        """
+        """Build the model with this rank's share of the experts; collective.
+
         Args:
-            ledger: goes on with an account of traffic that exists; None: a new one.
-            memory: keeps the experts from the moment they are made; None: they stay in memory.
-            quantized: make no clusters; they are loaded in quantized form (`checkpoint/load_model.py`).
+            micro_batches: number of micro-batches of a step, by which attached losses are divided.
+            ledger: existing traffic ledger to continue; None: a new one.
+            memory: memory that offloads experts as soon as they are created; None: experts stay on the device.
+            quantized: create no clusters; they are loaded in quantized form (`checkpoint/load_model.py`).
         """
         super().__init__()
         self.config = config
@@ -85,18 +87,18 @@ class LanguageModel(nn.Module):
             raise (memory and memory.refusal) or error from None
 
     def forward(self, sequence_BS: Tensor) -> Tensor:
-        """Mean loss in nats a token over [B, S+1] token numbers: each predicts the next."""
+        """Return the mean next-token loss over [B, S+1] token ids, in nats per token."""
         return self.token_losses(sequence_BS).mean()
 
     def token_losses(self, sequence_BS: Tensor) -> Tensor:
-        """Loss of every predicted token, [B, S]."""
+        """Return the loss of every predicted token, [B, S], in nats."""
         tokens_BS, labels_BS = sequence_BS[:, :-1].contiguous(), sequence_BS[:, 1:].contiguous()
         position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         losses: Tensor = self.gpt(tokens_BS, position_BS, None, labels=labels_BS)
         return losses
 
     def clustered_layers(self) -> list[ClusteredMoE]:
-        """The layers of clustered experts, in order; none for other kinds."""
+        """Return the layers of clustered experts, in order; none for other kinds of layers."""
         return [module for module in self.modules() if isinstance(module, ClusteredMoE)]
 
     def _feed_forward(self, layer: int) -> nn.Module:
@@ -104,13 +106,13 @@ class LanguageModel(nn.Module):
         return make(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
 
     def describe_block(self, block: Block) -> str:
-        """Names the cluster that a block of this rank's is of."""
+        """Return a description of the cluster of a memory block, for messages."""
         clusters = self.context.placements[block.layer].clusters_of_block(self.context.mesh.at.cluster)
         return f"layer {block.layer}, cluster {clusters[block.local]}"
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """While a layer is recomputed in the backward pass, what it brings in stays for what follows."""
+        """Keep offloaded clusters on the device and skip counting during a recomputation in the backward pass."""
         memory = self.context.memory
         if memory is not None:
             memory.recomputing = True
@@ -123,7 +125,7 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
-        """While a layer is recomputed its loads, already counted, are not counted again."""
+        """Disable the counting of loads, because they have been counted already or are not part of training."""
         balance = self.context.balance
         before, balance.counting = balance.counting, False
         try:
@@ -133,7 +135,7 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No gradients, and neither loads nor traffic enter the account of the training."""
+        """Enter evaluation mode: no gradients, and loads and traffic are not counted."""
         ledger = self.context.ledger
         before, ledger.recording = ledger.recording, False
         was_training = self.training
@@ -147,15 +149,15 @@ class LanguageModel(nn.Module):
 
     @contextmanager
     def with_quantized_experts(self) -> Iterator[None]:
-        """Compute with the clusters as `precision` would store them; they cannot be trained meanwhile."""
-        layers, form = self.clustered_layers(), storage_format(self.config)
+        """Compute with the clusters quantized as configured in `precision`; they cannot be trained meanwhile."""
+        layers, quantization = self.clustered_layers(), storage_format(self.config)
         if self.context.memory is not None:
-            with _fake_quantized(layers, form):
+            with _fake_quantized(layers, quantization):
                 yield
             return
         trained = [layer.clusters for layer in layers]
         for layer, parts in zip(layers, trained, strict=True):
-            layer.clusters = nn.ModuleList(_quantized(part, form) for part in parts)
+            layer.clusters = nn.ModuleList(_quantized(part, quantization) for part in parts)
         try:
             yield
         finally:
@@ -163,7 +165,7 @@ class LanguageModel(nn.Module):
                 layer.clusters = parts
 
     def to_device(self, device: torch.device) -> "LanguageModel":
-        """Moves parameters and the balance state."""
+        """Move parameters, balance state and routing statistics to a device."""
         self.context.balance.to(device)
         if self.context.statistics is not None:
             self.context.statistics.to(device)
@@ -171,12 +173,12 @@ class LanguageModel(nn.Module):
 
 
 @contextmanager
-def _fake_quantized(layers: Iterable[ClusteredMoE], form: StorageFormat) -> Iterator[None]:
-    """Round offloaded clusters whenever one is used: all of them in quantized form would not fit on the device."""
+def _fake_quantized(layers: Iterable[ClusteredMoE], quantization: StorageFormat) -> Iterator[None]:
+    """Fake-quantize offloaded clusters at each use: all of them in quantized form may not fit on the device."""
     parts = [part for layer in layers for part in layer.clusters if isinstance(part, ClusteredExperts)]
     before = [part.fake_quantize_as for part in parts]
     for part in parts:
-        part.fake_quantize_as = form
+        part.fake_quantize_as = quantization
     try:
         yield
     finally:
@@ -184,25 +186,25 @@ def _fake_quantized(layers: Iterable[ClusteredMoE], form: StorageFormat) -> Iter
             part.fake_quantize_as = earlier
 
 
-def _quantized(part: nn.Module, form: StorageFormat) -> QuantizedClusterExperts:
+def _quantized(part: nn.Module, quantization: StorageFormat) -> QuantizedClusterExperts:
     assert isinstance(part, ClusteredExperts)
     weights = part.parameter_weights()
-    return QuantizedClusterExperts(QuantizedCluster.of(weights, form), weights.base_in_DH.dtype, part.backend)
+    return QuantizedClusterExperts(QuantizedCluster.of(weights, quantization), weights.base_in_DH.dtype, part.backend)
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of the whole model, each once, however many ranks hold a copy."""
+    """Numbers of parameters of the whole model; replicas count once."""
 
     total: int
     expert: int
-    """Bases, residuals and vectors of all clusters, or all standard experts, without routers; 0 for dense."""
+    """Parameters of bases, residuals and vectors, or of standard experts, without routers; 0 for dense layers."""
     expert_standard: int
-    """What as many standard experts of the same width would have."""
+    """Parameters that the same number of standard experts of the same width would have."""
 
 
 def count_parameters(model: LanguageModel) -> ParameterCounts:
-    """Counts from the tensors that this rank holds: every rank holds equally much of each class."""
+    """Count the model's parameters from this rank's tensors: every rank holds equally many of each class."""
     config, shape = model.config, model.context.mesh.shape
     held = dict.fromkeys(ParameterClass, 0)
     for parameter in model.parameters():
@@ -215,6 +217,6 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
 
 
 def copies_of(parameter: nn.Parameter, mesh: Mesh) -> int:
-    """How many ranks hold the same values of a parameter."""
+    """Return the number of ranks that hold a replica of a parameter."""
     kind = REDUCED_OVER.get(class_of(parameter))
     return mesh.shape.ranks if kind is None else mesh.group(kind).size

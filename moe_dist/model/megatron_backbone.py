@@ -1,7 +1,7 @@
-"""The Megatron-core GPT backbone with our feed-forward layers; the one file that imports megatron.
+"""Megatron-core GPT backbone with our feed-forward layers; the only file that imports megatron.
 
-Megatron-core expects CUDA in three places; on other devices this file stands in for each: rotary positions
-(`_RotaryOnDevice`), attention (`SdpaCoreAttention`, which is also the faster one), and fused kernels (off).
+Megatron-core expects CUDA in three places, each replaced here for other devices: rotary embeddings
+(`_RotaryOnDevice`), attention (`SdpaCoreAttention`, which is also faster), and fused kernels (disabled).
 """
 
 import logging
@@ -24,14 +24,15 @@ from torch.utils.checkpoint import checkpoint
 from moe_dist.config import ModelConfig
 
 FeedForwardFactory = Callable[[int], nn.Module]
-"""layer index, from 0 -> a module that takes and returns [..., hidden]."""
+"""Function from a layer index, counted from 0, to a module that maps [..., hidden] to [..., hidden]."""
 
 
 def initialize_megatron(timeout_seconds: int, expert_parallel: int) -> None:
-    """Creates Megatron-core's process groups (no tensor or pipeline parallelism); collective.
+    """Create Megatron-core's process groups (no tensor or pipeline parallelism); collective.
 
     Args:
-        expert_parallel: ranks that together hold all experts once, neighbours as in our mesh.
+        timeout_seconds: timeout of the groups' collectives.
+        expert_parallel: number of consecutive ranks that together hold all experts once, as in our mesh.
     """
     if parallel_state.model_parallel_is_initialized():
         if parallel_state.get_expert_model_parallel_world_size() == expert_parallel:
@@ -45,7 +46,7 @@ def initialize_megatron(timeout_seconds: int, expert_parallel: int) -> None:
 
 
 def expert_parallel_ranks() -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Global ranks of this rank's expert-parallel and expert-data-parallel groups, as Megatron-core has them."""
+    """Return the global ranks of this rank's expert-parallel and expert-data-parallel groups in Megatron-core."""
     groups = (parallel_state.get_expert_model_parallel_group(), parallel_state.get_expert_data_parallel_group())
     parallel, data = (tuple(dist.get_process_group_ranks(group)) for group in groups)
     return parallel, data
@@ -58,13 +59,13 @@ def build_gpt(
     seed: int,
     recompute_context: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> nn.Module:
-    """A GPT whose `forward(tokens, positions, attention_mask, labels=...)` gives the loss of every token, [B, S].
+    """Build a GPT whose `forward(tokens, positions, attention_mask, labels=...)` returns every token's loss, [B, S].
 
     Args:
         vocab_size: rows of the embedding.
-        feed_forward: makes the feed-forward module of each layer.
-        seed: all ranks draw the same initial values from it.
-        recompute_context: entered while a layer's forward pass is recomputed (activation checkpointing).
+        feed_forward: creates the feed-forward module of each layer.
+        seed: seed of the initial values, the same on all ranks.
+        recompute_context: context in which a layer's forward pass is recomputed (activation checkpointing).
     """
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     torch.manual_seed(seed)
@@ -91,10 +92,10 @@ def build_gpt(
 
 
 def hidden_states(gpt: nn.Module, tokens_BS: Tensor) -> Tensor:
-    """What the output layer of a `build_gpt` model would be given for each token, [B, S, hidden]."""
+    """Return the input of the output layer of a `build_gpt` model for each token, [B, S, hidden]."""
     position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     stage = cast(Any, gpt)
-    stage.post_process = False  # as the earlier stages of a pipeline, which have no output layer
+    stage.post_process = False  # makes it an earlier pipeline stage, without output layer
     try:
         hidden_SBD: Tensor = stage(tokens_BS, position_BS, None)
     finally:
@@ -108,7 +109,7 @@ def _transformer_config(model: ModelConfig) -> TransformerConfig:
         hidden_size=model.hidden_size,
         num_attention_heads=model.heads,
         num_query_groups=model.kv_heads or model.heads,
-        ffn_hidden_size=4 * model.hidden_size,  # of Megatron's own MLP, which ours replaces
+        ffn_hidden_size=4 * model.hidden_size,  # size of Megatron's MLP, which ours replaces
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_std,
@@ -127,14 +128,14 @@ def _transformer_config(model: ModelConfig) -> TransformerConfig:
 
 
 class _FeedForward(nn.Module):
-    """Gives our feed-forward module the interface of Megatron-core's MLP: (output, bias)."""
+    """Adapter from our feed-forward module to the interface of Megatron-core's MLP, which returns (output, bias)."""
 
     def __init__(self, config: TransformerConfig, factory: FeedForwardFactory, **_: Any) -> None:
         super().__init__()
         self.factory: FeedForwardFactory | None = factory
 
     def set_layer_number(self, number: int) -> None:
-        """Megatron-core numbers its layers from 1, just after it made them: only now do we know which this is."""
+        """Create the inner module; Megatron-core sets a layer's number, counted from 1, only after its creation."""
         assert self.factory is not None
         self.inner, self.factory = self.factory(number - 1), None
 
@@ -143,23 +144,23 @@ class _FeedForward(nn.Module):
 
 
 class SdpaCoreAttention(nn.Module):
-    """Causal attention on torch's scaled_dot_product_attention, in Megatron-core's [S, B, heads, head size] layout."""
+    """Causal attention with torch's scaled_dot_product_attention; layout [S, B, heads, head size] of Megatron-core."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Returns [S, B, heads * head size]; `key` and `value` have one head for each group of queries."""
+        """Return [S, B, heads * head size]; `key` and `value` have one head for each query group."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
 class _RotaryOnDevice(RotaryEmbedding):  # type: ignore[misc]
-    """Rotary positions on any device: the frequencies, in float32 always, go where the model goes.
+    """Rotary embedding on any device; its frequencies are always float32 and move with the model.
 
-    Megatron-core's own are made for the current CUDA device, and fail for a model on the CPU or where there is none.
+    Megatron-core's class creates them on the current CUDA device and fails for a model on the CPU.
     """
 
     inv_freq: Tensor

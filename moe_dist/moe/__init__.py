@@ -1,1 +1,1 @@
-"""Pure routing decisions: which cluster and experts a token goes to, with what gate, and how loads are balanced."""
+"""MoE layers: clustered, standard and dense feed-forward layers, their routing and their load balancing."""

@@ -1,4 +1,4 @@
-"""Router losses that join the total from inside a layer, without an output of the model.
+"""Router losses that are added to the total loss from inside a layer, without an additional output of the model.
 
 Shapes: R rows, E choices (experts or clusters), K chosen of them.
 """
@@ -13,9 +13,9 @@ from moe_dist.moe.router_losses import z_loss
 
 
 def attach_loss(x: Tensor, loss: Tensor, scale: float) -> Tensor:
-    """Return `x`; in the backward pass `loss` gets the gradient `scale`, as if scale * loss were in the total.
+    """Return `x`; in the backward pass `loss` gets the gradient `scale`, as if the total contained scale * loss.
 
-    A recomputed activation adds its loss once, since only one of the two forward passes is differentiated.
+    With activation checkpointing the loss counts once, since only one of the two forward passes is differentiated.
     """
     attached: Tensor = _AttachLoss.apply(x, loss, scale)  # type: ignore[no-untyped-call]
     return attached
@@ -27,9 +27,10 @@ def attach_router_losses(
     """Attach to `x` the balancer's auxiliary loss and the z-loss of one routing decision.
 
     Args:
-        balance: its balancer gives the auxiliary loss; both losses are added to its account.
-        scale: of a sum over rows: 1 / (tokens of this rank's micro-batch * micro-batches of a step), so that the mean
-            over ranks that ends the backward pass makes it a mean over the step's tokens.
+        balance: balance state; its balancer computes the auxiliary loss, and it accumulates both losses.
+        z_loss_weight: weight of the z-loss; 0: none.
+        scale: factor of a sum over rows: 1 / (tokens of this rank's micro-batch * micro-batches of a step). The mean
+            over ranks at the end of the backward pass then makes it a mean over the step's tokens.
     """
     if not torch.is_grad_enabled():
         return x

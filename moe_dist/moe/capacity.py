@@ -1,4 +1,7 @@
-"""An upper limit on what one destination takes; dropless routing does not use it."""
+"""Capacity: upper limit of the copies for one expert or cluster. Dropless routing does not use it.
+
+Shapes: C copies, B destinations.
+"""
 
 from math import ceil
 
@@ -7,12 +10,12 @@ from torch import Tensor
 
 
 def capacity_of(copies: int, bins: int, factor: float) -> int:
-    """Copies that one of `bins` destinations takes: ceil(factor * copies / bins), at least 1 (GShard)."""
+    """Return the capacity of one of `bins` destinations: ceil(factor * copies / bins), at least 1 (GShard)."""
     return max(1, ceil(factor * copies / bins))
 
 
 def within_capacity(index_C: Tensor, bins: int, capacity: int) -> Tensor:
-    """keep_C, bool: the first `capacity` copies of each destination, in the order in which they stand.
+    """Return keep_C, bool: True for the first `capacity` copies of each destination, in their order in `index_C`.
 
     Args:
         index_C: destination of each copy, in [0, bins), int64.

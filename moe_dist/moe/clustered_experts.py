@@ -1,4 +1,4 @@
-"""The parameters of clustered experts that a rank holds: bases, and the experts' own residuals.
+"""Parameters of the clustered experts of a rank: bases of clusters, and residuals of experts.
 
 Shapes: A rows at a shard, D hidden, F expert hidden, N experts of a cluster on this shard, K chosen experts.
 """
@@ -18,7 +18,7 @@ from moe_dist.moe.parameter_class import ParameterClass, mark
 
 
 class ClusterBase(nn.Module):
-    """What the experts of a cluster share."""
+    """Base weights that the experts of a cluster share."""
 
     def __init__(self, layer: int, cluster: int, model: LayerSizes, moe: MoEConfig, seed: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class ClusterBase(nn.Module):
 
 
 class Residuals(nn.Module):
-    """The low-rank factors and vectors of the experts of a cluster that this shard holds, by slot."""
+    """Low-rank factors and vectors of a cluster's experts on this shard, stacked by slot."""
 
     def __init__(self, layer: int, experts: tuple[int, ...], model: LayerSizes, moe: MoEConfig, seed: int) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class Residuals(nn.Module):
         mark(self, ParameterClass.EXPERT)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by the names that `ClusterWeights` gives them."""
+        """Return the parameters by their names in `ClusterWeights`."""
         return dict(self.named_parameters())
 
 
 class ClusteredExperts(nn.Module):
-    """The part of one cluster that this rank holds."""
+    """Base of one cluster, and its experts on this rank."""
 
     def __init__(self, layer: int, cluster: int, model: LayerSizes, moe: MoEConfig, context: LayerContext) -> None:
         super().__init__()
@@ -70,25 +70,28 @@ class ClusteredExperts(nn.Module):
             self._offloaded = context.memory.adopt(layer, local, dict(self.named_parameters()))
 
     def weights(self) -> ClusterWeights:
-        """What is computed with: the parameters, or their stored form; of an offloaded cluster only while `present`."""
+        """Return the weights of the forward pass: the parameters, or their fake-quantized values.
+
+        Those of an offloaded cluster can be read only within `present`.
+        """
         weights = self.parameter_weights()
         return weights if self.fake_quantize_as is None else fake_quantize(weights, self.fake_quantize_as)
 
     def parameter_weights(self) -> ClusterWeights:
-        """The parameters themselves."""
+        """Return the parameters."""
         return ClusterWeights(self.base.w_in_DH, self.base.w_out_FD, **self.residuals.tensors())
 
     def present(self) -> AbstractContextManager[None]:
-        """The weights can be read for the length of a `with`."""
+        """Return a context in which the weights are on the device."""
         return nullcontext() if self._offloaded is None else self._offloaded.weights()
 
     def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:
-        """The gated sum [A, D] over the chosen experts of this shard; slots that are elsewhere are -1."""
+        """Return the gated sum [A, D] over the chosen experts of this shard; slots of other shards are -1."""
         if self._offloaded is None:
             return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.backend)
         if not len(x_AD):
             self._offloaded.skip()
-            return x_AD + gate_AK.sum(1, keepdim=True).to(x_AD.dtype)  # no rows, but all that came has a gradient
+            return x_AD + gate_AK.sum(1, keepdim=True).to(x_AD.dtype)  # no rows; connect the inputs to autograd
 
         def compute(x_AD: Tensor, gate_AK: Tensor) -> Tensor:
             return clustered_experts(x_AD, slot_AK, gate_AK, self.weights(), self.backend)

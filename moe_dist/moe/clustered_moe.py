@@ -1,4 +1,4 @@
-"""Clustered MoE layer: two-stage routing, dispatch along the clusters, experts that share a base.
+"""Clustered MoE layer: two-stage routing, dispatch to clusters and shards, experts that share a base.
 
 Shapes: T tokens, D hidden, G clusters, L clusters of this rank, N experts of a cluster, M chosen clusters.
 """
@@ -33,8 +33,8 @@ from moe_dist.moe.two_stage_routing import choose_clusters
 class ClusteredMoE(nn.Module):
     """Feed-forward layer of clustered experts; takes and returns [S, B, D] (or [S, D]: one sequence).
 
-    Collective over the ranks of its mesh, forward and backward. `state_dict()` holds weights, selection biases and the
-    clusters' members.
+    Forward and backward passes are collective over the ranks of its mesh. `state_dict()` contains weights, selection
+    biases and the members of the clusters.
     """
 
     member_GN: Tensor
@@ -50,18 +50,20 @@ class ClusteredMoE(nn.Module):
         output_init_std: float | None = None,
         ledger: TrafficLedger | None = None,
     ) -> None:
-        """Make a layer outside of our language model.
+        """Create a layer for use in any model.
 
         Args:
             hidden_size: width of the model.
-            mesh: ranks that share the experts (`Mesh.of`); None: all ranks of the default process group, or this
-                process alone where there is none.
-            seed: of initial values, which do not depend on the mesh.
+            moe: configuration of the layer.
+            mesh: ranks that share the experts (a DeviceMesh is converted by `Mesh.from_device_mesh`); None: all ranks
+                of the default process group, or a single process if there is none.
+            seed: seed of the initial values, which do not depend on the mesh.
+            init_std: standard deviation of the initial weights.
             output_init_std: standard deviation of the weights that add to the residual stream; None: `init_std`.
-            ledger: account of the all-to-all traffic; None: one of the layer's own (`layer.context.ledger`).
+            ledger: traffic ledger of the all-to-alls; None: a new one (`layer.context.ledger`).
 
         Raises:
-            ConfigError: the configuration is of another kind, or the mesh cannot hold its clusters.
+            ConfigError: `moe.kind` is not 'clustered', or the clusters cannot be divided over the mesh.
         """
         sizes, context = standalone("clustered", hidden_size, moe, mesh, seed, init_std, output_init_std, ledger)
         self._build(0, sizes, moe, context, 1.0)
@@ -70,7 +72,7 @@ class ClusteredMoE(nn.Module):
     def in_model(
         cls, layer: int, sizes: LayerSizes, moe: MoEConfig, context: LayerContext, loss_scale: float
     ) -> "ClusteredMoE":
-        """Make layer number `layer` of a model whose layers share a context."""
+        """Create layer number `layer` of a model whose layers share a context."""
         self = cls.__new__(cls)
         self._build(layer, sizes, moe, context, loss_scale)
         return self
@@ -92,7 +94,7 @@ class ClusteredMoE(nn.Module):
         self.register_load_state_dict_pre_hook(load_routing_state)  # type: ignore[no-untyped-call]
 
     def follow_placement(self) -> None:
-        """Route by `context.placements[layer]` from now on; the weights must be where it says."""
+        """Route by `context.placements[layer]` from now on; the weights must already be placed accordingly."""
         self.placement = self.context.placements[self.layer]
         self.member_GN = torch.tensor(self.placement.members, device=self.router.weight_ED.device)
         dispatcher = Top1Dispatcher if self.moe.top_clusters == 1 else TopMDispatcher
@@ -135,7 +137,7 @@ class ClusteredMoE(nn.Module):
         return ClusterRouting(logits_TG, cluster_TM, keep_TM, sequences)
 
     def experts(self, tokens: int) -> StageTwo:
-        """Return this rank's experts for a micro-batch of `tokens` tokens on each rank; collective."""
+        """Return stage two for a micro-batch of `tokens` tokens on each rank; collective."""
         block = self.context.mesh.at.cluster
         embedding_LND = self.router.local_embeddings(self.placement, self.member_GN, self.stage_one, block)
         member_LN = self.member_GN[list(self.placement.clusters_of_block(block))]
@@ -154,7 +156,7 @@ class ClusteredMoE(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ClusteredMoE":
-        """Move the balance state with a layer that has it for itself."""
+        """Move the balance state with the layer if it is not shared with other layers."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if len(self.balance.count_LE) == 1:
             self.balance.to(self.router.weight_ED.device)

@@ -1,4 +1,4 @@
-"""The dense SwiGLU feed-forward network: the floor in time and the baseline in quality."""
+"""Dense SwiGLU feed-forward network: the lower bound in time and the baseline in quality."""
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from moe_dist.moe.standard_experts import swiglu
 
 
 class SwiGLU(nn.Module):
-    """y = (silu(x W_gate) * (x W_up)) W_out; takes and returns [..., D]. Shapes: D hidden, F inner width, H = 2F."""
+    """Dense network y = (silu(x W_gate) * (x W_up)) W_out. Shapes: D hidden, F inner width, H = 2F."""
 
     def __init__(self, layer: int, width: int, model: LayerSizes, seed: int, name: str = "dense") -> None:
         super().__init__()
@@ -23,9 +23,9 @@ class SwiGLU(nn.Module):
     def in_model(
         cls, layer: int, sizes: LayerSizes, moe: MoEConfig, context: LayerContext, loss_scale: float
     ) -> "SwiGLU":
-        """Make layer number `layer` of a model, as wide as `moe.dense_width`."""
+        """Create layer number `layer` of a model, of width `moe.dense_width`."""
         return cls(layer, moe.dense_width, sizes, context.seed)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Takes and returns [..., D]."""
+        """Return y of `hidden` [..., D], in its shape."""
         return swiglu(hidden @ self.w_in_DH) @ self.w_out_FD

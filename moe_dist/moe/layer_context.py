@@ -1,4 +1,4 @@
-"""State that the MoE layers of a model share, and the sizes from which a layer is made."""
+"""State shared by the MoE layers of a model, and the sizes with which a layer is created."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +17,7 @@ from moe_dist.moe.routing_statistics import RoutingStatistics
 
 
 class LayerSizes(Protocol):
-    """Width of the model, and standard deviations of initial weights; `ModelConfig` is one."""
+    """Width of the model and standard deviations of the initial weights; `ModelConfig` implements it."""
 
     @property
     def hidden_size(self) -> int:
@@ -34,7 +34,7 @@ class LayerSizes(Protocol):
 
 @dataclass(frozen=True)
 class StandaloneSizes:
-    """Sizes of a layer outside of our language model."""
+    """Sizes of a standalone layer."""
 
     hidden_size: int
     init_std: float
@@ -46,12 +46,12 @@ class LayerContext:
     """State shared by all MoE layers of a model.
 
     Attributes:
-        placements: place of each layer's experts; empty unless experts are clustered. A re-clustering replaces entries.
-        statistics: routing statistics for re-clustering; None where nothing will be re-clustered.
-        fake_quantize_as: format to which the forward pass rounds experts under training (precision.residuals=qat);
-            None: parameters are used as they are.
-        memory: tiers that hold the clusters' parameters; None: they stay on the device.
-        quantized: True if layers are made without clusters, which are loaded in quantized form later.
+        placements: placement of each layer's experts, replaced by re-clustering; empty if experts are not clustered.
+        statistics: routing statistics for re-clustering; None if there is no re-clustering.
+        fake_quantize_as: format to which the forward pass fake-quantizes experts (precision.residuals=qat); None: no
+            fake quantization.
+        memory: memory tiers to which clusters are offloaded; None: clusters stay on the device.
+        quantized: True if layers are created without clusters, which are loaded in quantized form later.
     """
 
     mesh: Mesh
@@ -66,7 +66,7 @@ class LayerContext:
 
     @classmethod
     def standalone(cls, moe: MoEConfig, mesh: Mesh, seed: int, ledger: TrafficLedger | None = None) -> "LayerContext":
-        """Return the context of a single layer, with load balancing and a traffic ledger of its own."""
+        """Return the context of a single layer, with its own balance state and traffic ledger."""
         placements = []
         if moe.layer_kind.clustered:
             placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)]

@@ -1,4 +1,4 @@
-"""Kinds of feed-forward layer by the value of `moe.kind`: the one place that chooses among them."""
+"""Registry of feed-forward layers by the value of `moe.kind`."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from moe_dist.moe.layer_context import LayerContext, LayerSizes
 from moe_dist.moe.standard_moe import StandardMoE
 
 LayerFactory = Callable[[int, LayerSizes, MoEConfig, LayerContext, float], nn.Module]
-"""(layer number, sizes, configuration, context, loss scale) -> a module that takes and returns [..., D]."""
+"""Function from layer number, sizes, configuration, context, loss scale to a module that maps [..., D] to [..., D]."""
 
 LAYER_KINDS: dict[str, LayerFactory] = {
     "clustered": ClusteredMoE.in_model,

@@ -1,6 +1,6 @@
-"""Routing state of an MoE layer in its `state_dict()`: selection biases and the clusters' members.
+"""Routing state of an MoE layer in its `state_dict()`: selection biases and the members of the clusters.
 
-They are kept beside the module, since a mixed-precision engine casts buffers; these hooks write and read them.
+This state is kept outside the module, since a mixed-precision engine casts buffers. These hooks save and load it.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def save_routing_state(module: nn.Module, state: dict[str, Any], prefix: str, _:
 def load_routing_state(
     module: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str], *__: Any
 ) -> None:
-    """Take the routing state out of a dictionary that is being loaded; a load-state-dict hook."""
+    """Load the routing state and remove it from the dictionary; a load-state-dict hook."""
     layer: Any = module
     wanted = {EXPERT_BIAS: layer.balance.expert_bias_LE[layer.layer]}
     if layer.context.placements:

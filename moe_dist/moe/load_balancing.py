@@ -1,7 +1,7 @@
 """Load balancing: strategies by name, and the selection biases and load counts of all layers.
 
-Biases and counts are kept in float32 and int64 beside the model. They are not module buffers: a mixed-precision engine
-casts those, and a bias that moves by 0.02 does not survive bfloat16.
+Biases and counts are float32 and int64 tensors outside the model. They are not module buffers: a mixed-precision engine
+casts buffers, and bfloat16 is too coarse for the steps of a bias.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,20 +21,20 @@ class LoadBalancer(Protocol):
     """Strategy that keeps the loads of experts and clusters equal."""
 
     def loss(self, logits_RE: Tensor, index_RK: Tensor) -> tuple[Tensor, float] | None:
-        """Return an auxiliary loss of one routing decision, a sum over rows, and its weight; None: there is none."""
+        """Return the auxiliary loss of one routing decision, a sum over rows, and its weight; None: no loss."""
 
     def update(self, state: "BalanceState", count_LE: Tensor, placements: Sequence[ExpertPlacement]) -> None:
-        """Move the selection biases by the loads of one step, summed over all ranks."""
+        """Update the selection biases by the loads of one step, summed over all ranks."""
 
 
 class NoBalancing:
-    """Loads are left as they are."""
+    """Strategy without load balancing."""
 
     def __init__(self, moe: MoEConfig) -> None:
-        """Take no option."""
+        """Ignore the configuration."""
 
     def loss(self, logits_RE: Tensor, index_RK: Tensor) -> tuple[Tensor, float] | None:
-        """Return None."""
+        """Return None: there is no auxiliary loss."""
         return None
 
     def update(self, state: "BalanceState", count_LE: Tensor, placements: Sequence[ExpertPlacement]) -> None:
@@ -53,13 +53,13 @@ class AuxLossBalancing(NoBalancing):
 
 
 class BiasBalancing(NoBalancing):
-    """Selection biases moved by `moe.balance_rate` against each step's load error (Wang et al. 2024)."""
+    """Selection biases, changed by `moe.balance_rate` against each step's load error (Wang et al. 2024)."""
 
     def __init__(self, moe: MoEConfig) -> None:
         self._rate = moe.balance_rate
 
     def update(self, state: "BalanceState", count_LE: Tensor, placements: Sequence[ExpertPlacement]) -> None:
-        """Move the biases of experts, and of clusters where experts are clustered."""
+        """Update the biases of experts, and of clusters if experts are clustered."""
         if not placements:
             update_expert_bias(state.expert_bias_LE, count_LE, self._rate)
         else:
@@ -77,13 +77,15 @@ BALANCERS: dict[str, Callable[[MoEConfig], LoadBalancer]] = {
 
 @dataclass
 class BalanceState:
-    """Selection biases, the same on all ranks, and this rank's counts since the last update.
+    """Selection biases, the same on all ranks, and this rank's load counts since the last update.
 
-    Shapes: L layers, G clusters, E experts (by number, whatever their slot).
+    Shapes: L layers, G clusters, E experts (by expert number, not by slot).
 
     Attributes:
-        dropped_L: copies beyond the capacity, among those counted or (stage one) instead of them.
-        router_loss_2: balance and z-loss that have entered this rank's total since the last update.
+        count_LE: copies routed to each expert since the last update; those dropped by experts are included.
+        dropped_L: copies dropped beyond the capacity. Copies dropped in stage one are not in `count_LE`.
+        router_loss_2: balance loss and z-loss added to this rank's total loss since the last update.
+        counting: False: loads are not counted.
     """
 
     balancer: LoadBalancer
@@ -96,7 +98,7 @@ class BalanceState:
 
     @classmethod
     def create(cls, layers: int, moe: MoEConfig, device: torch.device) -> "BalanceState":
-        """Return biases and counts of zero, as a run starts."""
+        """Return the initial state of a run: zero biases and counts."""
         return cls(
             BALANCERS[moe.balance](moe),
             torch.zeros(layers, moe.clusters, device=device),
@@ -107,12 +109,12 @@ class BalanceState:
         )
 
     def count(self, layer: int, expert_C: Tensor) -> None:
-        """Add routed copies, by expert number."""
+        """Add routed copies to the counts; `expert_C` holds expert numbers."""
         if self.counting:
             self.count_LE[layer].scatter_add_(0, expert_C, torch.ones_like(expert_C))
 
     def drop(self, layer: int, keep_C: Tensor, copies: int = 1) -> None:
-        """Add dropped copies; each False entry of `keep_C` stands for `copies` of them."""
+        """Add dropped copies to the counts; each False entry of `keep_C` counts as `copies` copies."""
         if self.counting:
             self.dropped_L[layer] += copies * (~keep_C).sum()
 
@@ -123,15 +125,15 @@ class BalanceState:
         self.router_loss_2.zero_()
 
     def update(self, count_LE: Tensor, placements: Sequence[ExpertPlacement]) -> None:
-        """Move the biases by the counts of one step, summed over all ranks and micro-batches.
+        """Update the biases by the counts of one step, summed over all ranks and micro-batches.
 
         Args:
-            placements: of each layer; empty: the experts are not clustered.
+            placements: placement of each layer; empty: the experts are not clustered.
         """
         self.balancer.update(self, count_LE, placements)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the biases; counts are empty between two steps."""
+        """Return the biases; counts are zero between two steps."""
         return {"cluster_bias_LG": self.cluster_bias_LG, "expert_bias_LE": self.expert_bias_LE}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

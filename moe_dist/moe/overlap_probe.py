@@ -1,4 +1,4 @@
-"""How fast a clustered layer's first hop and its clusters are on these ranks, which decides about chunks.
+"""Measurement of a clustered layer's stage-one all-to-all and of its experts, to choose the number of chunks.
 
 Shapes: R rows, D hidden.
 """
@@ -15,20 +15,21 @@ from moe_dist.dispatch.traffic_ledger import Direction, Payload
 from moe_dist.moe.clustered_moe import ClusteredMoE
 
 MOST_ROWS = 512
-"""That are computed and sent: what more take is in proportion."""
+"""Largest number of rows measured; times of more rows are extrapolated."""
 PART = 4
-"""The time of this part of the rows beside that of all tells what does not shrink with them."""
+"""Divisor of the rows for a second measurement, from which the time that does not depend on the rows follows."""
 ROUNDS = 5
+"""Number of measurements of each part; the fastest counts."""
 
 
 def measure_exchange_speed(layer: ClusteredMoE, tokens: int) -> ExchangeSpeed:
-    """Times the layer's exchanges and its clusters, one by one and at once; collective over all ranks.
+    """Time the layer's all-to-all and its experts, separately and overlapped; collective over all ranks.
 
-    Every figure is the least of `ROUNDS`, since what disturbs a moment should not decide about a run, on the slowest
-    rank, and so the same on all. Nothing is counted: neither loads nor bytes. The exchange is of evenly spread tokens.
+    Every figure is the minimum of `ROUNDS` measurements, which excludes temporary disturbances, on the slowest rank, so
+    that it is the same on all ranks. Loads and traffic are not counted. The rows are spread evenly over the ranks.
 
     Args:
-        tokens: of a rank's micro-batch.
+        tokens: tokens of a rank's micro-batch.
     """
     probe = _Probe(layer, tokens)
     rows = probe.rows
@@ -45,7 +46,7 @@ def measure_exchange_speed(layer: ClusteredMoE, tokens: int) -> ExchangeSpeed:
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     latency, exchanged, computed, computed_part, both = slowest.tolist()
     per_row = max(0.0, computed - computed_part) / (rows - rows // PART)
-    clusters = layer.moe.top_clusters  # of a token, on as many ranks at most
+    clusters = layer.moe.top_clusters  # per token, on at most as many ranks
     hidden = (exchanged + computed - both) / min(exchanged, computed)
     return ExchangeSpeed(
         latency=latency,
@@ -57,7 +58,7 @@ def measure_exchange_speed(layer: ClusteredMoE, tokens: int) -> ExchangeSpeed:
 
 
 class _Probe:
-    """Rows like those of training, and what is done with them."""
+    """Random rows of the sizes of training, and the operations that are timed."""
 
     def __init__(self, layer: ClusteredMoE, tokens: int) -> None:
         self.layer, self.tokens, self.ranks = layer, tokens, layer.stage_one.group.size
@@ -69,7 +70,7 @@ class _Probe:
         self.packed_RB = layer.stage_one.hidden_format.pack(self.x_RD)
 
     def exchange(self, rows: int) -> PendingAllToAll:
-        """Begins to send rows, as many to each rank."""
+        """Start an all-to-all of `rows` rows, equally many to each rank."""
         split, ledger = [rows // self.ranks] * self.ranks, self.layer.context.ledger
         recording, ledger.recording = ledger.recording, False
         pending = self.layer.stage_one.launch(
@@ -79,7 +80,7 @@ class _Probe:
         return pending
 
     def compute(self, rows: int) -> None:
-        """A forward pass of all local clusters, which share the rows."""
+        """Run the forward pass of all local clusters, which divide the rows evenly."""
         context = self.layer.context
         counting, context.balance.counting = context.balance.counting, False
         recording, context.ledger.recording = context.ledger.recording, False
@@ -90,14 +91,14 @@ class _Probe:
         context.balance.counting, context.ledger.recording = counting, recording
 
     def both(self, rows: int) -> None:
-        """The two at once."""
+        """Overlap an all-to-all with a forward pass."""
         pending = self.exchange(rows)
         self.compute(rows)
         pending.wait()
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """What it takes once all ranks have come."""
+    """Return the seconds that `work` takes after a barrier."""
     dist.barrier()
     started = time.perf_counter()
     work()

@@ -1,4 +1,4 @@
-"""The three kinds of parameters, by which ranks hold the same copy and so reduce their gradients together."""
+"""Classes of parameters by the ranks that hold replicas, over which gradients are reduced."""
 
 from enum import StrEnum
 
@@ -8,25 +8,25 @@ from moe_dist.distributed.mesh import GroupKind
 
 
 class ParameterClass(StrEnum):
-    """Who holds a parameter; everything not marked is dense, the same on all ranks."""
+    """Class of a parameter; parameters that are not marked are dense."""
 
-    DENSE = "dense"
-    BASE = "base"  # a cluster's base: its cluster group x data
-    EXPERT = "expert"  # one expert's own weights: data only
+    DENSE = "dense"  # replicated on all ranks
+    BASE = "base"  # a cluster's base: replicated over its cluster group and the data axis
+    EXPERT = "expert"  # an expert's own weights: replicated over the data axis
 
 
 REDUCED_OVER = {ParameterClass.BASE: GroupKind.BASE_DATA, ParameterClass.EXPERT: GroupKind.EXPERT_DATA}
-"""The process group over which a class's gradients are reduced; dense ones over all ranks."""
+"""Kind of process group over which a class's gradients are reduced; those of dense parameters over all ranks."""
 
 _ATTRIBUTE = "moe_dist_class"
 
 
 def mark(module: nn.Module, parameter_class: ParameterClass) -> None:
-    """Marks every parameter of `module`."""
+    """Set the class of every parameter of `module`."""
     for parameter in module.parameters():
         setattr(parameter, _ATTRIBUTE, parameter_class)
 
 
 def class_of(parameter: nn.Parameter) -> ParameterClass:
-    """What a parameter was marked as, or dense."""
+    """Return the class of a parameter; dense if it was not marked."""
     return getattr(parameter, _ATTRIBUTE, ParameterClass.DENSE)

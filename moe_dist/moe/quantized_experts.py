@@ -1,4 +1,4 @@
-"""Clustered experts that are not being trained: held, and computed with, in the form in which they are stored.
+"""Clustered experts for inference, kept and computed in quantized form.
 
 Shapes: A rows at a shard, D hidden, F expert hidden, H = 2 F, N experts of a cluster on this shard, K chosen experts,
 B bytes of an expert.
@@ -19,7 +19,7 @@ from moe_dist.memory.quantized_clusters import QuantizedBlock, QuantizedClusterM
 
 
 def storage_format(config: RunConfig) -> StorageFormat:
-    """What a run's clusters are stored as where they are stored in few bits."""
+    """Return the format in which a run stores quantized clusters."""
     precision = config.precision
     factors = GroupFormat(
         precision.bits, precision.group_size, precision.symmetric, getattr(torch, precision.scale_dtype)
@@ -28,7 +28,7 @@ def storage_format(config: RunConfig) -> StorageFormat:
 
 
 def stored_sizes(config: RunConfig, experts: int) -> QuantizedCluster:
-    """What a part of a cluster with so many experts is stored as, on `meta`."""
+    """Return a quantized cluster part with this number of experts on the `meta` device, for its sizes."""
     sizes = (experts, config.model.hidden_size, config.moe.expert_hidden, config.moe.rank)
     vectors, dtype = config.moe.expert_vectors, getattr(torch, config.train.precision)
     return QuantizedCluster.of(
@@ -37,10 +37,10 @@ def stored_sizes(config: RunConfig, experts: int) -> QuantizedCluster:
 
 
 class QuantizedClusterExperts(nn.Module):
-    """The part of one cluster that this rank holds: its base, and one row of bytes for each expert.
+    """Base of one cluster, and its experts on this rank as one row of bytes each.
 
-    They are buffers, or a block of a memory's tiers, which then brings them to the device for each pass. Factors are
-    unpacked for each pass, some in a kernel, and not kept. No parameters: nothing here can be trained.
+    The bytes are buffers, or a block in memory tiers that is brought to the device for each pass. Low-rank factors are
+    unpacked for each pass, some of them inside a kernel. There are no parameters: nothing here is trained.
     """
 
     base_in_DH: Tensor
@@ -48,7 +48,13 @@ class QuantizedClusterExperts(nn.Module):
     expert_NB: Tensor
 
     def __init__(self, packed: QuantizedCluster, dtype: torch.dtype, backend: str = "auto") -> None:
-        """Args: dtype: what is computed in; form: as `moe.backend`."""
+        """Store quantized weights as buffers.
+
+        Args:
+            packed: quantized weights.
+            dtype: dtype of the computation.
+            backend: as `moe.backend`.
+        """
         super().__init__()
         self.register_buffer("base_in_DH", packed.base_in_DH)
         self.register_buffer("base_out_FD", packed.base_out_FD)
@@ -58,10 +64,10 @@ class QuantizedClusterExperts(nn.Module):
         self._kept: QuantizedBlock | None = None
 
     def keep_in(self, memory: QuantizedClusterMemory, layer: int, local: int) -> None:
-        """Hands the bytes over to a memory.
+        """Move the bytes from the buffers to memory tiers.
 
         Raises:
-            ConfigError, OffloadError: it cannot take them.
+            ConfigError, OffloadError: the memory has no room for them.
         """
         parts = dict(self.named_buffers())
         self._layout = BlockLayout.of({name: torch.Size([part.nbytes]) for name, part in parts.items()})
@@ -73,7 +79,11 @@ class QuantizedClusterExperts(nn.Module):
 
     @contextmanager
     def packed(self, rows: int = 0) -> Iterator[QuantizedCluster]:
-        """The value that this holds, for the length of a `with`. `rows`: that will be computed."""
+        """Enter a context with the quantized weights on the device.
+
+        Args:
+            rows: number of rows that will be computed.
+        """
         with nullcontext() if self._kept is None else self._kept.pinned(rows) as flat:
             parts = dict(self.named_buffers())
             if flat is not None:
@@ -83,13 +93,17 @@ class QuantizedClusterExperts(nn.Module):
             yield QuantizedCluster(parts["base_in_DH"], parts["base_out_FD"], own)
 
     def weights(self) -> ClusterWeights:
-        """A copy of the tensors in the form that the computation takes."""
+        """Return a dequantized copy of the weights in the dtype of the computation."""
         with self.packed() as packed:
             weights = packed.weights(self.dtype)
             return replace(weights, base_in_DH=weights.base_in_DH.clone(), base_out_FD=weights.base_out_FD.clone())
 
     def forward(self, x_AD: Tensor, slot_AK: Tensor, gate_AK: Tensor) -> Tensor:
-        """As `ClusteredExperts.forward`, from the stored form; without gradients where clusters are kept in tiers."""
+        """Return the gated sum [A, D] over the chosen experts of this shard; slots of other shards are -1.
+
+        Raises:
+            RuntimeError: a gradient is needed, but the cluster is kept in memory tiers.
+        """
         if self._kept is not None:
             if torch.is_grad_enabled() and x_AD.requires_grad:
                 raise RuntimeError("a backward pass would read weights of a cluster that is no longer on the device")

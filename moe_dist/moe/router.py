@@ -1,4 +1,4 @@
-"""Router: one embedding an expert, and the scores of standard and of two-stage routing.
+"""Router: one embedding per expert, and the logits of standard and of two-stage routing.
 
 Shapes: T tokens, R rows of one cluster, E experts, G clusters, L clusters of a rank, N experts of a cluster, D hidden.
 """
@@ -15,10 +15,10 @@ from moe_dist.moe.two_stage_routing import cluster_prototypes, router_logits
 
 
 class Router(nn.Module):
-    """Embeddings of the experts, one row an expert by its number, the same on all ranks (dense class).
+    """Embeddings of the experts: one row per expert number, replicated on all ranks (dense class).
 
-    A row belongs to its expert wherever that is placed: an expert that changes its cluster takes its row into the new
-    cluster's prototype.
+    Rows do not depend on the placement. An expert that changes its cluster contributes its row to the prototype of the
+    new cluster.
     """
 
     def __init__(self, weight_ED: Tensor) -> None:
@@ -27,23 +27,23 @@ class Router(nn.Module):
 
     @classmethod
     def of_experts(cls, layer: int, experts: int, sizes: LayerSizes, seed: int) -> "Router":
-        """Return a router with each row drawn for its expert."""
+        """Return a router whose rows are initialized separately, one generator per expert."""
         rows = [torch.randn(sizes.hidden_size, generator=generator(seed, layer, "router", e)) for e in range(experts)]
         return cls(torch.stack(rows) * sizes.init_std)
 
     @classmethod
     def of_layer(cls, layer: int, experts: int, sizes: LayerSizes, seed: int) -> "Router":
-        """Return a router with all rows drawn together."""
-        # a linear layer's own draw advances the global generator, from which the layers that follow are drawn
+        """Return a router whose rows are initialized together by one generator."""
+        # creating a linear layer advances the global generator, on which the initial values of later layers depend
         weight_ED = nn.Linear(sizes.hidden_size, experts, bias=False).weight.data
         return cls(nn.init.normal_(weight_ED, std=sizes.init_std, generator=generator(seed, layer, "router", SHARED)))
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """Return the scores of standard routing, [T, E]."""
+        """Return the logits of standard routing, [T, E]."""
         return router_logits(x_TD, self.weight_ED)
 
     def cluster_logits(self, x_TD: Tensor, member_GN: Tensor) -> Tensor:
-        """Return stage one's scores, [T, G]."""
+        """Return the logits of stage one, [T, G]."""
         return router_logits(x_TD, cluster_prototypes(self.weight_ED, member_GN))
 
     def local_embeddings(
@@ -51,9 +51,10 @@ class Router(nn.Module):
     ) -> Tensor:
         """Return embedding_LND of the experts of the clusters of block `block`, for stage two; collective.
 
-        The gradient of a cluster's rows is added on the rank where the cluster started. A cluster that has moved gets
-        its rows from there, so that their gradient returns there. Otherwise the order in which ranks' gradients are
-        added, and with it the last bit, would depend on the placement.
+        The gradient of a cluster's rows is accumulated on the cluster's initial rank. After a relocation, the cluster's
+        current rank therefore receives the rows from the initial rank, and the backward pass returns their gradient to
+        it. Otherwise the order in which ranks' gradients are added, and with it the last bit, would depend on the
+        placement.
         """
         here = placement.clusters_of_block(block)
         if placement.at_home:

@@ -1,4 +1,4 @@
-"""Losses on router logits; each is a sum over rows, so that ranks with unlike numbers of rows add up.
+"""Losses on router logits; each is a sum over rows, so that ranks with different numbers of rows can be added.
 
 Shapes: R rows, E choices (experts or clusters), K chosen of them.
 """
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def balance_loss(logits_RE: Tensor, index_RK: Tensor) -> Tensor:
-    """R times the auxiliary loss E * sum_e f_e P_e (Switch Transformer, eq. 4); R when perfectly balanced.
+    """Return R times the auxiliary loss E * sum_e f_e P_e (Switch Transformer, eq. 4); R if perfectly balanced.
 
-    f_e: share of the copies that went to e; P_e: mean probability of e. Both over the rows at hand, as is usual: the
-    value depends on how a batch is divided into micro-batches and ranks.
+    f_e: share of the copies that choose e; P_e: mean probability of e. Both are taken over the given rows, as is usual,
+    so the value depends on the division of a batch into micro-batches and ranks.
     """
     index_C = index_RK.flatten()
     count_E = logits_RE.new_zeros(logits_RE.shape[1])
@@ -21,5 +21,5 @@ def balance_loss(logits_RE: Tensor, index_RK: Tensor) -> Tensor:
 
 
 def z_loss(logits_RE: Tensor) -> Tensor:
-    """Sum over rows of logsumexp(logits)^2, which keeps logits small (ST-MoE, eq. 5)."""
+    """Return the sum over rows of logsumexp(logits)^2, which keeps logits small (ST-MoE, eq. 5)."""
     return logits_RE.logsumexp(dim=-1).square().sum()

@@ -1,4 +1,4 @@
-"""Selection biases that keep loads equal without a loss: each step moves a bias against its load's error.
+"""Selection biases, which balance loads without a loss: each step changes a bias against the error of its load.
 
 Shapes: L layers, E experts, G clusters. Source: auxiliary-loss-free balancing (Wang et al. 2024), here in two stages.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def update_expert_bias(bias_LE: Tensor, count_LE: Tensor, rate: float) -> None:
-    """Standard routing, in place: b_e += rate * sign(mean load - load_e)."""
+    """Update the biases of standard routing in place: b_e += rate * sign(mean load - load_e)."""
     count_LE = count_LE.to(bias_LE.dtype)
     bias_LE += rate * torch.sign(count_LE.mean(dim=-1, keepdim=True) - count_LE)
 
@@ -22,13 +22,14 @@ def update_two_stage_bias(
     members: Sequence[Sequence[Sequence[int]]],
     rate: float,
 ) -> None:
-    """Two-stage routing, in place: a cluster's bias follows its share of all copies, an expert's its share within
-    its cluster: b_c += rate * sign(1/G - load_c), b_e += rate * sign(G/E - load_e / load_c).
+    """Update the biases of two-stage routing in place.
 
-    A cluster that got nothing says nothing about its experts: their biases stay.
+    A cluster's bias follows its share of all copies, an expert's bias its share within the cluster:
+    b_c += rate * sign(1/G - load_c), b_e += rate * sign(G/E - load_e / load_c). Biases of the experts of a cluster
+    without load do not change.
 
     Args:
-        members: the experts of each cluster of each layer, [L, G, N].
+        members: experts of each cluster of each layer, [L, G, N].
     """
     member_LE = torch.tensor(members, device=count_LE.device).flatten(1)
     count_LGN = count_LE.to(expert_bias_LE.dtype).gather(1, member_LE).unflatten(1, (cluster_bias_LG.shape[1], -1))

@@ -26,9 +26,9 @@ class StageTwo:
 
     Attributes:
         member_LN, embedding_LND: numbers and router embeddings of the experts of each local cluster.
-        tokens: tokens that each rank of the group routes, and so the scale of losses and capacity.
-        ranks: ranks of the stage-one group.
-        only_gate: True if the experts' gates alone give the router a gradient (m = 1).
+        tokens: number of tokens that each rank of the group routes, for the scale of losses and the capacity.
+        ranks: number of ranks of the stage-one group.
+        only_gate: True if the router gets its gradient from the experts' gates alone (m = 1).
     """
 
     layer: int

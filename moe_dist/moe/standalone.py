@@ -1,4 +1,4 @@
-"""Sizes, mesh and context of an MoE layer outside of our language model."""
+"""Sizes, mesh and context of a standalone MoE layer."""
 
 import math
 
@@ -23,10 +23,10 @@ def standalone(
     output_init_std: float | None,
     ledger: TrafficLedger | None,
 ) -> tuple[StandaloneSizes, LayerContext]:
-    """Return sizes and context of a single layer; collective where a mesh has to be made.
+    """Return sizes and context of a standalone layer; collective if a mesh must be created.
 
     Raises:
-        ConfigError: the configuration is of another kind, or the mesh cannot hold its experts.
+        ConfigError: the configuration has another kind, or the experts cannot be divided over the mesh.
     """
     if moe.kind != kind:
         raise ConfigError(f"moe.kind={moe.kind} does not make this layer: give MoEConfig(kind={kind!r}, ...)")
@@ -39,7 +39,7 @@ def standalone(
 
 
 def mesh_for(moe: MoEConfig, mesh: Mesh | DeviceMesh | None) -> Mesh:
-    """Return the mesh of a layer: the one given, made from a device mesh, over all ranks, or this process alone."""
+    """Return the mesh of a layer: `mesh`, or one created from a device mesh, over all ranks, or of a single process."""
     if isinstance(mesh, Mesh):
         return mesh
     if mesh is not None:

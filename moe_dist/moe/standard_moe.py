@@ -1,4 +1,4 @@
-"""Standard MoE layer: top-k over all experts, expert parallelism, dropless unless a capacity is set.
+"""Standard MoE layer: top-k routing over all experts, expert parallelism, dropless unless a capacity is set.
 
 Shapes: T tokens, D hidden, E experts, K chosen experts.
 """
@@ -30,7 +30,7 @@ from moe_dist.moe.topk_routing import FlatChoice, choose_flat
 
 
 class StandardMoE(nn.Module):
-    """Feed-forward layer of standard experts; takes and returns [..., D]. Collective over the ranks of its mesh."""
+    """Feed-forward layer of standard experts; maps [..., D] to [..., D]. Collective over the ranks of its mesh."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class StandardMoE(nn.Module):
         output_init_std: float | None = None,
         ledger: TrafficLedger | None = None,
     ) -> None:
-        """Make a layer outside of our language model; arguments and errors are those of `ClusteredMoE`."""
+        """Create a layer for use in any model; arguments and errors are those of `ClusteredMoE`."""
         sizes, context = standalone("standard", hidden_size, moe, mesh, seed, init_std, output_init_std, ledger)
         self._build(0, sizes, moe, context, 1.0)
 
@@ -51,7 +51,7 @@ class StandardMoE(nn.Module):
     def in_model(
         cls, layer: int, sizes: LayerSizes, moe: MoEConfig, context: LayerContext, loss_scale: float
     ) -> "StandardMoE":
-        """Make layer number `layer` of a model whose layers share a context."""
+        """Create layer number `layer` of a model whose layers share a context."""
         self = cls.__new__(cls)
         self._build(layer, sizes, moe, context, loss_scale)
         return self
@@ -105,7 +105,7 @@ class StandardMoE(nn.Module):
         return choice, keep_C
 
     def _apply(self, fn: Any, recurse: bool = True) -> "StandardMoE":
-        """Move the balance state with a layer that has it for itself."""
+        """Move the balance state with the layer if it is not shared with other layers."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if len(self.balance.count_LE) == 1:
             self.balance.to(self.router.weight_ED.device)

@@ -1,4 +1,4 @@
-"""Standard routing: the k best of all E experts; a selection bias enters the choice, never a gate.
+"""Standard top-k routing over all E experts; a selection bias affects the choice but not the gates.
 
 Shapes: T tokens, E experts, K chosen experts.
 """
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class FlatChoice(NamedTuple):
-    """The chosen experts of each token and their gates (softmax over the chosen, as in Mixtral)."""
+    """Chosen experts of each token and their gates (softmax over the chosen experts, as in Mixtral)."""
 
     expert_TK: Tensor
     gate_TK: Tensor
 
 
 def choose_flat(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> FlatChoice:
-    """The `top_k` largest of logit + bias; the gates are a softmax over the chosen logits, or, for k=1, over all."""
+    """Choose the `top_k` largest of logit + bias; gates are a softmax over the chosen logits, for k=1 over all."""
     expert_TK = (logits_TE.detach() + bias_E).topk(top_k, dim=-1).indices
     if top_k == 1:  # a softmax over one logit has no gradient
         return FlatChoice(expert_TK, logits_TE.softmax(dim=-1).gather(-1, expert_TK))

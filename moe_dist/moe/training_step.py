@@ -1,4 +1,4 @@
-"""Gradients and load balancing of MoE layers in a training loop of one's own."""
+"""Gradient reduction and load balancing of MoE layers in a custom training loop."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from moe_dist.moe.parameter_class import ParameterClass, class_of
 from moe_dist.moe.standard_moe import StandardMoE
 
 OVER_ALL_RANKS = (GroupKind.EXPERT_PARALLEL, GroupKind.EXPERT_DATA)
-"""Groups of a mesh whose sums, one after the other, are sums over all its ranks."""
+"""Groups of a mesh over which two successive all-reduces are an all-reduce over all ranks."""
 SUMMED_OVER = {
     ParameterClass.DENSE: OVER_ALL_RANKS,
     ParameterClass.BASE: (GroupKind.BASE_DATA,),
@@ -34,14 +34,14 @@ def moe_layers(module: nn.Module) -> list[ClusteredMoE | StandardMoE]:
 
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
-    """Make every gradient that of the mean of all ranks' losses; collective, after `backward()`.
+    """Average gradients, so that each is the gradient of the mean of all ranks' losses; collective.
 
-    Experts' gradients are summed over the ranks that hold a copy of the expert, bases' over those of the base, all
-    others over all ranks of the layers' mesh; each is divided by the number of ranks. A parameter without a gradient
-    counts as zero. In place of DistributedDataParallel, which would average different experts.
+    Call it after `backward()`, instead of DistributedDataParallel, which would average different experts. Gradients of
+    experts and of bases are summed over the ranks that hold their replicas, all others over all ranks of the layers'
+    mesh; each sum is divided by the number of ranks. A missing gradient counts as zero.
 
     Raises:
-        ConfigError: the module holds no MoE layer.
+        ConfigError: the module has no MoE layer.
     """
     mesh = moe_layers(module)[0].context.mesh
     for parameter in module.parameters():
@@ -55,14 +55,16 @@ def average_gradients(module: nn.Module) -> None:
 
 @torch.no_grad()
 def update_load_balance(module: nn.Module) -> dict[str, Tensor]:
-    """Move the selection biases by the loads since the last call; collective, once a step, after its backward passes.
+    """Update the selection biases by the loads since the last call; collective.
+
+    Call it once per step, after the backward passes.
 
     Returns:
-        count_LE: copies that each expert of each MoE layer got on all ranks, int64 [L, E]; dropped_L: copies beyond the
-        capacity.
+        count_LE: copies routed to each expert of each MoE layer on all ranks, int64 [L, E]; dropped_L: copies dropped
+        beyond the capacity.
 
     Raises:
-        ConfigError: the module holds no MoE layer.
+        ConfigError: the module has no MoE layer.
     """
     layers = moe_layers(module)
     counts: list[Tensor] = []

@@ -1,4 +1,5 @@
-"""Moves experts between clusters and ranks: who moves, what travels, and how all ranks switch together.
+"""Re-clustering during training: decision, migration of experts between clusters and ranks, collective switch.
 
-Nothing here knows of models or engines: placements and flat tensors come in, and go out.
+Decisions, plans and transfers are functions of placements and flat tensors; only `coordinator`, `migration_executor`,
+`refit`, `expert_tensors` and `similarity_gather` use models and engines.
 """

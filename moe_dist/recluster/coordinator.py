@@ -1,10 +1,10 @@
 """Coordinator: re-clusters the experts of a model under training, as a callback of the training loop.
 
-A round follows the update of a step. All ranks sum their statistics, rank 0 decides, and all receive its plan. First
-clusters change ranks unchanged (relocation), then experts change clusters (exchange or refit), tried on tokens of the
-next step's batch (`migration_executor.py`).
+A round follows the update of a step. All ranks sum their statistics, rank 0 decides, and its plan is broadcast. First
+whole clusters change ranks (relocation), then experts change clusters (exchange or refit). The latter changes are
+tested on tokens of the next step's batch (`migration_executor.py`).
 
-Shapes: L layers, E experts, G clusters, B sequences, S tokens of one.
+Shapes: L layers, E experts, G clusters, B sequences, S tokens of a sequence.
 """
 
 import time
@@ -34,7 +34,7 @@ AROUND = 5
 
 @dataclass
 class _Round:
-    """Line of `events.jsonl`, complete once the steps after it are known."""
+    """Round whose event in `events.jsonl` still lacks the losses of the steps after it."""
 
     fields: dict[str, Any]
     step: int
@@ -42,7 +42,7 @@ class _Round:
 
 
 class Coordinator(Callback):
-    """Callback that regroups experts at the steps that `recluster` names."""
+    """Callback that re-clusters experts at the steps of the `recluster` schedule."""
 
     def __init__(self, config: RunConfig, recorder: Recorder) -> None:
         self._config, self._recorder = config, recorder
@@ -53,7 +53,7 @@ class Coordinator(Callback):
         self.totals = {"rounds": 0, "moved_experts": 0, "bytes": 0, "seconds": 0.0}
 
     def attach(self, engine: DeepSpeedEngine) -> None:
-        """Regroup the experts of this engine's model from now on."""
+        """Re-cluster the experts of this engine's model from now on."""
         self.executor = MigrationExecutor(engine, self._config.recluster.max_loss_increase)
         self._process, self._context = engine.process, engine.model.context
         self._layers = engine.model.clustered_layers()
@@ -80,7 +80,7 @@ class Coordinator(Callback):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Restore it."""
+        """Restore the state of `state_dict`."""
         self._load_LE = state["load_LE"].numpy()
         self._losses = deque(state["losses"], maxlen=AROUND)
         self.totals = dict(state["totals"])
@@ -98,10 +98,10 @@ class Coordinator(Callback):
             self._context.statistics.begin_step()
 
     def after_update(self, report: StepReport) -> None:
-        """Enter a step's loss and loads, and hold a round if one is due."""
+        """Record a step's loss and loads, and run a round if one is due."""
         if self._context.statistics is None:
             return
-        self._note(report.outcome)
+        self._record_step(report.outcome)
         step = report.step
         if is_due(step, self._config.recluster) and step <= self._last_round:
             self.close()
@@ -113,7 +113,7 @@ class Coordinator(Callback):
         self.close()
 
     def close(self) -> None:
-        """Write the event of the last round, however many steps have followed it."""
+        """Write the event of the last round with the losses known so far."""
         if self._open is not None:
             after = self._open.losses_after
             self._recorder.event(
@@ -127,7 +127,9 @@ class Coordinator(Callback):
         if gathered.broken:
             parts = ", ".join(gathered.broken)
             self._recorder.event("recluster_skipped", step, reason=f"not finite: {parts}")
-            self._recorder.note(f"step {step}: no re-clustering, the statistics of experts are not finite ({parts})")
+            self._recorder.note(
+                f"step {step}: no re-clustering, since the experts' statistics are not finite ({parts})"
+            )
             return
         decisions = self._decide(gathered) if self._process.rank == 0 else []
         proposal = ReclusterPlan.of(decisions, self._decide_blocks(gathered)) if decisions else None
@@ -157,7 +159,7 @@ class Coordinator(Callback):
         for name in ("moved_experts", "bytes", "seconds"):
             self.totals[name] += fields[name]
         self._recorder.note(
-            f"step {step}: {fields['moved_experts']} experts change clusters, {fields['dropped_experts']} held back; "
+            f"step {step}: {fields['moved_experts']} experts change clusters, {fields['dropped_experts']} rejected; "
             f"{fields['bytes']:,} bytes in {fields['seconds']:.2f} s"
         )
 
@@ -178,7 +180,7 @@ class Coordinator(Callback):
         return [decide_blocks(together_GG, placement, self._config.seed) for together_GG, placement in together]
 
     def _gains(self, decisions: Sequence[LayerDecision], gathered: GatheredSimilarity) -> dict[str, Any]:
-        """Return objectives before and after the moves made, and the similarity's parts, means over layers."""
+        """Return objectives before and after the moves made, and the terms of the similarity, means over layers."""
         found = zip(gathered.similarity_LEE, self._context.placements, self._load_LE, strict=True)
         after = [objective_of(alike, now.cluster_of(), load, self._config.recluster) for alike, now, load in found]
         return {
@@ -187,7 +189,7 @@ class Coordinator(Callback):
             "similarity": gathered.parts,
         }
 
-    def _note(self, outcome: StepOutcome) -> None:
+    def _record_step(self, outcome: StepOutcome) -> None:
         self._losses.append(outcome.loss)
         self._load_LE = self._config.recluster.decay * self._load_LE + outcome.count_LE.numpy()
         if self._open is not None:

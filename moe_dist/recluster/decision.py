@@ -1,4 +1,6 @@
-"""What should move: from how alike experts are to the exchanges worth making. Pure; one rank decides for all.
+"""Decision of a re-clustering: exchanges of experts and relocations of clusters, from similarities and loads.
+
+Pure functions; one rank decides for all.
 
 Shapes: E experts, G clusters.
 """
@@ -16,12 +18,12 @@ from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.recluster.exchange import Cycle, exchanges
 
 LEAST_SAVING = 0.02
-"""Share of the tokens' cluster pairs that a relocation must bring onto one rank: less is not worth a move of bases."""
+"""Least gain of a relocation, as the share of tokens' cluster pairs that come onto one rank; moving bases is costly."""
 
 
 @dataclass(frozen=True)
 class LayerDecision:
-    """The exchanges of one layer and what they promise."""
+    """Exchanges of one layer, and the objective before and after them."""
 
     cycles: tuple[Cycle, ...]
     objective_before: float
@@ -35,11 +37,12 @@ def decide_layer(
     recluster: ReclusterConfig,
     seed: int,
 ) -> LayerDecision:
-    """Looks for a better balanced clustering and keeps the exchanges that gain enough, the best first.
+    """Search for a better balanced clustering, and choose the exchanges that gain enough, the best first.
 
-    An exchange must raise its movers' mean similarity to their cluster by `recluster.threshold` (the objective is the
-    mean over experts, and a mover changes its neighbours' similarity as well as its own: hence E / 2), and all together
-    move at most `recluster.max_moved` of the experts.
+    An exchange must raise the mean similarity of its movers to their cluster by more than `recluster.threshold`. All
+    exchanges together move at most the share `recluster.max_moved` of the experts. The gain of an exchange is E / 2
+    times the gain of the objective per mover: the objective is a mean over E experts, and a mover changes the
+    similarity of the other members as much as its own.
     """
     weight = recluster.load_weight
     old_E = np.array(placement.cluster_of())
@@ -50,7 +53,9 @@ def decide_layer(
         for expert in members:
             new_E[expert] = cluster
     weights_EE = pair_weights(similarity_EE, placement.clusters, load_E, weight)
-    kept, labels_E = _worthwhile(exchanges(old_E.tolist(), new_E), old_E, weights_EE, placement.clusters, recluster)
+    kept, labels_E = _select_exchanges(
+        exchanges(old_E.tolist(), new_E), old_E, weights_EE, placement.clusters, recluster
+    )
     before, after = (objective_of(similarity_EE, labels.tolist(), load_E, recluster) for labels in (old_E, labels_E))
     return LayerDecision(tuple(kept), before, after)
 
@@ -58,14 +63,14 @@ def decide_layer(
 def objective_of(
     similarity_EE: npt.ArrayLike, labels_E: Sequence[int], load_E: npt.ArrayLike, recluster: ReclusterConfig
 ) -> float:
-    """What a clustering is worth: how alike members are, less the price of unequal loads (`ClusterQuality`)."""
+    """Return the objective of a clustering: similarity within clusters minus load imbalance (`ClusterQuality`)."""
     return cluster_quality(similarity_EE, labels_E, load_E, recluster.load_weight).objective
 
 
-def _worthwhile(
+def _select_exchanges(
     cycles: Sequence[Cycle], labels_E: npt.NDArray[np.int64], weights_EE: Matrix, clusters: int, limits: ReclusterConfig
 ) -> tuple[list[Cycle], npt.NDArray[np.int64]]:
-    """The exchanges that gain enough, made one after the other as long as there is room, and the labels after them."""
+    """Select exchanges that gain enough until `max_moved` is reached; return them and the labels after them."""
     experts = len(labels_E)
     room = int(limits.max_moved * experts)
 
@@ -78,7 +83,7 @@ def _worthwhile(
         return moved
 
     def gain(cycle: Cycle, labels: npt.NDArray[np.int64]) -> float:
-        """Rise of the mean similarity of one mover to its cluster."""
+        """Return the gain of the mean similarity of a mover to its cluster."""
         return (value(after(cycle, labels)) - value(labels)) * experts / (2 * len(cycle))
 
     start, kept = labels_E, []
@@ -91,10 +96,13 @@ def _worthwhile(
 
 
 def decide_blocks(together_GG: npt.ArrayLike, placement: ExpertPlacement, seed: int) -> tuple[int, ...]:
-    """The block of each cluster that brings clusters chosen by the same tokens onto one rank; as it is if little gains.
+    """Choose the block of each cluster, so that clusters chosen by the same tokens are on one rank.
 
     Args:
-        together_GG: how often two clusters were chosen by the same token, symmetric, not negative.
+        together_GG: number of tokens that chose both of two clusters, symmetric, not negative.
+
+    Returns:
+        The block of each cluster; unchanged if the gain is less than `LEAST_SAVING`.
     """
     together = np.array(together_GG, dtype=np.float64)
     np.fill_diagonal(together, 0.0)
@@ -103,13 +111,13 @@ def decide_blocks(together_GG: npt.ArrayLike, placement: ExpertPlacement, seed: 
         return blocks
     share_GG = together / together.sum()
     found = assign_balanced(share_GG, placement.blocks, seed=seed, start=blocks)
-    if _on_one_rank(share_GG, found.labels) - _on_one_rank(share_GG, blocks) < LEAST_SAVING:
+    if _share_on_one_rank(share_GG, found.labels) - _share_on_one_rank(share_GG, blocks) < LEAST_SAVING:
         return blocks
     old = [placement.clusters_of_block(block) for block in range(placement.blocks)]
     kept = match_clusters(old, found.groups).members
     return tuple(next(block for block, clusters in enumerate(kept) if c in clusters) for c in range(placement.clusters))
 
 
-def _on_one_rank(share_GG: Matrix, labels: Sequence[int]) -> float:
+def _share_on_one_rank(share_GG: Matrix, labels: Sequence[int]) -> float:
     labels_G = np.asarray(labels)
     return float(share_GG[labels_G[:, None] == labels_G[None, :]].sum())

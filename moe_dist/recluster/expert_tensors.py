@@ -1,4 +1,4 @@
-"""The tensors of clustered experts as migration moves them: weights and training state, by layer, cluster and name."""
+"""Tensors of clustered experts for migration: weights and training state, by layer, cluster and name."""
 
 from collections.abc import Iterator
 
@@ -20,55 +20,55 @@ NOTHING: Run = (0, 0)
 
 
 class ExpertTensors:
-    """Reads and writes this rank's expert tensors in place, and knows who owns what of them."""
+    """This rank's expert tensors, which are read and written in place, and the ownership of their runs by all ranks."""
 
     def __init__(self, layers: list[ClusteredMoE], state: OptimizerState, mesh: Mesh) -> None:
-        """Collective: ranks tell each other which runs of the training state they own."""
+        """Gather the runs of the training state that each rank owns; collective."""
         self._parameters = dict(_parameters_of(layers))
         self._state, self._mesh = state, mesh
-        # without separate masters the weight is its own master, and travels once
+        # without separate masters the weight is its own master and is sent once
         self.kinds = tuple(
             kind for kind in PieceKind if kind is not PieceKind.MASTER or state.separate_masters_of_experts
         )
         self.holdings = self._gather_holdings()
 
-    def read(self, cell: TensorKey, start: int, length: int) -> Tensor:
-        """A copy of a run of elements that this rank owns; what is offloaded is read where it is."""
-        if (offloaded := self._offloaded(cell)) is not None:
+    def read(self, key: TensorKey, start: int, length: int) -> Tensor:
+        """Return a copy of a run of elements that this rank owns; offloaded tensors are read from their tier."""
+        if (offloaded := self._offloaded(key)) is not None:
             memory, cluster, name = offloaded
-            return memory.read_run(cluster, name, BlockKind(cell.kind.value), start, length)
-        tensor, first = self.owned(cell)
+            return memory.read_run(cluster, name, BlockKind(key.kind.value), start, length)
+        tensor, first = self.owned(key)
         return tensor[start - first : start - first + length].clone()
 
-    def write(self, cell: TensorKey, start: int, values: Tensor) -> None:
-        """Replaces such a run."""
-        if (offloaded := self._offloaded(cell)) is not None:
+    def write(self, key: TensorKey, start: int, values: Tensor) -> None:
+        """Overwrite a run of elements that this rank owns."""
+        if (offloaded := self._offloaded(key)) is not None:
             memory, cluster, name = offloaded
-            memory.write_run(cluster, name, BlockKind(cell.kind.value), start, values)
+            memory.write_run(cluster, name, BlockKind(key.kind.value), start, values)
             return
-        tensor, first = self.owned(cell)
+        tensor, first = self.owned(key)
         tensor[start - first : start - first + len(values)].copy_(values)
 
-    def dtype(self, cell: TensorKey) -> torch.dtype:
-        """Of a cell's elements."""
-        return self._dtype(cell.kind)
+    def dtype(self, key: TensorKey) -> torch.dtype:
+        """Return the dtype of a tensor's elements."""
+        return self._dtype(key.kind)
 
-    def _offloaded(self, cell: TensorKey) -> tuple[ExpertMemory, OffloadedCluster, str] | None:
+    def _offloaded(self, key: TensorKey) -> tuple[ExpertMemory, OffloadedCluster, str] | None:
         if self._state.offloaded is None:
             return None
         memory = self._state.offloaded.memory
-        found = memory.of(self._parameters[cell.layer, cell.local, cell.name])
+        found = memory.of(self._parameters[key.layer, key.local, key.name])
         return None if found is None else (memory, *found)
 
-    def owned(self, cell: TensorKey) -> tuple[Tensor, int]:
-        """This rank's run of a cell, one-dimensional, in place, and the element at which it begins."""
-        parameter = self._parameters[cell.layer, cell.local, cell.name]
-        if cell.kind is PieceKind.WEIGHT:
+    def owned(self, key: TensorKey) -> tuple[Tensor, int]:
+        """Return a one-dimensional view of this rank's run of a tensor, and the index of its first element."""
+        parameter = self._parameters[key.layer, key.local, key.name]
+        if key.kind is PieceKind.WEIGHT:
             return parameter.detach().view(-1), 0
         fragment = self._state.fragment(parameter)
         if fragment is None:
             return parameter.new_empty(0, dtype=torch.float32), 0
-        return fragment.tensors[cell.kind.value], fragment.start
+        return fragment.tensors[key.kind.value], fragment.start
 
     def _gather_holdings(self) -> Holdings:
         tables = self._gather_runs()
@@ -85,7 +85,11 @@ class ExpertTensors:
         return Holdings(widths[False], widths[True], itemsize, runs[False], runs[True])
 
     def _gather_runs(self) -> list[list[Run]]:
-        """By rank, the run of each parameter's state that it owns; the same for all blocks, or migration is lost."""
+        """Gather the run of each parameter's state that each rank owns.
+
+        Raises:
+            RuntimeError: the runs differ between blocks, which migration does not support.
+        """
         mine = torch.tensor([self._state_run(p) for p in self._parameters.values()], device=self._device)
         found = [torch.empty_like(mine) for _ in range(self._mesh.shape.ranks)]
         dist.all_gather(found, mine)
@@ -94,11 +98,15 @@ class ExpertTensors:
             at = coordinates_of(shape, rank)
             twin = rank_at(shape, Coordinates(at.data, self._mesh.at.cluster, at.shard))
             if not torch.equal(table, found[twin]):
-                raise RuntimeError(f"rank {rank} owns other runs of its experts' training state than rank {twin}")
+                raise RuntimeError(f"rank {rank} owns different runs of its experts' training state than rank {twin}")
         return [[(int(first), int(end)) for first, end in table] for table in found]
 
     def _replicas(self, shared: bool) -> Iterator[int]:
-        """Ranks that hold what this rank's place in the other axes holds, in the order in which `Holdings` counts."""
+        """Yield the ranks of this block's replicas, in the order of `Holdings`.
+
+        Args:
+            shared: True for a base, replicated over data and shard; False for residuals, replicated over data.
+        """
         shape, at = self._mesh.shape, self._mesh.at
         for data in range(shape.data):
             for shard in range(shape.shard) if shared else (at.shard,):

@@ -1,4 +1,4 @@
-"""Guard: makes only those moves of experts whose effect on the loss, tried on real tokens, is within a limit."""
+"""Guard: applies only those moves of experts whose effect on the loss, measured on real tokens, is within a limit."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol, TypeVar
@@ -8,29 +8,29 @@ Made = TypeVar("Made", bound=Hashable, contravariant=True)
 
 
 class Transition(Protocol[Made]):
-    """Way in which experts change clusters; every trial can be reverted."""
+    """Method by which experts change clusters, with trial moves that can be reverted."""
 
     def apply(self, moves: Sequence[Made]) -> None:
-        """Make these moves on trial; collective."""
+        """Apply moves on trial; collective."""
 
     def revert(self) -> None:
-        """Undo the moves on trial, to the last bit."""
+        """Undo the trial moves, bit-identically."""
 
     def commit(self, moves: Sequence[Made]) -> None:
-        """Make these moves for good; collective."""
+        """Apply moves permanently; collective."""
 
 
 def make_guarded(
     moves: Sequence[Change], transition: Transition[Change], loss: Callable[[], float], limit: float
 ) -> tuple[list[Change], float]:
-    """Make the moves that do not raise the loss too much; collective.
+    """Commit the moves that do not raise the loss too much; collective.
 
     Args:
         loss: returns the loss on tokens that the model was not trained on.
         limit: largest relative increase of the loss.
 
     Returns:
-        The moves made, and the relative increase of the loss that was seen for them.
+        The moves made, and the relative increase of the loss measured for them.
     """
     base = loss() if moves else 0.0
     seen: dict[tuple[Change, ...], float] = {(): 0.0}
@@ -47,11 +47,11 @@ def make_guarded(
 
 
 def accept(changes: Sequence[Change], harm: Callable[[Sequence[Change]], float], limit: float) -> list[Change]:
-    """Return the changes that together cost at most `limit`, found by halving: all if they do, else the halves that do.
+    """Select changes that together cost at most `limit`, by bisection: all of them, or recursively each half.
 
     Args:
-        changes: independent of each other: any selection can be made.
-        harm: increase of the loss if exactly these are made; NaN counts as too much.
+        changes: independent changes, of which any selection can be made.
+        harm: returns the increase of the loss if exactly these changes are made; NaN exceeds the limit.
         limit: largest increase.
     """
     accepted: list[Change] = []

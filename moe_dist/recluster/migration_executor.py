@@ -1,9 +1,9 @@
-"""Migration executor: moves experts and clusters of a model under training to where a plan wants them; collective.
+"""Migration executor: moves experts and clusters of a model in training according to a plan; collective.
 
-Everything that moves is received and verified before anything is switched on all ranks together. Exchanges of experts
-are tried on tokens that the model was not trained on; those that would cost too much are not made.
+All data is received and verified before all ranks switch together. Exchanges of experts are tested on tokens that the
+model was not trained on; those that would raise the loss too much are not made.
 
-Shapes: B sequences, S tokens of one.
+Shapes: B sequences, S tokens of a sequence.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,14 @@ from moe_dist.recluster.refit import Refit, RefitResult
 from moe_dist.recluster.transfer import Arrivals, carry
 
 Move = tuple[int, Cycle]
-"""Layer, and experts of it that exchange their places."""
+"""Layer, and experts of it that exchange their slots."""
 Switch = Callable[[Sequence[ExpertPlacement]], None]
-"""Has all layers route by these placements."""
+"""Function that makes all layers route by these placements."""
 
 
 @dataclass
 class Adopt:
-    """Transition in which a mover keeps all that is its own and adopts the base of its new cluster."""
+    """Transition in which a moved expert keeps its residuals and adopts the base of its new cluster."""
 
     old: list[ExpertPlacement]
     arrivals: Arrivals
@@ -37,7 +37,7 @@ class Adopt:
     replaced: Arrivals | None = None
 
     def apply(self, moves: Sequence[Move]) -> None:
-        """Put the movers' weights into place on trial."""
+        """Write the weights of the moved experts on trial."""
         movers = movers_of(moves)
         self.replaced = self.arrivals.try_out(
             lambda p: p.target.kind is PieceKind.WEIGHT and (p.source.layer, p.expert) in movers
@@ -45,13 +45,13 @@ class Adopt:
         self.switch(after_moves(self.old, moves))
 
     def revert(self) -> None:
-        """Put back the weights that were replaced."""
+        """Restore the weights that were replaced."""
         assert self.replaced is not None
         self.replaced.settle()
         self.switch(self.old)
 
     def commit(self, moves: Sequence[Move]) -> None:
-        """Put weights and training state of the movers into place for good."""
+        """Write weights and training state of the moved experts permanently."""
         movers = movers_of(moves)
         self.arrivals.settle(lambda p: (p.source.layer, p.expert) in movers)
         self.switch(after_moves(self.old, moves))
@@ -79,29 +79,36 @@ class RefitTransition:
         self.refit.take_back(self.done)
 
     def commit(self, moves: Sequence[Move]) -> None:
-        """Write new bases and residuals for good."""
+        """Write new bases and residuals permanently."""
         self.apply(moves)
 
 
 class MigrationExecutor:
-    """Executor of re-clustering plans, on the experts as they are now."""
+    """Executor of re-clustering plans."""
 
     def __init__(self, engine: DeepSpeedEngine, largest_increase: float) -> None:
-        """Args: largest_increase: relative increase of the loss that exchanges may cost."""
+        """Use an engine's experts, mesh and placements.
+
+        Args:
+            largest_increase: largest relative increase of the loss by exchanges.
+        """
         self._engine, self._model, self._limit = engine, engine.model, largest_increase
         self._process, self._context = engine.process, engine.model.context
         self._layers = engine.model.clustered_layers()
 
     @property
     def tensors(self) -> ExpertTensors:
-        """Weights and training state of the experts as they are now; collective."""
+        """Current weights and training state of the experts; collective."""
         return ExpertTensors(self._layers, self._engine.training_state(), self._context.mesh)
 
     def relocate(self, blocks: Sequence[tuple[int, ...]]) -> int:
-        """Move whole clusters to other ranks, by layer; return the bytes sent between ranks. Collective.
+        """Move whole clusters to other ranks, layer by layer; return the bytes sent between ranks. Collective.
 
-        One closed cycle of clusters at a time, in which each rank gives and takes one at most: with its bases and
-        training state a cluster is large, and what moves is held beside a rank's share until all of it is received.
+        One cycle of clusters is moved at a time, in which each rank sends and receives at most one cluster: with its
+        base and training state a cluster is large, and received data is buffered until all of it is verified.
+
+        Args:
+            blocks: new block of each cluster of each layer.
         """
         tensors, crossed = self.tensors, 0
         for layer, wanted in enumerate(blocks):
@@ -118,7 +125,7 @@ class MigrationExecutor:
         """Move experts between clusters, except those that would raise the loss on `held_BS` too much.
 
         Returns:
-            The moves made, the bytes sent between ranks, and the relative increase of the loss that the guard saw.
+            The moves made, the bytes sent between ranks, and the relative increase of the loss on `held_BS`.
         """
         old, tensors = list(self._context.placements), self.tensors
         plan = self._plan(after_moves(old, moves), tensors)
@@ -130,7 +137,7 @@ class MigrationExecutor:
     def refit(
         self, moves: Sequence[Move], sequences_BS: Tensor, held_BS: Tensor
     ) -> tuple[list[Move], RefitResult, float]:
-        """Like `exchange`, but clusters whose members change get new bases and residuals, made from `sequences_BS`."""
+        """Move experts like `exchange`, with new bases and residuals fitted on `sequences_BS` in changed clusters."""
         transition = RefitTransition(list(self._context.placements), Refit(self._engine, sequences_BS), self._switch)
         made, increase = make_guarded(moves, transition, lambda: self._loss_of(held_BS), self._limit)
         assert transition.done is not None
@@ -152,7 +159,7 @@ class MigrationExecutor:
             layer.follow_placement()
 
     def _loss_of(self, sequences_BS: Tensor) -> float:
-        """Return the mean loss over all ranks' sequences, nats a token; collective."""
+        """Return the mean loss over all ranks' sequences, nats per token; collective."""
         with self._model.evaluating():
             loss = self._model(sequences_BS.to(self._process.device)).double()
         dist.all_reduce(loss)
@@ -160,7 +167,7 @@ class MigrationExecutor:
 
 
 def after_moves(placements: Sequence[ExpertPlacement], moves: Sequence[Move]) -> list[ExpertPlacement]:
-    """Return the placements that the moves lead to."""
+    """Return the placements after the moves."""
     cycles = {layer: [cycle for other, cycle in moves if other == layer] for layer, _ in moves}
     return [
         apply_exchanges(placement, cycles[layer]) if layer in cycles else placement
@@ -177,5 +184,5 @@ def _after_relocation(placement: ExpertPlacement, cycle: Cycle) -> ExpertPlaceme
 
 
 def movers_of(moves: Sequence[Move]) -> set[tuple[int, int]]:
-    """Return the experts that change their places, each as (layer, expert)."""
+    """Return the experts that change their slots, each as (layer, expert)."""
     return {(layer, expert) for layer, cycle in moves for expert in cycle}

@@ -1,8 +1,8 @@
-"""What travels when placements change: a pure function from old and new placement to the runs of elements that move.
+"""Migration plan: a pure function from old and new placement to the runs of elements that must be sent.
 
 Every rank holds equally many clusters and slots, so the tensors of all (block, shard) ranks have the same names and
-sizes, and a replica with the same index owns the same run of each. An expert's part of a stacked tensor is one run of
-its flattened elements, wherever it sits; which pieces of that run come from which replica follows from who owns what.
+sizes, and replicas with the same index own the same run of each. An expert's part of a stacked tensor is one run of its
+flattened elements in every slot. The replica that sends each piece of that run follows from the runs that ranks own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +15,11 @@ from moe_dist.distributed.mesh import Coordinates, rank_at
 from moe_dist.distributed.placement import ExpertPlacement, Seat
 
 Run = tuple[int, int]
-"""First element and one past the last, of a flattened tensor."""
+"""Half-open range of elements of a flattened tensor: first element, and one past the last."""
 
 
 class PieceKind(StrEnum):
-    """What is known of a parameter."""
+    """Kind of a parameter's tensor: its weight, or a part of its optimizer state."""
 
     WEIGHT = "weight"
     MASTER = "master"
@@ -28,7 +28,7 @@ class PieceKind(StrEnum):
 
 
 class TensorKey(NamedTuple):
-    """One tensor of a rank: a kind of knowledge of one parameter of a local cluster of a layer."""
+    """Key of a tensor of a rank: layer, local cluster, parameter name and kind."""
 
     layer: int
     local: int
@@ -38,14 +38,14 @@ class TensorKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Holdings:
-    """What every rank holds, in terms that are the same on all of them.
+    """Sizes and ownership of the tensors that every rank holds, the same on all ranks.
 
     Attributes:
-        residual_width: elements that one expert has of each stacked parameter.
-        base_width: elements of each parameter that the experts of a cluster share.
+        residual_width: number of elements of one expert in each stacked parameter.
+        base_width: number of elements of each base parameter.
         itemsize: bytes of an element, by kind.
-        residual_runs, base_runs: by layer, local cluster, name and kind, the run that each replica owns. Replicas of
-            residuals are counted along the data axis, those of a base along data and shard.
+        residual_runs, base_runs: run that each replica owns, by tensor key. Replicas of residuals are numbered along
+            the data axis, those of a base along the data and shard axes.
     """
 
     residual_width: Mapping[str, int]
@@ -56,13 +56,13 @@ class Holdings:
 
 
 class Piece(NamedTuple):
-    """A run of elements on its way: `length` elements from `start` of one rank's cell to `target_start` of another's.
+    """Copy of `length` elements from `start` of a source tensor to `target_start` of a target tensor.
 
-    Both starts count from the beginning of the whole parameter, whatever part of it the rank owns.
+    Both starts are element indices of the whole parameter, also if a rank owns only a part of it.
     """
 
     expert: int
-    """The expert concerned; -1: a cluster's base."""
+    """Expert to which the elements belong; -1: a cluster's base."""
     source_rank: int
     source: TensorKey
     start: int
@@ -74,7 +74,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class MigrationPlan:
-    """All that moves at one change, in an order that is the same on all ranks."""
+    """All pieces of one migration, in the same order on all ranks."""
 
     pieces: tuple[Piece, ...]
     itemsize: Mapping[PieceKind, int]
@@ -82,36 +82,36 @@ class MigrationPlan:
 
     def __post_init__(self) -> None:
         by_pair: dict[tuple[int, int], list[Piece]] = {}
-        for piece in sorted(self.pieces, key=lambda p: -self.itemsize[p.source.kind]):  # wide elements stay aligned
+        for piece in sorted(self.pieces, key=lambda p: -self.itemsize[p.source.kind]):  # wide elements first: aligned
             by_pair.setdefault((piece.source_rank, piece.target_rank), []).append(piece)
         object.__setattr__(self, "by_pair", by_pair)
 
     def sends(self, rank: int) -> dict[int, list[Piece]]:
-        """By destination, what a rank sends to others."""
+        """Return the pieces that a rank sends to others, by destination."""
         return {b: pieces for (a, b), pieces in sorted(self.by_pair.items()) if a == rank != b}
 
     def receives(self, rank: int) -> dict[int, list[Piece]]:
-        """By source, what a rank receives from others."""
+        """Return the pieces that a rank receives from others, by source."""
         return {a: pieces for (a, b), pieces in sorted(self.by_pair.items()) if b == rank != a}
 
     def stays(self, rank: int) -> list[Piece]:
-        """What changes its place on a rank without leaving it."""
+        """Return the pieces that a rank copies to itself."""
         return self.by_pair.get((rank, rank), [])
 
     def bytes_between(self, source: int, target: int) -> int:
-        """Bytes that one rank hands to another, or for `source == target` moves within itself."""
+        """Return the bytes that one rank sends to another, or copies to itself if `source == target`."""
         return sum(piece.length * self.itemsize[piece.source.kind] for piece in self.by_pair.get((source, target), []))
 
     @property
     def bytes(self) -> int:
-        """Bytes that cross between ranks."""
+        """Bytes sent between different ranks."""
         return sum(self.bytes_between(a, b) for a, b in self.by_pair if a != b)
 
 
 def plan_layer(
     layer: int, old: ExpertPlacement, new: ExpertPlacement, shape: WorldShape, holdings: Holdings
 ) -> Iterator[Piece]:
-    """The pieces that bring every expert, and every base whose cluster changes its ranks, to its new place."""
+    """Yield the pieces that move every expert with a new location, and every base whose cluster changes its ranks."""
     before, after = old.seats(), new.seats()
     for expert, seat in before.items():
         if seat != after[expert]:
@@ -152,7 +152,7 @@ def _base_pieces(
 
 @dataclass(frozen=True)
 class _PieceRouter:
-    """From a place in a source cell to one in a target cell, over all replicas."""
+    """Generator of the pieces between a position in a source tensor and one in a target tensor, for all replicas."""
 
     expert: int
     source: TensorKey
@@ -178,7 +178,7 @@ class _PieceRouter:
                 )
 
     def _found(self, first: int, last: int, replica: int, owned: tuple[Run, ...]) -> Iterator[tuple[int, int, int]]:
-        """(replica, from, to) that together cover [first, last) of the width, the same replica before others."""
+        """Yield (replica, from, to) that together cover [first, last) of the width; the own replica is preferred."""
         preferred = sorted(range(len(owned)), key=lambda source: source != replica)
         while first < last:
             source = next(r for r in preferred if owned[r][0] <= self.start + first < owned[r][1])

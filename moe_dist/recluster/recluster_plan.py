@@ -1,4 +1,4 @@
-"""One decision for all ranks: what the deciding rank found, as one tensor that all receive and agree upon.
+"""Re-clustering plan: the decision of rank 0, broadcast as one tensor and verified on all ranks.
 
 Shapes: L layers, E experts, G clusters.
 """
@@ -19,23 +19,23 @@ from moe_dist.recluster.transfer import MigrationError
 
 @dataclass(frozen=True)
 class ReclusterPlan:
-    """Which experts change places and which clusters change ranks, by layer."""
+    """Exchanges of experts and blocks of clusters, by layer."""
 
     cycles: tuple[tuple[Cycle, ...], ...]
     blocks: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, decisions: Sequence[LayerDecision], blocks: Sequence[tuple[int, ...]]) -> "ReclusterPlan":
-        """The decisions of all layers and the new block of every cluster, as one value."""
+        """Return the plan of the layers' decisions and the new block of every cluster."""
         return cls(tuple(decision.cycles for decision in decisions), tuple(blocks))
 
     @classmethod
     def nothing(cls, placements: Sequence[ExpertPlacement]) -> "ReclusterPlan":
-        """All stays as it is."""
+        """Return a plan without changes."""
         return cls(((),) * len(placements), tuple(placement.block_of_cluster for placement in placements))
 
     def encoded(self, experts: int) -> Tensor:
-        """int64 [L, E + G]: by expert who takes its seat, by cluster its block."""
+        """Encode the plan as int64 [L, E + G]: the expert that takes each expert's slot, and each cluster's block."""
         rows = [
             successors(experts, cycles) + list(blocks) for cycles, blocks in zip(self.cycles, self.blocks, strict=True)
         ]
@@ -43,33 +43,34 @@ class ReclusterPlan:
 
     @classmethod
     def decoded(cls, code_LC: Tensor, experts: int) -> "ReclusterPlan":
-        """The verdict that an encoded tensor stands for, each cycle beginning at its lowest expert."""
+        """Decode a tensor of `encoded`; each cycle starts with its lowest expert."""
         rows = code_LC.tolist()
         return cls(tuple(tuple(cycles_of(row[:experts])) for row in rows), tuple(tuple(row[experts:]) for row in rows))
 
 
 def broadcast_plan(
-    verdict: ReclusterPlan | None, placements: Sequence[ExpertPlacement], step: int, device: torch.device
+    proposal: ReclusterPlan | None, placements: Sequence[ExpertPlacement], step: int, device: torch.device
 ) -> ReclusterPlan:
-    """Rank 0's verdict on every rank; collective.
+    """Broadcast rank 0's plan to all ranks; collective.
 
     Args:
-        verdict: what rank 0 decided; other ranks' is not read.
+        proposal: plan of rank 0; ignored on other ranks.
+        placements: current placement of each layer.
 
     Raises:
-        MigrationError: on every rank, if they disagree about the verdict, the step, or where experts are now.
+        MigrationError: on every rank, if the plan, the step or the current placements differ between ranks.
     """
     experts, clusters = placements[0].experts, placements[0].clusters
     code_LC = torch.empty(len(placements), experts + clusters, dtype=torch.int64, device=device)
     if dist.get_rank() == 0:
-        assert verdict is not None
-        code_LC.copy_(verdict.encoded(experts))
+        assert proposal is not None
+        code_LC.copy_(proposal.encoded(experts))
     dist.broadcast(code_LC, src=0)
-    _require_agreement(code_LC, placements, step)
+    _check_equal_on_all_ranks(code_LC, placements, step)
     return ReclusterPlan.decoded(code_LC.cpu(), experts)
 
 
-def _require_agreement(code_LC: Tensor, placements: Sequence[ExpertPlacement], step: int) -> None:
+def _check_equal_on_all_ranks(code_LC: Tensor, placements: Sequence[ExpertPlacement], step: int) -> None:
     content = [step, code_LC.tolist(), [placement.digest() for placement in placements]]
     digest = hashlib.sha256(str(content).encode()).digest()
     mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=code_LC.device)
@@ -79,5 +80,6 @@ def _require_agreement(code_LC: Tensor, placements: Sequence[ExpertPlacement], s
     if different:
         ranks = ", ".join(map(str, different))
         raise MigrationError(
-            f"step {step}: rank {ranks} disagrees with rank 0 about where experts are or should go; nothing was changed"
+            f"step {step}: rank {ranks} disagrees with rank 0 about the plan or the current placement of experts; "
+            "nothing was changed"
         )

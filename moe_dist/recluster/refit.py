@@ -1,10 +1,10 @@
 """Refit: experts that change clusters keep their effective weights (`recluster.transition=refit`).
 
-Clusters whose members change get a new base, the mean by usage of their members' effective weights, and all their
-members new residuals; the others are not touched. (With `adopt`, movers keep their residuals instead.) Factors start
-with zero moments, bases and vectors keep theirs.
+A cluster whose members change gets a new base, the usage-weighted mean of its members' effective weights, and all its
+members get new residuals; other clusters do not change. (With `adopt`, moved experts keep their residuals instead.)
+Moments of low-rank factors are reset to zero; those of bases and vectors are kept.
 
-Shapes: B sequences, S tokens of one.
+Shapes: B sequences, S tokens of a sequence, E experts.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from moe_dist.moe.clustered_moe import ClusteredMoE
 
 
 def changed_clusters(old: ExpertPlacement, new: ExpertPlacement) -> list[int]:
-    """Return the clusters that do not keep all their members, in whatever slots."""
+    """Return the clusters whose set of members changes."""
     return [c for c in range(old.clusters) if set(old.members[c]) != set(new.members[c])]
 
 
@@ -34,8 +34,9 @@ class RefitResult:
     """Changes on this rank, and the values that they replaced.
 
     Attributes:
-        bytes: sent between ranks, all of them together.
-        errors: `|y' - y| / |y|` on real tokens, by layer and expert.
+        saved: replaced parameters with their earlier values and optimizer states.
+        bytes: bytes sent between ranks, summed over all ranks.
+        errors: `|y' - y| / |y|` of expert outputs on real tokens, by layer and expert.
     """
 
     saved: list[tuple[nn.Parameter, Tensor, OwnedState]] = field(default_factory=list)
@@ -44,10 +45,13 @@ class RefitResult:
 
 
 class Refit:
-    """New bases and residuals for other placements of the experts as they are now; every change can be undone."""
+    """Refit of the current experts to other placements; every change can be undone."""
 
     def __init__(self, engine: DeepSpeedEngine, sequences_BS: Tensor) -> None:
-        """Sample tokens of a batch, half of them (where there are two sequences) for checks; collective."""
+        """Sample tokens of a batch to fit bases and residuals, and to measure errors; collective.
+
+        Every other sequence is used for the errors; a single sequence is used for both.
+        """
         self._engine, self._model = engine, engine.model
         config, at_once = engine.config, engine.batch.micro
         halves = (sequences_BS[0::2], sequences_BS[1::2]) if len(sequences_BS) > 1 else (sequences_BS, sequences_BS)
@@ -56,7 +60,7 @@ class Refit:
         self._config = config
 
     def apply(self, new: Sequence[ExpertPlacement]) -> RefitResult:
-        """Write the bases and residuals of new placements, which the layers have to follow afterwards; collective."""
+        """Write bases and residuals of new placements, by which the layers must route afterwards; collective."""
         done, state = RefitResult(), self._engine.training_state()
         for number, layer in enumerate(self._model.clustered_layers()):
             if clusters := changed_clusters(layer.placement, new[number]):
@@ -66,11 +70,13 @@ class Refit:
                         owned = OwnedState.of(state, parameter, self._model.context.mesh)
                         done.saved.append((parameter, parameter.detach().clone(), owned.copy()))
                 write_layer(compressed, layer, state)
-                self._enter(done, number, compressed, new[number], clusters)
+                done.bytes += compressed.bytes * self._model.context.mesh.shape.data
+                members = [expert for cluster in clusters for expert in new[number].members[cluster]]
+                done.errors[number] = {expert: float(compressed.output_error_E[expert]) for expert in members}
         return done
 
     def take_back(self, done: RefitResult) -> None:
-        """Restore everything that was replaced, to the last bit."""
+        """Restore everything that was replaced, bit-identically."""
         state = self._engine.training_state()
         for parameter, value, owned in done.saved:
             restore(state, parameter, value, owned)
@@ -81,10 +87,3 @@ class Refit:
         usage_E = usage_of(fit, check, new.experts, mesh.group(GroupKind.EXPERT_PARALLEL))
         held = read_clustered_experts(layer, self._engine.training_state(), fit, check, clusters)
         return compress_layer(held, new, usage_E, config.moe, mesh, config.seed, clusters)
-
-    def _enter(
-        self, done: RefitResult, number: int, compressed: CompressedLayer, new: ExpertPlacement, clusters: list[int]
-    ) -> None:
-        done.bytes += compressed.bytes * self._model.context.mesh.shape.data
-        members = [expert for cluster in clusters for expert in new.members[cluster]]
-        done.errors[number] = {expert: float(compressed.output_error_E[expert]) for expert in members}

@@ -1,4 +1,4 @@
-"""What all ranks know of the experts, added up: the similarities that re-clustering decides by.
+"""Similarities of experts for re-clustering, gathered from the statistics and sketches of all ranks.
 
 Shapes: L layers, E experts, G clusters, S entries of an expert's sketch, D model width.
 """
@@ -32,18 +32,18 @@ from moe_dist.moe.layer_context import LayerContext
 
 @dataclass(frozen=True)
 class GatheredSimilarity:
-    """The same on all ranks."""
+    """Similarities and statistics for the decision, the same on all ranks."""
 
     similarity_LEE: list[npt.NDArray[np.float64]]
     together_LGG: list[npt.NDArray[np.float64]]
     broken: tuple[str, ...]
-    """Parts that hold NaN or infinity in some layer: a reason to move nobody."""
+    """Terms with NaN or infinity in any layer; the round is then skipped."""
     parts: dict[str, float]
-    """Mean similarity within present clusters by part, mean over layers."""
+    """Mean similarity within the current clusters by term, mean over layers."""
 
 
 def gather_similarity(layers: list[ClusteredMoE], config: RunConfig, context: LayerContext) -> GatheredSimilarity:
-    """Adds up the ranks' statistics and sketches; collective. Statistics that are not finite are forgotten."""
+    """Sum the statistics and sketches of all ranks; collective. Non-finite statistics are reset."""
     assert context.statistics is not None
     together = context.statistics.together_LGG.clone()
     dist.all_reduce(together)
@@ -68,13 +68,13 @@ def _similarity(layer: ClusteredMoE, config: RunConfig, context: LayerContext) -
     parameter = _parameter_similarity(layer, config, context) if recluster.alpha > 0 else None
     centroid = router = None
     if recluster.alpha < 1 and recluster.router_weight < 1:
-        centroid = centroid_similarity(_added_up(layer, context))
+        centroid = centroid_similarity(_summed_statistics(layer, context))
     if recluster.alpha < 1 and recluster.router_weight > 0:
         router = router_similarity(layer.router.weight_ED.detach().float())
     return fuse(parameter, centroid, router, alpha=recluster.alpha, router_weight=recluster.router_weight)
 
 
-def _added_up(layer: ClusteredMoE, context: LayerContext) -> ActivationStatistics:
+def _summed_statistics(layer: ClusteredMoE, context: LayerContext) -> ActivationStatistics:
     assert context.statistics is not None
     mine = context.statistics.activation[layer.layer]
     weighted_ED, mass_E = mine.weighted_ED.clone(), mine.mass_E.clone()
@@ -84,7 +84,7 @@ def _added_up(layer: ClusteredMoE, context: LayerContext) -> ActivationStatistic
 
 
 def _parameter_similarity(layer: ClusteredMoE, config: RunConfig, context: LayerContext) -> Tensor:
-    """By sketches: each rank makes those of its own experts, and replicas make the same."""
+    """Return the similarity of the experts' parameters, from sketches that each rank computes of its own experts."""
     experts: list[int] = []
     sketches: list[Tensor] = []
     shard, block = context.mesh.at.shard, context.mesh.at.cluster
@@ -106,7 +106,7 @@ def _parameter_similarity(layer: ClusteredMoE, config: RunConfig, context: Layer
 def _sketch(part: ClusteredExperts, config: RunConfig) -> Tensor:
     weights = part.weights()
     bases = weights.base_in_DH[None], weights.base_out_FD[None]
-    if config.recluster.parameters == "residual":  # whole weights resemble their base first of all
+    if config.recluster.parameters == "residual":  # similarities of whole weights mostly reflect the base
         bases = torch.zeros_like(bases[0]), torch.zeros_like(bases[1])
     projections = gated_projections(
         *bases,
@@ -124,7 +124,7 @@ def _fused(similarity: FusedSimilarity, layer: int, config: RunConfig) -> npt.ND
 
 
 def _random(similarity: FusedSimilarity, layer: int, config: RunConfig) -> npt.NDArray[np.float64]:
-    """Return a similarity by chance, the same in every round."""
+    """Return a random similarity, the same in every round."""
     drawn = np.random.default_rng([config.seed, layer]).standard_normal((config.moe.experts,) * 2)
     return np.asarray((drawn + drawn.T) / 2)
 

@@ -1,9 +1,10 @@
-"""Carries a plan's pieces to their owners and keeps them beside the old values until all ranks switch.
+"""Two-phase transfer of a migration plan's pieces.
 
-Phase one: everything is sent point to point, one message for each pair of ranks, and verified by checksum on arrival;
-all ranks learn whether all of it is whole. Until then nothing has changed, and a rank that dies leaves the others with
-what they had. Phase two: `settle` puts what arrived into place. What is held beside a rank's own share is what moves to
-it or within it and, while it is sent, what leaves it: so whoever has much to move plans it in several parts.
+Phase one, `carry`: pieces are sent point to point, one message per pair of ranks, and verified by checksum; an
+all-reduce of the results makes a damaged message an error on all ranks. Nothing has been changed until then, so the
+failure of a rank leaves the others in their old state. Phase two, `settle`: received values are written to their
+targets. A rank buffers all pieces that it receives or copies to itself, and those that it sends until they are sent;
+large migrations are therefore divided into several plans.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,59 +20,59 @@ from moe_dist.recluster.migration_plan import MigrationPlan, Piece, TensorKey
 
 CHECKSUM_BYTES = 8
 CHECKSUM_CHUNK = 2**20
-"""Words that are summed up at a time, since each takes eight times its bytes meanwhile."""
+"""Number of words summed at a time, since intermediate results take several times their bytes."""
 
 
 class TensorStore(Protocol):
-    """This rank's cells, wherever they are kept; elements count from the beginning of the whole parameter."""
+    """Access to this rank's tensors on any memory tier; `start` is an element index of the whole parameter."""
 
-    def read(self, cell: TensorKey, start: int, length: int) -> Tensor:
-        """A copy of a run of elements, one-dimensional."""
+    def read(self, key: TensorKey, start: int, length: int) -> Tensor:
+        """Return a copy of a run of elements, one-dimensional."""
 
-    def write(self, cell: TensorKey, start: int, values: Tensor) -> None:
-        """Replaces a run of elements."""
+    def write(self, key: TensorKey, start: int, values: Tensor) -> None:
+        """Overwrite a run of elements."""
 
-    def dtype(self, cell: TensorKey) -> torch.dtype:
-        """Of a cell's elements."""
+    def dtype(self, key: TensorKey) -> torch.dtype:
+        """Return the dtype of a tensor's elements."""
 
 
 class MigrationError(MoeDistError):
-    """Experts that did not arrive whole; nothing has been changed."""
+    """Failed migration, by a damaged message or by plans that differ between ranks; nothing has been changed."""
 
 
 @dataclass(frozen=True)
 class Arrivals:
-    """What has come to this rank and waits: each piece and its values."""
+    """Received pieces and their values, buffered until they are written."""
 
     waiting: list[tuple[Piece, Tensor]]
-    cells: TensorStore
+    store: TensorStore
 
     def try_out(self, wanted: Callable[[Piece], bool]) -> "Arrivals":
-        """Puts the wanted pieces into place; returns what they replaced, which `settle` of the result brings back."""
+        """Write the wanted pieces on trial; `settle` of the result restores the values that they replaced."""
         chosen = [piece for piece, _ in self.waiting if wanted(piece)]
-        replaced = [(piece, self.cells.read(piece.target, piece.target_start, piece.length)) for piece in chosen]
+        replaced = [(piece, self.store.read(piece.target, piece.target_start, piece.length)) for piece in chosen]
         self.settle(wanted)
-        return Arrivals(replaced, self.cells)
+        return Arrivals(replaced, self.store)
 
     def settle(self, wanted: Callable[[Piece], bool] = lambda _: True) -> None:
-        """Phase two: puts the wanted pieces into place for good."""
+        """Write the wanted pieces to their targets (phase two)."""
         for piece, values in self.waiting:
             if wanted(piece):
-                self.cells.write(piece.target, piece.target_start, values)
+                self.store.write(piece.target, piece.target_start, values)
 
 
 @torch.no_grad()
-def carry(plan: MigrationPlan, rank: int, cells: TensorStore, device: torch.device) -> Arrivals:
-    """Phase one; collective over all ranks unless the plan is empty, which sends nothing at all.
+def carry(plan: MigrationPlan, rank: int, store: TensorStore, device: torch.device) -> Arrivals:
+    """Send, receive and verify the pieces of a plan (phase one); collective unless the plan is empty.
 
     Raises:
-        MigrationError: on every rank, if anything arrived damaged on any.
+        MigrationError: on every rank, if any rank received a damaged message.
     """
     if not plan.pieces:
-        return Arrivals([], cells)
-    waiting = [(piece, _source(cells, piece)) for piece in plan.stays(rank)]
+        return Arrivals([], store)
+    waiting = [(piece, _read_source(store, piece)) for piece in plan.stays(rank)]
     outgoing = {
-        peer: _packed(cells, pieces, plan.bytes_between(rank, peer), device)
+        peer: _pack_message(store, pieces, plan.bytes_between(rank, peer), device)
         for peer, pieces in plan.sends(rank).items()
     }
     incoming = {
@@ -80,10 +81,10 @@ def carry(plan: MigrationPlan, rank: int, cells: TensorStore, device: torch.devi
     }
     _exchange(outgoing, incoming)
     outgoing.clear()
-    _require_whole(incoming, rank, device)
+    _raise_if_damaged(incoming, rank, device)
     for peer, pieces in plan.receives(rank).items():
-        waiting += _unpacked(incoming[peer], pieces, cells)
-    return Arrivals(waiting, cells)
+        waiting += _unpack_message(incoming[peer], pieces, store)
+    return Arrivals(waiting, store)
 
 
 def _exchange(outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
@@ -93,49 +94,49 @@ def _exchange(outgoing: dict[int, Tensor], incoming: dict[int, Tensor]) -> None:
         work.wait()
 
 
-def _require_whole(incoming: dict[int, Tensor], rank: int, device: torch.device) -> None:
-    damaged = [peer for peer, message in incoming.items() if not _is_whole(message)]
+def _raise_if_damaged(incoming: dict[int, Tensor], rank: int, device: torch.device) -> None:
+    damaged = [peer for peer, message in incoming.items() if not _checksum_matches(message)]
     worst = torch.tensor([dist.get_world_size() * rank + damaged[0] if damaged else -1], device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     if int(worst) >= 0:
         receiver, sender = divmod(int(worst), dist.get_world_size())
         raise MigrationError(
-            f"experts that rank {sender} sent to rank {receiver} arrived damaged (checksum); none of it was used: go "
-            "on from the last checkpoint, and look at the network between the two"
+            f"experts that rank {sender} sent to rank {receiver} arrived damaged (checksum); nothing was changed: "
+            "resume from the last checkpoint, and check the network between the two"
         )
 
 
-def _is_whole(message: Tensor) -> bool:
+def _checksum_matches(message: Tensor) -> bool:
     body, sent = message[:-CHECKSUM_BYTES], message[-CHECKSUM_BYTES:]
     return torch.equal(checksum(body).view(1).view(torch.uint8), sent)
 
 
-def _packed(cells: TensorStore, pieces: Iterable[Piece], size: int, device: torch.device) -> Tensor:
+def _pack_message(store: TensorStore, pieces: Iterable[Piece], size: int, device: torch.device) -> Tensor:
     message, first = torch.empty(size + CHECKSUM_BYTES, dtype=torch.uint8, device=device), 0
     for piece in pieces:
-        values = _source(cells, piece).view(torch.uint8)
+        values = _read_source(store, piece).view(torch.uint8)
         message[first : first + len(values)] = values
         first += len(values)
     message[size:] = checksum(message[:size]).view(1).view(torch.uint8)
     return message
 
 
-def _unpacked(message: Tensor, pieces: Iterable[Piece], cells: TensorStore) -> list[tuple[Piece, Tensor]]:
+def _unpack_message(message: Tensor, pieces: Iterable[Piece], store: TensorStore) -> list[tuple[Piece, Tensor]]:
     found, first = [], 0
     for piece in pieces:
-        dtype = cells.dtype(piece.target)
+        dtype = store.dtype(piece.target)
         end = first + piece.length * dtype.itemsize
         found.append((piece, message[first:end].view(dtype)))
         first = end
     return found
 
 
-def _source(cells: TensorStore, piece: Piece) -> Tensor:
-    return cells.read(piece.source, piece.start, piece.length)
+def _read_source(store: TensorStore, piece: Piece) -> Tensor:
+    return store.read(piece.source, piece.start, piece.length)
 
 
 def checksum(body: Tensor) -> Tensor:
-    """A 64-bit sum of words, each times an odd number of its place, modulo 2^64: sees changes and exchanges."""
+    """Return a 64-bit sum of words times odd weights of their positions, modulo 2^64, to detect changes and swaps."""
     total = torch.tensor(len(body), device=body.device)
     for number, chunk in enumerate(body.split(4 * CHECKSUM_CHUNK)):
         padded = torch.nn.functional.pad(chunk, (0, -len(chunk) % 4)) if len(chunk) % 4 else chunk

@@ -13,7 +13,7 @@ GIB = 2.0**30
 
 def loss(runs: Sequence[RunFiles]) -> go.Figure | None:
     """Draw training loss as a line and validation loss as marks joined by dashes, against tokens."""
-    made = figure("tokens", "loss, nats a token")
+    made = figure("tokens", "loss, nats per token")
     for index, run in enumerate(runs):
         for key, word, style in (
             ("train.loss", "training", {"mode": "lines", "opacity": 0.6, "line": {"width": 1.3}}),

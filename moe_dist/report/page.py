@@ -13,7 +13,7 @@ from moe_dist.errors import MoeDistError
 from moe_dist.report import curves, maps, tables
 from moe_dist.report.read import RunFiles
 
-# Nothing may be loaded from anywhere, and the figures need no more than scripts and styles of the page itself.
+# The page loads nothing from the network; its figures need only its own scripts and styles.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 STYLE = """
 :root { color-scheme: light; }

@@ -25,7 +25,7 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("parameters", "parameters.total", lambda value: f"{value:,.0f}"),
     ("in experts", "parameters.expert", lambda value: f"{value:,.0f}"),
     ("standard experts would have", "parameters.expert_standard", lambda value: f"{value:,.0f}"),
-    ("all-to-all, B a token and layer", "all_to_all.bytes_per_token_layer", lambda value: f"{value:,.1f}"),
+    ("all-to-all, B per token and layer", "all_to_all.bytes_per_token_layer", lambda value: f"{value:,.1f}"),
     ("between nodes, bytes", "all_to_all.bytes_inter_node", lambda value: f"{value:,.0f}"),
     ("load variance", "load.variance", lambda value: f"{value:.2e}"),
     ("load cv²", "load.cv2", lambda value: f"{value:.4f}"),

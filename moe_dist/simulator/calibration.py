@@ -148,7 +148,7 @@ def fit(start: Machine, measured: Sequence[Measured]) -> Machine:
         return np.array([*missed, *(PULL * (logs - first))])
 
     most = np.array([0.0 if name in SHARES else np.inf for name in (*DEVICE_CONSTANTS, "network_latency")])
-    start_at = np.minimum(first, most - 1e-3)  # inside the bounds: no more of a rate is reached than there is
+    start_at = np.minimum(first, most - 1e-3)  # inside the bounds: no share of a rate exceeds 1
     options = {"diff_step": 1e-3, "loss": "soft_l1", "f_scale": 0.1, "xtol": 1e-4, "ftol": 1e-4}
     found = least_squares(errors, start_at, bounds=(-np.inf, most), **options)
     return _with_constants(start, np.exp(found.x))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.dispatch.layout_advice import sends_little
 from moe_dist.errors import ConfigError
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.memory import Memory, memory_of_rank
@@ -13,7 +14,7 @@ from moe_dist.simulator.popularity import Floats, zipf
 from moe_dist.simulator.step_time import Scenario, StepTime, step_time
 from moe_dist.simulator.strategies import Strategy
 
-MOST_REPLICAS = 16  # are drawn for a plan: enough to see the slowest of them
+MOST_REPLICAS = 16  # drawn for a plan: enough to include a slow one
 GIB = 2.0**30
 
 
@@ -30,8 +31,9 @@ class LayoutOption:
     def overrides(self) -> str:
         """Return the layout as overrides for `moe-dist launch`."""
         shape = self.shape
+        shard = f"world.shard={shape.shard} " + "world.shard_mode=experts " * (shape.shard > 1)
         return (
-            f"world.data={shape.data} world.cluster={shape.cluster} world.shard={shape.shard} "
+            f"world.data={shape.data} world.cluster={shape.cluster} {shard}"
             f"world.zero_stage={self.zero_stage} train.micro_batch_size={self.batch.micro} "
             f"model.activation_checkpointing={str(self.checkpointing).lower()}"
         )
@@ -75,6 +77,7 @@ def plan(config: RunConfig, fabric: Fabric, vocabulary: int, skew: float) -> Pla
     fitting = [option for option in options if option.fits]
     if not fitting:
         raise ConfigError(_refusal(config, fabric, vocabulary, options, limit))
+    fitting = [option for option in fitting if sends_little(config, option.layout.shape)] or fitting
     popularity_LE = zipf(config.moe.experts, skew, 2, np.random.default_rng(0))
     timed = [_timed(config, option, fabric, vocabulary, popularity_LE) for option in _without_waste(fitting)]
     timed.sort(key=lambda option: (option.time.seconds if option.time else 0.0, option.memory.total))
@@ -105,8 +108,9 @@ def _shapes(config: RunConfig, ranks: int) -> Iterator[WorldShape]:
     clusters, shards = config.moe.layer_kind.units(config.moe)
     for cluster in _divisors(clusters):
         for shard in _divisors(shards):
-            if ranks % (cluster * shard) == 0:
-                yield WorldShape(ranks // (cluster * shard), cluster, shard)
+            shape = WorldShape(ranks // (cluster * shard), cluster, shard)
+            if shape.ranks == ranks:
+                yield shape
 
 
 def _divisors(number: int) -> list[int]:
@@ -116,7 +120,13 @@ def _divisors(number: int) -> list[int]:
 def settled(config: RunConfig, layout: LayoutOption) -> RunConfig:
     """Return the configuration with the layout's keys."""
     shape = layout.shape
-    world = {"data": shape.data, "cluster": shape.cluster, "shard": shape.shard, "zero_stage": layout.zero_stage}
+    world = {
+        "data": shape.data,
+        "cluster": shape.cluster,
+        "shard": shape.shard,
+        "shard_mode": "experts",
+        "zero_stage": layout.zero_stage,
+    }
     return config.model_copy(
         update={
             "world": config.world.model_copy(update=world),

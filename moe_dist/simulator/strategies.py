@@ -130,7 +130,7 @@ def _node_limited(
     same_node_PP = node_P[:, None] == node_P
     hop = _hop(config, shape, Stage.FLAT)
     between_PP = same_place_PP * on_node_N[node_P]
-    entered_P = np.array([(place_P == place).sum() for place in place_P])  # sources that enter a node at this place
+    entered_P = np.array([(place_P == place).sum() for place in place_P])  # sources that enter a node at this rank
     inside_PP = same_node_PP * entered_P[:, None] * on_rank_P
     return Demand((Flow(hop, between_PP), Flow(hop, inside_PP)), ranks * copies_P)
 

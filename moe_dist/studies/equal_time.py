@@ -39,7 +39,7 @@ def steps_for_equal_time(
         recipes = ", ".join(dict.fromkeys(cell.value("recipe") for cell in todo))
         raise ConfigError(f"--equal-time {baseline}: not among the recipes that are run ({recipes})")
     short = {cell: replace(cell, overrides=(*cell.overrides, *PROBE)) for cell in todo}
-    report(f"how fast each recipe is: {len(short)} runs of {PROBE_STEPS} steps")
+    report(f"speed of each recipe: {len(short)} runs of {PROBE_STEPS} steps")
     outcomes = run_cells(
         list(short.values()),
         folder,

@@ -40,7 +40,7 @@ def cells(
             for recipe in recipes:
                 config = configs / f"quality-{recipe}.yaml"
                 if not config.is_file():
-                    raise ConfigError(f"{config}: no such recipe; give --configs, the folder that holds it")
+                    raise ConfigError(f"{config}: no such recipe: give --configs, the folder of its file")
                 words = (*selection, *overrides, f"seed={seed}", "world.threads=1", "tensorboard=false")
                 world = load_config(config, words).world
                 ranks = (world.data or 1) * (world.cluster or 1) * world.shard
@@ -101,7 +101,7 @@ def differences(table: Sequence[QualityRow], row: QualityRow, baseline: str) -> 
 def render(results: dict[StudyCell, Summary], console: Console) -> None:
     """Print the table."""
     table = rows(results)
-    view = Table(title="validation loss, nats a token (mean ± standard deviation over seeds)", title_justify="left")
+    view = Table(title="validation loss, nats per token (mean ± standard deviation over seeds)", title_justify="left")
     stored = any(row.stored for row in table)
     less_baselines = (f"less {baseline}" for baseline in BASELINES)
     names = ("corpus", "recipe", "loss", *(("as stored",) if stored else ()), *less_baselines)

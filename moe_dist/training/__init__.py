@@ -1,1 +1,1 @@
-"""The training loop and what surrounds it."""
+"""Training loop and its callbacks: checkpoints, metrics, resume, preemption, watchdog."""

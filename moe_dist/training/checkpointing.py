@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the callback that takes them."""
+"""Checkpoints during a run, as a callback of the training loop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ from moe_dist.training.resume import Resumption
 
 
 class RunCheckpoints(Callback):
-    """Callback that takes the checkpoints that `checkpoint.*` asks for."""
+    """Callback that saves checkpoints as configured in `checkpoint.*`."""
 
     def __init__(
         self,
@@ -32,7 +32,11 @@ class RunCheckpoints(Callback):
         parts: Callable[[], Parts],
         recorder: Recorder,
     ) -> None:
-        """Args: parts: returns the objects to save besides model, optimizer, load balance and random generators."""
+        """Agree on the folder of the run, which only rank 0 has opened; collective.
+
+        Args:
+            parts: returns the objects to save besides model, optimizer, load balance and random generators.
+        """
         self._options, self._recorder = config.checkpoint, recorder
         run = agreed(recorder.folder and recorder.folder.absolute())
         assert run is not None, "rank 0 has a folder"
@@ -61,7 +65,7 @@ class RunCheckpoints(Callback):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish what is being written, unless a rank failed by itself: then the others cannot be waited for."""
+        """Wait for the running save, unless this rank alone failed: its peers would then never finish."""
         if error is None or isinstance(error, MoeDistError):
             self.settle()
 
@@ -71,26 +75,26 @@ class RunCheckpoints(Callback):
         self._last = resumption.step if resumption.run is not None else None
 
     def end_step(self, step: int) -> None:
-        """Save if a checkpoint is due, and report the outcome of an earlier one."""
-        self._tell(self._saver.poll())
+        """Save if a checkpoint is due, and report the result of an earlier one."""
+        self._report(self._saver.poll())
         if self._options.every and step % self._options.every == 0:
             self._start(step)
 
     def stop(self, step: int) -> None:
-        """Save the state after `step`, unless that is done, and wait until it is on the disk.
+        """Save the state after `step`, unless it has been saved, and wait until it is on disk.
 
         Raises:
-            CheckpointError: it could not be written; earlier checkpoints are untouched.
+            CheckpointError: the checkpoint could not be written; earlier checkpoints are not affected.
         """
         if self._last != step:
             self._start(step)
         self._finish_writing()
 
     def finish(self, step: int) -> None:
-        """Finish what is being written, and save the trained weights if `checkpoint.save_final` is set.
+        """Wait for the running save, and save the trained weights if `checkpoint.save_final` is set.
 
         Raises:
-            CheckpointError: they could not be written.
+            CheckpointError: the weights could not be written.
         """
         self.settle()
         if self._options.save_final:
@@ -98,20 +102,20 @@ class RunCheckpoints(Callback):
             self._finish_writing()
 
     def settle(self) -> None:
-        """Wait for the checkpoint that is being written."""
-        self._tell(self._saver.wait())
+        """Wait for the running save and report its result."""
+        self._report(self._saver.wait())
 
     def _start(self, step: int) -> None:
-        self._tell(self._saver.save(step_folder(self._run, step), *self._state.checkpoint(step)))
+        self._report(self._saver.save(step_folder(self._run, step), *self._state.checkpoint(step)))
         self._last = step
 
     def _finish_writing(self) -> None:
         saved = self._saver.wait()
-        self._tell(saved)
+        self._report(saved)
         if saved is not None and saved.error is not None:
             raise CheckpointError(saved.error)
 
-    def _tell(self, saved: Saved | None) -> None:
+    def _report(self, saved: Saved | None) -> None:
         if saved is None:
             return
         if saved.error is not None:

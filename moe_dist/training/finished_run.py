@@ -1,4 +1,4 @@
-"""What `checkpoint.resume` does with a run that has nothing left to do: shows its summary again."""
+"""Resumption of a run that is complete: its summary is shown again."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ from moe_dist.training.resume import run_to_go_on
 
 
 def show_if_finished(config: RunConfig, rank: int) -> bool:
-    """Whether the run to go on with has done all its steps, in which case rank 0 shows its figures; collective.
+    """Show the summary of the run to resume if it is complete, and return True if so; collective.
 
     Raises:
-        CheckpointError: it has, but under a configuration that does not fit.
+        CheckpointError: the run is complete, but its configuration has another model.
     """
     run = run_to_go_on(config)
     summary = agreed(None if run is None else _summary_of(run, config.train.steps))
@@ -29,13 +29,13 @@ def show_if_finished(config: RunConfig, rank: int) -> bool:
     if rank == 0:
         if config.summary_copy is not None:
             write_json(Path(config.summary_copy), summary)
-        print(f"{run} has done all its {config.train.steps} steps: nothing is left to do", flush=True)
+        print(f"{run} has completed all {config.train.steps} steps: nothing is left to do", flush=True)
         render_summary(summary, wide_console(), run)
     return True
 
 
 def _summary_of(run: Path, steps: int) -> dict[str, Any] | None:
-    """A run's summary, if it has done that many steps."""
+    """Return a run's summary if it has completed `steps` steps, else None."""
     try:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Learning rate by step."""
+"""Learning-rate schedule."""
 
 from math import cos, pi
 
@@ -6,9 +6,10 @@ from moe_dist.config import TrainConfig
 
 
 def learning_rate(step: int, train: TrainConfig, highest: float) -> float:
-    """The rate of update `step` (from 1): linear warm-up to `highest`, then cosine, or stable and linear decay (WSD).
+    """Return the learning rate of update `step`, counted from 1.
 
-    The last step's rate is `final_lr_ratio * highest`.
+    The schedule is a linear warm-up to `highest`, then a cosine, or a constant rate and a linear decay (WSD). The last
+    step's rate is `final_lr_ratio * highest`.
     """
     if step <= train.warmup_steps:
         return highest * step / train.warmup_steps

@@ -1,4 +1,4 @@
-"""How evenly the routed copies fall on experts, clusters and ranks, step by step and over the whole run.
+"""Load metrics: the distribution of routed copies over experts, clusters and ranks, by step and over a run.
 
 Shapes: L layers, E experts, H holders (the clusters, or the ranks that together hold all experts once).
 """
@@ -17,7 +17,7 @@ Counts = npt.NDArray[np.float64]
 
 
 def experts_of_ranks(experts: int, shape: WorldShape, placement: ExpertPlacement | None) -> list[list[int]]:
-    """The experts on each position (cluster block, shard) of the expert-parallel group, in the order of its ranks."""
+    """Return the experts of each rank (cluster block, shard) of the expert-parallel group."""
     if placement is None:
         ranks = shape.cluster * shape.shard
         return np.arange(experts).reshape(ranks, -1).tolist()
@@ -29,29 +29,33 @@ def experts_of_ranks(experts: int, shape: WorldShape, placement: ExpertPlacement
 
 
 class LoadRecord:
-    """Counts of one run's loads between two logged steps; every rank keeps the same.
+    """Load counts between two logged steps, the same on every rank.
 
-    A rank's load is that of its position in the expert-parallel group, summed over the `data` replicas.
+    The load of a rank is that of its position in the expert-parallel group, summed over the `data` replicas.
     """
 
     def __init__(self, experts: int, shape: WorldShape, copies_per_step: int) -> None:
-        """`copies_per_step`: tokens x layers x experts a token chooses, the base of the dropped share."""
+        """Start with empty counts.
+
+        Args:
+            copies_per_step: tokens x layers x chosen experts per token, the denominator of the dropped share.
+        """
         self._experts, self._shape, self._copies = experts, shape, copies_per_step
         self._since: dict[str, Counts] = {}
         self._since_steps = 0
 
     @property
     def steps(self) -> int:
-        """Steps entered since counts were taken."""
+        """Number of steps since the counts were last taken."""
         return self._since_steps
 
     def add(self, count_LE: Counts, dropped: float, placements: Sequence[ExpertPlacement]) -> dict[str, Any]:
-        """Enters one step; returns its balance: of the experts, and below `cluster` and `rank` of those.
+        """Add one step; return its load statistics: those of experts, and under `cluster` and `rank` those of holders.
 
         Args:
             count_LE: copies routed to each expert, over all ranks.
-            dropped: copies beyond the capacity, over all layers.
-            placements: of each layer; empty: experts in their numbers' order (standard).
+            dropped: copies dropped beyond the capacity, over all layers.
+            placements: placement of each layer; empty: experts in numerical order (standard).
         """
         counts = self._by_holder(count_LE, placements)
         for level, counts_LH in counts.items():
@@ -61,7 +65,7 @@ class LoadRecord:
         return {**figures.pop("expert"), "dropped": dropped / self._copies, **figures}
 
     def take_counts(self) -> dict[str, Any]:
-        """For a line of `load.jsonl`: the copies since the last time, by layer and holder, and of how many steps."""
+        """Return the number of steps, and the copies by layer and holder, since the last call (for `load.jsonl`)."""
         counts = {f"{level}s": np.rint(self._since[level]).astype(int).tolist() for level in self._since}
         taken = {"steps": self._since_steps, **counts}
         self._since, self._since_steps = {}, 0
@@ -77,24 +81,21 @@ class LoadRecord:
 
 
 def _summed(count_LE: Counts, members: Sequence[Sequence[Sequence[int]]]) -> Counts:
-    """Copies of each holder [L, H]; `members[l][h]` are a holder's experts."""
+    """Sum the copies of each holder [L, H]; `members[l][h]` are the experts of a holder."""
     return np.stack([count_E[np.array(held)].sum(axis=1) for count_E, held in zip(count_LE, members, strict=True)])
 
 
 def last_fifth(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means of steps' figures over the last fifth of the steps; null for a dense model."""
+    """Return the means of load statistics over the last fifth of the steps; None values for a dense model."""
     if not steps:
         return dict.fromkeys((*LoadStatistics.__dataclass_fields__, "dropped"))
     return _mean(steps[-max(1, len(steps) // 5) :])
 
 
 def _mean(trees: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figure by figure; all trees have the same keys."""
-    return {
-        name: _mean([tree[name] for tree in trees]) if isinstance(value, dict) else _average(trees, name)
-        for name, value in trees[0].items()
-    }
-
-
-def _average(trees: Sequence[dict[str, Any]], name: str) -> float:
-    return float(np.mean([tree[name] for tree in trees]))
+    """Average nested figures leaf by leaf; all trees have the same keys."""
+    means: dict[str, Any] = {}
+    for name, value in trees[0].items():
+        values = [tree[name] for tree in trees]
+        means[name] = _mean(values) if isinstance(value, dict) else float(np.mean(values))
+    return means

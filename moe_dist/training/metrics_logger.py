@@ -32,11 +32,11 @@ class MetricsLogger(Callback):
         self._routed, self._placements = moe.layer_kind.routed, engine.model.context.placements
 
     def release(self) -> None:
-        """Forget the loads of standard experts, which have no clusters: other figures."""
+        """Clear the load statistics of standard experts, which have no clusters and therefore other keys."""
         self.history.loads.clear()
 
     def after_update(self, report: StepReport) -> None:
-        """Enter the loads, by the placement that routed them."""
+        """Record the loads with the placement by which they were routed."""
         if self.first_step_seconds is None:
             self.first_step_seconds = process_seconds()
         if self._routed:
@@ -44,7 +44,7 @@ class MetricsLogger(Callback):
             self.history.loads.append(self._loads.add(outcome.count_LE.numpy(), outcome.dropped, self._placements))
 
     def after_step(self, report: StepReport) -> None:
-        """Enter the time, and record the step where one is to be logged."""
+        """Record the step's time, and log the step if it is due."""
         self.history.step_seconds.append(report.seconds)
         train = self._config.train
         if report.step % train.log_every == 0 or report.step in (1, train.steps):

@@ -1,7 +1,7 @@
-"""Number of chunks in which a run overlaps dispatch with computation (`moe.overlap_chunks`): chosen once, and kept.
+"""Choice of the number of chunks that overlap dispatch and computation (`moe.overlap_chunks`), once per run.
 
-The choice decides the order in which gradients are summed, and so the last bits: it belongs in checkpoints. On a CPU
-without other nodes, where the processors that compute also move the messages, it is 1 without a measurement.
+The number determines the order in which gradients are summed, and so their last bits; it is therefore saved in
+checkpoints. On CPUs of a single node, whose cores also copy the messages, it is 1 without a measurement.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,16 @@ from moe_dist.moe.overlap_probe import measure_exchange_speed
 
 
 class OverlapChoice(Callback):
-    """Callback that chooses the number of chunks; the choice is a part of checkpoints."""
+    """Callback that chooses the number of chunks and saves it in checkpoints."""
 
     def __init__(
         self, config: RunConfig, shape: WorldShape, links: Links, device: torch.device, tokens: int, recorder: Recorder
     ) -> None:
-        """Args: tokens: of a rank's micro-batch."""
+        """Start without a choice.
+
+        Args:
+            tokens: number of tokens of a rank's micro-batch.
+        """
         self._config, self._device, self._tokens, self._recorder = config, device, tokens, recorder
         self._nodes = len(set(links.node_of_rank))
         self._layout = f"{shape} on {self._nodes} node(s)"
@@ -41,7 +45,7 @@ class OverlapChoice(Callback):
         self._layers = []
 
     def start(self, step: int) -> None:
-        """Set the layers' chunks; measures first if there is no choice yet. Collective."""
+        """Set the layers' number of chunks, measured first if it has not been chosen; collective."""
         layers = self._layers
         if not layers or self._config.moe.overlap_chunks != "auto":
             return
@@ -66,14 +70,14 @@ class OverlapChoice(Callback):
         return chunks
 
     def state(self) -> dict[str, Any]:
-        """Return the choice as a part of checkpoints."""
+        """Return the choice for checkpoints."""
         return {"overlap": self}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the choice and its layout of ranks."""
+        """Return the choice and the layout of ranks for which it was made."""
         return {} if self.chunks is None else {"chunks": self.chunks, "layout": self._layout}
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Keep an earlier choice, unless the layout of ranks has changed."""
+        """Restore an earlier choice, unless the layout of ranks has changed."""
         if state["layout"] == self._layout:
             self.chunks = int(state["chunks"])

@@ -1,7 +1,7 @@
-"""Stopping at a step boundary because the system asks for it: a job about to be pre-empted, or at its time limit.
+"""Preemption: a stop at a step boundary, when a job is about to be preempted or has reached its time limit.
 
-SIGUSR1 and SIGTERM reach some rank or all of them, at any moment. Each rank notes the wish here; the engine's one small
-all-reduce of a step tells it to all (`StepOutcome.stop`), so that they stop after the same step and leave together.
+SIGUSR1 and SIGTERM may reach one rank or all of them, at any time. Each rank records the request; the engine's
+all-reduce at the end of a step combines the requests (`StepOutcome.stop`), so that all ranks stop after the same step.
 """
 
 import os
@@ -12,15 +12,20 @@ from types import FrameType, TracebackType
 from typing import Self
 
 TERM_SECONDS = 20.0
-"""After SIGTERM, how long a rank may need to the next step boundary: another launcher kills it by 30 s anyway, and a
-rank that waits for a peer that is gone must not live on."""
+"""Seconds that a rank may take from SIGTERM to the next step boundary before it exits.
+
+Launchers kill a process after 30 s, and a rank that waits for a dead peer must not remain.
+"""
 
 
 class StopSignals:
-    """Listens to SIGUSR1 and SIGTERM while it is entered, in the main thread; elsewhere it hears nothing.
+    """Context manager that receives SIGUSR1 and SIGTERM; it does nothing outside the main thread.
 
-    A thread reads what Python's own C handler writes at once: a Python handler would have to wait until the main thread
-    returns from a collective, which it may never do.
+    A thread reads the signal numbers that Python's C handler writes to a socket at once. A Python signal handler would
+    run only after the main thread has returned from a collective, which may never happen.
+
+    Attributes:
+        wanted: True once a signal has been received.
     """
 
     def __init__(self, term_seconds: float = TERM_SECONDS) -> None:
@@ -37,8 +42,8 @@ class StopSignals:
         self._written = theirs
         self._wakeup_before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(ours,), name="stop-signals", daemon=True).start()
-        self._before = {signum: signal.signal(signum, _heard_by_thread) for signum in (signal.SIGUSR1, signal.SIGTERM)}
-        # The entry script holds SIGUSR1 back until here: one that came meanwhile arrives now.
+        self._before = {signum: signal.signal(signum, _ignored) for signum in (signal.SIGUSR1, signal.SIGTERM)}
+        # The entry script blocks SIGUSR1 until here: a pending one is delivered now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         return self
 
@@ -49,12 +54,12 @@ class StopSignals:
         if not self._before:
             return
         signal.set_wakeup_fd(self._wakeup_before)
-        self._written.close()  # the thread reads the end, and ends
+        self._written.close()  # the thread reads end-of-file and returns
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
     def reached(self) -> None:
-        """All ranks have agreed to stop: from now on they may take the time that saving needs."""
+        """Cancel the exit after SIGTERM, because all ranks have agreed to stop and may take time to save."""
         self._reached.set()
 
     def _listen(self, signals: socket.socket) -> None:
@@ -65,14 +70,14 @@ class StopSignals:
 
     def _hear(self, signum: int) -> None:
         if signum == signal.SIGTERM:
-            threading.Thread(target=self._leave_unless_reached, daemon=True).start()
+            threading.Thread(target=self._exit_unless_reached, daemon=True).start()
         if signum in (signal.SIGTERM, signal.SIGUSR1):
             self.wanted = True
 
-    def _leave_unless_reached(self) -> None:
+    def _exit_unless_reached(self) -> None:
         if not self._reached.wait(self._term_seconds):
             os._exit(128 + signal.SIGTERM)
 
 
-def _heard_by_thread(signum: int, frame: FrameType | None) -> None:
-    pass
+def _ignored(signum: int, frame: FrameType | None) -> None:
+    """Do nothing: the thread of `StopSignals` handles the signal."""

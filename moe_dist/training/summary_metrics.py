@@ -1,4 +1,4 @@
-"""Figures of a whole run, gathered from all ranks for its summary."""
+"""Metrics of a whole run for its summary, gathered from all ranks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from moe_dist.metrics import peak_rss_bytes, rss_bytes
 
 
 def all_to_all_totals(ledger: TrafficLedger, tokens: int, moe_layers: int, process: RankInfo) -> dict[str, Any]:
-    """Bytes and messages of all ranks' all-to-alls while training, what a rank sends itself left out; collective."""
+    """Sum bytes and messages of the training's all-to-alls over all ranks, without those to itself; collective."""
     parts = [(link, payload, way) for link in LinkKind for payload in Payload for way in Direction]
     mine = [ledger.total(link, payload, way) for link, payload, way in parts]
     sent = torch.tensor([[volume.bytes, volume.messages] for volume in mine], device=process.device)
@@ -38,13 +38,13 @@ def all_to_all_totals(ledger: TrafficLedger, tokens: int, moe_layers: int, proce
 
 
 MATRIX_RANKS = 512
-"""Up to this many ranks every pair is kept; beyond, the matrices would be larger than a model."""
+"""Largest number of ranks for which traffic matrices are written; beyond it they would be larger than a model."""
 
 
 def traffic_matrices(ledger: TrafficLedger, process: RankInfo) -> dict[str, Any]:
-    """Bytes and messages from each rank (row) to each (column), stage by stage, and each rank's node; collective.
+    """Gather bytes and messages from each rank (row) to each rank (column) by stage, and each rank's node; collective.
 
-    Empty for more than `MATRIX_RANKS` ranks.
+    There are no stages for more than `MATRIX_RANKS` ranks.
     """
     if process.ranks > MATRIX_RANKS:
         return {"node_of_rank": list(ledger.links.node_of_rank), "stages": {}}
@@ -58,19 +58,17 @@ def traffic_matrices(ledger: TrafficLedger, process: RankInfo) -> dict[str, Any]
     return {
         "node_of_rank": list(ledger.links.node_of_rank),
         "stages": {
-            stage.value: {"bytes": sent, "messages": messages} for stage, (sent, messages) in stages if _any(messages)
+            stage.value: {"bytes": sent, "messages": messages}
+            for stage, (sent, messages) in stages
+            if any(map(any, messages))
         },
     }
 
 
-def _any(rows: list[list[int]]) -> bool:
-    return any(map(any, rows))
-
-
 def memory_now(process: RankInfo) -> dict[str, int]:
-    """The largest and the smallest footprint of any rank at this moment, bytes; collective.
+    """Return the current largest and smallest memory use of any rank, bytes; collective.
 
-    On a device only what torch has allocated there counts; 0 on a CPU.
+    For an accelerator only torch's allocations count; 0 on a CPU.
     """
     device = 0
     if process.device.type != "cpu":
@@ -83,11 +81,11 @@ def memory_now(process: RankInfo) -> dict[str, int]:
 
 
 def model_bytes(engine: DeepSpeedEngine) -> tuple[int, int]:
-    """Weights, gradients and training state of a rank, counted from its tensors; and of them, what is kept in tiers."""
+    """Return the bytes of this rank's weights, gradients and training state, and those of them that are offloaded."""
     state, held, away = engine.training_state(), 0, 0
     for parameter in engine.model.parameters():
         if not state.is_offloaded(parameter):
-            held += 2 * parameter.numel() * parameter.element_size()  # with a gradient as large
+            held += 2 * parameter.numel() * parameter.element_size()  # the weight and its gradient
             fragment = state.fragment(parameter)
             tensors = {} if fragment is None else fragment.tensors
             held += sum(t.nbytes for name, t in tensors.items() if name != MASTER or state.separate_masters)
@@ -99,15 +97,15 @@ def model_bytes(engine: DeepSpeedEngine) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Largest footprints so far, bytes."""
+    """Peak memory use so far, bytes."""
 
     rss_by_rank: list[int]
     device: int
-    """Largest over ranks of what torch allocated on the accelerator; 0 on a CPU."""
+    """Peak of torch's allocations on an accelerator, the largest over ranks; 0 on a CPU."""
 
 
 def peak_memory(process: RankInfo) -> PeakMemory:
-    """Gathers every rank's peaks; collective."""
+    """Gather every rank's peaks; collective."""
     device_peak = 0
     if process.device.type != "cpu":
         device_peak = torch.get_device_module(process.device).max_memory_allocated()

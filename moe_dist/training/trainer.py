@@ -15,6 +15,7 @@ from moe_dist.checkpoint.stateful import Stateful
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
 from moe_dist.data.prepare import TOKENIZER
+from moe_dist.dispatch.layout_advice import layout_advice
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
@@ -48,10 +49,10 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
         give_up: ends this process with an error while its main thread hangs.
 
     Returns:
-        True if it stopped before its last step because it was asked to (`preemption.py`), with a checkpoint.
+        True if the run stopped before its last step, with a checkpoint, because of a signal (`preemption.py`).
 
     Raises:
-        MoeDistError: the data, the launch or the training fails in a way that the user can act upon.
+        MoeDistError: data, launch or training failed with an error that the user can fix.
     """
     process = init_distributed(config.world)
     shape = resolve_world(config, process.ranks)
@@ -108,15 +109,15 @@ class Trainer:
             process.rank,
             process.ranks,
         )
-        sequence_count(data.validation, config.model.sequence_length)  # too little is refused now, not at the first use
+        sequence_count(data.validation, config.model.sequence_length)  # fails now, not at the first evaluation
         self.callbacks = self._default_callbacks()
         self._attach_all()
 
     def build(self, config: RunConfig) -> None:
-        """Make model and engine, in place of those that were released; collective."""
+        """Create model and engine; those of before must have been released. Collective."""
         self.memory: ExpertMemory | None = None
         try:
-            with raise_on_all_ranks():  # a rank's directory or disk may fail where those of the others do not
+            with raise_on_all_ranks():  # a directory or disk may fail on a single rank
                 self.memory = self._expert_memory(config)
             with raise_on_all_ranks():
                 self.model = LanguageModel(
@@ -157,7 +158,7 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close what the run keeps outside of memory."""
+        """Close the memory tiers."""
         if self.memory is not None:
             self.memory.close()
 
@@ -175,17 +176,18 @@ class Trainer:
         self.checkpoints.restore(resumption)
 
     def release_model(self) -> None:
-        """Drop all references to model and engine, so that others can take their place."""
+        """Drop all references to model and engine, so that they can be freed and replaced."""
         for callback in self.callbacks:
             callback.release()
         self.engine.close()
         del self.engine, self.model
 
     def replace_model(self, config: RunConfig, fill: Callable[[], None], step: int) -> None:
-        """Make another model and engine in place of those released, and have all callbacks follow; collective.
+        """Create another model and engine after `release_model`, and attach all callbacks to them; collective.
 
         Args:
             fill: writes the new model's state.
+            step: last step done.
         """
         self.build(config)
         fill()
@@ -203,19 +205,21 @@ class Trainer:
     def start(self) -> None:
         """Prepare for the first step; collective."""
         self.recorder.note(description(self))
+        if (advice := layout_advice(self.config, self.shape)) is not None:
+            self.recorder.note(f"warning: {advice}")
         self._start_all(self.steps_done)
 
     def run(self, signals: StopSignals) -> bool:
-        """Train for the steps that are left.
+        """Train for the remaining steps.
 
         Returns:
-            True if it stopped before the last step because a rank was asked to.
+            True if training stopped before the last step because a rank received a signal.
         """
         train = self.config.train
         self.start()
         with ExitStack() as entered:
             for callback in self.callbacks:
-                if not isinstance(callback, Watchdog):  # entered already: it watches the start as well
+                if not isinstance(callback, Watchdog):  # already entered, to cover the start
                     entered.enter_context(callback)
             for step in range(self.steps_done + 1, train.steps + 1):
                 stop_asked, last = self.train_step(step, signals), step == train.steps
@@ -231,7 +235,7 @@ class Trainer:
         return False
 
     def train_step(self, step: int, signals: StopSignals) -> bool:
-        """Train one step; return True if a rank was asked to stop after it."""
+        """Train one step; return True if any rank was asked to stop after it."""
         started = time.perf_counter()
         for callback in self.callbacks:
             callback.before_step(step)
@@ -252,10 +256,10 @@ class Trainer:
         return outcome.stop
 
     def evaluate(self, step: int) -> None:
-        """Take the validation loss; collective.
+        """Evaluate the validation loss; collective.
 
         Raises:
-            TrainingError: it is not finite.
+            TrainingError: the loss is not finite.
         """
         for callback in self.callbacks:
             callback.before_evaluation(step)
@@ -266,7 +270,7 @@ class Trainer:
             callback.after_evaluation(step, loss)
 
     def validation_loss(self) -> float:
-        """Return the validation loss of the model as it is, nats a token; collective."""
+        """Return the current validation loss, nats per token; collective."""
         return validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
 
     def _stop(self, step: int) -> None:
@@ -278,7 +282,7 @@ class Trainer:
     def _finish(self) -> None:
         steps, curve = self.config.train.steps, self.logger.history.curve
         if not curve or curve[-1]["step"] != steps:
-            self.evaluate(steps)  # resumed where another run, of more steps, was not evaluated
+            self.evaluate(steps)  # e.g. resumed from a longer run
         for callback in self.callbacks:
             callback.finish(steps)
         self.recorder.traffic(traffic_matrices(self.ledger, self.process))
@@ -286,7 +290,11 @@ class Trainer:
 
 
 def _require_same_data(data: PreparedData, process: RankInfo) -> None:
-    """Nodes without a shared file system prepare their own: another Python has another standard library."""
+    """Compare the prepared tokens of all ranks, since nodes without a shared file system prepare their own.
+
+    Raises:
+        DataError: the tokens differ.
+    """
     digest = hashlib.sha256(f"{data.train.checksum} {data.validation.checksum}".encode()).digest()
     mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=process.device)
     found = [torch.empty_like(mine) for _ in range(process.ranks)]

@@ -10,10 +10,10 @@ from moe_dist.model.language_model import LanguageModel
 
 
 def validation_loss(model: LanguageModel, tokens: TokenFile, config: RunConfig, micro: int, process: RankInfo) -> float:
-    """Mean loss in nats a token over `train.eval_sequences` held-out sequences; collective.
+    """Return the mean loss over `train.eval_sequences` held-out sequences, nats per token; collective.
 
     Args:
-        micro: sequences a rank holds at once.
+        micro: number of sequences of a rank's micro-batch.
     """
     total = torch.zeros(2, dtype=torch.float64, device=process.device)
     length, most = config.model.sequence_length, config.train.eval_sequences

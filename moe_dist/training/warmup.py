@@ -1,4 +1,4 @@
-"""End of a standard warm-up: the step at which standard experts become clustered ones."""
+"""Standard warm-up: conversion of standard experts to clustered ones after the first steps of a run."""
 
 import gc
 import time
@@ -23,7 +23,7 @@ class StandardWarmup(Callback):
         self._trainer = trainer
 
     def after_step(self, report: StepReport) -> None:
-        """Cluster the experts after the warm-up's last step; the two batches that follow give calibration tokens."""
+        """Convert the experts after the warm-up's last step, calibrated on tokens of the next two batches."""
         trainer = self._trainer
         if report.step != trainer.config.standard_steps:
             return
@@ -36,14 +36,14 @@ class StandardWarmup(Callback):
 
 
 def cluster_experts(trainer: "Trainer", batches_BS: Sequence[Sequence[Tensor]], step: int) -> dict[str, Any]:
-    """Replace a standard model by a clustered one made from it; collective.
+    """Replace the standard model by a clustered one that approximates it; collective.
 
-    The old engine and model are freed before the new ones are made, so that a rank never holds both: between the two it
-    has its share of the clustered experts, and of the other parameters' state.
+    The old engine and model are freed before the new ones are created, so that a rank never holds both. In between it
+    holds its share of the clustered experts, and the state of its other parameters.
 
     Args:
-        batches_BS: this rank's micro-batches of two training batches: compression is fitted to the first, and checked
-            on the second.
+        batches_BS: this rank's micro-batches of two training batches: the compression is fitted to the first, and its
+            error is measured on the second.
 
     Returns:
         The figures of the event `clustered`.
@@ -53,7 +53,7 @@ def cluster_experts(trainer: "Trainer", batches_BS: Sequence[Sequence[Tensor]], 
     beginning = read_clustered(trainer.model, trainer.engine.training_state(), trainer.config, fit, check)
     trainer.release_model()
     del fit, check
-    gc.collect()  # DeepSpeed's hooks and ours refer to each other in circles
+    gc.collect()  # DeepSpeed's hooks and ours form reference cycles
     trainer.replace_model(
         trainer.config,
         lambda: write_clustered(beginning, trainer.model, trainer.engine.training_state()),
@@ -70,7 +70,7 @@ def cluster_experts(trainer: "Trainer", batches_BS: Sequence[Sequence[Tensor]], 
 
 
 def _errors(start: ClusteredStart) -> dict[str, Any]:
-    """Return the relative errors of the experts' outputs on held-back tokens."""
+    """Return the relative errors of the experts' outputs on held-out tokens."""
     error_LE = torch.stack([layer.output_error_E for layer in start.layers])
     base_LE = torch.stack([layer.base_output_error_E for layer in start.layers])
     return {

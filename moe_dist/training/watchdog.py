@@ -1,8 +1,8 @@
-"""Watchdog: ends a run without progress, after every rank has written the stacks of its threads.
+"""Watchdog: ends a run that makes no progress, after every rank has written the stacks of its threads.
 
-Ranks work in lockstep, so that one that hangs stops all, and all watchdogs expire together. The stacks show which rank
-was the cause: the others wait for it in a collective. A second guard, in C, covers a thread that hangs without
-releasing Python's lock.
+Ranks work in lockstep, so a rank that hangs stops all others, and all watchdogs expire together. The stacks show the
+rank that caused it: the others wait for it in a collective. A second watchdog, in C (faulthandler), covers a thread
+that hangs without releasing the GIL.
 """
 
 import faulthandler
@@ -22,11 +22,11 @@ from moe_dist.errors import EXIT_FAILURE, TrainingError
 
 STACKS = "stacks"
 STACKS_SECONDS = 2.0
-"""Time that a rank waits after writing its stacks, so that all others write theirs: losing a peer ends them."""
+"""Seconds that a rank waits after writing its stacks, so that others can write theirs: losing a peer ends them."""
 WAITING_SECONDS = 4.0
-"""The same for a rank that only waits for another one, whose error comes first."""
+"""Seconds that a rank in a collective waits after writing its stacks, so that the hanging rank's error is first."""
 LOCKED_SECONDS = 3.0
-"""Delay of the guard in C behind the watchdog in Python."""
+"""Seconds by which the watchdog in C expires after the one in Python."""
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/", "/moe_dist/dispatch/all_to_all.py")
 
 
@@ -37,17 +37,17 @@ def watched_seconds(config: RunConfig) -> float:
 
 
 def end_process(error: Exception) -> None:
-    """Print the error and end the process at once: its main thread cannot do so."""
+    """Print the error and end the process at once, since the main thread hangs."""
     print(f"moe-dist: error: {error}", file=sys.stderr, flush=True)
     os._exit(EXIT_FAILURE)
 
 
 class Watchdog(Callback):
-    """Watchdog of the main thread while it is entered.
+    """Context manager and callback that watches the main thread.
 
     Args:
-        seconds: longest time between two calls of `alive`; 0: everything is allowed.
-        run: the run's folder, which gets `stacks/rank-00000.txt` and so on.
+        seconds: longest time between two calls of `alive`; 0: disabled.
+        run: folder of the run; stacks are written to `stacks/rank-00000.txt` and so on.
         give_up: called with the error; ends the process.
     """
 
@@ -56,11 +56,15 @@ class Watchdog(Callback):
         self._path = run / STACKS / f"rank-{rank:05}.txt"
         self._main = threading.main_thread().ident or 0
         self._doing, self._deadline = "start", 0.0
-        self._ended, self._barked = threading.Event(), False
+        self._ended, self._expired = threading.Event(), False
         self._file: TextIO | None = None
 
     def alive(self, doing: str) -> None:
-        """Restart the clock: the main thread is about to do something that takes less than the time allowed."""
+        """Restart the timer before an operation of the main thread that must be shorter than `seconds`.
+
+        Args:
+            doing: description of the operation, for the error.
+        """
         if not self._seconds:
             return
         self._doing, self._deadline = doing, time.monotonic() + self._seconds
@@ -68,19 +72,19 @@ class Watchdog(Callback):
             faulthandler.dump_traceback_later(self._seconds + LOCKED_SECONDS, exit=True, file=self._file)
 
     def before_step(self, step: int) -> None:
-        """Restart the clock."""
+        """Restart the timer."""
         self.alive(f"step {step}")
 
     def before_evaluation(self, step: int) -> None:
-        """Restart the clock."""
+        """Restart the timer."""
         self.alive(f"the evaluation after step {step}")
 
     def stop(self, step: int) -> None:
-        """Restart the clock."""
+        """Restart the timer."""
         self.alive("the checkpoint before a stop")
 
     def finish(self, step: int) -> None:
-        """Restart the clock."""
+        """Restart the timer."""
         self.alive("the end of the run")
 
     def __enter__(self) -> Self:
@@ -98,9 +102,9 @@ class Watchdog(Callback):
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
-            if not self._barked:
+            if not self._expired:
                 self._path.unlink()
-            with suppress(OSError):  # another rank has left its stacks, or is still here
+            with suppress(OSError):  # not empty: another rank wrote its stacks, or still runs
                 self._path.parent.rmdir()
 
     def _watch(self) -> None:
@@ -108,14 +112,14 @@ class Watchdog(Callback):
             if self._ended.wait(left):
                 return
         assert self._file is not None
-        self._barked = True
-        faulthandler.cancel_dump_traceback_later()  # Python's lock is free: no need for the other guard
+        self._expired = True
+        faulthandler.cancel_dump_traceback_later()  # the GIL is free: the watchdog in C is not needed
         self._file.write(f"rank {self._rank}: no progress for {self._seconds:g} s since {self._doing}\n")
         self._file.flush()
         faulthandler.dump_traceback(self._file)
         where, waits = self._place()
         if self._ended.wait(WAITING_SECONDS if waits else STACKS_SECONDS):
-            return  # it went on, or fails by itself
+            return  # it continued, or failed with its own error
         what = "waits for another rank" if waits else "hangs"
         self._give_up(
             TrainingError(
@@ -125,7 +129,7 @@ class Watchdog(Callback):
         )
 
     def _place(self) -> tuple[str, bool]:
-        """Return the main thread's place in the code, and whether that is inside a collective."""
+        """Return the main thread's position in the code, and True if it is inside a collective."""
         frame = sys._current_frames().get(self._main)
         where, waits = "a place unknown", False
         while frame is not None:

@@ -21,7 +21,17 @@ from moe_dist.moe.standard_moe import StandardMoE
 from tests.distributed.ranks import run_ranks
 
 STEPS, SEQUENCES, VOCABULARY = 5, 8, 97
-SHAPES = [(1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)]
+SHAPES: list[tuple[int, ...]] = [
+    (1, 2, 1),
+    (2, 1, 1),
+    (1, 1, 2),
+    (1, 4, 1),
+    (2, 2, 1),
+    (1, 2, 2),
+    (2, 1, 2),
+    (2, 2, 1, 2),
+]
+"""data, cluster, shard, and replicas on neighboring ranks."""
 pytestmark = pytest.mark.timeout(400)
 SMALL = [
     "model.hidden_size=32", "model.heads=2", "model.sequence_length=16", "moe.experts=16", "moe.clusters=4",
@@ -42,7 +52,7 @@ class Trained:
     biases: list[Tensor] = field(default_factory=list)
 
 
-def _train(axes: tuple[int, int, int], variants: list[list[str]]) -> list[Trained]:
+def _train(axes: tuple[int, ...], variants: list[list[str]]) -> list[Trained]:
     return [_train_variant(WorldShape(*axes), load_config(None, [*SMALL, *words])) for words in variants]
 
 
@@ -124,7 +134,7 @@ def _reference() -> list[Trained]:
 
 
 @pytest.mark.parametrize("axes", SHAPES, ids=str)
-def test_any_layout_trains_like_one_rank(axes: tuple[int, int, int]) -> None:
+def test_any_layout_trains_like_one_rank(axes: tuple[int, ...]) -> None:
     ranks = axes[0] * axes[1] * axes[2]
     outcomes = run_ranks(_train, ranks, axes, VARIANTS, timeout=180)
     for number, (words, expected) in enumerate(zip(VARIANTS, _reference(), strict=True)):

@@ -27,7 +27,12 @@ def _measure(words: list[str], spec: TrafficSpec) -> None:
 
 
 def test_figures_trace_and_report(tmp_path: Path) -> None:
-    words = [f"runs_dir={tmp_path}/runs", f"corpus.cache_dir={tmp_path}/cache", "world.shard=2"]
+    words = [
+        f"runs_dir={tmp_path}/runs",
+        f"corpus.cache_dir={tmp_path}/cache",
+        "world.shard=2",
+        "world.shard_mode=experts",
+    ]
     spec = TrafficSpec(steps=2, warmup=1, profile=True, json_file=f"{tmp_path}/figures.json")
     run_ranks(_measure, 4, words, spec)
     figures = json.loads((tmp_path / "figures.json").read_text())

@@ -115,7 +115,8 @@ def test_other_numbers_of_ranks_go_on_with_the_same_losses(folder: Path) -> None
     run_ranks(_train, 2, _other_shape_words(folder, "same", start))
     expected = [figures["loss"] for _, figures, _, _ in _figures(folder / "runs" / "same") if figures]
     plan = [
-        (4, ["world.shard=2", "world.zero_stage=1"]),
+        (4, ["world.shard=2", "world.shard_mode=experts", "world.zero_stage=1"]),
+        (4, ["world.shard=2", "world.zero_stage=2"]),
         (2, ["world.data=2", "world.zero_stage=0"]),
         (1, ["world.zero_stage=2"]),
         (4, ["world.data=2", "world.zero_stage=1"]),

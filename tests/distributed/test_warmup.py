@@ -49,7 +49,7 @@ LAYOUTS: list[tuple[int, list[str]]] = [
     (2, ["world.cluster=2", "world.zero_stage=1"]),
     (4, ["world.cluster=4", "world.zero_stage=0"]),
     (4, ["world.data=2", "world.zero_stage=2"]),
-    (4, ["world.shard=2", "world.zero_stage=1", "train.micro_batch_size=2"]),
+    (4, ["world.shard=2", "world.shard_mode=experts", "world.zero_stage=1", "train.micro_batch_size=2"]),
 ]
 
 

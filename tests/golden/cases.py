@@ -9,6 +9,7 @@ RECLUSTER = (
     "recluster.max_loss_increase=1e9",
 )
 RANDOM = (*RECLUSTER, "recluster.similarity=random")
+SHARDS = ("world.shard=2", "world.shard_mode=experts")
 GOOD = ("moe.top_clusters=2",)
 BF16 = ("train.precision=bfloat16",)
 
@@ -18,7 +19,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "top-1 on 4": (4, ("world.cluster=4",)),
     "top-1, two clusters a rank, ZeRO 0": (2, ("world.zero_stage=0", "world.cluster=2")),
     "top-1, data 2, ZeRO 2": (4, ("world.cluster=2", "world.data=2", "world.zero_stage=2")),
-    "top-1, shard 2": (4, ("world.cluster=2", "world.shard=2")),
+    "top-1, shard 2": (4, ("world.cluster=2", *SHARDS)),
     "top-1, two chunks": (2, ("world.cluster=2", "moe.overlap_chunks=2")),
     "top-1, int8 wire": (2, ("world.cluster=2", "moe.wire_dtype=int8")),
     "top-1, bfloat16": (2, ("world.cluster=2", *BF16)),
@@ -26,7 +27,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "top-1, recomputation": (2, ("world.cluster=2", "model.activation_checkpointing=true")),
     "top-2 on 1": (1, GOOD),
     "top-2 on 2": (2, (*GOOD, "world.cluster=2")),
-    "top-2, shard 2": (4, (*GOOD, "world.cluster=2", "world.shard=2")),
+    "top-2, shard 2": (4, (*GOOD, "world.cluster=2", *SHARDS)),
     "top-2, two chunks": (2, (*GOOD, "world.cluster=2", "moe.overlap_chunks=2")),
     "standard, bias": (2, ("moe.kind=standard",)),
     "standard, auxiliary loss": (4, ("moe.kind=standard", "moe.balance=aux_loss", "moe.z_loss_weight=0.001")),
@@ -35,9 +36,9 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "dense": (2, ("moe.kind=dense",)),
     "clustered, auxiliary loss": (2, ("moe.balance=aux_loss", "moe.z_loss_weight=0.001", "world.cluster=2")),
     "capacity": (2, ("moe.capacity_factor=1.0", "world.cluster=2")),
-    "capacity, top-2": (4, (*GOOD, "moe.capacity_factor=1.0", "world.cluster=2", "world.shard=2")),
+    "capacity, top-2": (4, (*GOOD, "moe.capacity_factor=1.0", "world.cluster=2", *SHARDS)),
     "adopt, by similarity": (2, (*RECLUSTER, "world.cluster=2")),
-    "adopt, shard 2": (4, (*RANDOM, "world.cluster=2", "world.shard=2")),
+    "adopt, shard 2": (4, (*RANDOM, "world.cluster=2", *SHARDS)),
     "adopt, by random": (4, (*RANDOM, "world.cluster=4")),
     "refit": (2, (*RANDOM, "recluster.transition=refit", "world.cluster=2")),
     "relocation": (

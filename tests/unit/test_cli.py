@@ -88,7 +88,7 @@ def test_it_runs_as_a_module_too() -> None:
         (["eval", "RUN", "--task", "squad"], "--task squad: give wikitext, glue or glue:TASK,TASK of cola, sst2"),
         (["eval", "RUN", "seed=4"], "'seed=4': an evaluation takes the model as it was trained"),
         (["eval", "RUN", "--ranks", "2", "--launcher", "slurm"], "submit `sbatch slurm/eval.sbatch RUN ...`"),
-        (["reproduce", "--kind", "magic"], "--kind magic: there are dense, standard-aux"),
+        (["reproduce", "--kind", "magic"], "--kind magic: use dense, standard-aux"),
         (["reproduce", "--text", "one.txt"], "--text 'one.txt': write stdlib, hub, or TRAIN,VALIDATION"),
         (["launch", "--frob", "CONFIG"], "--frob"),
         (["launch", "--launcher-args", '"x', "CONFIG"], "--launcher-args '\"x': No closing quotation"),
@@ -149,7 +149,7 @@ def test_slurm_is_given_no_training_in_place_of_what_was_asked(
     given = [*[config if word == "CONFIG" else word for word in words], "--launcher", "slurm"]
     code, out, err = moe_dist(*given)
     assert (code, out, started) == (2, "", [])
-    assert err.startswith("moe-dist: error: --launcher slurm submits nothing but training: give this command inside")
+    assert err.startswith("moe-dist: error: --launcher slurm submits training alone: run this command inside")
     assert err.count("\n") == 1
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert moe_dist(*given)[0] == 0
@@ -171,7 +171,7 @@ def test_launch_shows_its_command(moe_dist: Any, config: str) -> None:
     assert out.endswith(f"launch/rank.py {config} seed=4\n")
 
 
-TWO_SHARDS = ["world.shard=2", "moe.clusters=2", "moe.experts=8"]
+TWO_SHARDS = ["world.shard=2", "world.shard_mode=experts", "moe.clusters=2", "moe.experts=8"]
 
 
 def test_topology_says_what_stays_inside_nodes(moe_dist: Any, config: str, tmp_path: Path) -> None:

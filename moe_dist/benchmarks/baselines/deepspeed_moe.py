@@ -38,7 +38,7 @@ class DeepSpeedMoE(nn.Module):
         )
         groups._EXPERT_PARALLEL_GROUP.pop(self.layer.expert_group_name, None)  # of a model of ours before it
         groups._EXPERT_DATA_PARALLEL_GROUP.pop(self.layer.expert_group_name, None)
-        with redirect_stdout(StringIO()):  # it prints that it makes a group
+        with redirect_stdout(StringIO()):  # it prints a line for each group
             self.layer.set_deepspeed_parallelism()
 
     def forward(self, x_TD: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def render(result: GrowthResult, console: Console) -> None:
         f"{result.spec.repeats} rounds [quartiles]"
     )
     table = Table("E", "G", "layer", title=title)
-    for name in ("ms", "this / dense", "weights, MB", "saved, KB a token"):
+    for name in ("ms", "this / dense", "weights, MB", "saved, KB per token"):
         table.add_column(name, justify="right")
     for case in result.cases:
         for name, grown in case.layers.items():

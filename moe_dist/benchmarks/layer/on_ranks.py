@@ -33,7 +33,7 @@ from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.overlap_probe import measure_exchange_speed
 
 _WIDTH = 120  # columns of the table, also where the output goes to a file
-PASSES = 4  # there and back, in the forward and in the backward pass
+PASSES = 4  # dispatch and combine, forward and backward
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def render(result: RanksBenchResult, console: Console) -> None:
     """Print one table: a row for each contender, a block for each dtype and k; after `overlap` the number of chunks."""
     shape = result.spec.shape
     title = (
-        f"forward + backward on {result.ranks} ranks of {result.threads} thread(s), T={shape.tokens} a rank "
+        f"forward + backward on {result.ranks} ranks of {result.threads} thread(s), T={shape.tokens} per rank "
         f"d={shape.hidden} f={shape.expert_hidden} E={shape.experts} G={shape.clusters} r={shape.rank}"
         f"{' vectors' if shape.vectors else ''}, median of {result.spec.repeats} rounds [quartiles]"
     )

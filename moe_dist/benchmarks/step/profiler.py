@@ -33,8 +33,8 @@ class StepPart(StrEnum):
     COUNTERS = "counters"  # loads, traffic, statistics for re-clustering
     REDUCTION = "reduction"  # of gradients (their copies to buckets too), norms, counts; gathering of updated weights
     OPTIMIZER = "optimizer"
-    WAITING = "waiting"  # for the last rank to come to a collective
-    METRICS = "metrics"  # figures of a step and their way to the files
+    WAITING = "waiting"  # until the last rank has joined a collective
+    METRICS = "metrics"  # figures of a step and their files
     ELSE = "else"  # embeddings, norms, the loss, and what is between
 
 

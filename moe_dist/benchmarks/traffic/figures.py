@@ -15,7 +15,7 @@ from moe_dist.training.summary_metrics import traffic_matrices
 from moe_dist.training.trainer import Trainer
 
 BYTES, MESSAGES = 0, 1
-PASSES = 4  # there and back, in the forward and in the backward pass
+PASSES = 4  # dispatch and combine, forward and backward
 
 
 def gather_figures(run: Trainer, observed: RoutingTrace, steps: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def render(results: Mapping[str, Mapping[str, Any]], console: Console) -> None:
 
 
 def _kinds(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title="all-to-all, bytes a token and layer, all ranks, both passes", title_justify="left")
+    table = Table(title="all-to-all, bytes per token and layer, all ranks, both passes", title_justify="left")
     table.add_column("")
     for kind in results:
         table.add_column(kind, justify="right")
@@ -51,7 +51,7 @@ def _kinds(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _matrix(title: str, rows: list[list[int]], steps: int) -> Table:
-    table = Table(title=f"{title}: KiB a step from rank (row) to rank", title_justify="left")
+    table = Table(title=f"{title}: KiB per step from rank (row) to rank", title_justify="left")
     table.add_column("")
     for peer in range(len(rows)):
         table.add_column(str(peer), justify="right")

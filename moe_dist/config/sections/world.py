@@ -15,7 +15,12 @@ class WorldConfig(Section):
     cluster: Positive | None = Field(
         None, description="blocks of clusters; null: the largest number that divides ranks and clusters"
     )
-    shard: Positive = Field(1, description="ranks that share one block of clusters")
+    shard: Positive = Field(1, description="neighboring ranks that share one block of clusters")
+    shard_mode: Literal["replicate", "experts"] = Field(
+        "replicate",
+        description="ranks of a block: each holds all of its residuals, and rows stay where they are received; or "
+        "residuals are divided among them, and rows are exchanged (stage two), for residuals too large for one rank",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, gloo on the CPU")
     timeout_seconds: Positive = Field(600, description="timeout of collectives, seconds; exceeding it stops the run")

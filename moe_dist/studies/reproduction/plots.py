@@ -18,14 +18,14 @@ from moe_dist.studies.reproduction.figures import KindRow, Result
 
 FRONTIERS = {  # file name -> figure on the x-axis, its label
     "loss-parameters": ("parameters", "parameters of the whole model"),
-    "loss-work": ("active_work", "forward FLOPs of the feed-forward part, a token and layer"),
-    "loss-bytes": ("bytes_per_token_layer", "all-to-all, bytes a token and layer"),
+    "loss-work": ("active_work", "forward FLOPs of the feed-forward part, per token and layer"),
+    "loss-bytes": ("bytes_per_token_layer", "all-to-all, bytes per token and layer"),
 }
 
 
 def plot_all(results: Sequence[Result], table: Sequence[KindRow], folder: Path) -> list[Path]:
     """Write every plot that has figures; return the files."""
-    bytes_label, variance_label = "all-to-all, bytes a token and layer", "load variance (log)"
+    bytes_label, variance_label = "all-to-all, bytes per token and layer", "load variance (log)"
     makers: dict[str, Callable[[Any], bool]] = {
         "loss-tokens": partial(_loss_curves, results=results),
         "bytes-token": partial(_bars, table=table, name="bytes_per_token_layer", label=bytes_label),
@@ -61,7 +61,7 @@ def _loss_curves(figure: Any, results: Sequence[Result]) -> bool:
         (line,) = panel.plot(tokens, [np.mean(points[t]) for t in tokens], marker="o", markersize=3, label=kind)
         low, high = ([end(points[t]) for t in tokens] for end in (min, max))
         panel.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    return _finished(panel, "tokens", "validation loss, nats a token")
+    return _finished(panel, "tokens", "validation loss, nats per token")
 
 
 def _frontier(figure: Any, table: Sequence[KindRow], name: str, label: str) -> bool:
@@ -73,7 +73,7 @@ def _frontier(figure: Any, table: Sequence[KindRow], name: str, label: str) -> b
             panel.errorbar(
                 [x], [y], yerr=[row.spread("loss") or 0.0], marker="o", capsize=3, linestyle="", label=row.kind
             )
-    return _finished(panel, label, "validation loss, nats a token")
+    return _finished(panel, label, "validation loss, nats per token")
 
 
 def _bars(figure: Any, table: Sequence[KindRow], name: str, label: str, log: bool = False) -> bool:

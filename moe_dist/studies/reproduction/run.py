@@ -129,7 +129,7 @@ def require_all(plan: ReproductionPlan, results: Sequence[Result]) -> None:
     can = {kind.name for kind in plan.kinds if kind.is_available}
     failed = [f"{r.kind} seed {r.seed} ({'; '.join(r.problems)})" for r in results if r.problems and r.kind in can]
     if failed:
-        raise MoeDistError(f"{len(failed)} of {len(results)} runs are not whole: {', '.join(failed)}")
+        raise MoeDistError(f"{len(failed)} of {len(results)} runs are incomplete: {', '.join(failed)}")
 
 
 def known_grid(plan: ReproductionPlan) -> dict[str, dict[str, float]]:

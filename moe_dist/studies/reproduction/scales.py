@@ -31,7 +31,7 @@ class RecipeKind:
 
 
 CLASSIC, STRONG, OURS = "standard-aux", "standard-bias", "clustered-online"
-_SLOWER = ("optimizer.feed_forward_lr_scale=0.6",)  # suits these best: see quality-*.yaml
+_SLOWER = ("optimizer.feed_forward_lr_scale=0.6",)  # the best one: see quality-*.yaml
 _INT4 = ("precision.residuals=qat",)
 KINDS = {
     kind.name: kind

@@ -60,8 +60,8 @@ def write_arrays(plan: ReproductionPlan, nodes: int, say: Callable[[str], None],
         say(f"sbatch {size} {plan.folder / name}")
     if scripts:
         say(
-            "Submit these where sbatch is, with your own --account, --partition and --time; then give this command "
-            "again: for what comes next, and for the results."
+            "Submit these with your own --account, --partition and --time; then run this command "
+            "again for the next parts and the results."
         )
 
 

@@ -16,8 +16,8 @@ COLUMNS = {  # figure -> heading, format, factor
     "glue": ("GLUE", ".1f", 1.0),
     "parameters": ("parameters, M", ".2f", 1e-6),
     "expert_share": ("expert parameters", ".1%", 1.0),
-    "active_work": ("expert MFLOP a token and layer", ".3f", 1e-6),
-    "bytes_per_token_layer": ("B a token and layer", ".0f", 1.0),
+    "active_work": ("expert MFLOP per token and layer", ".3f", 1e-6),
+    "bytes_per_token_layer": ("B per token and layer", ".0f", 1.0),
     "load_variance": ("load variance", ".1e", 1.0),
     "tokens_per_second": ("tokens/s", ",.0f", 1.0),
     "peak_rss_bytes": ("peak RSS, MiB", ",.0f", 2**-20),
@@ -49,7 +49,7 @@ def markdown(table: Sequence[KindRow], claimed: Sequence[str], grid: Rates, fact
         parts += ["", *_grid(grid)]
     problems = [f"- {row.kind}: {problem}" for row in table for problem in row.problems]
     if problems:
-        parts += ["", "## What is missing", "", *problems]
+        parts += ["", "## Missing parts", "", *problems]
     return "\n".join(parts) + "\n"
 
 

@@ -59,7 +59,7 @@ def parse_axis(word: str) -> Axis:
     if not (name and equals and all(values)):
         raise ConfigError(f"--axis {word!r}: write NAME=VALUE,VALUE, such as ranks=1,2,4 or moe.experts=16,32")
     if len(set(values)) < len(values):
-        raise ConfigError(f"--axis {word!r}: a value stands twice")
+        raise ConfigError(f"--axis {word!r}: a value is repeated")
     if name == RANKS and not all(value.isdecimal() and int(value) for value in values):
         raise ConfigError(f"--axis {word!r}: ranks are whole numbers from 1")
     return Axis(name, values)

@@ -21,7 +21,7 @@ def plot(rows: Sequence[StudyRow], target: Path) -> None:
     panels: tuple[tuple[str, Value], ...] = (
         ("tokens/s", lambda row: row.middle("tokens_per_second")),
         ("efficiency", lambda row: row.efficiency),
-        ("all-to-all, bytes a token and layer", lambda row: row.middle("bytes_per_token_layer")),
+        ("all-to-all, bytes per token and layer", lambda row: row.middle("bytes_per_token_layer")),
         ("peak resident memory of a rank, MiB", lambda row: (peak := row.middle("peak_rss_bytes")) and peak / 2**20),
     )
     for panel, (title, value) in zip(figure.subplots(2, 2).flat, panels, strict=True):

@@ -33,8 +33,9 @@ def test_a_resolved_world_uses_every_rank_and_divides_the_experts(
     except ConfigError:
         assume(False)
     assert shape.data * shape.cluster * shape.shard == ranks == shape.ranks
-    assert shape.shard == shard
-    assert data in (None, shape.data)
+    replicas = shard if kind == "clustered" else 1
+    assert (shape.shard * shape.replicas, shape.replicas) == (shard, replicas)
+    assert data in (None, shape.data // shape.replicas)
     assert cluster in (None, shape.cluster)
     if kind == "clustered":
         assert clusters % shape.cluster == 0
@@ -51,8 +52,11 @@ def test_a_resolved_world_uses_every_rank_and_divides_the_experts(
         (8, [], (2, 4, 1)),
         (2, [], (1, 2, 1)),
         (4, ["world.data=2"], (2, 2, 1)),
-        (4, ["world.shard=2"], (1, 2, 2)),
-        (4, ["world.data=2", "world.cluster=1", "world.shard=2"], (2, 1, 2)),
+        (4, ["world.shard=2"], (2, 2, 1)),
+        (8, ["world.shard=2", "world.data=2"], (4, 2, 1)),
+        (4, ["world.shard=2", "moe.kind=standard"], (1, 2, 2)),
+        (4, ["world.shard=2", "world.shard_mode=experts"], (1, 2, 2)),
+        (4, ["world.data=2", "world.cluster=1", "world.shard=2", "world.shard_mode=experts"], (2, 1, 2)),
         (6, [], (3, 2, 1)),
         (4, ["moe.kind=dense"], (4, 1, 1)),
     ],

@@ -84,7 +84,7 @@ def test_without_supervisor_a_lost_peer_is_one_line_that_blames_another(
     lost = RuntimeError("gloo: Connection closed by peer [127.0.0.1]:3")
     assert faults.report(1, 4, lost) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("moe-dist: rank 1 lost a peer: another rank ended first")
+    assert shown.startswith("moe-dist: rank 1 lost its connection: another rank ended first")
     assert shown.count("\n") == 1
     assert faults.report(0, 1, lost) == 1  # alone there is no peer
     assert "Traceback" not in shown

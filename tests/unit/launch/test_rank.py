@@ -11,7 +11,9 @@ import pytest
 
 from moe_dist.config import RunConfig
 from moe_dist.errors import LaunchError
+from moe_dist.evaluation.spec import EvalSpec
 from moe_dist.launch import environment, faults, files, rank
+from moe_dist.launch.options import to_json
 
 SCRIPT = Path(rank.__file__)
 
@@ -56,6 +58,34 @@ def test_settings_may_follow_options(tmp_path: Path, monkeypatch: pytest.MonkeyP
     out = str(tmp_path / "out.json")
     assert rank.main([str(tmp_path / "run.yaml"), "seed=1", "--json", out, "train.steps=30"]) == 0
     assert (given[0].seed, given[0].train.steps, given[0].summary_copy) == (1, 30, out)
+
+
+@pytest.mark.parametrize("words", [[], ["seed=1"], ["CONFIG"], ["CONFIG", "seed=1"]], ids=str)
+def test_a_task_may_do_without_a_configuration(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.yaml").write_text("name: given\n")
+    given: list[tuple[RunConfig, str, object]] = []
+    monkeypatch.setattr(rank, "_perform", lambda *arguments: given.append(arguments))
+    found = [str(tmp_path / "run.yaml") if word == "CONFIG" else word for word in words]
+    assert rank.main(["--task", "doctor", *found]) == 0
+    ((config, task, options),) = given
+    assert (config.name == "given", config.seed, task, options) == (
+        "CONFIG" in words,
+        int("seed=1" in words),
+        "doctor",
+        None,
+    )
+
+
+def test_a_task_gets_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given: list[object] = []
+    monkeypatch.setattr(rank, "_perform", lambda config, task, options: given.append(options))
+    spec = EvalSpec(Path("runs/a"), stride=3)
+    assert rank.main(["--task=evaluate", "--options", to_json(spec), "world.threads=1", "--local_rank=0"]) == 0
+    assert given == [spec]
+    assert rank.main(["--task=evaluate", "--options", "{}"]) == 2
+    assert "--options '{}': 1 validation error" in capsys.readouterr().err
 
 
 def test_gloo_keeps_deepspeed_off_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +136,7 @@ def test_a_run_that_stopped_as_asked_says_so(
     (tmp_path / "run.yaml").write_text("{}")
     os.environ.update(variables)
     monkeypatch.setattr(rank, "_perform", lambda *_: True)
-    monkeypatch.setattr(faults, "register", lambda rank, leave_with_parent: None)
+    monkeypatch.setattr(faults, "register", lambda rank, end_with_parent: None)
     assert rank.main([str(tmp_path / "run.yaml")]) == code
 
 

@@ -92,10 +92,10 @@ def test_who_lost_a_peer_repeats_the_first_fault(unsupervised: Path, capsys: pyt
 
 
 def test_a_rank_that_is_started_again_has_no_fault_yet(unsupervised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "_leave_with", lambda watched: None)
+    monkeypatch.setattr(faults, "_end_with", lambda watched: None)
     _leave_pid(unsupervised, 1, _pid_of_an_ended_process())
     faults.report(1, 2, ValueError("the last time"))
     assert faults.read_fault(unsupervised, 1) is not None
-    faults.register(1, leave_with_parent=False)
+    faults.register(1, end_with_parent=False)
     assert faults.read_fault(unsupervised, 1) is None
     assert json.loads((unsupervised / "rank-1.pid").read_text())["pid"] == os.getpid()

@@ -131,7 +131,7 @@ def test_an_agent_says_what_it_cannot_start(tmp_path: Path) -> None:
         check=False,
         timeout=LIMIT,
     )
-    outcome = agent.read_outcome(done.stderr.splitlines()[-1])
+    outcome = agent.parse_outcome(done.stderr.splitlines()[-1])
     assert outcome is not None
     assert done.returncode == outcome.exit_code == 2
     assert "No such file or directory" in outcome.line
@@ -155,16 +155,16 @@ def test_an_agent_obeys_what_it_is_told_before_its_job_has_begun(
         child.stdin.write(f"{json.dumps(asdict(part))}\n{int(signum)}\n")
         child.stdin.flush()  # both in one piece; its end would be an order too
         try:
-            assert child.wait(agent.SILENCE_SECONDS / 2) == code
+            assert child.wait(agent.HEARTBEAT_TIMEOUT_SECONDS / 2) == code
         finally:
             child.kill()
 
 
 def test_what_an_agent_says_last_is_read_back() -> None:
     outcome = JobOutcome(1, "rank 3 failed: x", Fault(3, 1.5, "x", 1))
-    said = agent.say_outcome(outcome)
-    assert agent.read_outcome(said) == outcome
-    assert agent.read_outcome("anything else") is None
+    said = agent.format_outcome(outcome)
+    assert agent.parse_outcome(said) == outcome
+    assert agent.parse_outcome("anything else") is None
 
 
 FAILED = JobOutcome(3, "rank 3 failed: x", Fault(3, 9.0, "x", 3))

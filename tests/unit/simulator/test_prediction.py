@@ -212,7 +212,15 @@ def test_overlap_hides_and_offload_costs_what_computation_does_not_hide() -> Non
 
 def test_65536_gpus_are_simulated_in_all_ways() -> None:
     config = load_config(
-        None, ["moe.experts=256", "moe.clusters=8", "moe.top_k=8", "world.shard=8", "train.global_batch_size=65536"]
+        None,
+        [
+            "moe.experts=256",
+            "moe.clusters=8",
+            "moe.top_k=8",
+            "world.shard=8",
+            "world.shard_mode=experts",
+            "train.global_batch_size=65536",
+        ],
     )
     fabric = _fabric(8192, 8, oversubscription=2)
     times = compare(

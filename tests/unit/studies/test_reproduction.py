@@ -137,7 +137,7 @@ def test_everything_is_run_once_and_failures_do_not_stop_the_rest(tmp_path: Path
     assert said[0].startswith("28 parts to run (12 grid, 8 training, 8 evaluation): about ")
     assert any("training standard-bias seed 1: failed: diverged; about" in line for line in said)
     assert said[-1].endswith("; done")
-    with pytest.raises(MoeDistError, match=r"3 of 8 runs are not whole: .*standard-bias seed 1 \(seed 1: diverged\)"):
+    with pytest.raises(MoeDistError, match=r"3 of 8 runs are incomplete: .*standard-bias seed 1 \(seed 1: diverged\)"):
         run.require_all(plan, results)
     best = {config.optimizer.learning_rate for result in results if (config := result.config) is not None}
     assert best == {0.0056}  # of 0.00392, 0.0056 and 0.00784
