@@ -92,6 +92,7 @@ def _moves(axes: Any, events: Sequence[Mapping[str, Any]]) -> None:
     rejected = [event["dropped_experts"] for event in rounds]
     axes.bar(labels, rejected, bottom=[event["moved_experts"] for event in rounds], color=GRAY, label="rejected")
     axes.set(title="experts that change clusters", xlabel="after step")
+    axes.margins(y=0.1)
     if rounds:
         axes.legend(frameon=False)
 
@@ -104,6 +105,6 @@ def _pair(axes: Any, title: str, other: str, own: str, baseline: float | None, v
         axes.text(0.5, 0.5, "none", ha="center", transform=axes.transAxes)
         return
     bars = axes.barh([own, other], [value, baseline], color=[BLUE, GRAY])
-    axes.bar_label(bars, fmt=lambda number: f" {number:,.3g}", padding=2)
+    axes.bar_label(bars, fmt=lambda number: f" {number:,.0f}" if number >= 100 else f" {number:.3g}", padding=2)
     axes.set_xlim(0, 1.2 * max(baseline, value, 1e-9))
     axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moe_dist.config import RunConfig
+from moe_dist.config.layer_kinds import LAYER_KINDS
 from moe_dist.dispatch.layout_advice import flat_bytes
-from moe_dist.memory.tiers import BYTES_PER_PARAMETER
 from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import count_parameters
 from moe_dist.moe.quantized_experts import stored_sizes
@@ -12,6 +14,9 @@ from moe_dist.training.summary_metrics import all_to_all_totals, model_bytes, pe
 
 if TYPE_CHECKING:
     from moe_dist.training.trainer import Trainer
+
+FLOAT32, MOMENTS = 4, 8
+"""Bytes of a float32 master weight, and of AdamW's two moments."""
 
 
 def description(trainer: "Trainer") -> str:
@@ -54,7 +59,7 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
             "model_bytes": whole,
             "offloadable_bytes": offloadable,
             "device_bytes": on_device,
-            "dense_bytes": _dense_bytes(config, counts.total - counts.expert),
+            "dense_bytes": _dense_bytes(config, counts.total - counts.expert, process.ranks),
             "offload": offload,
         },
         "world": vars(trainer.shape),
@@ -81,10 +86,13 @@ def _stored_bytes(trainer: "Trainer") -> dict[str, int] | None:
     return {"expert_bytes": clusters * cluster.nbytes, "residual_bytes": clusters * cluster.experts.nbytes}
 
 
-def _dense_bytes(config: RunConfig, other_parameters: int) -> int:
-    """Return weights, gradients and training state of a dense model of the same active width, on one rank."""
-    width = config.moe.dense_width
-    return BYTES_PER_PARAMETER * (other_parameters + config.model.layers * 3 * config.model.hidden_size * width)
+def _dense_bytes(config: RunConfig, other_parameters: int, ranks: int) -> int:
+    """Return weights, gradients and training state of a rank of a dense model of the same active width."""
+    layer = LAYER_KINDS["dense"].parameters(config.model.hidden_size, config.moe, 1, 1).dense
+    size = getattr(torch, config.train.precision).itemsize
+    optimizer = MOMENTS + (FLOAT32 if size < FLOAT32 else 0)
+    shares = ranks if config.world.zero_stage else 1
+    return int((other_parameters + config.model.layers * layer) * (2 * size + optimizer / shares))
 
 
 def _loss_as_stored(trainer: "Trainer") -> float | None:
