@@ -20,7 +20,7 @@ from moe_dist.dispatch.wire_format import wire_format_of
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.moe.attached_loss import attach_router_losses
 from moe_dist.moe.capacity import capacity_of, within_capacity
-from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_experts import ClusteredExperts, SharedBase
 from moe_dist.moe.layer_context import LayerContext, LayerSizes
 from moe_dist.moe.layer_state import load_routing_state, save_routing_state
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts
@@ -83,7 +83,10 @@ class ClusteredMoE(nn.Module):
         self.loss_scale = loss_scale
         self.router = Router.of_experts(layer, moe.experts, sizes, context.seed)
         held = () if context.quantized else context.placements[layer].clusters_of_block(context.mesh.at.cluster)
-        self.clusters = nn.ModuleList(ClusteredExperts(layer, cluster, sizes, moe, context) for cluster in held)
+        self.shared_base = SharedBase(layer, sizes, moe, context.seed) if moe.two_level_base else None
+        self.clusters = nn.ModuleList(
+            ClusteredExperts(layer, cluster, sizes, moe, context, self.shared_base) for cluster in held
+        )
         mesh, hidden_format = context.mesh, wire_format_of(getattr(torch, moe.wire_dtype))
         self.stage_one = AllToAll(mesh.group(GroupKind.STAGE_ONE), context.ledger, layer, Stage.ONE, hidden_format)
         self.stage_two = AllToAll(mesh.group(GroupKind.CLUSTER), context.ledger, layer, Stage.TWO, hidden_format)
