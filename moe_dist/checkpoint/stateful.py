@@ -44,7 +44,7 @@ def tensors_of(parts: Parts, rank: int, ranks: int) -> State:
 
 
 def values_of(parts: Parts) -> dict[str, dict[str, Any]]:
-    """Return the values of all parts that are not tensors, for the manifest."""
+    """Return the non-tensor values of every part of the state, for the manifest's JSON."""
     return {
         part_name: {name: value for name, value in part.state_dict().items() if not isinstance(value, Tensor)}
         for part_name, part in parts.items()

@@ -112,10 +112,11 @@ class ClusteredMoE(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the layer's addition to the residual stream, in the shape of `hidden`; collective."""
         x_TD = hidden.flatten(0, -2)
-        routing = self.route(x_TD, hidden.shape[1:-1].numel())
-        experts = self.experts(len(x_TD))
+        sequences = hidden.shape[1:-1].numel()
+        routing = self.route(x_TD, sequences)
+        experts = self.local_experts(len(x_TD))
         chunks, metadata = self.dispatcher.dispatch(x_TD, routing)
-        computed = map(experts, chunks)
+        computed = map(experts, chunks)  # lazy: a chunk is computed while the next one is exchanged
         y_TD = self.dispatcher.combine(computed, metadata)
         if self.moe.gate_scale != 1:
             y_TD = y_TD * self.moe.gate_scale
@@ -130,7 +131,7 @@ class ClusteredMoE(nn.Module):
         logits_TG = self.router.cluster_logits(x_TD, self.member_GN)
         cluster_TM = choose_clusters(logits_TG, self.balance.cluster_bias_LG[self.layer], self.moe.top_clusters)
         if self.context.statistics is not None and self.balance.counting:
-            self.context.statistics.choose_clusters(self.layer, cluster_TM, self.placement.clusters)
+            self.context.statistics.record_clusters(self.layer, cluster_TM, self.placement.clusters)
         keep_TM = None
         if self.moe.capacity_factor is not None:
             capacity = capacity_of(cluster_TM.numel(), self.moe.clusters, self.moe.capacity_factor)
@@ -139,7 +140,7 @@ class ClusteredMoE(nn.Module):
             keep_TM = keep_C.view_as(cluster_TM)
         return ClusterRouting(logits_TG, cluster_TM, keep_TM, sequences)
 
-    def experts(self, tokens: int) -> StageTwo:
+    def local_experts(self, tokens: int) -> StageTwo:
         """Return stage two for a micro-batch of `tokens` tokens on each rank; collective."""
         block = self.context.mesh.at.cluster
         embedding_LND = self.router.local_embeddings(self.placement, self.member_GN, self.stage_one, block)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moe_dist.checkpoint.saver import CheckpointSaver
+from moe_dist.checkpoint.async_saver import CheckpointSaver
 from moe_dist.checkpoint.store import check, checkpoints_of
 from moe_dist.config import load_config
 from moe_dist.data import SequenceLoader
