@@ -56,3 +56,12 @@ def test_the_paper_and_its_miniature_have_every_part_on(name: str) -> None:
     assert (config.precision.residuals, config.precision.bits) == ("post", 4)
     assert config.memory.offload
     assert config.memory.device_budget_ratio < 1
+
+
+@pytest.mark.parametrize("kind", ["clustered", "standard", "dense"])
+def test_the_demo_can_be_compared_with_other_kinds_of_layer(kind: str) -> None:
+    demo = load_config(ROOT / "configs" / "experiment" / "demo.yaml")
+    other = demo.of_kind(kind, steps=5, warmup_steps=0)
+    assert (other.moe.kind, other.train.steps, other.recluster.period) == (kind, 5, None)
+    assert other.memory.offload == (kind == "clustered")
+    assert demo.of_kind("clustered").recluster == demo.recluster
