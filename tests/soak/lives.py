@@ -5,7 +5,7 @@ import pickle
 import signal
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from moe_dist.config import load_config
 from moe_dist.training.trainer import train
 from tests.distributed.ranks import start_ranks
+from tests.soak.disturbances import Disturbance, jumping_clock
 from tests.soak.kill_points import PARTS, KillPoint, LineCounter
 
 SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"
@@ -44,6 +45,7 @@ def live(
     kill_after: float | None = None,
     grace: float = 0.0,
     signum: signal.Signals = signal.SIGKILL,
+    disturbance: Disturbance | None = None,
 ) -> Life:
     """Trains with these words until the end, or until a rank is killed: at `point`, or after a time.
 
@@ -53,7 +55,8 @@ def live(
         signum: SIGUSR1 and SIGTERM ask all ranks to stop.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes, pipes = start_ranks(_work, RANKS, Path(folder) / "store", LIMIT_SECONDS, words, point)
+        offset = 0.0 if disturbance is None else disturbance.clock_offset
+        processes, pipes = start_ranks(work, RANKS, Path(folder) / "store", LIMIT_SECONDS, words, point, offset)
         started = time.monotonic()
         try:
             while any(process.is_alive() for process in processes):
@@ -61,6 +64,8 @@ def live(
                     time.sleep(grace)
                     break
                 now = time.monotonic() - started
+                if disturbance is not None:
+                    disturbance.poll(now, processes)
                 if kill_after is not None and now >= kill_after:
                     kill_after = None
                     if processes[point.rank].is_alive():
@@ -84,10 +89,12 @@ def live(
     return Life(not stopped[0], stopped[0], tuple(lines for (lines, _), _ in answers))
 
 
-def _work(words: list[str], point: KillPoint) -> tuple[int, bool]:
+def work(words: list[str], point: KillPoint | None, clock_offset: float = 0.0) -> tuple[int, bool]:
     """One rank: trains, and dies where it is told to; returns the lines it has counted, and whether it was stopped."""
-    with redirect_stdout(StringIO()):
-        if point.part not in PARTS or (point.count and point.rank != dist.get_rank()):
+    if clock_offset:
+        time.time = jumping_clock(clock_offset)
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        if point is None or point.part not in PARTS or (point.count and point.rank != dist.get_rank()):
             return 0, train(load_config(SMOKE, words))
         with LineCounter(point.part, point.count) as counter:
             stopped = train(load_config(SMOKE, words))
