@@ -140,4 +140,6 @@ def main(arguments: Sequence[str] | None = None, task: str = TRAIN) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from moe_dist.launch import rank  # by its name, so that the watchdog's guard process finds `_abort`
+
+    sys.exit(rank.main())
