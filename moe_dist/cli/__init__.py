@@ -92,11 +92,12 @@ def _exit_code(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except OSError as error:
-        output = error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO)
-        known = file_error(error, "the standard output" if output else "")
-        if known is None and not output:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
+            return _complain(f"standard output cannot be written: {error.strerror}", EXIT_FAILURE)
+        known = file_error(error)
+        if known is None:
             traceback.print_exc()
-        return _complain(str(known or error), EXIT_FAILURE)
+        return _complain(str(known or f"{type(error).__name__}: {error}"), EXIT_FAILURE)
     except Exception as error:
         traceback.print_exc()
         return _complain(f"{type(error).__name__}: {error}", EXIT_FAILURE)

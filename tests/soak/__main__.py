@@ -90,7 +90,8 @@ class Soak:
                 point, after = self._choose()
                 grace, signum = self._random.choice([0.0, 0.3, 1.0]), SIGNALS.get(point.part, signal.SIGKILL)
                 life = live(self._words(name), point, after, grace, signum)
-                self.tally.events[point.part] += not life.finished
+                if not life.finished:
+                    self.tally.events[point.part] += 1
             if life.error:
                 self.tally.problems.append(f"{name}: {life.error.strip()}")
                 return

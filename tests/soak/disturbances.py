@@ -35,17 +35,31 @@ class Disturbance:
     def __init__(self, after: float, seconds: float, run: Callable[[], Path | None]) -> None:
         self.after, self.seconds, self._run = after, seconds, run
         self.begun = self.ended = False
+        self._life_began = self._begun_at = 0.0
         self.problem: str | None = None
 
     def poll(self, elapsed: float, processes: list[Any]) -> None:
         """Begin and end when it is time; called many times."""
         alive = [process for process in processes if process.is_alive()]
-        if not self.begun and elapsed >= self.after and len(alive) == len(processes):
-            self.begun = True
+        self._life_began = self._life_began or time.time()
+        if not self.begun and elapsed >= self.after and len(alive) == len(processes) and self.is_ready():
+            self.begun, self._begun_at = True, elapsed
             self.begin(alive)
-        if self.begun and not self.ended and elapsed >= self.after + self.seconds:
+        if self.begun and not self.ended and elapsed >= self._begun_at + self.seconds:
             self.ended = True
             self.end(alive)
+
+    def is_ready(self) -> bool:
+        """Return True if the life has come so far that it can be disturbed."""
+        return True
+
+    def trains(self) -> bool:
+        """Return True if this life has logged a step."""
+        run = self._run()
+        try:
+            return run is not None and (run / "metrics.jsonl").stat().st_mtime > self._life_began
+        except OSError:
+            return False
 
     def begin(self, processes: list[Any]) -> None:
         """Disturb these processes."""
@@ -79,6 +93,9 @@ class FullDisk(Disturbance):
     name = "full disk"
     may_stop = True
 
+    def is_ready(self) -> bool:
+        return self.trains()  # before, torch's own file of the rendezvous would be cut off
+
     def begin(self, processes: list[Any]) -> None:
         self._limit(processes, 1)
 
@@ -95,6 +112,9 @@ class RemovedFolder(Disturbance):
 
     name = "removed folder"
     loses_checkpoints = may_stop = True
+
+    def is_ready(self) -> bool:
+        return self.trains()
 
     def begin(self, processes: list[Any]) -> None:
         run = self._run()

@@ -8,7 +8,9 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -21,6 +23,7 @@ from tests.soak.kill_points import PARTS, KillPoint, LineCounter
 SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"
 RANKS = 2
 LIMIT_SECONDS = 300.0
+PEER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,16 @@ def live(
     with tempfile.TemporaryDirectory() as folder:
         offset = 0.0 if disturbance is None else disturbance.clock_offset
         processes, pipes = start_ranks(work, RANKS, Path(folder) / "store", LIMIT_SECONDS, words, point, offset)
-        started = time.monotonic()
+        started, ended = time.monotonic(), 0.0
         try:
             while any(process.is_alive() for process in processes):
                 if any(process.exitcode not in (None, 0) for process in processes):
                     time.sleep(grace)
                     break
+                if not all(process.is_alive() for process in processes) and any(pipe.poll() for pipe in pipes):
+                    ended = ended or time.monotonic()
+                    if time.monotonic() - ended > PEER_SECONDS:
+                        break  # a rank ended by an error, and its launcher would end the others
                 now = time.monotonic() - started
                 if disturbance is not None:
                     disturbance.poll(now, processes)
@@ -77,16 +84,25 @@ def live(
             for process in processes:
                 process.kill()
                 process.join()
-    if any(process.exitcode for process in processes):
+    answers = [_answer(pipe) for pipe in pipes]
+    errors = sorted((error for _, error in answers if error), key=lambda error: "ConnectionError" in error)
+    if any(process.exitcode for process in processes) and not (errors and ended):
         return Life(False, True)
-    answers = [pickle.loads(pipe.recv_bytes()) for pipe in pipes]  # noqa: S301  of our own ranks
-    errors = [error for _, error in answers if error]
     if errors:
         return Life(False, False, error=errors[0])
     stopped = [stopped for (_, stopped), _ in answers]
     if len(set(stopped)) != 1:
         return Life(False, False, error=f"some ranks stopped and others did not: {stopped}")
     return Life(not stopped[0], stopped[0], tuple(lines for (lines, _), _ in answers))
+
+
+def _answer(pipe: Connection) -> tuple[Any, str | None]:
+    """Return what a rank has sent; nothing if it was ended before."""
+    try:
+        answer: tuple[Any, str | None] = pickle.loads(pipe.recv_bytes() if pipe.poll() else b"")  # noqa: S301
+    except (EOFError, OSError):
+        return None, None
+    return answer
 
 
 def work(words: list[str], point: KillPoint | None, clock_offset: float = 0.0) -> tuple[int, bool]:
