@@ -56,7 +56,7 @@ bench-nodes: install
 	tests/cluster/install.sh
 	python -m tests.cluster.bench_nodes $(BENCH_NODES)
 
-soak: install  # kills training 200 times: an hour or so
+soak: install  # disturbs training 300 times: an hour or two; SOAK="--events 20 --seed 3" for others
 	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)
 
 checks: install

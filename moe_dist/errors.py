@@ -45,3 +45,20 @@ class CheckpointError(MoeDistError):
 
 class OffloadError(MoeDistError):
     """Failure of a memory tier below the device; the last checkpoint is intact."""
+
+
+class FileError(MoeDistError):
+    """File or folder that cannot be read or written, and that nothing can replace."""
+
+
+def file_error(error: OSError, folders: str = "") -> FileError | None:
+    """Return the one-line error of a failed file operation; None for an error of a connection.
+
+    Args:
+        folders: folders in use, for an error without a file name, as of a write.
+    """
+    if isinstance(error, (ConnectionError, TimeoutError)) or error.errno is None:
+        return None
+    where = str(error.filename) if error.filename else f"a file ({folders or 'name unknown'})"
+    reason = error.strerror or str(error)
+    return FileError(f"{where} cannot be read or written: {reason}: free space or correct its permissions, then resume")

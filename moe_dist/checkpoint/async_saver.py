@@ -16,7 +16,7 @@ import torch.distributed as dist
 from moe_dist.checkpoint.manifest import Manifest
 from moe_dist.checkpoint.save_and_load import write_checkpoint
 from moe_dist.checkpoint.sharded_tensor import Staging, State, is_offloaded
-from moe_dist.checkpoint.store import prune, remove_partial
+from moe_dist.checkpoint.store import CHECKPOINTS, prune, remove_partial
 from moe_dist.config import CheckpointConfig
 from moe_dist.distributed.init import RankInfo
 from moe_dist.errors import CheckpointError
@@ -33,6 +33,8 @@ class Saved:
     seconds: float
     """Time from the copy to the commit, seconds."""
     error: str | None = None
+    warning: str | None = None
+    """Problem that leaves the checkpoint valid."""
 
 
 class CheckpointSaver:
@@ -60,10 +62,11 @@ class CheckpointSaver:
         stall = time.perf_counter() - started
 
         def write() -> None:
-            error = self._attempt(lambda: self._write(target, manifest, copied))
+            error = self._attempt(lambda: write_checkpoint(target, manifest, copied, self._rank, self._group))
+            warning = self._prune() if error is None else None
             seconds = time.perf_counter() - started
             stalled = stall if asynchronous else seconds
-            self._ended = Saved(target, manifest.step, stalled, seconds, error)
+            self._ended = Saved(target, manifest.step, stalled, seconds, error, warning)
 
         if asynchronous:
             self._writing = threading.Thread(target=write, name="checkpoint-writer", daemon=True)
@@ -84,10 +87,14 @@ class CheckpointSaver:
         ended, self._ended = self._ended, None
         return ended
 
-    def _write(self, target: Path, manifest: Manifest, state: State) -> None:
-        write_checkpoint(target, manifest, state, self._rank, self._group)
-        if self._rank == 0:
-            prune(self._run, self._options)
+    def _prune(self) -> str | None:
+        """Delete old checkpoints on rank 0; return the reason in one line if that fails."""
+        try:
+            if self._rank == 0:
+                prune(self._run, self._options)
+        except OSError as error:
+            return f"{self._run / CHECKPOINTS}: old checkpoints cannot be deleted: {error.strerror}"
+        return None
 
     def _attempt(self, work: Callable[[], None]) -> str | None:
         """Return the error of `work` in one line, or None: a failed checkpoint does not stop training."""

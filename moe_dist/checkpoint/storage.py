@@ -264,9 +264,15 @@ def sync(path: Path) -> None:
 def _take_name(folder: Path, target: Path) -> None:
     """Rename the folder to `target`; an earlier attempt of that name is moved away first, then deleted."""
     old = target.with_name(f".{target.name}.old{PARTIAL}")
-    if target.exists():
+    replaced = target.exists()
+    if replaced:
         target.rename(old)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except OSError:
+        if replaced:
+            old.rename(target)
+        raise
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from moe_dist.checkpoint.manifest import Manifest, read_index, read_manifest
@@ -69,9 +70,10 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def remove_partial(run: Path) -> None:
-    """Remove incomplete checkpoints of an earlier process of this run."""
-    for leftover in [*(run / CHECKPOINTS).glob(f".*{PARTIAL}"), *run.glob(f".{FINAL}*{PARTIAL}")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Remove incomplete checkpoints of an earlier process of this run, as far as that is possible."""
+    with suppress(OSError):
+        for leftover in [*(run / CHECKPOINTS).glob(f".*{PARTIAL}"), *run.glob(f".{FINAL}*{PARTIAL}")]:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(run: Path, options: CheckpointConfig) -> list[Path]:

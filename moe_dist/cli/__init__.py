@@ -3,6 +3,7 @@
 Imports no torch, so that help and refusals are immediate; each command imports what it needs.
 """
 
+import errno
 import sys
 import traceback
 from typing import Annotated
@@ -24,7 +25,8 @@ from moe_dist.cli import (
     training,
     weights,
 )
-from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError
+from moe_dist.console import tolerant_output
+from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError, file_error
 from moe_dist.launch.environment import silence_library_warnings
 
 EXIT_INTERRUPTED = 130
@@ -73,7 +75,10 @@ for group in (
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: a user's error is one line, only our own errors show a traceback."""
     silence_library_warnings()
-    sys.exit(_exit_code(arguments))
+    code = _exit_code(arguments)
+    with tolerant_output():
+        pass  # what is still buffered for a full file fails here, and not with a message at the interpreter's end
+    sys.exit(code)
 
 
 def _exit_code(arguments: list[str] | None) -> int:
@@ -86,6 +91,13 @@ def _exit_code(arguments: list[str] | None) -> int:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE):
+            return _complain(f"standard output cannot be written: {error.strerror}", EXIT_FAILURE)
+        known = file_error(error)
+        if known is None:
+            traceback.print_exc()
+        return _complain(str(known or f"{type(error).__name__}: {error}"), EXIT_FAILURE)
     except Exception as error:
         traceback.print_exc()
         return _complain(f"{type(error).__name__}: {error}", EXIT_FAILURE)

@@ -1,5 +1,6 @@
 """`moe-dist plan` and `moe-dist simulate`: predictions for other machines."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,15 +11,26 @@ from moe_dist.config import load_config
 from moe_dist.console import wide_console
 from moe_dist.metrics import write_json
 
+
+def _require_finite(value: float) -> float:
+    """Return a number, or reject infinity and NaN, which would be printed as advice."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
 PerNode = Annotated[int, typer.Option(min=1, help="GPUs in each.")]
 Gpu = Annotated[str, typer.Option(help="v100, a100, h100, h200, b200 or mi300x.")]
 Rails = Annotated[int | None, typer.Option(min=1, help="Network interfaces of a node; default: one for each GPU.")]
 PodNodes = Annotated[int | None, typer.Option(min=1, help="Nodes below one leaf switch; default: at most 32.")]
 Oversubscription = Annotated[
-    float, typer.Option(min=1.0, help="Oversubscription of the spine: downlinks over uplinks.")
+    float,
+    typer.Option(min=1.0, callback=_require_finite, help="Oversubscription of the spine: downlinks over uplinks."),
 ]
-Skew = Annotated[float, typer.Option(min=0.0, help="The i-th expert's popularity is 1 / i^skew.")]
+Skew = Annotated[
+    float, typer.Option(min=0.0, max=20.0, callback=_require_finite, help="The i-th expert's popularity is 1 / i^skew.")
+]
 Calibration = Annotated[
     Path | None, typer.Option("--calibration", help="Machine file of `moe-dist calibrate`; instead of --gpu.")
 ]
@@ -72,9 +84,12 @@ def simulate(
     node_limit: Annotated[int, typer.Option(min=1, help="Limit of the nodes of a token's experts (node-limited).")] = 4,
     recluster_every: Annotated[int, typer.Option(min=1, help="Steps between re-clusterings.")] = 100,
     resident: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of clusters kept on the GPU (offload).")
+        float,
+        typer.Option(min=0.0, max=1.0, callback=_require_finite, help="Share of clusters kept on the GPU (offload)."),
     ] = 0.5,
-    overlap: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the all-to-all that is hidden.")] = 0.0,
+    overlap: Annotated[
+        float, typer.Option(min=0.0, max=1.0, callback=_require_finite, help="Share of the all-to-all that is hidden.")
+    ] = 0.0,
     vocabulary: Vocabulary = None,
     json_file: Json = None,
 ) -> None:

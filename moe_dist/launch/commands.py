@@ -65,7 +65,17 @@ def _devices(ranks: int) -> str:
 
 
 def mpirun(job: Job, exported: Iterable[str]) -> list[str]:
-    """Return Open MPI's command; `exported` names the variables that other machines receive too."""
+    """Return Open MPI's command; `exported` names the variables that other machines receive too.
+
+    Raises:
+        LaunchError: a machine is given by an IPv6 address, which Open MPI cannot tell from its number of ranks.
+    """
+    for node in job.nodes:
+        if ":" in str(node.host):
+            raise LaunchError(
+                f"--launcher mpi: mpirun's --host HOST:SLOTS cannot take the IPv6 address {node.host}: give the "
+                "machine a name, as in /etc/hosts, or use another launcher"
+            )
     hosts = ",".join(f"{node.host}:{node.ranks}" for node in job.nodes)
     command = ["mpirun", "-n", str(job.ranks), "--host", hosts, "--bind-to", "none"]
     names = [] if job.is_here else [word for name in sorted(exported) for word in ("-x", name)]

@@ -19,6 +19,7 @@ Kind = Literal["alone", "local", "deepspeed", "torchrun", "environment", "mpi", 
 INIT_METHOD = "MOE_DIST_INIT_METHOD"
 STARTER = "MOE_DIST_STARTER"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
@@ -79,6 +80,8 @@ def discover(environment: Mapping[str, str]) -> RankEnvironment:
     names = _names(environment)
     if names is None:
         return RankEnvironment("alone", 0, 1, 0, 1)
+    if names is _ENVIRONMENT and names.local_rank not in environment and names.local_world_size not in environment:
+        return _without_local_rank(environment)
     rank, world = number(environment, names.rank), number(environment, names.world_size)
     local_world = _local_world_size(environment, names, world)
     local_rank = number(environment, names.local_rank, default=rank if local_world == world else None)
@@ -87,6 +90,38 @@ def discover(environment: Mapping[str, str]) -> RankEnvironment:
     if local_world > world:
         raise LaunchError(f"{names.local_world_size}={local_world} is more than {names.world_size}={world}")
     return RankEnvironment(names.kind, rank, world, local_rank, local_world)
+
+
+def _without_local_rank(environment: Mapping[str, str]) -> RankEnvironment:
+    """Return the place of a process that is alone on its machine, as in a pod, since it has no local rank.
+
+    Raises:
+        LaunchError: several GPUs are visible, so that the process may be one of several here.
+    """
+    rank, world = number(environment, "RANK"), number(environment, "WORLD_SIZE")
+    _require_below("RANK", rank, "WORLD_SIZE", world)
+    gpus = visible_gpu_count(environment)
+    if gpus > 1 and world > 1:
+        raise LaunchError(
+            f"LOCAL_RANK is not set, and {gpus} GPUs are visible: set LOCAL_RANK, from 0 on each machine (0 if it runs "
+            "one process)"
+        )
+    here = environment.get("MASTER_ADDR") in LOOPBACK and "KUBERNETES_SERVICE_HOST" not in environment
+    if here and not gpus:
+        return RankEnvironment("environment", rank, world, rank, world)
+    return RankEnvironment("environment", rank, world, 0, 1)
+
+
+def visible_gpu_count(environment: Mapping[str, str]) -> int:
+    """Return the number of GPUs that torch could use here, without importing torch."""
+    listed = environment.get("CUDA_VISIBLE_DEVICES")
+    if listed in ("", "-1") or environment.get("DS_ACCELERATOR") == "cpu" or not has_gpu():
+        return 0
+    present = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdecimal()])
+    if listed is None:
+        return present
+    count = len([gpu for gpu in listed.split(",") if gpu.strip()])
+    return min(count, present) if present else count
 
 
 def _names(environment: Mapping[str, str]) -> _Names | None:

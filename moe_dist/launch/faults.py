@@ -131,7 +131,8 @@ def report(rank: int, world_size: int, error: BaseException) -> int:
     if not expected and not consequence:
         traceback.print_exception(error)
     if supervised_folder() is None:
-        print(f"moe-dist: {_message(fault, world_size, folder)}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # standard error may be a full file
+            print(f"moe-dist: {_message(fault, world_size, folder)}", file=sys.stderr, flush=True)
     return exit_code
 
 

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # started by path: import from the repository, not f
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
-from moe_dist.errors import EXIT_STOPPED, ConfigError, LaunchError
+from moe_dist.errors import EXIT_STOPPED, ConfigError, LaunchError, file_error
 from moe_dist.launch import environment, faults, rendezvous
 from moe_dist.launch.files import with_summary, writable
 from moe_dist.launch.options import from_json
@@ -58,7 +58,8 @@ def run_rank(
             time.sleep(REFUSAL_SECONDS)
         return faults.report(place.rank, place.world_size, error)
     except Exception as error:
-        return _exit(place, faults.report(place.rank, place.world_size, error))
+        known = file_error(error) if isinstance(error, OSError) else None
+        return _exit(place, faults.report(place.rank, place.world_size, known or error))
     faults.mark_done(place.rank)
     return 0
 
@@ -139,4 +140,6 @@ def main(arguments: Sequence[str] | None = None, task: str = TRAIN) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from moe_dist.launch import rank  # by its name, so that the watchdog's guard process finds `_abort`
+
+    sys.exit(rank.main())

@@ -71,7 +71,7 @@ class Progress:
 
     def note(self, message: str) -> None:
         """Print a permanent line above the display."""
-        self._console.print(message, markup=False, highlight=False)
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         if self._live is not None:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from moe_dist.config import RunConfig, dump_config
 from moe_dist.console import wide_console
+from moe_dist.errors import MoeDistError
 from moe_dist.metrics import Progress, RunFolder, render_summary
 from moe_dist.metrics.run_lock import RunLock
 from moe_dist.metrics.run_picture import write_picture
@@ -27,6 +28,9 @@ class Recorder:
     def folder(self) -> Path | None:
         """The run's folder; None on a rank that does not write it."""
         return None
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Write a file that belongs to the run."""
 
     def note(self, message: str) -> None:
         """Print a line above the progress display."""
@@ -71,14 +75,18 @@ class RunRecorder(Recorder):
     """
 
     def __init__(self, config: RunConfig, run: Path | None = None, step: int = 0, lock: RunLock | None = None) -> None:
-        options: dict[str, Any] = {"tensorboard": config.tensorboard, "summary_copy": config.summary_copy}
+        self._console = wide_console()
+        self._progress = Progress(config.train.steps, self._console)
+        options: dict[str, Any] = {
+            "tensorboard": config.tensorboard,
+            "summary_copy": config.summary_copy,
+            "warn": self._progress.note,
+        }
         if run is None:
             self._folder = RunFolder.create(config.runs_dir, config.name, dump_config(config), **options)
         else:
             self._folder = RunFolder.reopen(run, step, dump_config(config), lock=lock, **options)
         self._picture = config.picture
-        self._console = wide_console()
-        self._progress = Progress(config.train.steps, self._console)
 
     def __enter__(self) -> Self:
         self._folder.__enter__()
@@ -97,6 +105,10 @@ class RunRecorder(Recorder):
     def folder(self) -> Path:
         """The run's folder."""
         return self._folder.path
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Write a file into the folder, and write it again if the folder is removed."""
+        self._folder.keep(name, content)
 
     def note(self, message: str) -> None:
         """Print a line above the progress display."""
@@ -121,8 +133,11 @@ class RunRecorder(Recorder):
         self._folder.load(step, values)
 
     def traffic(self, values: dict[str, Any]) -> None:
-        """Write the traffic matrices."""
-        self._folder.write_traffic(values)
+        """Write the traffic matrices; training is complete without them."""
+        try:
+            self._folder.write_traffic(values)
+        except MoeDistError as error:
+            self.note(f"warning: {error}")
 
     def evaluation(self, step: int, tokens: int, loss: float) -> None:
         """Append a line to `events.jsonl` and one to `metrics.jsonl`; loss in nats per token."""
@@ -132,11 +147,11 @@ class RunRecorder(Recorder):
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary and show it in place of the progress display."""
-        self._folder.write_summary(summary)
-        self._folder.event("finished", summary["steps"])
         self._progress.__exit__(None, None, None)
         picture = write_picture(self._folder.path, summary) if self._picture else None
         render_summary(summary, self._console, self._folder.path, picture)
+        self._folder.write_summary(summary)
+        self._folder.event("finished", summary["steps"])
 
 
 def perplexity(loss: float) -> float:

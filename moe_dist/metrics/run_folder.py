@@ -9,25 +9,35 @@
     summary.json    the figures of the finished run
     .lock           held while a job writes the folder
 
-Lines are written whole and flushed, so that the folder of a run that is interrupted or killed is readable.
+Lines are written whole and at once, so that the folder of a run that is interrupted or killed is readable.
 """
 
 import json
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from moe_dist.errors import ConfigError
+from moe_dist.metrics.append_file import AppendFile
 from moe_dist.metrics.json_text import strict_json, write_json
 from moe_dist.metrics.run_lock import RunLock
-from moe_dist.metrics.summary import flatten, missing_keys
+from moe_dist.metrics.summary import missing_keys
+from moe_dist.metrics.tensorboard import open_board, scalars
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class RunFolder:
     """Writer of one run's files, on rank 0.
+
+    A full disk loses nothing: what cannot be written stays in memory and is written when that is possible again. A
+    folder that is removed is made again, without what it held.
 
     Attributes:
         path: the folder; its name is the run's, with a number if that name was taken.
@@ -37,24 +47,33 @@ class RunFolder:
         self,
         path: Path,
         lock: RunLock,
+        config_yaml: str,
         *,
         tensorboard: bool = True,
         summary_copy: str | Path | None = None,
         step: int | None = None,
+        warn: Callable[[str], None] = _to_stderr,
     ) -> None:
         """Open the folder's files.
 
         Args:
             lock: the folder's lock, released by `close`.
+            config_yaml: content of `config.yaml`.
             step: step after which a run resumes; None: a new run.
+            warn: called with a line when files can no longer be written, and when they can be again.
         """
         self.path = path
-        self._lock, self._summary_copy = lock, summary_copy
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._events = (path / "events.jsonl").open("a", encoding="utf-8")
-        self._loads: TextIO | None = None
-        self._board = _open_tensorboard(path / "tensorboard", step) if tensorboard else None
+        self._lock, self._summary_copy, self._warn = lock, summary_copy, warn
+        self._kept = {"config.yaml": config_yaml.encode()}
+        self._metrics = AppendFile(path / "metrics.jsonl")
+        self._events = AppendFile(path / "events.jsonl", b"" if step is None else _first_line(path / "events.jsonl"))
+        self._loads = AppendFile(path / "load.jsonl")
+        self._board = open_board(path, step) if tensorboard else None
         self._last_step = step or 0
+        self._foreign = False
+        self._trouble: str | None = None
+        self._append(self._metrics, b"")
+        self._append(self._events, b"")
 
     @classmethod
     def create(
@@ -62,25 +81,23 @@ class RunFolder:
         runs_dir: str | Path,
         name: str,
         config_yaml: str,
-        *,
-        tensorboard: bool = True,
-        summary_copy: str | Path | None = None,
+        **options: Any,
     ) -> Self:
         """Create a new folder, `<name>`, or `<name>-2`, `<name>-3`, ... if earlier runs have those names.
 
         Args:
             config_yaml: content of `config.yaml`.
-            summary_copy: a file that also receives the summary (`--json FILE`).
+            options: further arguments of the constructor.
 
         Raises:
             ConfigError: the folder cannot be created.
         """
         try:
             path = _claim_folder(Path(runs_dir), name)
+            (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"runs_dir={str(runs_dir)!r}: cannot create a run folder: {error.strerror}") from error
-        (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        return cls(path, RunLock(path), tensorboard=tensorboard, summary_copy=summary_copy)
+        return cls(path, RunLock(path), config_yaml, **options)
 
     @classmethod
     def reopen(
@@ -90,8 +107,7 @@ class RunFolder:
         config_yaml: str,
         *,
         lock: RunLock | None = None,
-        tensorboard: bool = True,
-        summary_copy: str | Path | None = None,
+        **options: Any,
     ) -> Self:
         """Reopen the folder of a run that resumes after `step`, and remove the lines of later steps.
 
@@ -99,6 +115,7 @@ class RunFolder:
 
         Args:
             lock: the folder's lock, if the caller has acquired it.
+            options: further arguments of the constructor.
 
         Raises:
             ConfigError: the folder cannot be written, or another job is writing it.
@@ -112,22 +129,32 @@ class RunFolder:
         except OSError as error:
             lock.release()
             raise ConfigError(f"{path}: cannot resume this run: {error.strerror}") from error
-        return cls(path, lock, tensorboard=tensorboard, summary_copy=summary_copy, step=step)
+        return cls(path, lock, config_yaml, step=step, **options)
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Write a file that belongs to the run, and write it again if the folder is removed.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        self._kept[name] = content
+        try:
+            (self.path / name).write_bytes(content)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path / name}: cannot be written: {error.strerror}: free space, or choose another runs_dir"
+            ) from error
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`, and each number in it to TensorBoard under its dotted key."""
         self._last_step = step
-        self._write_line(self._metrics, {"step": step, "time": time.time(), **values})
+        self._append_line(self._metrics, {"step": step, "time": time.time(), **values})
         if self._board is not None:
-            for key, value in flatten(values):
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._board.add_scalar(key.replace(".", "/", 1), value, step)
+            self._append(self._board, scalars(step, values))
 
     def load(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a line to `load.jsonl`; a model without experts has no such file."""
-        if self._loads is None:
-            self._loads = (self.path / "load.jsonl").open("a", encoding="utf-8")
-        self._write_line(self._loads, {"step": step, "time": time.time(), **values})
+        self._append_line(self._loads, {"step": step, "time": time.time(), **values})
 
     def write_traffic(self, traffic: Mapping[str, Any]) -> None:
         """Write `traffic.json` atomically."""
@@ -135,7 +162,10 @@ class RunFolder:
 
     def event(self, name: str, step: int, **fields: Any) -> None:
         """Append a line to `events.jsonl`."""
-        self._write_line(self._events, {"event": name, "step": step, "time": time.time(), **fields})
+        line = {"event": name, "step": step, "time": time.time(), **fields}
+        self._append_line(self._events, line)
+        if not self._events.header:
+            self._events.header = _encoded(line)  # names the run, for a later resumption
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json` (and its copy) atomically.
@@ -152,12 +182,13 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the files; may be called twice."""
-        self._metrics.close()
-        self._events.close()
-        if self._loads is not None:
-            self._loads.close()
-        if self._board is not None:
-            self._board.close()
+        for file in self._files():
+            if file.pending:
+                self._append(file, b"")
+        if lost := [file.path.name for file in self._files() if file.pending or file.dropped]:
+            self._warn(f"warning: {self.path}: the last records of {', '.join(lost)} are lost ({self._trouble})")
+        for file in self._files():
+            file.close()
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -172,10 +203,76 @@ class RunFolder:
             self.event("failed", self._last_step, error=f"{type(error).__name__}: {error}")
         self.close()
 
-    @staticmethod
-    def _write_line(file: Any, record: Mapping[str, Any]) -> None:
-        file.write(strict_json(record) + "\n")
-        file.flush()
+    def _files(self) -> list[AppendFile]:
+        return [self._metrics, self._events, self._loads, *([] if self._board is None else [self._board])]
+
+    def _append_line(self, file: AppendFile, record: Mapping[str, Any]) -> None:
+        self._append(file, _encoded(record))
+
+    def _append(self, file: AppendFile, record: bytes) -> None:
+        try:
+            self._make_again_if_removed()
+            if self._foreign:
+                return
+            if file is self._board:
+                file.path.parent.mkdir(exist_ok=True)
+            file.append(record)
+        except OSError as error:
+            self._warn_once(file, error)
+            return
+        if self._trouble is not None and not any(file.pending for file in self._files()):
+            self._trouble = None
+            dropped = sum(file.dropped for file in self._files())
+            lost = f"{dropped} records are lost" if dropped else "no metric or event is lost"
+            self._warn(f"{self.path} can be written again: {lost}")
+
+    def _warn_once(self, file: AppendFile, error: OSError) -> None:
+        if self._trouble is None:
+            self._warn(
+                f"warning: {file.path} cannot be written: {error.strerror}: training continues, and keeps metrics and "
+                f"events in memory until {self.path} can be written"
+            )
+        self._trouble = error.strerror
+
+    def _make_again_if_removed(self) -> None:
+        """Create the folder again if it was removed, with its configuration and the other files kept for it.
+
+        Raises:
+            OSError: it cannot be created.
+            ConfigError: another job uses a folder of that name by now.
+        """
+        if self._foreign or self._lock.in_place():
+            return
+        removed = not (self.path / "config.yaml").exists()
+        if removed:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name, content in self._kept.items():
+                (self.path / name).write_bytes(content)
+        self._lock.release()
+        try:
+            self._lock = RunLock(self.path)
+        except ConfigError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            self._foreign = True
+            raise
+        if removed:
+            self._warn(
+                f"warning: {self.path} was removed during the run: its metrics and checkpoints of up to step "
+                f"{self._last_step} are lost; the folder is created again and training continues"
+            )
+
+
+def _encoded(record: Mapping[str, Any]) -> bytes:
+    return (strict_json(record) + "\n").encode()
+
+
+def _first_line(file: Path) -> bytes:
+    try:
+        with file.open("rb") as lines:
+            return lines.readline()
+    except OSError:
+        return b""
 
 
 def _claim_folder(runs_dir: Path, name: str) -> Path:
@@ -205,9 +302,3 @@ def _cut_back(file: Path, step: int | None) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}.part")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(file)
-
-
-def _open_tensorboard(path: Path, step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # imported here: it loads torch
-
-    return SummaryWriter(log_dir=str(path), flush_secs=10, purge_step=None if step is None else step + 1)

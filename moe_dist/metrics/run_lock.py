@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from moe_dist.errors import ConfigError
@@ -35,8 +36,9 @@ class RunLock:
         Raises:
             ConfigError: another job holds it, or the folder cannot be written.
         """
+        self._path = run / LOCK
         try:
-            self._descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise ConfigError(f"{run}: cannot be locked for this job: {error.strerror}") from error
         deadline = time.monotonic() + (PATIENCE_SECONDS if patience is None else patience)
@@ -67,9 +69,19 @@ class RunLock:
                 error.strerror,
             )
             return True
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: only the refusal of a second job lacks the owner
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         return True
+
+    def in_place(self) -> bool:
+        """Return True if the locked file is still the one in the folder."""
+        if self._descriptor < 0:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Release the lock; may be called twice."""

@@ -14,29 +14,30 @@ BLUE, GRAY, RED = "#2a6fb0", "#b8c0c8", "#c8553d"
 def write_picture(folder: Path, summary: Mapping[str, Any]) -> Path | None:
     """Draw the figures of a run folder; return the file, or None if it cannot be drawn or written."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib.figure import Figure
-    except ImportError:
+        _draw(folder, summary).savefig(folder / PICTURE, dpi=110)
+    except (ImportError, OSError, json.JSONDecodeError):  # no matplotlib; a full disk, and a line that it cut
         return None
+    return folder / PICTURE
+
+
+def _draw(folder: Path, summary: Mapping[str, Any]) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
     steps = _lines(folder / "metrics.jsonl")
     events = _lines(folder / "events.jsonl")
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     axes = figure.subplots(2, 3)
-    name = f"{summary.get('name', folder.name)}: {_line(summary)}"
-    figure.suptitle(name, fontsize=11)
+    figure.suptitle(f"{summary.get('name', folder.name)}: {_line(summary)}", fontsize=11)
     _loss(axes[0, 0], steps, events)
     _balance(axes[0, 1], steps)
     _moves(axes[0, 2], events)
     _pair(axes[1, 0], "all-to-all, bytes per token and layer", "flat routing", "this run", *_of(summary, "all_to_all"))
     _pair(axes[1, 1], "parameters of experts, million", "standard", "this run", *_of(summary, "parameters"))
     _pair(axes[1, 2], "training state of rank 0, MB", "dense model", "on the device", *_of(summary, "memory"))
-    try:
-        figure.savefig(folder / PICTURE, dpi=110)
-    except OSError:
-        return None
-    return folder / PICTURE
+    return figure
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

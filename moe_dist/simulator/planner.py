@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import isqrt
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from moe_dist.simulator.step_time import Scenario, StepTime, step_time
 from moe_dist.simulator.strategies import Strategy
 
 MOST_REPLICAS = 16  # drawn for a plan: enough to include a slow one
+LARGEST_MICRO_BATCH = 1 << 16
+"""Largest micro-batch per rank that is considered, sequences; so any global batch size is planned at once."""
 GIB = 2.0**30
 
 
@@ -106,15 +109,21 @@ def layouts(config: RunConfig, ranks: int) -> Iterator[LayoutOption]:
 
 def _shapes(config: RunConfig, ranks: int) -> Iterator[WorldShape]:
     clusters, shards = config.moe.layer_kind.units(config.moe)
-    for cluster in _divisors(clusters):
-        for shard in _divisors(shards):
+    for cluster in _divisors(clusters, ranks):
+        for shard in _divisors(shards, ranks):
             shape = WorldShape(ranks // (cluster * shard), cluster, shard)
             if shape.ranks == ranks:
                 yield shape
 
 
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+def _divisors(number: int, most: int = LARGEST_MICRO_BATCH) -> list[int]:
+    """Return the divisors up to `most`, ascending; found in pairs where the square root is the lower limit."""
+    root = isqrt(number)
+    low = [divisor for divisor in range(1, min(root, most) + 1) if number % divisor == 0]
+    if most <= root:
+        return low
+    high = [number // divisor for divisor in reversed(low) if divisor * divisor != number]
+    return low + [divisor for divisor in high if divisor <= most]
 
 
 def settled(config: RunConfig, layout: LayoutOption) -> RunConfig:

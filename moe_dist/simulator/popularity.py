@@ -27,7 +27,7 @@ def recorded(run: Path, experts: int) -> Floats:
     """Return popularity_LE of a run folder: from `load.jsonl`, or from `routing.npz` of a traffic measurement.
 
     Raises:
-        ConfigError: the folder has neither, or another number of experts.
+        ConfigError: the folder has neither, or another number of experts, or a layer without any token.
     """
     counts_LE = _from_loads(run / "load.jsonl") if (run / "load.jsonl").exists() else _from_routing(run, experts)
     if counts_LE is None:
@@ -36,6 +36,11 @@ def recorded(run: Path, experts: int) -> Floats:
         )
     if counts_LE.shape[1] != experts:
         raise ConfigError(f"--trace {run}: is of {counts_LE.shape[1]} experts, the configuration has {experts}")
+    if not (np.isfinite(counts_LE).all() and (counts_LE >= 0).all() and counts_LE.sum(axis=1).all()):
+        raise ConfigError(
+            f"--trace {run}: a layer has no token, or counts that are negative or not finite: give a run that "
+            "has trained"
+        )
     counts_LE = counts_LE + 1e-9 * counts_LE.sum()  # an expert that was never chosen can be
     popularity_LE: Floats = counts_LE / counts_LE.sum(axis=1, keepdims=True)
     return popularity_LE

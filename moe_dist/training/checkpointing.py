@@ -122,5 +122,7 @@ class RunCheckpoints(Callback):
             self._recorder.note(f"warning: {saved.error}")
             self._recorder.event("checkpoint_failed", saved.step, error=saved.error)
             return
+        if saved.warning is not None:
+            self._recorder.note(f"warning: {saved.warning}")
         times = {"stall_seconds": saved.stall_seconds, "seconds": saved.seconds}
         self._recorder.event("checkpoint", saved.step, path=str(saved.path.relative_to(self._run)), **times)

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from moe_dist.checkpoint.stateful import Stateful
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
+from moe_dist.console import tolerant_output
 from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
 from moe_dist.data.prepare import TOKENIZER
 from moe_dist.dispatch.layout_advice import layout_advice
@@ -23,13 +23,14 @@ from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
-from moe_dist.errors import DataError, TrainingError
+from moe_dist.errors import DataError, TrainingError, file_error
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.recluster.coordinator import Coordinator
 from moe_dist.training.checkpointing import RunCheckpoints
 from moe_dist.training.finished_run import show_if_finished
+from moe_dist.training.hang_guard import end_process
 from moe_dist.training.learning_rate import learning_rate
 from moe_dist.training.metrics_logger import MetricsLogger
 from moe_dist.training.overlap_choice import OverlapChoice
@@ -39,7 +40,7 @@ from moe_dist.training.summary import description, run_summary
 from moe_dist.training.summary_metrics import traffic_matrices
 from moe_dist.training.validation import validation_loss
 from moe_dist.training.warmup import StandardWarmup
-from moe_dist.training.watchdog import Watchdog, end_process, watched_seconds
+from moe_dist.training.watchdog import Watchdog, watched_seconds
 
 
 def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process) -> bool:
@@ -54,6 +55,15 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
     Raises:
         MoeDistError: data, launch or training failed with an error that the user can fix.
     """
+    with tolerant_output():
+        try:
+            return _train(config, give_up)
+        except OSError as error:
+            folders = f"runs_dir={config.runs_dir} or corpus.cache_dir={config.corpus.cache_dir}"
+            raise (file_error(error, folders) or error) from error
+
+
+def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
     process = init_distributed(config.world)
     shape = resolve_world(config, process.ranks)
     if show_if_finished(config, process.rank):
@@ -65,16 +75,22 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
     _require_same_data(data, process)
     resumption = find_resumption(config, data)
     recorder = open_recorder(config, process.rank, resumption)
-    if recorder.folder is not None:
-        shutil.copyfile(data.tokenizer_path, recorder.folder / TOKENIZER)  # an evaluation may not have the text
     with recorder, StopSignals() as signals:
+        if process.rank == 0:
+            recorder.keep(TOKENIZER, data.tokenizer_path.read_bytes())  # an evaluation may not have the text
         trainer = Trainer(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
 
         def hangs(error: TrainingError) -> None:
             recorder.event("failed", trainer.steps_done, error=str(error))
             give_up(error)
 
-        watchdog = Watchdog(watched_seconds(config), trainer.checkpoints.run, process.rank, hangs)
+        def paused(seconds: float) -> None:
+            recorder.note(f"the process did not run for {seconds:.0f} s (suspended): training continues")
+            recorder.event("paused", trainer.steps_done, seconds=seconds)
+
+        run = trainer.checkpoints.run
+        events = run / "events.jsonl" if process.rank == 0 else None
+        watchdog = Watchdog(watched_seconds(config), run, process.rank, hangs, give_up, events, paused)
         with trainer, watchdog:
             trainer.callbacks.insert(0, watchdog)
             if resumption is not None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moe_dist.checkpoint.async_saver import CheckpointSaver
+from moe_dist.checkpoint import save_and_load
 from moe_dist.checkpoint.store import check, checkpoints_of
 from moe_dist.config import load_config
 from moe_dist.data import SequenceLoader
@@ -241,7 +242,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(folder: Path) -> None:
 
 def _write_late(words: list[str]) -> None:
     """The checkpoint of step 3 is written only when step 5 has begun: training that waited for it would never end."""
-    reached, write, steps = threading.Event(), CheckpointSaver._write, iter(range(1, 100))
+    reached, write, steps = threading.Event(), save_and_load.write_checkpoint, iter(range(1, 100))
     before = DeepSpeedEngine.forward_backward
 
     def forward_backward(self: DeepSpeedEngine, sequences_BS: Tensor, *args: Any) -> StepOutcome:
@@ -249,13 +250,13 @@ def _write_late(words: list[str]) -> None:
             reached.set()
         return before(self, sequences_BS, *args)
 
-    def late(self: CheckpointSaver, *args: Any) -> None:
+    def late(*args: Any) -> None:
         assert reached.wait(60)
-        write(self, *args)
+        write(*args)
 
     DeepSpeedEngine.forward_backward = forward_backward  # type: ignore[method-assign, assignment]
-    CheckpointSaver._write = late  # type: ignore[method-assign,assignment]
-    _train(words)
+    with mock.patch("moe_dist.checkpoint.async_saver.write_checkpoint", late):
+        _train(words)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`make soak`: kills and resumes runs until they end, and compares them with an undisturbed one to the last bit."""
+"""`make soak`: disturbs and resumes runs until they end, and compares them with an undisturbed one to the last bit."""
 
 import argparse
 import json
@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from moe_dist.checkpoint.store import check, checkpoints_of, step_of
 from moe_dist.errors import CheckpointError
+from tests.soak.disturbances import KINDS, Disturbance, SecondJob
 from tests.soak.kill_points import PARTS, KillPoint
-from tests.soak.lives import RANKS, live
+from tests.soak.lives import RANKS, Life, live, work
 
 STEPS, EVERY = 24, 2
 WORDS = [
@@ -35,17 +36,19 @@ SIGNALS = {"any time": signal.SIGKILL, "SIGUSR1": signal.SIGUSR1, "SIGTERM": sig
 class Tally:
     """What the soak has seen so far."""
 
-    kills: Counter[str] = field(default_factory=Counter)
+    events: Counter[str] = field(default_factory=Counter)
+    one_line_ends: int = 0
     runs: int = 0
     repeated_steps: int = 0
     problems: list[str] = field(default_factory=list)
 
 
 class Soak:
-    """Runs in `folder` that are killed until `kills` of them have been."""
+    """Runs in `folder` that are disturbed until `events` of them have been, or the time is over."""
 
-    def __init__(self, folder: Path, kills: int, seed: int) -> None:
-        self._folder, self._kills, self._random = folder, kills, random.Random(seed)
+    def __init__(self, folder: Path, events: int, minutes: float, seed: int) -> None:
+        self._folder, self._events, self._random = folder, events, random.Random(seed)
+        self._deadline = time.monotonic() + 60 * minutes
         self.tally = Tally()
         self._lines: dict[str, int] = {}
         self._seconds = 0.0
@@ -57,28 +60,58 @@ class Soak:
             life = live(self._words(f"straight-{part}"), KillPoint(part, 0, 0))
             assert life.finished, life.error
             self._lines[part], self._seconds = min(life.lines), time.monotonic() - started
-        while sum(self.tally.kills.values()) < self._kills and len(self.tally.problems) < 5:
+        while not self._enough() and len(self.tally.problems) < 5:
             self._one_run(f"run-{self.tally.runs}")
             self.tally.runs += 1
             print(json.dumps(self.summary()), flush=True)
 
     def summary(self) -> dict[str, Any]:
-        return {**vars(self.tally), "kills": dict(self.tally.kills), "killed": sum(self.tally.kills.values())}
+        return {**vars(self.tally), "events": dict(self.tally.events), "event_count": self.tally.events.total()}
+
+    def _enough(self) -> bool:
+        return self.tally.events.total() >= self._events or time.monotonic() > self._deadline
 
     def _one_run(self, name: str) -> None:
-        done = 0
+        done, whole = 0, True
         while True:
-            point, after = self._choose()
-            grace, signum = self._random.choice([0.0, 0.3, 1.0]), SIGNALS.get(point.part, signal.SIGKILL)
-            life = live(self._words(name), point, after, grace, signum)
+            if self._random.random() < 0.5:
+                life, disturbance = self._disturbed(name)
+                if disturbance.begun:
+                    self.tally.events[disturbance.name] += 1
+                if disturbance.begun and disturbance.loses_checkpoints:
+                    done, whole = 0, False
+                if disturbance.problem:
+                    self.tally.problems.append(f"{name}: {disturbance.problem}")
+                    return
+                if life.error and disturbance.may_stop and _is_one_line(life.error):
+                    self.tally.one_line_ends += 1
+                    continue
+            else:
+                point, after = self._choose()
+                grace, signum = self._random.choice([0.0, 0.3, 1.0]), SIGNALS.get(point.part, signal.SIGKILL)
+                life = live(self._words(name), point, after, grace, signum)
+                if not life.finished:
+                    self.tally.events[point.part] += 1
             if life.error:
-                self.tally.problems.append(f"{name}, {point}: {life.error.strip().splitlines()[-1]}")
+                self.tally.problems.append(f"{name}: {life.error.strip()}")
                 return
             if life.finished:
                 break
-            self.tally.kills[point.part] += 1
             done = self._look(self._newest(name), done)
-        self._compare(self._newest(name))
+        self._compare(self._newest(name), whole)
+
+    def _disturbed(self, name: str) -> tuple[Life, Disturbance]:
+        """Train with one disturbance, from a random time on."""
+        kind = self._random.choice(KINDS)
+        after, seconds = self._random.uniform(0.0, 0.9 * self._seconds), self._random.choice([0.2, 1.0, 3.0])
+        words = [*self._words(name), *kind.words]
+        if kind is SecondJob:
+            disturbance: Disturbance = SecondJob(work, words, after, seconds, lambda: self._newest(name))
+        else:
+            disturbance = kind(after, seconds, lambda: self._newest(name))
+        life = live(words, KillPoint("none", 0, 0), disturbance=disturbance)
+        disturbance.settle()
+        return life, disturbance
 
     def _choose(self) -> tuple[KillPoint, float | None]:
         """A point within the next quarter of a run: it dies several times, and lives when less than that is left."""
@@ -102,13 +135,15 @@ class Soak:
             self.tally.repeated_steps += max(0, _last_step(run) - newest)
         return newest
 
-    def _compare(self, run: Path | None) -> None:
+    def _compare(self, run: Path | None, whole: bool) -> None:
+        """Compare figures and weights with an undisturbed run; a removed folder has lost its first figures."""
         assert run is not None
         straight = self._folder / "runs" / "straight-step"
-        if _figures(run) != _figures(straight):
+        found, wanted = _figures(run), _figures(straight)
+        if found != wanted[0 if whole else len(wanted) - len(found) :]:
             self.tally.problems.append(f"{run}: other figures than {straight}")
-        found, wanted = _weights(run), _weights(straight)
-        different = [name for name, value in wanted.items() if not torch.equal(found[name], value)]
+        weights = _weights(run)
+        different = [name for name, value in _weights(straight).items() if not torch.equal(weights[name], value)]
         if different:
             self.tally.problems.append(f"{run}: other weights than {straight}: {different[:3]}")
 
@@ -120,6 +155,12 @@ class Soak:
 
     def _words(self, name: str) -> list[str]:
         return [*WORDS, f"runs_dir={self._folder}/runs", f"corpus.cache_dir={self._folder}/cache", f"name={name}"]
+
+
+def _is_one_line(error: str) -> bool:
+    """Return True if a rank ended by an error meant for the user, or by the end of a peer."""
+    last = error.strip().splitlines()[-1]
+    return last.startswith("moe_dist.errors.") or "ConnectionError" in last or "Connection" in last
 
 
 def _figures(run: Path) -> list[Any]:
@@ -141,14 +182,17 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.soak", description="Kill and resume training, many times.")
-    parser.add_argument("--kills", type=int, default=200)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak", description="Disturb and resume training, many times."
+    )
+    parser.add_argument("--events", type=int, default=300, help="kills, signals, suspensions, full disks, ...")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="limit of the time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
     words = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="moe-dist-soak-") as folder:
-        soak = Soak(Path(folder), words.kills, words.seed)
+        soak = Soak(Path(folder), words.events, words.minutes, words.seed)
         soak.run()
     result = {**soak.summary(), "minutes": round((time.monotonic() - started) / 60, 1), "seed": words.seed}
     print(json.dumps(result, indent=1))

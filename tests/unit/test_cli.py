@@ -297,3 +297,23 @@ def test_bench_layer_takes_what_is_given_and_writes_json(
     assert (code, out) == (0, "a table\n")
     assert specs == [LayerBenchSpec(tokens=64, top_k=(2, 4), dtypes=("float32",), vectors=False, backend="masked")]
     assert json.loads(target.read_text()) == {"ratio": None}
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "--skew", "inf"], ["simulate", "--oversubscription", "inf"], ["simulate", "--resident", "nan"]]
+)
+def test_infinite_options_are_refused(moe_dist: Any, config: str, words: list[str]) -> None:
+    command, *options = words
+    code, _, error = moe_dist(command, config, *options)
+    assert code == 2
+    assert options[0] in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no Linux")
+def test_a_full_standard_output_is_one_line(config: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "moe_dist", "config", config]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "moe-dist: error: standard output cannot be written: No space left on device\n"

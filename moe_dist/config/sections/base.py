@@ -25,7 +25,13 @@ def _integer_of_float(value: object) -> object:
 def _expanded(path: str) -> str:
     if "\0" in path:
         raise ValueError("a path holds no NUL character")
-    return os.path.expanduser(path)
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(
+            f"{path.partition('/')[0]} is no known folder (HOME is not set, and the user has no passwd entry): set "
+            "HOME, or give a path without ~"
+        )
+    return expanded
 
 
 Positive = Annotated[int, Field(ge=1, le=LARGEST_INTEGER)]

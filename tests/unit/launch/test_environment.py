@@ -82,6 +82,39 @@ def test_an_impossible_environment_is_one_line(change: dict[str, str | None], pa
         assert part in str(caught.value)
 
 
+POD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_pod_without_a_local_rank_is_alone_on_its_machine(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "visible_gpu_count", lambda variables: gpus)
+    assert discover(POD) == RankEnvironment("environment", 1, 2, 0, 1)
+    master = {**POD, "RANK": "0", "MASTER_ADDR": "localhost", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    assert discover(master) == RankEnvironment("environment", 0, 2, 0, 1)
+
+
+def test_without_a_local_rank_several_gpus_are_ambiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "visible_gpu_count", lambda variables: 4)
+    with pytest.raises(LaunchError, match=r"LOCAL_RANK is not set, and 4 GPUs are visible: [^\n]+$"):
+        discover(POD)
+    assert discover({**POD, "LOCAL_RANK": "1"}) == RankEnvironment("environment", 1, 2, 1, 2)
+    with pytest.raises(LaunchError, match="RANK=2 must be less than"):
+        discover({**POD, "RANK": "2"})
+
+
+def test_ranks_that_meet_on_the_loopback_share_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "visible_gpu_count", lambda variables: 0)
+    assert discover({**POD, "MASTER_ADDR": "127.0.0.1"}) == RankEnvironment("environment", 1, 2, 1, 2)
+
+
+@pytest.mark.parametrize(("listed", "count"), [("", 0), ("-1", 0), ("3", 1), ("0,1", 2), ("GPU-8a,GPU-9b", 2)])
+def test_visible_gpus_are_counted(listed: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "has_gpu", lambda: True)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
+    assert environment.visible_gpu_count({"CUDA_VISIBLE_DEVICES": listed}) == count
+    assert environment.visible_gpu_count({"CUDA_VISIBLE_DEVICES": listed, "DS_ACCELERATOR": "cpu"}) == 0
+
+
 def test_tasks_that_slurm_does_not_count_are_refused() -> None:
     with pytest.raises(LaunchError, match=r"SLURM_STEP_TASKS_PER_NODE='2\(x2\),1' .* SLURM_NODEID=3"):
         discover({**SRUN, **RENDEZVOUS, "SLURM_NODEID": "3"})

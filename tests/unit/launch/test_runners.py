@@ -15,6 +15,7 @@ from moe_dist.launch import commands, runners
 from moe_dist.launch import job as jobs
 from moe_dist.launch.commands import node_command
 from moe_dist.launch.environment import free_port
+from moe_dist.launch.hostfile import read_hostfile
 from moe_dist.launch.job import RANK_SCRIPT, Job, JobSize, Launcher, plan
 
 
@@ -129,6 +130,11 @@ def test_machines_come_from_the_host_file(config: str, hostfile: Path, size: dic
         ("deepspeed", {}, "n1 slots=0", "line 1"),
         ("deepspeed", {}, "-oProxyCommand=x slots=2", "line 1"),
         ("deepspeed", {}, "n1 slots=1\nn1 slots=2", "line 2: n1 is listed twice"),
+        ("deepspeed", {}, "n1 slots=1\n\nme@N1. slots=2", "line 3: me@N1. is the machine of n1"),
+        ("deepspeed", {}, "localhost slots=1\n127.0.0.1 slots=2", "line 2: 127.0.0.1 is the machine of localhost"),
+        ("deepspeed", {}, "0::1 slots=1\nlocalhost slots=2", "line 2: localhost is the machine of 0::1 (this machine)"),
+        ("deepspeed", {}, "n1 slots=" + "9" * 30, "line 1: slots=99999999999999999999 must be <= 4096"),
+        ("deepspeed", {}, "n1 slots=4097", "line 1: slots=4097 must be <= 4096"),
         ("deepspeed", {}, "# nothing", "lists no host"),
         ("slurm", {}, HOSTS, "--hostfile does not go with --launcher slurm"),
         ("slurm", {"nodes": 3, "ranks": 4}, None, "4 ranks cannot be divided over --nodes 3"),
@@ -158,6 +164,22 @@ def test_each_machine_gets_its_part(config: str, hostfile: Path) -> None:
     assert {"deepspeed.launcher.launch", "--node_rank=1", "--master_addr=n1", "--master_port=1234"} < set(deepspeed)
     (world,) = [word.partition("=")[2] for word in deepspeed if word.startswith("--world_info")]
     assert json.loads(base64.urlsafe_b64decode(world)) == {"n1": [0, 1], "n2": [0, 1, 2]}
+
+
+def test_mpirun_takes_no_ipv6_address(config: str, tmp_path: Path) -> None:
+    (tmp_path / "six").write_text("fe80::1 slots=2\nfe80::2 slots=2\n")
+    job = plan(Launcher.MPI, JobSize(hostfile=tmp_path / "six"), config, FREE)
+    with pytest.raises(LaunchError, match=r"mpirun's --host HOST:SLOTS cannot take the IPv6 address fe80::1: give the"):
+        commands.mpirun(job, [])
+
+
+def test_names_of_one_address_are_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = {"a": "10.0.0.1", "a.lab": "10.0.0.1", "b": "10.0.0.2"}
+    found = {name: [(None, None, None, "", (address, 0))] for name, address in addresses.items()}
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, port: found[host])
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\na.lab slots=1\n")
+    with pytest.raises(LaunchError, match=r"line 3: a.lab is the machine of a \(10.0.0.1\), see line 1"):
+        read_hostfile(tmp_path / "hosts")
 
 
 def test_mpirun_command(config: str, hostfile: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape, load_config
 from moe_dist.errors import ConfigError
+from moe_dist.simulator import planner
 from moe_dist.simulator.hardware import DEVICES, Fabric, device_named
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.planner import layouts, plan
@@ -257,3 +258,22 @@ def test_a_plan_that_cannot_be_says_what_could() -> None:
         plan(large, _fabric(3, 8), 32000, 0.2)
     with pytest.raises(ConfigError, match="--gpu 'h1000' is unknown"):
         device_named("h1000")
+
+
+@pytest.mark.parametrize("counts", ["[[0, 0], [3, 1]]", "[[1, NaN], [3, 1]]", "[[2, -1], [3, 1]]"])
+def test_a_trace_without_tokens_is_refused(tmp_path: Path, counts: str) -> None:
+    (tmp_path / "load.jsonl").write_text(f'{{"experts": {counts}}}\n')
+    with pytest.raises(ConfigError, match=r"--trace \S+: a layer has no token, or counts [^\n]+$"):
+        recorded(tmp_path, 2)
+
+
+@pytest.mark.parametrize(("number", "most"), [(1, 9), (36, 100), (36, 6), (36, 5), (97, 97), (80_000_000_000, 65_536)])
+def test_divisors_are_those_of_a_linear_search(number: int, most: int) -> None:
+    assert planner._divisors(number, most) == [k for k in range(1, min(number, most) + 1) if number % k == 0]
+
+
+def test_a_batch_beyond_all_machines_is_planned() -> None:
+    config = load_config(None, ["train.global_batch_size=80000000000"])
+    found = [layout.batch.micro for layout in planner.layouts(config, 8)]
+    assert max(found) <= planner.LARGEST_MICRO_BATCH
+    assert planner._divisors(2**63 - 25) == [1]  # a prime, which nothing may try to find
