@@ -91,11 +91,9 @@ def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
         run = trainer.checkpoints.run
         events = run / "events.jsonl" if process.rank == 0 else None
         watchdog = Watchdog(watched_seconds(config), run, process.rank, hangs, give_up, events, paused)
-        with trainer, watchdog:
+        with trainer:
             trainer.callbacks.insert(0, watchdog)
-            if resumption is not None:
-                trainer.resume(resumption)
-            stopped = trainer.run(signals)
+            stopped = trainer.run(signals, resumption)
     shutdown()
     return stopped
 
@@ -187,10 +185,6 @@ class Trainer:
             parts |= callback.state()
         return parts
 
-    def resume(self, resumption: Resumption) -> None:
-        """Restore the state of a checkpoint; collective."""
-        self.checkpoints.restore(resumption)
-
     def release_model(self) -> None:
         """Drop all references to model and engine, so that they can be freed and replaced."""
         for callback in self.callbacks:
@@ -225,18 +219,19 @@ class Trainer:
             self.recorder.note(f"warning: {advice}")
         self._start_all(self.steps_done)
 
-    def run(self, signals: StopSignals) -> bool:
-        """Train for the remaining steps.
+    def run(self, signals: StopSignals, resumption: Resumption | None = None) -> bool:
+        """Restore the state of a resumption, and train for the remaining steps.
 
         Returns:
             True if training stopped before the last step because a rank received a signal.
         """
         train = self.config.train
-        self.start()
         with ExitStack() as entered:
             for callback in self.callbacks:
-                if not isinstance(callback, Watchdog):  # already entered, to cover the start
-                    entered.enter_context(callback)
+                entered.enter_context(callback)
+            if resumption is not None:
+                self.checkpoints.restore(resumption)
+            self.start()
             for step in range(self.steps_done + 1, train.steps + 1):
                 stop_asked, last = self.train_step(step, signals), step == train.steps
                 if last or (train.eval_every and step % train.eval_every == 0):
