@@ -21,8 +21,8 @@ from moe_dist.recluster.similarity_gather import GatheredSimilarity
 
 WORDS = [
     "model.layers=1", "model.hidden_size=8", "model.heads=2", "moe.experts=8", "moe.clusters=4", "moe.top_clusters=2",
-    "train.steps=8", "train.warmup_steps=1", "recluster.period=2", "recluster.start=2", "recluster.growth=1", "recluster.threshold=0",
-    "recluster.max_moved=1", "recluster.decay=0.5",
+    "train.steps=8", "train.warmup_steps=1", "recluster.period=2", "recluster.start=2", "recluster.growth=1",
+    "recluster.threshold=0", "recluster.max_moved=1", "recluster.decay=0.5",
 ]  # fmt: skip
 TRAINED, NEXT = torch.full((2, 3), 7), torch.tensor([[1, 2, 3], [4, 5, 6]])
 
@@ -65,7 +65,9 @@ class Events(Recorder):
 class Stage:
     """Coordinator of one layer of eight experts in four clusters on two ranks, without an engine."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *words: str, similarity: Any = None, together: Any = None) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *words: str, similarity: Any = None, together: Any = None
+    ) -> None:
         self.config: RunConfig = load_config(None, [*WORDS, *words])
         self.placements = [ExpertPlacement.contiguous(8, 4, WorldShape(1, 2, 1))]
         self.statistics = RoutingStatistics.create(1, 8, self.config.moe, self.config.recluster.decay)

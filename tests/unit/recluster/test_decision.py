@@ -139,6 +139,19 @@ def test_a_relocation_must_bring_two_in_a_hundred_pairs_together(apart: float, m
     for a, b, share in ((0, 1, half), (0, 2, 1 - half), (1, 3, 0.0), (2, 3, 0.0)):
         together_GG[a, b] = together_GG[b, a] = share
     together_GG /= together_GG.sum()
+    np.fill_diagonal(together_GG, 1.0)  # a cluster with itself is no pair
     gain = (1 - half) - half
     assert (gain >= 0.02) is moves
     assert (decide_blocks(together_GG, placement, 0) != placement.block_of_cluster) is moves
+
+
+def test_an_exchange_is_judged_by_what_was_moved_before_it() -> None:
+    """Experts 0 and 1 belong together, and 5 and 6: the second exchange harms alone, and gains after the first."""
+    similarity_EE = np.zeros((10, 10))
+    pairs = {(0, 1): 1.0, (5, 6): 1.0, (5, 2): 1.5, (0, 7): 1.5, (6, 2): 0.9, (1, 7): 0.9}
+    cores = {(a, b): 4.0 for core in ((2, 3, 4), (7, 8, 9)) for a in core for b in core if a < b}
+    for (a, b), value in (pairs | cores).items():
+        similarity_EE[a, b] = similarity_EE[b, a] = value
+    placement = ExpertPlacement.contiguous(10, 2, WorldShape(1, 2, 1))
+    cycles = decide_layer(similarity_EE, placement, np.ones(10), EVERYTHING, 0).cycles
+    assert [set(cycle) for cycle in cycles] == [{0, 5}, {1, 6}]

@@ -56,6 +56,7 @@ def test_the_centroid_term_is_the_cosine_of_mean_tokens(layer: ClusteredMoE) -> 
     found = gather_similarity([layer], _config("recluster.alpha=0"), layer.context)
     assert found.similarity_LEE[0] == pytest.approx(torch.tensor(PAIRS).numpy())
     assert list(found.parts) == ["centroid"]
+    assert statistics.activation[0].mass_E.tolist() == [1, 0.5, 2, 0.25], "a rank's own statistics do not change"
 
 
 def test_terms_are_mixed_by_their_weights(layer: ClusteredMoE) -> None:
