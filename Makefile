@@ -14,9 +14,9 @@ RANKS ?= 4
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo test test-fast test-cluster validate-simulator bench-nodes soak checks format clean
+.PHONY: help install demo test test-fast test-cluster validate-simulator bench-nodes soak mutants fuzz checks format clean
 help:
-	@echo "make install | demo | test | test-fast | test-cluster | validate-simulator | bench-nodes | soak | checks | format | clean"
+	@echo "make install | demo | test | test-fast | test-cluster | validate-simulator | bench-nodes | soak | mutants | fuzz | checks | format | clean"
 
 install: $(INSTALLED)
 
@@ -58,6 +58,14 @@ bench-nodes: install
 
 soak: install  # disturbs training 300 times: an hour or two; SOAK="--events 20 --seed 3" for others
 	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)
+
+mutants: install  # mutations of core glue that some test must notice: half an hour or so on two cores
+	python -W ignore -m tests.mutants $(MUTANTS)
+
+FUZZ_EXAMPLES ?= 10000
+# Readers of everything that comes from outside, on damaged and random input.
+fuzz: install
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) OMP_NUM_THREADS=1 python -W ignore -m pytest -n $(TEST_WORKERS) --timeout 7200 tests/fuzz
 
 checks: install
 	ruff check .

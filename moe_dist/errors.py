@@ -14,6 +14,10 @@ class MoeDistError(Exception):
 
     exit_code = EXIT_FAILURE
 
+    def __str__(self) -> str:
+        """Return the message in one line, even if a name or a value that it quotes has line breaks."""
+        return " ".join(super().__str__().splitlines())
+
 
 class ConfigError(MoeDistError):
     """Invalid configuration, rejected before any process group forms."""

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from moe_dist.config.yaml_text import shortened
 from moe_dist.errors import LaunchError
 
 Kind = Literal["alone", "local", "deepspeed", "torchrun", "environment", "mpi", "slurm"]
@@ -20,6 +21,8 @@ INIT_METHOD = "MOE_DIST_INIT_METHOD"
 STARTER = "MOE_DIST_STARTER"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+MOST_DIGITS = 18
+"""Largest number of digits of a number in a variable."""
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
@@ -144,13 +147,15 @@ def _names(environment: Mapping[str, str]) -> _Names | None:
 def _local_world_size(environment: Mapping[str, str], names: _Names, world: int) -> int:
     if names is not _SLURM or names.local_world_size not in environment:
         return number(environment, names.local_world_size, default=world)
-    text, node, counts = environment[names.local_world_size], number(environment, "SLURM_NODEID", default=0), []
+    text, node, nodes = environment[names.local_world_size], number(environment, "SLURM_NODEID", default=0), 0
     for part in text.split(","):  # such as 4(x2),3: tasks of each node
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        counts += [int(found[1])] * int(found[2] or 1) if found else []
-    if node >= len(counts):
-        raise LaunchError(f"{names.local_world_size}={text!r} does not say how many tasks SLURM_NODEID={node} runs")
-    return counts[node]
+        if found := re.fullmatch(rf"(\d{{1,{MOST_DIGITS}}})(?:\(x(\d{{1,{MOST_DIGITS}}})\))?", part):
+            nodes += int(found[2] or 1)
+            if node < nodes:
+                return int(found[1])
+    raise LaunchError(
+        f"{names.local_world_size}={shortened(text)!r} does not say how many tasks SLURM_NODEID={node} runs"
+    )
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:
@@ -167,8 +172,8 @@ def number(environment: Mapping[str, str], name: str, default: int | None = None
     if default is not None and name not in environment:
         return default
     text = _text(environment, name)
-    if not text.isdecimal():
-        raise LaunchError(f"{name}={text!r} is not a whole number of 0 or more")
+    if not text.isdecimal() or len(text) > MOST_DIGITS:
+        raise LaunchError(f"{name}={shortened(text)!r} is not a whole number of 0 or more")
     return int(text)
 
 

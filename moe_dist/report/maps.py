@@ -62,7 +62,7 @@ def _matrix(value: Any) -> Floats | None:
     """Return a non-empty two-dimensional array of numbers; None for anything else."""
     try:
         made = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return made if made.ndim == 2 and made.size and np.isfinite(made).all() else None
 

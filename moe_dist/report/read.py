@@ -104,7 +104,14 @@ def _text(path: Path, problems: list[str]) -> str:
 def _read_config(path: Path, problems: list[str]) -> Line:
     try:
         tree = yaml.safe_load(_text(path, problems))
-    except (yaml.YAMLError, RecursionError):
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ):  # constructors of values
         problems.append(f"{path.name}: is not valid YAML")
         return {}
     return tree if isinstance(tree, dict) else {}

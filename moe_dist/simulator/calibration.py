@@ -9,6 +9,7 @@ determine at its initial value.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from pydantic import Field
 from scipy.optimize import least_squares
 
 from moe_dist.config import RunConfig, Section, WorldShape, load_config, resolve_batch
+from moe_dist.config.yaml_text import shortened
 from moe_dist.errors import ConfigError
 from moe_dist.simulator.machine import Machine, Positive, read_section
 from moe_dist.simulator.popularity import Floats, recorded
@@ -129,10 +131,12 @@ def read_case(case: Case) -> Measured:
         figures = json.loads((case.run / "traffic.json").read_text(encoding="utf-8"))
         seconds = tuple(map(float, figures["timed_seconds"]))
         shape, nodes = WorldShape(**figures["world"]), len(set(figures["node_of_rank"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
+        if any(type(size) is not int or size < 1 for size in asdict(shape).values()):
+            raise ValueError(f"world={figures['world']} must be whole numbers of 1 or more")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        why = shortened(f"{type(error).__name__}: {error}", 300)
         raise ConfigError(f"case {case.run}: is no folder of `moe-dist measure traffic`: {why}") from error
-    if not seconds or min(seconds) <= 0 or shape.ranks % nodes:
+    if not seconds or not all(0 < one < inf for one in seconds) or not nodes or shape.ranks % nodes:
         raise ConfigError(f"case {case.run}: needs timed steps, and nodes of as many ranks each")
     popularity_LE = np.ones((1, 1)) if not config.moe.layer_kind.routed else recorded(case.run, config.moe.experts)
     return Measured(case, config, shape, nodes, seconds, popularity_LE)

@@ -4,7 +4,10 @@ Shapes: L distinct layers, E experts, S sampled tokens, K choices.
 """
 
 import json
+import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,13 @@ from moe_dist.errors import ConfigError
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 SAMPLE = 4096
+MOST_EXPERTS = 2**20
+"""Largest number of experts of a trace; a larger choice is damage."""
+DAMAGED = (
+    OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError, RuntimeError,
+    SyntaxError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""Errors of numpy's and zipfile's readers on a damaged archive."""
 
 
 def zipf(experts: int, skew: float, layers: int, generator: np.random.Generator) -> Floats:
@@ -52,7 +62,7 @@ def _from_loads(file: Path) -> Floats | None:
     for row in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(np.array(json.loads(row)["experts"], dtype=np.float64))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # half-written
     whole = [counts for counts in lines if counts.ndim == 2 and counts.shape == lines[0].shape]
     return np.sum(whole[len(whole) // 2 :], axis=0) if whole else None
@@ -67,16 +77,18 @@ def _from_routing(run: Path, experts: int) -> Floats | None:
             if flat:
                 return np.stack([_frequencies(arrays[name], experts) for name in sorted(flat)])
             clusters = 1 + max((int(arrays[name].max()) for name in one), default=0)
-            if not one or experts % clusters:
+            if not one or clusters < 1 or experts % clusters:
                 return None
             slots = experts // clusters
             return np.stack([np.repeat(_frequencies(arrays[name], clusters), slots) for name in sorted(one)])
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except DAMAGED:
         return None
 
 
 def _frequencies(choices: Integers, bins: int) -> Floats:
-    kept = choices[choices >= 0]
+    if choices.dtype.kind not in "iu" or choices.max(initial=0) >= MOST_EXPERTS:
+        raise ValueError("choices must be whole numbers")
+    kept = choices[choices >= 0].astype(np.int64)
     return np.bincount(kept, minlength=bins).astype(np.float64)
 
 

@@ -64,6 +64,11 @@ def test_run_folder_keeps_its_contract(tmp_path: Path) -> None:
     assert summary["first_step_seconds"] > 0
     assert summary["validation"]["perplexity"] == pytest.approx(math.exp(summary["validation"]["loss"]))
     assert summary["all_to_all"]["bytes"] == sum(summary["all_to_all"]["bytes_by_payload"].values())
+    token_layers = 8 * 16 * 32 * 2  # steps x sequences x tokens x layers
+    assert summary["all_to_all"]["bytes_per_token_layer"] == summary["all_to_all"]["bytes"] / token_layers
+    bases, residual = 4 * 3 * 32 * 32, 3 * 2 * (32 + 32) + 3 * 32 + 32  # 4 clusters; factors of rank 2, and vectors
+    assert summary["parameters"]["expert"] == 2 * (bases + 16 * residual)
+    assert summary["parameters"]["expert_standard"] == 2 * 16 * 3 * 32 * 32
     assert load_config(folder / "config.yaml") == load_config(SMOKE, _words(tmp_path, "tensorboard=true"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train" in line] == list(range(1, 9))

@@ -34,3 +34,10 @@ def test_the_first_choices_are_kept() -> None:
     observed.see(2, Stage.FLAT, (0, 1, 2, 3), CHOICE, HOME)
     kept = torch.cat(observed.choices[2, Stage.FLAT])
     assert torch.equal(kept, torch.cat([CHOICE, CHOICE[:2]]))
+
+
+def test_an_absent_choice_is_needed_nowhere_whatever_its_owner() -> None:
+    observed = RoutingTrace(rank=0, node_of_rank=(0, 0, 1, 1))
+    observed.see(0, Stage.ONE, (0, 1, 2, 3), torch.tensor([[-1, 3]]), torch.tensor([[2, 1]]))
+    assert observed.needs[0, Stage.ONE].moved_P.tolist() == [0, 1, 0, 0]
+    assert observed.needs[0, Stage.ONE].nodes == 0

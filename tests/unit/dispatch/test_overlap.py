@@ -84,3 +84,12 @@ def test_overheads_and_latency_limit_the_number_of_chunks() -> None:
     assert choose_chunks(replace(long, chunk=0.3)) == 2
     assert choose_chunks(replace(EVEN, exchange=20, latency=0.1)) == 2
     assert choose_chunks(replace(long, chunk=1)) == 1
+
+
+@pytest.mark.parametrize(("hidden", "chunks"), [(0.04, 1), (0.06, 8)])
+def test_several_chunks_must_gain_two_in_a_hundred(hidden: float, chunks: int) -> None:
+    """One chunk takes 2 + 1 and 2 + 2 seconds; eight hide at most 1 and 1.75 of them: gains of 0.11 and 0.165 of 7."""
+    speed = ExchangeSpeed(latency=0, exchange=1, compute=1, chunk=0, hidden=hidden)
+    assert predicted_seconds(speed, 1) == 7
+    assert predicted_seconds(speed, 8) == pytest.approx(7 - 2.75 * hidden)
+    assert choose_chunks(speed) == chunks

@@ -309,3 +309,30 @@ def test_two_threads_that_write_a_layer_first_open_one_file(tmp_path: Path, monk
         assert torch.equal(into, values_of(number))
     assert len(opened) == 1
     tier.close()
+
+
+def test_the_peak_is_the_largest_use_so_far() -> None:
+    account = Account(100, "memory")
+    account.reserve(60)
+    account.free(50)
+    account.reserve(20)
+    assert (account.in_use, account.peak) == (30, 60)
+
+
+def test_a_dropped_block_reads_as_zeros_also_after_it_was_evicted(tmp_path: Path) -> None:
+    tier = cache_on_disk(tmp_path, 2)
+    tier.write(BLOCKS[0], values_of(5))
+    tier.evict(BLOCKS[0])
+    tier.drop(BLOCKS[0])
+    with tier.pinned(BLOCKS[0]) as values:
+        assert not values.any()
+    tier.close()
+
+
+def test_a_prefetch_evicts_no_block_that_was_prefetched_for_an_earlier_use(tmp_path: Path) -> None:
+    tier = cache_on_disk(tmp_path, 2)
+    tier.prefetch(BLOCKS[:3])
+    assert tier._worker is not None
+    tier._worker.submit(lambda: None).result()
+    assert [tier.holds(block) for block in BLOCKS[:3]] == [True, True, False]
+    tier.close()

@@ -11,10 +11,12 @@ from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.moe.attached_loss import attach_loss
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.load_balancing import BalanceState
 from moe_dist.moe.router_losses import balance_loss, z_loss
+from moe_dist.moe.routing_statistics import RoutingStatistics
 from tests.oracles.clustered_moe import clustered_moe_reference
 
 
@@ -140,3 +142,101 @@ def test_router_losses_reach_the_router_of_both_stages() -> None:
         with torch.no_grad():
             pushed(x_TD)
         assert torch.equal(pushed.balance.router_loss_2, told)
+
+
+def test_statistics_are_those_of_training_passes_and_their_gates() -> None:
+    """Both clusters and both experts of each are chosen by every token: all experts see the tokens, by their gates."""
+    layer = build(MoEConfig(experts=4, clusters=2, top_clusters=2, top_k=2, expert_hidden=12, rank=2))
+    statistics = RoutingStatistics.create(2, 16, layer.moe, 0.5)
+    object.__setattr__(layer.context, "statistics", statistics)
+    statistics.collecting = True
+    x_TD = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    layer.balance.counting = False
+    layer(x_TD)
+    assert not statistics.together_LGG.any(), "an evaluation leaves no trace in the pairs"
+    assert not statistics.activation[1].mass_E.any(), "an evaluation leaves no trace in the means"
+    layer.balance.counting = True
+    layer(x_TD)
+    assert statistics.together_LGG[1].tolist() == [[5, 5], [5, 5]]
+    logits_TE = x_TD @ layer.router.weight_ED.detach().T
+    gates_TE = logits_TE.view(5, 2, 2).softmax(-1).view(5, 4)
+    torch.testing.assert_close(statistics.activation[1].mass_E, gates_TE.sum(0))
+    torch.testing.assert_close(statistics.activation[1].weighted_ED, gates_TE.T @ x_TD)
+
+
+def _forced(cluster_bias: list[float], expert_bias: list[float], **keys: object) -> ClusteredMoE:
+    """Layer of four experts in two clusters, in which biases decide all choices."""
+    moe = MoEConfig.model_validate({"experts": 4, "clusters": 2, "top_k": 1, "expert_hidden": 12, "rank": 2, **keys})
+    layer = build(moe)
+    layer.balance.cluster_bias_LG[1] = 1e4 * torch.tensor(cluster_bias)
+    layer.balance.expert_bias_LE[1] = 1e4 * torch.tensor(expert_bias)
+    return layer
+
+
+def test_loads_are_counted_by_the_number_of_the_expert() -> None:
+    layer = _forced([0, 1], [1, 0, 0, 1])
+    layer(torch.randn(6, 16))
+    assert layer.balance.count_LE[1].tolist() == [0, 0, 0, 6], "all tokens choose expert 3, in slot 1 of cluster 1"
+
+
+def test_an_expert_s_capacity_is_its_share_of_all_copies() -> None:
+    """8 tokens in both clusters: 16 copies for 4 experts, 4 each; experts 0 and 2 are chosen by all tokens."""
+    layer = _forced([0, 0], [1, 0, 1, 0], top_clusters=2, capacity_factor=1.0)
+    layer(torch.randn(8, 16))
+    assert layer.balance.count_LE[1].tolist() == [8, 0, 8, 0]
+    assert int(layer.balance.dropped_L[1]) == 4 + 4
+
+
+def test_a_row_that_its_cluster_has_no_room_for_loses_all_its_copies() -> None:
+    """8 tokens choose cluster 0, which takes half of an even share of 4; 6 rows of 2 experts are dropped."""
+    layer = _forced([1, 0], [0, 0, 0, 0], top_k=2, capacity_factor=0.5)
+    layer(torch.randn(8, 16))
+    assert int(layer.balance.dropped_L[1]) == 6 * 2
+    assert layer.balance.count_LE[1].tolist() == [2, 2, 0, 0]
+
+
+def test_router_losses_are_means_over_tokens_of_both_stages() -> None:
+    layer = _forced([1, 0], [0, 0, 0, 0], top_k=2, z_loss_weight=0.25, balance="aux_loss", aux_loss_weight=0.5)
+    x_TD = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    layer(x_TD)
+    embedding_ED = layer.router.weight_ED.detach()
+    stage_one_TG = x_TD @ (embedding_ED.view(2, 2, 16).sum(1) / 2**0.5).T
+    stage_two_TN = x_TD @ embedding_ED[:2].T
+    z = sum(float((torch.logsumexp(logits, 1) ** 2).sum()) for logits in (stage_one_TG, stage_two_TN))
+    probability = float(stage_one_TG.softmax(1)[:, 0].sum())  # all tokens choose cluster 0, and both its experts
+    told = layer.balance.router_loss_2
+    assert float(told[1]) == pytest.approx(0.25 * z / 5, rel=1e-5)
+    assert float(told[0]) == pytest.approx(0.5 * (2 * probability + 5) / 5, rel=1e-5)
+
+
+def test_an_attached_loss_has_the_gradient_of_its_scale_alone() -> None:
+    x, loss = torch.ones(3, requires_grad=True), torch.tensor(7.0, requires_grad=True)
+    y = attach_loss(x, loss, 0.25)
+    assert torch.equal(y, x)
+    (y * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 2, 3]
+    assert loss.grad == 0.25
+
+
+@pytest.mark.parametrize("top_clusters", [1, 2])
+def test_kept_tokens_have_their_outputs_and_dropped_ones_none(top_clusters: int) -> None:
+    """Clusters of one expert take the first two tokens that choose them."""
+    moe = MoEConfig(experts=3, clusters=3, top_clusters=top_clusters, top_k=1, expert_hidden=12, rank=2)
+    factor = 2 * 3 / (9 * top_clusters)
+    whole, layer = build(moe), build(moe.model_copy(update={"capacity_factor": factor}))
+    x_TD = torch.randn(9, 16, generator=torch.Generator().manual_seed(3))
+    chosen_TM = whole.route(x_TD, 1).cluster_TM
+    left, kept = dict.fromkeys(range(3), 2), []
+    for token, clusters in enumerate(chosen_TM.tolist()):
+        room = [left[cluster] > 0 for cluster in clusters]
+        for cluster, free in zip(clusters, room, strict=True):
+            left[cluster] -= free
+        kept.append((token, sum(room)))
+    complete = [token for token, number in kept if number == top_clusters]
+    nothing = [token for token, number in kept if number == 0]
+    assert complete
+    assert nothing
+    y_TD = layer(x_TD)
+    torch.testing.assert_close(y_TD[complete], whole(x_TD)[complete])
+    assert not y_TD[nothing].any()

@@ -83,3 +83,75 @@ def test_clusters_that_tokens_choose_together_share_a_rank() -> None:
 def test_no_relocation_without_gain(together_GG: npt.NDArray[np.float64]) -> None:
     placement = ExpertPlacement.contiguous(16, 8, WorldShape(1, 4, 1))
     assert decide_blocks(together_GG, placement, 0) == placement.block_of_cluster
+
+
+def _pairs(gains: list[float]) -> npt.NDArray[np.float64]:
+    """Similarities of two-expert clusters (0, 1), (2, 3), ...: in each two of them a swap gains each mover as much."""
+    similarity_EE = np.zeros((4 * len(gains), 4 * len(gains)))
+    for number, gain in enumerate(gains):
+        first = 4 * number
+        for a, b in ((first, first + 2), (first + 1, first + 3)):
+            similarity_EE[a, b] = similarity_EE[b, a] = gain
+    return similarity_EE
+
+
+@pytest.mark.parametrize(("threshold", "movers"), [(0.49, 2), (0.51, 0), (0.99, 0)])
+def test_the_threshold_is_the_gain_of_a_mover_s_mean_similarity(threshold: float, movers: int) -> None:
+    """A mover has one companion: similarity 0 before the swap and 0.5 after it, so the gain is 0.5."""
+    placement = ExpertPlacement.contiguous(4, 2, WorldShape(1, 2, 1))
+    limits = EVERYTHING.model_copy(update={"threshold": threshold})
+    cycles = decide_layer(_pairs([0.5]), placement, np.ones(4), limits, 0).cycles
+    assert sum(map(len, cycles)) == movers, f"a gain of 0.5 against a threshold of {threshold}"
+
+
+def test_the_best_exchange_comes_first() -> None:
+    placement = ExpertPlacement.contiguous(8, 4, WorldShape(1, 4, 1))
+    one = EVERYTHING.model_copy(update={"max_moved": 0.25})  # two of eight experts: a single exchange
+    (cycle,) = decide_layer(_pairs([0.2, 0.6]), placement, np.ones(8), one, 0).cycles
+    assert set(cycle) <= {4, 5, 6, 7}, f"the exchange that gains 0.6 is made, not the one that gains 0.2: {cycle}"
+    both = decide_layer(_pairs([0.2, 0.6]), placement, np.ones(8), EVERYTHING, 0)
+    assert [min(cycle) >= 4 for cycle in both.cycles] == [True, False]
+    assert both.objective_before == 0
+    assert both.objective_after == pytest.approx((0.2 + 0.6) / 2), "the mean over pairs of companions"
+
+
+def test_an_exchange_of_too_many_leaves_room_for_smaller_ones() -> None:
+    """Three experts go round, gaining 0.9, and two swap, gaining 0.3; two of twelve may move."""
+    similarity_EE = np.zeros((12, 12))
+    for a, b in ((0, 3), (2, 5), (4, 1)):
+        similarity_EE[a, b] = similarity_EE[b, a] = 0.9
+    similarity_EE[6:10, 6:10] = _pairs([0.3])
+    similarity_EE[10, 11] = similarity_EE[11, 10] = 1.0
+    placement = ExpertPlacement.contiguous(12, 6, WorldShape(1, 6, 1))
+    all_moves = decide_layer(similarity_EE, placement, np.ones(12), EVERYTHING, 0).cycles
+    assert sorted(map(len, all_moves)) == [2, 3]
+    limited = EVERYTHING.model_copy(update={"max_moved": 2 / 12})
+    (cycle,) = decide_layer(similarity_EE, placement, np.ones(12), limited, 0).cycles
+    assert set(cycle) <= {6, 7, 8, 9}
+
+
+@pytest.mark.parametrize(("apart", "moves"), [(0.96, True), (0.99, False)])
+def test_a_relocation_must_bring_two_in_a_hundred_pairs_together(apart: float, moves: bool) -> None:
+    """Clusters 0, 1 and 2, 3 share ranks, and a share of the pairs; all other pairs are of clusters 0 and 2."""
+    placement = ExpertPlacement.contiguous(8, 4, WorldShape(1, 2, 1))
+    together_GG = np.zeros((4, 4))
+    half = apart / 2
+    for a, b, share in ((0, 1, half), (0, 2, 1 - half), (1, 3, 0.0), (2, 3, 0.0)):
+        together_GG[a, b] = together_GG[b, a] = share
+    together_GG /= together_GG.sum()
+    np.fill_diagonal(together_GG, 1.0)  # a cluster with itself is no pair
+    gain = (1 - half) - half
+    assert (gain >= 0.02) is moves
+    assert (decide_blocks(together_GG, placement, 0) != placement.block_of_cluster) is moves
+
+
+def test_an_exchange_is_judged_by_what_was_moved_before_it() -> None:
+    """Experts 0 and 1 belong together, and 5 and 6: the second exchange harms alone, and gains after the first."""
+    similarity_EE = np.zeros((10, 10))
+    pairs = {(0, 1): 1.0, (5, 6): 1.0, (5, 2): 1.5, (0, 7): 1.5, (6, 2): 0.9, (1, 7): 0.9}
+    cores = {(a, b): 4.0 for core in ((2, 3, 4), (7, 8, 9)) for a in core for b in core if a < b}
+    for (a, b), value in (pairs | cores).items():
+        similarity_EE[a, b] = similarity_EE[b, a] = value
+    placement = ExpertPlacement.contiguous(10, 2, WorldShape(1, 2, 1))
+    cycles = decide_layer(similarity_EE, placement, np.ones(10), EVERYTHING, 0).cycles
+    assert [set(cycle) for cycle in cycles] == [{0, 5}, {1, 6}]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moe_dist.config import WorldShape
 from moe_dist.distributed.mesh import Coordinates, coordinates_of, rank_at
 from moe_dist.distributed.placement import ExpertPlacement
-from moe_dist.recluster.migration_plan import Holdings, MigrationPlan, PieceKind, TensorKey, plan_layer
+from moe_dist.recluster.migration_plan import Holdings, MigrationPlan, Piece, PieceKind, TensorKey, plan_layer
 
 Array = npt.NDArray[np.float64]
 RESIDUALS, BASES = {"u": 3, "v": 5}, {"b": 7}
@@ -128,3 +128,22 @@ def test_every_rank_finds_its_part_and_the_bytes_add_up() -> None:
         assert {piece.expert for piece in plan.sends(a)[b]} == {3}
         assert {piece.expert for piece in plan.receives(a)[b]} == {4}
         assert plan.stays(a) == []
+
+
+def test_bytes_are_those_that_leave_their_rank() -> None:
+    """Ten elements stay on rank 0, three float32 and two bfloat16 ones go to rank 1, one float32 comes back."""
+    keys = {kind: TensorKey(0, 0, "name", kind) for kind in (PieceKind.WEIGHT, PieceKind.MASTER)}
+    pieces = tuple(
+        Piece(0, source, keys[kind], 0, target, keys[kind], 0, length)
+        for source, target, kind, length in (
+            (0, 0, PieceKind.MASTER, 10),
+            (0, 1, PieceKind.WEIGHT, 2),
+            (0, 1, PieceKind.MASTER, 3),
+            (1, 0, PieceKind.MASTER, 1),
+        )
+    )
+    plan = MigrationPlan(pieces, {PieceKind.WEIGHT: 2, PieceKind.MASTER: 4})
+    assert plan.bytes_between(0, 1) == 2 * 2 + 3 * 4
+    assert plan.bytes == 16 + 4
+    assert [piece.length for piece in plan.sends(0)[1]] == [3, 2], "wide elements first"
+    assert (list(plan.sends(1)), list(plan.receives(0)), len(plan.stays(0)), plan.stays(1)) == ([0], [1], 1, [])
