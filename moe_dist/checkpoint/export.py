@@ -56,6 +56,16 @@ def export_weights(
 
 
 def _form(weights: TrainedWeights) -> StorageFormat:
+    """Return the format of quantized clusters.
+
+    Raises:
+        CheckpointError: the run has no clusters that can be stored so.
+    """
+    if weights.config.moe.two_level_base:
+        raise CheckpointError(
+            f"{weights.path}: moe.base={weights.config.moe.base} cannot be stored in few bits yet: export it without "
+            "--stored"
+        )
     if not weights.config.moe.layer_kind.clustered:
         raise CheckpointError(
             f"{weights.path}: only clustered experts can be quantized, not moe.kind={weights.config.moe.kind}"

@@ -1,5 +1,6 @@
 """Stateful parts of a run, besides parameters and optimizer state, that a checkpoint must contain."""
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ class Stateful(Protocol):
     """
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return the state; tensors may alias the live ones."""
+        """Return the state; tensors and values may alias the live ones."""
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         """Restore the state; tensors are on the CPU and have the shape in which they were saved."""
@@ -44,9 +45,11 @@ def tensors_of(parts: Parts, rank: int, ranks: int) -> State:
 
 
 def values_of(parts: Parts) -> dict[str, dict[str, Any]]:
-    """Return the values of all parts that are not tensors, for the manifest."""
+    """Return copies of the non-tensor values of every part: the manifest is written while later steps change them."""
     return {
-        part_name: {name: value for name, value in part.state_dict().items() if not isinstance(value, Tensor)}
+        part_name: {
+            name: copy.deepcopy(value) for name, value in part.state_dict().items() if not isinstance(value, Tensor)
+        }
         for part_name, part in parts.items()
     }
 

@@ -95,10 +95,10 @@ def simulate(
 ) -> None:
     """Compare flat, node-limited and two-stage routing on a large machine, with re-clustering and offload."""
     loaded = load_config(config, overrides or ())
-    from moe_dist.simulator import compare
     from moe_dist.simulator import tables as view
+    from moe_dist.simulator.simulate import compare
 
-    times = compare.compare(
+    times = compare(
         loaded,
         _machine(gpu, calibration).fabric(nodes, gpus_per_node, rails, pod_nodes, oversubscription),
         vocabulary or loaded.tokenizer.vocab_size,

@@ -84,8 +84,8 @@ def reproduce(
     setting = cells.Setting(chosen, configs, home, words)
     subset = setting.load().corpus.subset
     from moe_dist.studies.reproduction import (
+        job_arrays,  # here, since they load torch
         run,  # here, since they load torch
-        submit,  # here, since they load torch
     )
 
     plan = run.ReproductionPlan(
@@ -100,12 +100,12 @@ def reproduce(
     home.mkdir(parents=True, exist_ok=True)
     nodes = nodes or min(2, chosen.ranks)
     if only_cost or scale is ScaleName.PAPER:
-        submit.show_cost(plan, gpu, nodes, console)
+        job_arrays.show_cost(plan, gpu, nodes, console)
     if only_cost:
         return
     on_slurm = launcher is ReproduceLauncher.SLURM or (launcher is None and scale is ScaleName.PAPER)
     if on_slurm:
-        submit.write_arrays(plan, nodes, typer.echo, gpus=scale is ScaleName.PAPER)
+        job_arrays.write_arrays(plan, nodes, typer.echo, gpus=scale is ScaleName.PAPER)
     else:
         run.require_data(plan)
     results = run.gather(plan) if on_slurm else run.reproduce(plan, typer.echo)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from moe_dist.clustering.objective import Labels, Matrix, affinities, pair_sum, pair_weights
 from moe_dist.clustering.quality import ClusterQuality, cluster_quality
@@ -81,6 +80,8 @@ def assign_balanced(
 
 def balanced_argmax(score_EG: Matrix) -> Labels:
     """Return the balanced labels with the largest sum of scores (Hungarian method on N replicas of each cluster)."""
+    from scipy.optimize import linear_sum_assignment  # here, so that layers need no scipy
+
     slots = score_EG.shape[0] // score_EG.shape[1]
     _, column_E = linear_sum_assignment(np.repeat(score_EG, slots, axis=1), maximize=True)
     labels_E: Labels = column_E // slots

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 Members = tuple[tuple[int, ...], ...]
 
@@ -34,6 +33,8 @@ def match_clusters(old: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]
     Raises:
         ValueError: the new groups differ in experts, number or size from the old ones.
     """
+    from scipy.optimize import linear_sum_assignment  # here, so that layers need no scipy
+
     everyone = [sorted(e for cluster in clusters for e in cluster) for clusters in (old, groups)]
     shapes = [sorted(map(len, clusters)) for clusters in (old, groups)]
     if everyone[0] != everyone[1] or shapes[0] != shapes[1] or len(set(shapes[0])) != 1:

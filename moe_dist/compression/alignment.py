@@ -11,7 +11,6 @@ Shapes: D model width, F hidden width, H = 2 F (gate | up).
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moe_dist.compression.expert_matrices import ExpertMatrices
@@ -33,6 +32,8 @@ class UnitOrder:
 
 def align_hidden_units(expert: ExpertMatrices, reference: ExpertMatrices) -> UnitOrder:
     """Find the order and signs that bring `expert` nearest to `reference`, all three matrices together."""
+    from scipy.optimize import linear_sum_assignment  # here, so that layers need no scipy
+
     (gate, up, out), (ref_gate, ref_up, ref_out) = expert.projections(), reference.projections()
     signed_FF = ref_up.T @ up + ref_out @ out.T  # [f of the reference, f of the expert]
     alike_FF = ref_gate.T @ gate + signed_FF.abs()

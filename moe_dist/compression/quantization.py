@@ -91,7 +91,7 @@ class QuantizedFactor:
         return parts if self.zeros_XB is None else {**parts, "zeros": self.zeros_XB}
 
     def with_parts(self, parts: dict[str, Tensor]) -> "QuantizedFactor":
-        """Return a factor of the same format and shape with these tensors.
+        """Return a copy with other codes, scales and zeros (the inverse of `parts`).
 
         Raises:
             ValueError: a part is missing, or has another type or shape.

@@ -65,6 +65,8 @@ def check_recluster(recluster: ReclusterConfig, moe: MoEConfig, train: TrainConf
     """Reject re-clustering that has nothing to move or no step to do it."""
     if recluster.period is None:
         return
+    if recluster.transition == "refit" and moe.two_level_base:
+        raise ConfigError(f"recluster.transition=refit does not work with moe.base={moe.base} yet: use adopt")
     if not moe.layer_kind.clustered:
         raise ConfigError(
             f"recluster.period={recluster.period} works with moe.kind=clustered only, not {moe.kind}: set it to null"

@@ -182,6 +182,11 @@ class ClusteredKind(StandardKind):
                 f"moe.overlap_chunks={moe.overlap_chunks} does not work with {key}, which needs all tokens of "
                 "a micro-batch together: use auto or 1"
             )
+        if moe.two_level_base and moe.warmup_standard:
+            raise ConfigError(
+                f"moe.warmup_standard={moe.warmup_standard} does not work with moe.base={moe.base} yet, which has no "
+                "full base of a cluster to fill: set one of the two to its default"
+            )
         if moe.shared_expert_hidden:
             raise ConfigError(
                 f"moe.shared_expert_hidden={moe.shared_expert_hidden} works with moe.kind=standard only; "
@@ -221,7 +226,11 @@ class ClusteredKind(StandardKind):
         """Return the router, this rank's bases, and its residuals."""
         clusters = moe.clusters // cluster
         residuals = clusters * (moe.experts_per_cluster // shard) * residual_parameters(d, moe)
-        return LayerParameters(d * moe.experts, clusters * PROJECTIONS * d * moe.expert_hidden, residuals)
+        full = PROJECTIONS * d * moe.expert_hidden
+        if moe.two_level_base:
+            factors = moe.base_rank * (2 * d + PROJECTIONS * moe.expert_hidden)
+            return LayerParameters(d * moe.experts + full, clusters * factors, residuals)
+        return LayerParameters(d * moe.experts, clusters * full, residuals)
 
     def work(self, d: int, moe: "MoEConfig") -> LayerWork:
         """Return the cluster router, one base with k residuals and its router, and m.

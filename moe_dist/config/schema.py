@@ -4,11 +4,12 @@ Keys, defaults and checks of one section are in its file in `sections/`, checks 
 and checks that need the number of ranks in `world.py`. No torch is imported, so that the launcher answers at once.
 """
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from moe_dist.config import consistency
+from moe_dist.config.layer_kinds import LAYER_KINDS
 from moe_dist.config.sections.base import NonNegative, PathText, Section
 from moe_dist.config.sections.checkpoint import CheckpointConfig
 from moe_dist.config.sections.data import CorpusConfig, TokenizerConfig
@@ -20,6 +21,7 @@ from moe_dist.config.sections.recluster import ReclusterConfig
 from moe_dist.config.sections.train import OptimizerConfig, TrainConfig
 from moe_dist.config.sections.watchdog import WatchdogConfig
 from moe_dist.config.sections.world import WorldConfig
+from moe_dist.errors import ConfigError
 
 
 class RunConfig(Section):
@@ -31,6 +33,7 @@ class RunConfig(Section):
     runs_dir: PathText = "runs"
     seed: NonNegative = 0
     tensorboard: bool = True
+    picture: bool = Field(False, description="draw the run's figures in run.png, in its folder")
     summary_copy: PathText | None = Field(
         None, description="a file that also receives summary.json; --json FILE sets it"
     )
@@ -58,6 +61,28 @@ class RunConfig(Section):
             return self
         moe = self.moe.model_copy(update={"kind": "standard", "warmup_standard": 0.0})
         return self.model_copy(update={"moe": moe, "recluster": ReclusterConfig(), "precision": PrecisionConfig()})
+
+    def of_kind(self, kind: str, **train: Any) -> "RunConfig":
+        """Return the configuration with another kind of layer, without what only clusters have.
+
+        Args:
+            train: other values of the section `train`; with other `steps` nothing is re-clustered.
+
+        Raises:
+            ConfigError: the kind does not fit the other settings.
+        """
+        tree = self.model_dump()
+        tree["moe"]["kind"] = kind
+        tree["train"].update(train)
+        if not LAYER_KINDS[kind].clustered:
+            tree["moe"]["warmup_standard"] = 0.0
+            tree |= {"precision": {}, "memory": {}}
+        if not LAYER_KINDS[kind].clustered or "steps" in train:
+            tree["recluster"] = {}
+        try:
+            return RunConfig.model_validate(tree)
+        except ValueError as error:
+            raise ConfigError(f"as {kind} experts: {' '.join(str(error).split())}") from error
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:

@@ -152,7 +152,7 @@ def _residual_state(expert: FullExpert, factorized: FactorizedExpert, kinds: tup
 
 
 def _template(layer: FullExpertLayer, moe: MoEConfig) -> ResidualState:
-    """Return a state of the right shapes."""
+    """Return a zero state with the shapes of every expert's residual, for receive buffers."""
     like = layer.experts[0].matrices.w_out_FD
     (width, hidden), zeros = like.shape, like.new_zeros
     vectors = dict(zip(VECTORS, (zeros(width), zeros(2 * width), zeros(hidden)), strict=True))

@@ -30,7 +30,7 @@ class Speed:
 
 
 def exchange_speed(process: RankInfo, links: Links, kind: LinkKind) -> Speed | None:
-    """Run an all-to-all that uses one kind of link alone; None without such a link. Collective."""
+    """Measure one kind of link by an all-to-all among the peers that it joins, or return None; collective."""
     nodes = tuple(links.node_of_rank)
     all_links = [Links(rank, nodes) for rank in range(process.ranks)]
     joined = [[own.kind(peer) is kind for peer in range(process.ranks)] for own in all_links]

@@ -1,4 +1,4 @@
-"""Hooks of the training loop: whatever accompanies training is a callback, so the loop depends on none of them."""
+"""Hooks of the training loop: whatever accompanies training is a callback."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

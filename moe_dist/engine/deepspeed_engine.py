@@ -15,7 +15,7 @@ from moe_dist.engine import gradient_norm
 from moe_dist.engine.deepspeed_init import init_deepspeed
 from moe_dist.engine.expert_process_groups import MarkedModel, register_groups
 from moe_dist.engine.offloaded_adamw import OffloadedAdamW
-from moe_dist.engine.optimizer_groups import parameter_groups
+from moe_dist.engine.optimizer import build_optimizer
 from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.model.language_model import LanguageModel, copies_of
 
@@ -53,13 +53,9 @@ class DeepSpeedEngine:
         self._offloaded = None if memory is None else OffloadedAdamW(memory, options, mesh)
         hidden = () if memory is None else memory.parameters()
         marked = MarkedModel(model, config.moe.experts, hidden)
-        groups = parameter_groups(marked, options)
-        adamw = torch.optim.AdamW(
-            groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), eps=options.epsilon, fused=True
-        )
         self._engine, *_ = deepspeed.initialize(
             model=marked,
-            optimizer=adamw,
+            optimizer=build_optimizer(marked, options),
             config=_deepspeed_config(config, batch, process.ranks),
             dist_init_required=False,
         )

@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 
 from moe_dist.config import OptimizerConfig
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.engine.optimizer_groups import UpdateRule, update_rule
+from moe_dist.engine.optimizer import UpdateRule, update_rule
 from moe_dist.memory.block import TensorKind
 from moe_dist.memory.expert_memory import ExpertMemory, Place
 from moe_dist.memory.offloaded_cluster import OffloadedCluster

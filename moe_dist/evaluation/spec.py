@@ -72,7 +72,7 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], tuple[str, ...
     """Split overrides into those of the section `world` and those of `memory`.
 
     Raises:
-        LaunchError: an override is of a section that the trained run has settled.
+        LaunchError: an override is of a section that the run's saved configuration fixes.
     """
     for word in overrides:
         if not word.startswith(("world.", MEMORY)):

@@ -53,7 +53,7 @@ class RankEnvironment:
 
 @dataclass(frozen=True)
 class _Names:
-    """Variables in which one kind of launcher passes a process its place."""
+    """Environment variables that hold rank, world size and local rank under one kind of launcher."""
 
     kind: Kind
     rank: str

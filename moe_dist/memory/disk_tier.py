@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from moe_dist.errors import OffloadError
@@ -19,6 +19,12 @@ from moe_dist.memory.block import Block, BlockSize
 from moe_dist.memory.owned_folder import OwnedFolder
 
 PAGE = 4096
+
+
+def _checksum(data: Any) -> int:
+    import xxhash  # here, so that layers outside of a run do not need it
+
+    return int(xxhash.xxh3_64_intdigest(data))
 
 
 @dataclass
@@ -77,7 +83,7 @@ class DiskTier:
                     "short; resume from the last checkpoint"
                 )
             done += count
-        if xxhash.xxh3_64_intdigest(values) != self._digests[block]:
+        if _checksum(values) != self._digests[block]:
             raise OffloadError(
                 f"{self._name(file, block)} is damaged: its checksum is wrong; check the disk, and resume "
                 "from the last checkpoint"
@@ -104,7 +110,7 @@ class DiskTier:
                 f"{self._name(file, block)} cannot be written ({file.bytes:,} bytes for the layer): {error.strerror}; "
                 "give memory.directory a disk with more room"
             ) from error
-        self._digests[block] = xxhash.xxh3_64_intdigest(data)
+        self._digests[block] = _checksum(data)
 
     def discard(self, block: Block) -> None:
         """Reset a block to zeros; its room stays reserved."""

@@ -36,7 +36,7 @@ class Schedule(Protocol):
         """Announce a backward pass."""
 
     def gradient_is_complete(self, cluster: "OffloadedCluster", gradient: Tensor) -> None:
-        """Announce that a micro-batch's gradient has been added; the gradient is still loaded."""
+        """React to an accumulated micro-batch's gradient, whose block is still pinned."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from moe_dist.console import wide_console
 from moe_dist.errors import MoeDistError
 from moe_dist.metrics import Progress, RunFolder, render_summary
 from moe_dist.metrics.run_lock import RunLock
+from moe_dist.metrics.run_picture import write_picture
 
 
 class Recorder:
@@ -85,6 +86,7 @@ class RunRecorder(Recorder):
             self._folder = RunFolder.create(config.runs_dir, config.name, dump_config(config), **options)
         else:
             self._folder = RunFolder.reopen(run, step, dump_config(config), lock=lock, **options)
+        self._picture = config.picture
 
     def __enter__(self) -> Self:
         self._folder.__enter__()
@@ -146,7 +148,8 @@ class RunRecorder(Recorder):
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary and show it in place of the progress display."""
         self._progress.__exit__(None, None, None)
-        render_summary(summary, self._console, self._folder.path)
+        picture = write_picture(self._folder.path, summary) if self._picture else None
+        render_summary(summary, self._console, self._folder.path, picture)
         self._folder.write_summary(summary)
         self._folder.event("finished", summary["steps"])
 

@@ -17,18 +17,21 @@ CURVE_ROWS = 10
 MISSING = "-"
 
 
-def render_summary(summary: Mapping[str, Any], console: Console, folder: Path | None = None) -> None:
+def render_summary(
+    summary: Mapping[str, Any], console: Console, folder: Path | None = None, picture: Path | None = None
+) -> None:
     """Print a run's figures: the evaluation curve, then speed, size, traffic, balance, memory, files.
 
     Args:
         summary: the tree of `summary.json`; missing or null figures show as a dash.
         folder: the run's folder.
+        picture: a picture of the run, named in the last line.
     """
     console.print()
     console.print(_headline(summary, folder.name if folder else None))
     if curve := look_up(summary, "validation.curve"):
         console.print(_curve_table(curve, console.width))
-    console.print(_figures_table(summary, folder))
+    console.print(_figures_table(summary, folder, picture))
 
 
 def _headline(summary: Mapping[str, Any], name: str | None) -> Panel:
@@ -78,7 +81,7 @@ def _spread(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str,
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
-def _figures_table(summary: Mapping[str, Any], folder: Path | None) -> Table:
+def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Path | None) -> Table:
     def at(key: str) -> Any:
         return look_up(summary, key)
 
@@ -86,17 +89,25 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row()
-    if (stored := at("validation.loss_stored")) is not None:
-        table.add_row("as stored", f"validation loss {_number(stored, '.4f')}")
     table.add_row("ranks", _world(summary))
     table.add_row("speed", f"{_number(at('tokens_per_second'), ',.0f')} tokens/s")
     if (first := at("first_step_seconds")) is not None:
         table.add_row("first step", f"done {first:.1f} s after rank 0 was started")
     table.add_row("parameters", f"{_count(at('parameters.total'))} total")
     table.add_row("in experts", _experts(summary))
+    if (stored := at("validation.loss_stored")) is not None:
+        table.add_row("as stored", f"validation loss {_number(stored, '.4f')}; {_stored(summary)}")
+    if at("recluster.rounds"):
+        table.add_row(
+            "regrouping",
+            f"{at('recluster.rounds')} rounds moved {at('recluster.moved_experts')} experts to other clusters: "
+            f"{_bytes(at('recluster.bytes'))} between ranks in {_number(at('recluster.seconds'), '.1f')} s",
+        )
+    flat = at("all_to_all.flat_bytes_per_token_layer")
     table.add_row(
         "all-to-all",
-        f"{_bytes(at('all_to_all.bytes_per_token_layer'))} per token and layer, "
+        f"{_bytes(at('all_to_all.bytes_per_token_layer'))} per token and layer"
+        f"{f' (flat routing: {_bytes(flat)})' if flat else ''}, "
         f"{_bytes(at('all_to_all.bytes'))} total, "
         f"{_bytes(at('all_to_all.bytes_inter_node'))} between nodes",
     )
@@ -105,9 +116,29 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None) -> Table:
         f"variance {_number(at('load.variance'), '.2e')}, cv² {_number(at('load.cv2'), '.4f')} (0: equal)",
     )
     table.add_row("peak memory", _memory(summary))
+    if at("memory.offload") is not None:
+        table.add_row("offload", _offload(summary))
     if folder is not None:
         table.add_row("files", Text(f"{folder}/", "bold"))
+    if picture is not None:
+        table.add_row("picture", Text(str(picture), "bold"))
     return table
+
+
+def _stored(summary: Mapping[str, Any]) -> str:
+    """Return the size of quantized experts beside that of the experts in float32."""
+    stored, own = look_up(summary, "stored.expert_bytes"), look_up(summary, "parameters.expert")
+    residuals = _bytes(look_up(summary, "stored.residual_bytes"))
+    return f"experts take {_bytes(stored)}, of that residuals {residuals}; in float32 {_bytes(own and 4 * own)}"
+
+
+def _offload(summary: Mapping[str, Any]) -> str:
+    """Return the part of the clusters that was on the device at most, and the bytes moved."""
+    offload, whole = look_up(summary, "memory.offload"), look_up(summary, "memory.offloadable_bytes")
+    return (
+        f"at most {_bytes(offload['peak_device_bytes'])} of {_bytes(whole)} of a rank's clusters in memory; "
+        f"{_bytes(offload['bytes_in'])} fetched, {_bytes(offload['bytes_out'])} evicted"
+    )
 
 
 def _world(summary: Mapping[str, Any]) -> str:
@@ -131,6 +162,9 @@ def _memory(summary: Mapping[str, Any]) -> str:
         text += f" (each: {', '.join(_bytes(value) for value in by_rank)})" if len(by_rank) <= 8 else ""
     if device := look_up(summary, "memory.peak_device_bytes"):
         text += f", {_bytes(device)} on its device"
+    state, dense = (look_up(summary, f"memory.{key}") for key in ("device_bytes", "dense_bytes"))
+    if state and dense:
+        text += f"; of that weights, gradients and training state {_bytes(state)}, of a dense model {_bytes(dense)}"
     return text
 
 

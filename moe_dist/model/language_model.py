@@ -211,9 +211,14 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
         held[class_of(parameter)] += parameter.numel()
     base = held[ParameterClass.BASE] * shape.cluster
     expert = held[ParameterClass.EXPERT] * shape.cluster * shape.shard
+    shared = sum(p.numel() for layer in model.clustered_layers() for p in _parameters_of(layer.shared_base))
     moe = config.moe
     standard = config.model.layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
-    return ParameterCounts(held[ParameterClass.DENSE] + base + expert, base + expert, standard)
+    return ParameterCounts(held[ParameterClass.DENSE] + base + expert, shared + base + expert, standard)
+
+
+def _parameters_of(module: nn.Module | None) -> Iterable[nn.Parameter]:
+    return () if module is None else module.parameters()
 
 
 def copies_of(parameter: nn.Parameter, mesh: Mesh) -> int:

@@ -1,4 +1,4 @@
-"""Megatron-core GPT backbone with our feed-forward layers; the only file that imports megatron.
+"""Megatron-core GPT backbone with our feed-forward layers.
 
 Megatron-core expects CUDA in three places, each replaced here for other devices: rotary embeddings
 (`_RotaryOnDevice`), attention (`SdpaCoreAttention`, which is also faster), and fused kernels (disabled).

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.compression import ClusterWeights, fake_quantize, init_base, init_residual
+from moe_dist.compression.initialization import V_STD
 from moe_dist.config import MoEConfig
 from moe_dist.kernels import clustered_experts
 from moe_dist.memory.offloaded_cluster import OffloadedCluster
@@ -26,6 +27,34 @@ class ClusterBase(nn.Module):
         w_in, w_out = init_base(model.hidden_size, moe.expert_hidden, model.init_std, model.output_init_std, draw)
         self.w_in_DH = nn.Parameter(w_in)
         self.w_out_FD = nn.Parameter(w_out)
+        mark(self, ParameterClass.BASE)
+
+
+class SharedBase(nn.Module):
+    """First level of a two-level base: weights that all clusters of a layer share, the same on all ranks (dense)."""
+
+    def __init__(self, layer: int, model: LayerSizes, moe: MoEConfig, seed: int) -> None:
+        super().__init__()
+        draw = generator(seed, layer, "base", SHARED)
+        w_in, w_out = init_base(model.hidden_size, moe.expert_hidden, model.init_std, model.output_init_std, draw)
+        self.w_in_DH = nn.Parameter(w_in)
+        self.w_out_FD = nn.Parameter(w_out)
+
+
+class ClusterPart(nn.Module):
+    """Second level of a two-level base: low-rank factors of one cluster, added to the shared base.
+
+    W_c = B + P_c Q_c. The factors start as experts' residuals do: P with std fan_in^-1/2, Q with a small std.
+    """
+
+    def __init__(self, layer: int, cluster: int, model: LayerSizes, moe: MoEConfig, seed: int) -> None:
+        super().__init__()
+        d, f, rank = model.hidden_size, moe.expert_hidden, moe.base_rank
+        draw = generator(seed, layer, "cluster part", cluster)
+        self.in_p_DR = nn.Parameter(torch.randn(d, rank, generator=draw) * d**-0.5)
+        self.in_q_RH = nn.Parameter(torch.randn(rank, 2 * f, generator=draw) * V_STD)
+        self.out_p_FR = nn.Parameter(torch.randn(f, rank, generator=draw) * f**-0.5)
+        self.out_q_RD = nn.Parameter(torch.randn(rank, d, generator=draw) * V_STD)
         mark(self, ParameterClass.BASE)
 
 
@@ -58,11 +87,22 @@ class Residuals(nn.Module):
 class ClusteredExperts(nn.Module):
     """Base of one cluster, and its experts on this rank."""
 
-    def __init__(self, layer: int, cluster: int, model: LayerSizes, moe: MoEConfig, context: LayerContext) -> None:
+    def __init__(
+        self,
+        layer: int,
+        cluster: int,
+        model: LayerSizes,
+        moe: MoEConfig,
+        context: LayerContext,
+        shared: SharedBase | None = None,
+    ) -> None:
+        """Args: shared: first level of a two-level base, owned by the layer; None: a base for each cluster."""
         super().__init__()
         experts = context.placements[layer].experts_of(cluster, context.mesh.at.shard)
         self.backend, self.fake_quantize_as = moe.backend, context.fake_quantize_as
-        self.base = ClusterBase(layer, cluster, model, moe, context.seed)
+        self._shared = (shared,)  # in a tuple, so that it is no module of this one
+        base = ClusterBase if shared is None else ClusterPart
+        self.base = base(layer, cluster, model, moe, context.seed)
         self.residuals = Residuals(layer, experts, model, moe, context.seed)
         self._offloaded: OffloadedCluster | None = None
         if context.memory is not None:
@@ -78,8 +118,14 @@ class ClusteredExperts(nn.Module):
         return weights if self.fake_quantize_as is None else fake_quantize(weights, self.fake_quantize_as)
 
     def parameter_weights(self) -> ClusterWeights:
-        """Return the parameters."""
-        return ClusterWeights(self.base.w_in_DH, self.base.w_out_FD, **self.residuals.tensors())
+        """Return the parameters; a two-level base is materialized, and differentiable in both of its levels."""
+        (shared,) = self._shared
+        if isinstance(self.base, ClusterBase):
+            return ClusterWeights(self.base.w_in_DH, self.base.w_out_FD, **self.residuals.tensors())
+        assert shared is not None
+        w_in_DH = torch.addmm(shared.w_in_DH, self.base.in_p_DR, self.base.in_q_RH)
+        w_out_FD = torch.addmm(shared.w_out_FD, self.base.out_p_FR, self.base.out_q_RD)
+        return ClusterWeights(w_in_DH, w_out_FD, **self.residuals.tensors())
 
     def present(self) -> AbstractContextManager[None]:
         """Return a context in which the weights are on the device."""

@@ -20,7 +20,7 @@ from moe_dist.dispatch.wire_format import wire_format_of
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.moe.attached_loss import attach_router_losses
 from moe_dist.moe.capacity import capacity_of, within_capacity
-from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_experts import ClusteredExperts, SharedBase
 from moe_dist.moe.layer_context import LayerContext, LayerSizes
 from moe_dist.moe.layer_state import load_routing_state, save_routing_state
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts
@@ -83,7 +83,10 @@ class ClusteredMoE(nn.Module):
         self.loss_scale = loss_scale
         self.router = Router.of_experts(layer, moe.experts, sizes, context.seed)
         held = () if context.quantized else context.placements[layer].clusters_of_block(context.mesh.at.cluster)
-        self.clusters = nn.ModuleList(ClusteredExperts(layer, cluster, sizes, moe, context) for cluster in held)
+        self.shared_base = SharedBase(layer, sizes, moe, context.seed) if moe.two_level_base else None
+        self.clusters = nn.ModuleList(
+            ClusteredExperts(layer, cluster, sizes, moe, context, self.shared_base) for cluster in held
+        )
         mesh, hidden_format = context.mesh, wire_format_of(getattr(torch, moe.wire_dtype))
         self.stage_one = AllToAll(mesh.group(GroupKind.STAGE_ONE), context.ledger, layer, Stage.ONE, hidden_format)
         self.stage_two = AllToAll(mesh.group(GroupKind.CLUSTER), context.ledger, layer, Stage.TWO, hidden_format)
@@ -109,10 +112,11 @@ class ClusteredMoE(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the layer's addition to the residual stream, in the shape of `hidden`; collective."""
         x_TD = hidden.flatten(0, -2)
-        routing = self.route(x_TD, hidden.shape[1:-1].numel())
-        experts = self.experts(len(x_TD))
+        sequences = hidden.shape[1:-1].numel()
+        routing = self.route(x_TD, sequences)
+        experts = self.local_experts(len(x_TD))
         chunks, metadata = self.dispatcher.dispatch(x_TD, routing)
-        computed = map(experts, chunks)
+        computed = map(experts, chunks)  # lazy: a chunk is computed while the next one is exchanged
         y_TD = self.dispatcher.combine(computed, metadata)
         if self.moe.gate_scale != 1:
             y_TD = y_TD * self.moe.gate_scale
@@ -127,7 +131,7 @@ class ClusteredMoE(nn.Module):
         logits_TG = self.router.cluster_logits(x_TD, self.member_GN)
         cluster_TM = choose_clusters(logits_TG, self.balance.cluster_bias_LG[self.layer], self.moe.top_clusters)
         if self.context.statistics is not None and self.balance.counting:
-            self.context.statistics.choose_clusters(self.layer, cluster_TM, self.placement.clusters)
+            self.context.statistics.record_clusters(self.layer, cluster_TM, self.placement.clusters)
         keep_TM = None
         if self.moe.capacity_factor is not None:
             capacity = capacity_of(cluster_TM.numel(), self.moe.clusters, self.moe.capacity_factor)
@@ -136,7 +140,7 @@ class ClusteredMoE(nn.Module):
             keep_TM = keep_C.view_as(cluster_TM)
         return ClusterRouting(logits_TG, cluster_TM, keep_TM, sequences)
 
-    def experts(self, tokens: int) -> StageTwo:
+    def local_experts(self, tokens: int) -> StageTwo:
         """Return stage two for a micro-batch of `tokens` tokens on each rank; collective."""
         block = self.context.mesh.at.cluster
         embedding_LND = self.router.local_embeddings(self.placement, self.member_GN, self.stage_one, block)

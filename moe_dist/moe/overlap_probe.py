@@ -85,7 +85,7 @@ class _Probe:
         counting, context.balance.counting = context.balance.counting, False
         recording, context.ledger.recording = context.ledger.recording, False
         with torch.no_grad():
-            experts = self.layer.experts(self.tokens)
+            experts = self.layer.local_experts(self.tokens)
             for cluster, x_RD in enumerate(self.x_RD[:rows].chunk(len(self.layer.clusters))):
                 experts.run_cluster(cluster, x_RD)
         context.balance.counting, context.ledger.recording = counting, recording

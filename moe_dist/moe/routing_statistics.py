@@ -39,13 +39,13 @@ class RoutingStatistics:
                 statistics.begin_step()
             self.together_LGG *= self.decay
 
-    def choose_clusters(self, layer: int, cluster_TM: Tensor, clusters: int) -> None:
+    def record_clusters(self, layer: int, cluster_TM: Tensor, clusters: int) -> None:
         """Count the pairs of clusters that tokens chose."""
         if self.collecting and cluster_TM.shape[1] > 1:
             chosen_TG = self.together_LGG.new_zeros(len(cluster_TM), clusters).scatter_(1, cluster_TM, 1.0)
             self.together_LGG[layer] += chosen_TG.T @ chosen_TG
 
-    def give(self, layer: int, x_RD: Tensor, slot_RK: Tensor, gate_RK: Tensor, member_N: Tensor) -> None:
+    def record_rows(self, layer: int, x_RD: Tensor, slot_RK: Tensor, gate_RK: Tensor, member_N: Tensor) -> None:
         """Add the rows routed to the experts of one cluster."""
         if self.collecting:
             self.activation[layer].update(x_RD.detach(), slot_RK, gate_RK.detach(), member_N)

@@ -1,4 +1,4 @@
-"""Selection biases, which balance loads without a loss: each step changes a bias against the error of its load.
+"""Selection biases for load balancing without a loss: each step lowers those of overloaded experts and clusters.
 
 Shapes: L layers, E experts, G clusters. Source: auxiliary-loss-free balancing (Wang et al. 2024), here in two stages.
 """

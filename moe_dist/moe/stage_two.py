@@ -55,7 +55,7 @@ class StageTwo:
         choice = choose_experts(logits_RN, bias_N, self.moe.top_k, self.only_gate)
         balance.count(self.layer, member_N[choice.slot_RK.flatten()])
         if self.context.statistics is not None and balance.counting:
-            self.context.statistics.give(self.layer, x_RD, choice.slot_RK, choice.gate_RK, member_N)
+            self.context.statistics.record_rows(self.layer, x_RD, choice.slot_RK, choice.gate_RK, member_N)
         scale = self.loss_scale / max(1, self.tokens)
         gate_RK = attach_router_losses(
             choice.gate_RK, logits_RN, choice.slot_RK, balance, self.moe.z_loss_weight, scale

@@ -8,7 +8,7 @@ Made = TypeVar("Made", bound=Hashable, contravariant=True)
 
 
 class Transition(Protocol[Made]):
-    """Method by which experts change clusters, with trial moves that can be reverted."""
+    """Interface of `adopt` and `refit`: apply moves on trial, revert them, or commit them."""
 
     def apply(self, moves: Sequence[Made]) -> None:
         """Apply moves on trial; collective."""

@@ -136,7 +136,7 @@ def _read_source(store: TensorStore, piece: Piece) -> Tensor:
 
 
 def checksum(body: Tensor) -> Tensor:
-    """Return a 64-bit sum of words times odd weights of their positions, modulo 2^64, to detect changes and swaps."""
+    """Return a sum(word[i] * (2 i + 1)) modulo 2^64 over 32-bit words, modulo 2^64, to detect changes and swaps."""
     total = torch.tensor(len(body), device=body.device)
     for number, chunk in enumerate(body.split(4 * CHECKSUM_CHUNK)):
         padded = torch.nn.functional.pad(chunk, (0, -len(chunk) % 4)) if len(chunk) % 4 else chunk

@@ -59,7 +59,7 @@ def _from_loads(file: Path) -> Floats | None:
 
 
 def _from_routing(run: Path, experts: int) -> Floats | None:
-    """Return choices of experts (flat), or of clusters, whose consecutive experts get equal shares."""
+    """Return how often each expert was chosen; a recorded cluster gives its count to all its experts."""
     try:
         with np.load(run / "routing.npz", allow_pickle=False) as arrays:
             flat = [name for name in arrays.files if name.endswith(".flat")]

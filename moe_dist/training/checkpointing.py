@@ -5,11 +5,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from moe_dist.checkpoint.async_saver import CheckpointSaver, Saved
 from moe_dist.checkpoint.find import agreed
 from moe_dist.checkpoint.manifest import DataRecord
 from moe_dist.checkpoint.random_state import RandomState
 from moe_dist.checkpoint.run_state import RunState
-from moe_dist.checkpoint.saver import CheckpointSaver, Saved
 from moe_dist.checkpoint.stateful import Parts
 from moe_dist.checkpoint.store import FINAL, step_folder
 from moe_dist.config import RunConfig

@@ -2,12 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from moe_dist.config import RunConfig
+from moe_dist.config.layer_kinds import LAYER_KINDS
+from moe_dist.dispatch.layout_advice import flat_bytes
 from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import count_parameters
+from moe_dist.moe.quantized_experts import stored_sizes
 from moe_dist.training.summary_metrics import all_to_all_totals, model_bytes, peak_memory
 
 if TYPE_CHECKING:
     from moe_dist.training.trainer import Trainer
+
+FLOAT32, MOMENTS = 4, 8
+"""Bytes of a float32 master weight, and of AdamW's two moments."""
 
 
 def description(trainer: "Trainer") -> str:
@@ -27,6 +36,8 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
     config, process = trainer.config, trainer.process
     counts, peaks = count_parameters(trainer.model), peak_memory(process)
     whole, offloadable = model_bytes(trainer.engine)
+    offload = None if trainer.memory is None else trainer.memory.tiers.totals(process.device)
+    on_device = whole - offloadable + (offload["peak_device_bytes"] if offload else 0)
     found: dict[str, Any] = {}
     for callback in trainer.callbacks:
         found |= callback.summary()
@@ -36,19 +47,52 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
         "kind": config.moe.kind,
         **found,
         "parameters": vars(counts),
-        "all_to_all": all_to_all_totals(trainer.ledger, found["tokens"], config.model.layers, process),
+        "all_to_all": {
+            **all_to_all_totals(trainer.ledger, found["tokens"], config.model.layers, process),
+            "flat_bytes_per_token_layer": _flat_bytes(trainer),
+        },
+        "stored": _stored_bytes(trainer),
         "memory": {
             "peak_rss_bytes": max(peaks.rss_by_rank),
             "peak_rss_bytes_by_rank": peaks.rss_by_rank,
             "peak_device_bytes": peaks.device,
             "model_bytes": whole,
             "offloadable_bytes": offloadable,
-            "offload": None if trainer.memory is None else trainer.memory.tiers.totals(process.device),
+            "device_bytes": on_device,
+            "dense_bytes": _dense_bytes(config, counts.total - counts.expert, process.ranks),
+            "offload": offload,
         },
         "world": vars(trainer.shape),
         "seed": config.seed,
         "versions": installed_versions(),
     }
+
+
+def _flat_bytes(trainer: "Trainer") -> float | None:
+    """Return the expected all-to-all bytes per token and layer of flat routing over the same ranks."""
+    config = trainer.config
+    if not config.moe.layer_kind.routed:
+        return None
+    return flat_bytes(config.model, config.moe, trainer.shape)
+
+
+def _stored_bytes(trainer: "Trainer") -> dict[str, int] | None:
+    """Return the bytes of all experts as stored, and of their residuals in it; None: they are stored unquantized."""
+    config, moe = trainer.config, trainer.config.moe
+    if config.precision.residuals == "none":
+        return None
+    cluster = stored_sizes(config, moe.experts_per_cluster)
+    clusters = config.model.layers * moe.clusters
+    return {"expert_bytes": clusters * cluster.nbytes, "residual_bytes": clusters * cluster.experts.nbytes}
+
+
+def _dense_bytes(config: RunConfig, other_parameters: int, ranks: int) -> int:
+    """Return weights, gradients and training state of a rank of a dense model of the same active width."""
+    layer = LAYER_KINDS["dense"].parameters(config.model.hidden_size, config.moe, 1, 1).dense
+    size = getattr(torch, config.train.precision).itemsize
+    optimizer = MOMENTS + (FLOAT32 if size < FLOAT32 else 0)
+    shares = ranks if config.world.zero_stage else 1
+    return int((other_parameters + config.model.layers * layer) * (2 * size + optimizer / shares))
 
 
 def _loss_as_stored(trainer: "Trainer") -> float | None:

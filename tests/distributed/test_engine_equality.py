@@ -114,6 +114,7 @@ CLUSTERED = [
     ["moe.top_clusters=1", "world.zero_stage=1", "model.activation_checkpointing=true", "moe.overlap_chunks=2"],
     ["moe.top_clusters=1", "moe.top_k=1", "world.zero_stage=1", "moe.z_loss_weight=0.01"],
     ["moe.top_clusters=2", "moe.top_k=1", "world.zero_stage=2", "moe.z_loss_weight=0.01", "moe.overlap_chunks=3"],
+    ["moe.top_clusters=1", "world.zero_stage=1", "moe.base=shared+cluster", "moe.base_rank=3"],
 ]
 OTHERS = [
     ["moe.kind=standard", "world.zero_stage=0"],

@@ -48,7 +48,7 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 DEMO_IN_SHORT = [
     "name=smoke", "train.steps=4", "train.warmup_steps=1", "train.eval_sequences=8", "corpus.max_bytes=600000",
-    "tokenizer.vocab_size=512",
+    "tokenizer.vocab_size=512", "recluster.start=2", "recluster.period=2",
 ]  # fmt: skip
 
 

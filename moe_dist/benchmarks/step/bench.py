@@ -45,7 +45,7 @@ class StepFigures:
 
     @property
     def overhead(self) -> float | None:
-        """Share of routing, permutation, counters and metrics in MoE layers and metrics; None: not profiled."""
+        """Time of routing, permutation, counters and metrics over that of MoE layers and these, or None."""
         layers = sum(self.parts.get(part, 0.0) for part in {*OF_MOE_LAYERS, *OVERHEAD})
         return sum(self.parts.get(part, 0.0) for part in OVERHEAD) / layers if layers else None
 

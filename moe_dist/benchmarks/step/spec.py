@@ -39,15 +39,6 @@ class StepBenchSpec:
                 raise ConfigError(f"--{name} {getattr(self, name)} must be {least} or more")
         if not self.kinds or (unknown := sorted(set(self.kinds) - set(KINDS))):
             raise ConfigError(f"--kind {unknown[0] if self.kinds else ''}: use {', '.join(KINDS)}")
-        return {kind: self._of_kind(config, kind) for kind in self.kinds}
-
-    def _of_kind(self, config: RunConfig, kind: str) -> RunConfig:
-        steps, tree = self.warmup + self.rounds * self.steps + self.divided, config.model_dump()
-        tree["moe"]["kind"] = kind
-        tree["train"].update(steps=steps + 1, warmup_steps=0, eval_every=0)
-        try:
-            return RunConfig.model_validate(tree)
-        except ValueError as error:
-            raise ConfigError(
-                f"--kind {kind} does not fit this configuration: {' '.join(str(error).split())}"
-            ) from error
+        steps = self.warmup + self.rounds * self.steps + self.divided + 1
+        train = {"steps": steps, "warmup_steps": 0, "eval_every": 0}
+        return {kind: config.of_kind(kind, **train) for kind in self.kinds}

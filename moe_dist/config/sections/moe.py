@@ -23,6 +23,12 @@ class MoEConfig(Section):
     expert_hidden: Positive = Field(256, description="f: hidden width of an expert, and of a cluster's base")
     dense_hidden: Positive | None = Field(None, description="hidden width of `dense`; null: top_k * expert_hidden")
     rank: Positive = Field(4, description="r: rank of an expert's residual (clustered)")
+    base: Literal["cluster", "shared+cluster"] = Field(
+        "cluster",
+        description="base of a cluster: full weights of its own, or full weights shared by all clusters plus low-rank "
+        "factors of its own, W_i = B + P_c Q_c + U_i V_i (clustered)",
+    )
+    base_rank: Positive = Field(8, description="R: rank of a cluster's factors (base: shared+cluster)")
     expert_vectors: bool = Field(
         True, description="per-expert gates and biases of hidden units, and output biases (clustered)"
     )
@@ -69,6 +75,11 @@ class MoEConfig(Section):
     def layer_kind(self) -> DenseKind:
         """Description of the kind of layer."""
         return LAYER_KINDS[self.kind]
+
+    @property
+    def two_level_base(self) -> bool:
+        """True if all clusters of a layer share full weights, to which each adds low-rank factors."""
+        return self.layer_kind.clustered and self.base == "shared+cluster"
 
     @property
     def needs_whole_batches(self) -> str | None:

@@ -16,6 +16,7 @@ from moe_dist.checkpoint.random_state import RandomState
 from moe_dist.checkpoint.save_and_load import read_checkpoint, write_checkpoint
 from moe_dist.checkpoint.sharded_tensor import Shard, ShardedTensor, State
 from moe_dist.checkpoint.stateful import Stateful, allocate_like, load_state, tensors_of, values_of
+from moe_dist.training.run_history import RunHistory
 from tests.unit.checkpoint.samples import manifest, state
 
 
@@ -111,3 +112,11 @@ def test_a_shard_is_a_view() -> None:
     ShardedTensor.whole(values.view(2, 3)).shards[0].values.fill_(1)
     assert values.tolist() == [1] * 6
     assert Shard(0, values).values is values
+
+
+def test_values_are_those_of_the_moment_though_the_manifest_is_written_later() -> None:
+    history = RunHistory(curve=[{"step": 4, "tokens": 8, "loss": 1.5}])
+    values = values_of({"history": history})
+    history.curve[0]["loss"] = 0.5
+    history.curve.append({"step": 8, "tokens": 16, "loss": 0.25})
+    assert values["history"]["curve"] == [{"step": 4, "tokens": 8, "loss": 1.5}]

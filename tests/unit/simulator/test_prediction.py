@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from moe_dist.config import BatchShape, RunConfig, WorldShape, load_config
 from moe_dist.errors import ConfigError
 from moe_dist.simulator import planner
-from moe_dist.simulator.compare import compare
 from moe_dist.simulator.hardware import DEVICES, Fabric, device_named
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.planner import layouts, plan
 from moe_dist.simulator.popularity import Floats, balanced_clusters, recorded, sample, zipf
+from moe_dist.simulator.simulate import compare
 from moe_dist.simulator.sizes import parameters_on_rank
 from moe_dist.simulator.step_time import Scenario, step_time
 from moe_dist.simulator.strategies import Strategy, demand

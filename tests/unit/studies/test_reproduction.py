@@ -17,10 +17,10 @@ from moe_dist.studies.reproduction import cells, run
 from moe_dist.studies.reproduction.claims import verdicts
 from moe_dist.studies.reproduction.evaluations import choose
 from moe_dist.studies.reproduction.figures import Result, active_work, rows
+from moe_dist.studies.reproduction.job_arrays import show_cost, write_arrays
 from moe_dist.studies.reproduction.plots import plot_all
 from moe_dist.studies.reproduction.progress import StudyProgress
 from moe_dist.studies.reproduction.scales import CLASSIC, KINDS, OURS, SCALES, STRONG, RecipeKind, Scale
-from moe_dist.studies.reproduction.submit import show_cost, write_arrays
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FREE = {"moe", "recluster", "precision", "memory", "optimizer"}

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from moe_dist.config import RunConfig, resolve_batch, resolve_world
-from moe_dist.errors import ConfigError
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.popularity import recorded, zipf
 from moe_dist.simulator.step_time import Scenario, StepTime, step_time
@@ -36,7 +35,7 @@ def compare(
     """
     experts = config.moe.experts
     popularity_LE = recorded(trace, experts) if trace else zipf(experts, skew, 2, np.random.default_rng(config.seed))
-    clustered, standard = _of_kind(config, "clustered"), _of_kind(config, "standard")
+    clustered, standard = config.of_kind("clustered"), config.of_kind("standard")
     limited = {"most_nodes": most_nodes}
     cases = {
         "flat": (standard, Scenario(Strategy.FLAT, overlap=overlap)),
@@ -51,12 +50,3 @@ def compare(
         name: step_time(single, shape, batch, vocabulary, fabric, popularity_LE, scenario)
         for name, (single, scenario) in cases.items()
     }
-
-
-def _of_kind(config: RunConfig, kind: str) -> RunConfig:
-    tree = config.model_dump()
-    tree["moe"]["kind"] = kind
-    try:
-        return RunConfig.model_validate(tree)
-    except ValueError as error:
-        raise ConfigError(f"as {kind} experts: {' '.join(str(error).split())}") from error

@@ -1,7 +1,8 @@
-"""Optimizer parameter groups: by weight decay, learning rate and reduction group."""
+"""Optimizer: AdamW, and its parameter groups by weight decay, learning rate and reduction group."""
 
 from typing import Any, NamedTuple
 
+import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
@@ -45,6 +46,17 @@ def _rules(optimizer: OptimizerConfig) -> dict[str, UpdateRule]:
 def update_rule(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) -> UpdateRule:
     """Return the update rule of one parameter."""
     return _rules(optimizer)[_kind(name, parameter)]
+
+
+def build_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.AdamW:
+    """Return AdamW over the model's parameter groups; its states are created by the first step."""
+    return torch.optim.AdamW(
+        parameter_groups(model, options),
+        lr=options.learning_rate,
+        betas=(options.beta1, options.beta2),
+        eps=options.epsilon,
+        fused=True,
+    )
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
