@@ -93,8 +93,8 @@ def _try_one(folder: Path, fault: Fault, wanted: Any) -> str | None:
     if _loses_nothing(fault) and not fault.lasting:
         if error is not None:
             return f"training did not go on: {error}"
-        reopened = fault.place.where.endswith("_in_place") and fault.number == errno.ENOENT  # only a file, made again
-        if not reopened and (f"{folder}/runs/smoke" not in output or "warning: " not in output):
+        again = fault.number == errno.ENOENT  # a missing file or folder is made at once
+        if not again and (f"{folder}/runs/smoke" not in output or "warning: " not in output):
             return f"no note: {output}"
     if error is not None:
         line = str(error)
