@@ -41,7 +41,12 @@ def _draw(folder: Path, summary: Mapping[str, Any]) -> Any:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    """Return the whole records of a file of JSON lines; none if it cannot be read."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _line(summary: Mapping[str, Any]) -> str:

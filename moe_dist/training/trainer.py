@@ -1,7 +1,10 @@
 """Training loop: forward and backward passes, update, evaluation; everything else is a callback."""
 
+import errno
 import hashlib
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -42,6 +45,9 @@ from moe_dist.training.validation import validation_loss
 from moe_dist.training.warmup import StandardWarmup
 from moe_dist.training.watchdog import Watchdog, watched_seconds
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors of a file store, which torch raises as its own."""
+
 
 def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process) -> bool:
     """Train the configured model; every rank of the job calls this.
@@ -61,6 +67,14 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
         except OSError as error:
             folders = f"runs_dir={config.runs_dir} or corpus.cache_dir={config.corpus.cache_dir}"
             raise (file_error(error, folders) or error) from error
+        except dist.DistStoreError as error:
+            reason = str(error).strip().splitlines()[0]
+            if not any(os.strerror(number) in reason for number in FULL):
+                raise  # another rank has ended
+            raise TrainingError(
+                f"the file through which the ranks meet cannot be written: {reason}: free space in "
+                f"{tempfile.gettempdir()}, then resume"
+            ) from error
 
 
 def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:

@@ -31,6 +31,7 @@ def _words(folder: Path, *more: str) -> list[str]:
     return [
         f"runs_dir={folder}/runs", f"corpus.cache_dir={folder}/cache", "train.steps=4", "train.eval_every=2",
         "checkpoint.every=2", "checkpoint.keep_last=1", "corpus.max_bytes=100000", "tensorboard=true",
+        "picture=false",
         "checkpoint.resume=auto", *more,
     ]  # fmt: skip
 
@@ -92,7 +93,8 @@ def _try_one(folder: Path, fault: Fault, wanted: Any) -> str | None:
     if _loses_nothing(fault) and not fault.lasting:
         if error is not None:
             return f"training did not go on: {error}"
-        if f"{folder}/runs/smoke" not in output or "warning: " not in output:
+        again = fault.number == errno.ENOENT  # a missing file or folder is made at once
+        if not again and (f"{folder}/runs/smoke" not in output or "warning: " not in output):
             return f"no note: {output}"
     if error is not None:
         line = str(error)
@@ -114,7 +116,8 @@ def _loses_nothing(fault: Fault) -> bool:
     where = fault.place.where
     checkpoint = where.startswith("checkpoint/storage.py") or where.endswith("write_manifest")
     matrices = "traffic.json" in fault.place.file
-    return where.startswith("metrics/append_file.py") or (checkpoint and fault.nth == 1) or matrices
+    kept = checkpoint and "smoke/CHECKPOINT" in fault.place.file  # the final weights are no copy
+    return where.startswith("metrics/append_file.py") or kept or matrices
 
 
 @pytest.mark.timeout(600)

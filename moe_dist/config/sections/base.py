@@ -26,10 +26,10 @@ def _expanded(path: str) -> str:
     if "\0" in path:
         raise ValueError("a path holds no NUL character")
     expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
+    if expanded == "~" or expanded.startswith("~/"):
         raise ValueError(
-            f"{path.partition('/')[0]} is no known folder (HOME is not set, and the user has no passwd entry): set "
-            "HOME, or give a path without ~"
+            "~ is no known folder (HOME is not set, and the user has no passwd entry): set HOME, or give a path "
+            "without ~"
         )
     return expanded
 
