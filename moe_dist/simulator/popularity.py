@@ -21,8 +21,8 @@ SAMPLE = 4096
 MOST_EXPERTS = 2**20
 """Largest number of experts of a trace; a larger choice is damage."""
 DAMAGED = (
-    OSError, EOFError, ValueError, TypeError, KeyError, OverflowError, MemoryError, RuntimeError, SyntaxError,
-    struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+    OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError, RuntimeError,
+    SyntaxError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 """Errors of numpy's and zipfile's readers on a damaged archive."""
 

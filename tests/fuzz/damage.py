@@ -60,10 +60,10 @@ def reads(read: Callable[[], Value]) -> Value | None:
         with _time_limit():
             return read()
     except MoeDistError as error:
-        text = str(error)
-        assert text.strip(), f"{type(error).__name__} without a message"
-        assert len(text.splitlines()) == 1, f"more than one line: {text!r}"
-        return None
+        text, kind = str(error), type(error).__name__
+    assert text.strip(), f"{kind} without a message"
+    assert len(text.splitlines()) == 1, f"more than one line: {text!r}"
+    return None
 
 
 @st.composite
