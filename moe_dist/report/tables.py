@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from moe_dist.metrics.summary import look_up
 from moe_dist.report.read import RunFiles, number
 
 MISSING = "-"
@@ -46,7 +47,7 @@ def comparison(runs: Sequence[RunFiles]) -> str:
 
 
 def _layout(run: RunFiles) -> str:
-    kind = run.summary.get("kind") or (run.config.get("moe") or {}).get("kind") or MISSING
+    kind = run.summary.get("kind") or look_up(run.config, "moe.kind") or MISSING
     world = run.summary.get("world")
     axes = ", ".join(f"{axis} {size}" for axis, size in world.items()) if isinstance(world, dict) else ""
     return f"{kind}: {axes}" if axes else str(kind)

@@ -31,7 +31,7 @@ def test_a_task_list_of_billions_of_nodes_is_not_expanded() -> None:
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
 def test_numbers_of_thousands_of_digits_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=rf"^{name}='9{{60}}\\.\\.\\.' is not a whole number"):
+    with pytest.raises(LaunchError, match=rf"^{name}='9{{60}}\.\.\.' is not a whole number"):
         discover({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", name: "9" * 5000})
     (tmp_path / "hosts").write_text(f"node slots={'9' * 5000}\n")
     with pytest.raises(LaunchError, match="line 1"):
@@ -61,14 +61,14 @@ def test_a_routing_of_no_choices_is_refused(tmp_path: Path, array: Any) -> None:
     for name in ("layer0.flat", "layer0.one"):
         np.savez(tmp_path / "routing.npz", **{name: array})
         if array.dtype.kind != "i" or array.max() > 0 or name.endswith(".one"):
-            with pytest.raises(ConfigError, match=r"nor routing\.npz"):
+            with pytest.raises(ConfigError, match="nor routing"):
                 recorded(tmp_path, 4)
 
 
 def test_a_routing_that_is_no_archive_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "routing.npz").open("wb") as file:
         np.save(file, np.zeros(3))
-    with pytest.raises(ConfigError, match=r"nor routing\.npz"):
+    with pytest.raises(ConfigError, match="nor routing"):
         recorded(tmp_path, 4)
 
 

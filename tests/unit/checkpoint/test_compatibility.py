@@ -89,3 +89,9 @@ def test_what_is_no_placement_is_refused(change: dict[str, Any], shape: tuple[in
     record = PlacementRecord(**{**placement_to_record(SCATTERED).model_dump(), **change})
     with pytest.raises(CheckpointError, match="placement does not fit"):
         placement_from_record(record, WorldShape(*shape))
+
+
+def test_clusters_are_dealt_to_fewer_blocks_in_the_order_of_their_numbers() -> None:
+    placement = ExpertPlacement(SCATTERED.members, (3, 1, 0, 2), blocks=4, shards=1)
+    found = placement_from_record(placement_to_record(placement), WorldShape(1, 2, 1))
+    assert found.block_of_cluster == (0, 0, 1, 1)

@@ -109,3 +109,15 @@ def test_a_row_of_each_rank() -> None:
     row = ShardedTensor.row(torch.arange(6.0).view(2, 3), rank=2, ranks=4)
     assert row.shape == (4, 2, 3)
     assert [(shard.start, len(shard.values)) for shard in row.shards] == [(12, 6)]
+
+
+def test_what_is_away_is_filled_from_several_pieces(tmp_path: Path) -> None:
+    values, target = torch.arange(12.0), torch.zeros(12)
+
+    def write(start: int, part: Tensor) -> None:
+        target[start : start + len(part)] = part
+
+    write_checkpoint(tmp_path / "c", manifest(), {"x": ShardedTensor((12,), values.dtype, pieces(values, {5}))}, rank=0)
+    away = OffloadedShard(0, 12, values.dtype, target.clone, write)
+    read_checkpoint(tmp_path / "c", {"x": ShardedTensor((12,), values.dtype, [away])})
+    assert torch.equal(target, values)

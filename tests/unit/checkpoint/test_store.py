@@ -138,3 +138,19 @@ def test_weights_come_from_the_latest_step(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "final", manifest(6), state(), rank=0)
     cut(tmp_path / "final" / "manifest.json")
     assert latest() == "step-00000005"
+
+
+def test_training_does_not_resume_from_final_weights(tmp_path: Path) -> None:
+    saved(tmp_path, 3)
+    write_checkpoint(tmp_path / "final", manifest(4), state(), rank=0)
+    found = latest_valid_checkpoint(tmp_path)
+    assert found is not None
+    assert found.path.name == "step-00000003"
+
+
+def test_a_manifest_that_was_changed_is_damaged(tmp_path: Path) -> None:
+    (checkpoint,) = saved(tmp_path, 3)
+    file = checkpoint / "manifest.json"
+    file.write_text(file.read_text().replace('"step": 3', '"step": 4'))
+    with pytest.raises(CheckpointError, match=r"the checksum of manifest\.json is wrong"):
+        check(checkpoint)
