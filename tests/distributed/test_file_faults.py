@@ -101,11 +101,11 @@ def _try_one(folder: Path, fault: Fault, wanted: Any) -> str | None:
         if "\n" in line or str(folder) not in line:
             return f"the line names no folder: {line}"
     try:
-        _, again, _ = _train(folder)
+        _, refusal, _ = _train(folder)
     except BaseException:
         return f"cannot be resumed after {error}: " + traceback.format_exc()[-1500:]
-    if again is not None:
-        return f"cannot be resumed after {error}: {again}"
+    if refusal is not None:
+        return f"cannot be resumed after {error}: {refusal}"
     if _losses(folder) != wanted:
         return f"other losses after {error}"
     return None

@@ -569,7 +569,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     # metrics
     *_of(
         "metrics/load_balance.py",
-        f"{UNIT}/metrics/test_load.py",
+        f"{UNIT}/metrics/test_load_balance.py",
         ("cv2 with one factor E", "variance * experts**2", "variance * experts"),
         (
             "largest over the sum",
@@ -662,7 +662,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *_of(
         "checkpoint/stateful.py",
-        f"{UNIT}/checkpoint/test_parts.py",
+        f"{UNIT}/checkpoint/test_stateful.py",
         (
             "sums divided among ranks from row 0",
             "range(rank, tensor.shape[0], ranks)",
@@ -680,7 +680,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *_of(
         "checkpoint/compatibility.py",
-        f"{UNIT}/checkpoint/test_fit.py",
+        f"{UNIT}/checkpoint/test_compatibility.py",
         (
             "other tokens accepted",
             "if (then.train_checksum, then.vocab_size) == (now.train_checksum, now.vocab_size):",
@@ -691,13 +691,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *_of(
         "checkpoint/placement_record.py",
-        f"{UNIT}/checkpoint/test_fit.py",
+        f"{UNIT}/checkpoint/test_compatibility.py",
         ("clusters dealt round", "cluster // per_block for cluster", "cluster % shape.cluster for cluster"),
         ("version lost", "shape.shard, record.version)", "shape.shard)"),
     ),
     *_of(
         "checkpoint/sharded_tensor.py",
-        f"{UNIT}/checkpoint/test_transfer.py {UNIT}/checkpoint/test_parts.py",
+        f"{UNIT}/checkpoint/test_save_and_load.py {UNIT}/checkpoint/test_stateful.py",
         ("every row at the start", "Shard(rank * value.numel(), value", "Shard(0, value"),
         (
             "copies share their buffer",
@@ -722,7 +722,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *_of(
         "checkpoint/resharding_planner.py",
-        f"{UNIT}/checkpoint/test_transfer.py",
+        f"{UNIT}/checkpoint/test_save_and_load.py",
         (
             "offloaded values written at the shard's start",
             "shard.write(read_item.dest_offsets[0], tensor)",
@@ -731,7 +731,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *_of(
         "checkpoint/storage.py",
-        f"{UNIT}/checkpoint/test_transfer.py {UNIT}/checkpoint/test_store.py",
+        f"{UNIT}/checkpoint/test_save_and_load.py {UNIT}/checkpoint/test_store.py",
         ("read from the stored shard's start", "[start : start + length]", "[:length]"),
         ("tensors with holes written", "if sum(length for _, length, _ in chunks) != record.numel:", "if False:"),
     ),
