@@ -456,6 +456,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *_of(
         "recluster/migration_executor.py",
+        f"{UNIT}/recluster/test_migration_executor.py "
         f"'{MIGRATION}::test_where_clusters_live_changes_no_bit_of_what_follows[(1, 2, 1)]'",
         ("relocated clusters not routed to", "                self._switch(new)\n", ""),
         (
