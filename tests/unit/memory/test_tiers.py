@@ -339,7 +339,7 @@ def test_a_prefetch_evicts_no_block_that_was_prefetched_for_an_earlier_use(tmp_p
 
 
 def test_a_block_that_was_begun_with_zeros_stays_zero_though_nobody_wrote_to_it(tmp_path: Path) -> None:
-    tier = residency(tmp_path, 2)
+    tier = cache_on_disk(tmp_path, 2)
     tier.write(BLOCKS[0], values_of(5))
     tier.evict(BLOCKS[0])
     with tier.pinned(BLOCKS[0], zero_init=True):
