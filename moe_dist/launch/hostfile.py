@@ -47,7 +47,7 @@ def read_hostfile(path: Path) -> tuple[Node, ...]:
         words = line.partition("#")[0].split()
         if not words:
             continue
-        slots = re.fullmatch(r"slots=([1-9]\d{0,8})", words[1]) if len(words) == 2 else None
+        slots = re.fullmatch(r"slots=([1-9]\d*)", words[1]) if len(words) == 2 else None
         if slots is None or not HOST_NAME.fullmatch(words[0]):
             raise LaunchError(f"--hostfile {path}, line {number}: {line.strip()!r} is not `HOST slots=N`")
         if len(slots[1]) > len(str(MOST_SLOTS)) or int(slots[1]) > MOST_SLOTS:
