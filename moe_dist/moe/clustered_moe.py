@@ -23,6 +23,7 @@ from moe_dist.moe.capacity import capacity_of, within_capacity
 from moe_dist.moe.clustered_experts import ClusteredExperts, SharedBase
 from moe_dist.moe.layer_context import LayerContext, LayerSizes
 from moe_dist.moe.layer_state import load_routing_state, save_routing_state
+from moe_dist.moe.moe_layer import MoELayer
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 from moe_dist.moe.router import Router
 from moe_dist.moe.stage_two import StageTwo
@@ -30,7 +31,7 @@ from moe_dist.moe.standalone import standalone
 from moe_dist.moe.two_stage_routing import choose_clusters
 
 
-class ClusteredMoE(nn.Module):
+class ClusteredMoE(MoELayer):
     """Feed-forward layer of clustered experts; takes and returns [S, B, D] (or [S, D]: one sequence).
 
     Forward and backward passes are collective over the ranks of its mesh. `state_dict()` contains weights, selection
@@ -68,19 +69,8 @@ class ClusteredMoE(nn.Module):
         sizes, context = standalone("clustered", hidden_size, moe, mesh, seed, init_std, output_init_std, ledger)
         self._build(0, sizes, moe, context, 1.0)
 
-    @classmethod
-    def in_model(
-        cls, layer: int, sizes: LayerSizes, moe: MoEConfig, context: LayerContext, loss_scale: float
-    ) -> "ClusteredMoE":
-        """Create layer number `layer` of a model whose layers share a context."""
-        self = cls.__new__(cls)
-        self._build(layer, sizes, moe, context, loss_scale)
-        return self
-
     def _build(self, layer: int, sizes: LayerSizes, moe: MoEConfig, context: LayerContext, loss_scale: float) -> None:
-        super().__init__()
-        self.layer, self.moe, self.context, self.balance = layer, moe, context, context.balance
-        self.loss_scale = loss_scale
+        super()._build(layer, sizes, moe, context, loss_scale)
         self.router = Router.of_experts(layer, moe.experts, sizes, context.seed)
         held = () if context.quantized else context.placements[layer].clusters_of_block(context.mesh.at.cluster)
         self.shared_base = SharedBase(layer, sizes, moe, context.seed) if moe.two_level_base else None

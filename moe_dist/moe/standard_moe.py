@@ -6,7 +6,7 @@ Shapes: T tokens, D hidden, E experts, K chosen experts.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dist.compression import init_base
@@ -22,6 +22,7 @@ from moe_dist.moe.dense_feed_forward import SwiGLU
 from moe_dist.moe.init_generator import SHARED, generator
 from moe_dist.moe.layer_context import LayerContext, LayerSizes
 from moe_dist.moe.layer_state import load_routing_state, save_routing_state
+from moe_dist.moe.moe_layer import MoELayer
 from moe_dist.moe.parameter_class import ParameterClass, mark
 from moe_dist.moe.router import Router
 from moe_dist.moe.standalone import standalone
@@ -29,7 +30,7 @@ from moe_dist.moe.standard_experts import StandardExperts
 from moe_dist.moe.topk_routing import FlatChoice, choose_flat
 
 
-class StandardMoE(nn.Module):
+class StandardMoE(MoELayer):
     """Feed-forward layer of standard experts; maps [..., D] to [..., D]. Collective over the ranks of its mesh."""
 
     def __init__(
@@ -47,20 +48,9 @@ class StandardMoE(nn.Module):
         sizes, context = standalone("standard", hidden_size, moe, mesh, seed, init_std, output_init_std, ledger)
         self._build(0, sizes, moe, context, 1.0)
 
-    @classmethod
-    def in_model(
-        cls, layer: int, sizes: LayerSizes, moe: MoEConfig, context: LayerContext, loss_scale: float
-    ) -> "StandardMoE":
-        """Create layer number `layer` of a model whose layers share a context."""
-        self = cls.__new__(cls)
-        self._build(layer, sizes, moe, context, loss_scale)
-        return self
-
     def _build(self, layer: int, sizes: LayerSizes, moe: MoEConfig, context: LayerContext, loss_scale: float) -> None:
-        super().__init__()
+        super()._build(layer, sizes, moe, context, loss_scale)
         group = context.mesh.group(GroupKind.EXPERT_PARALLEL)
-        self.layer, self.moe, self.context, self.balance = layer, moe, context, context.balance
-        self.loss_scale = loss_scale
         self.router = Router.of_layer(layer, moe.experts, sizes, context.seed)
         local = moe.experts // group.size
         self.first_expert = first = context.mesh.index_in(GroupKind.EXPERT_PARALLEL) * local
