@@ -79,6 +79,11 @@ class Job:
         """True for a job on this machine alone."""
         return len(self.nodes) == 1 and self.nodes[0].host in THIS_MACHINE
 
+    @property
+    def can_fork(self) -> bool:
+        """True if the ranks of a machine without GPUs may be forked from one process (`fork_server.py`)."""
+        return self.entry == RANK_SCRIPT
+
     def ranks_of(self, node: int) -> range:
         """Return the ranks of one of the machines."""
         first = sum(before.ranks for before in self.nodes[:node])

@@ -57,6 +57,7 @@ def launch(job: Job) -> int:
             environment(job),
             range(job.ranks),
             rendezvous_file=job.launcher is not Launcher.TORCHRUN,
+            fork_ranks=job.can_fork and not has_gpu(),  # forks are not safe beside a GPU's driver
         )
     else:
         outcome = ssh_runner.run(job, exported_variables(os.environ))

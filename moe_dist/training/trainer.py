@@ -29,6 +29,7 @@ from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.errors import DataError, TrainingError, file_error
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics.recorder import Recorder
+from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.recluster.coordinator import Coordinator
 from moe_dist.training.checkpointing import RunCheckpoints
@@ -79,6 +80,7 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
 
 def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
     process = init_distributed(config.world)
+    clock = WallClock()
     shape = resolve_world(config, process.ranks)
     if show_if_finished(config, process.rank):
         shutdown()
@@ -92,7 +94,8 @@ def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
     with recorder, StopSignals() as signals:
         if process.rank == 0:
             recorder.keep(TOKENIZER, data.tokenizer_path.read_bytes())  # an evaluation may not have the text
-        trainer = Trainer(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
+        steps_done = 0 if resumption is None else resumption.step
+        trainer = Trainer(config, process, shape, data, recorder, steps_done, clock)
 
         def hangs(error: TrainingError) -> None:
             recorder.event("failed", trainer.steps_done, error=str(error))
@@ -123,7 +126,9 @@ class Trainer:
         data: PreparedData,
         recorder: Recorder,
         steps_done: int = 0,
+        clock: WallClock | None = None,
     ) -> None:
+        self._clock = clock or WallClock()
         self.config, self.process, self.shape, self.data, self.recorder = config, process, shape, data, recorder
         self.batch, self.steps_done = resolve_batch(config, process.ranks), steps_done
         self.mesh = Mesh.create(shape, process.timeout)
@@ -172,7 +177,7 @@ class Trainer:
         """Return the callbacks of a run, in the order in which their hooks are called."""
         config, process = self.config, self.process
         tokens = self.batch.micro * config.model.sequence_length
-        self.logger = MetricsLogger(config, self.shape, process, self.recorder)
+        self.logger = MetricsLogger(config, self.shape, process, self.recorder, self._clock)
         self.checkpoints = RunCheckpoints(config, process, data_record(self.data), self.state, self.recorder)
         return [
             self.logger,
