@@ -15,9 +15,10 @@ import threading
 from dataclasses import asdict, dataclass
 from types import FrameType
 
+from moe_dist.config.machine import has_gpu
 from moe_dist.errors import EXIT_REFUSED, LaunchError
 from moe_dist.launch import faults
-from moe_dist.launch.environment import has_gpu, prepare_process
+from moe_dist.launch.environment import prepare_process
 from moe_dist.launch.supervisor import FORWARDED_SIGNALS, JobOutcome, run_job
 
 HEARTBEAT_SECONDS = 5.0

@@ -7,8 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from moe_dist.config import load_config, resolve_batch, resolve_world
+from moe_dist.config.machine import has_gpu
 from moe_dist.errors import LaunchError
-from moe_dist.launch.environment import has_gpu
 from moe_dist.launch.hostfile import THIS_MACHINE, Node, read_hostfile, take
 from moe_dist.launch.options import option, to_json
 from moe_dist.launch.tasks import TRAIN

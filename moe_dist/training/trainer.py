@@ -38,6 +38,7 @@ from moe_dist.training.hang_guard import end_process
 from moe_dist.training.learning_rate import learning_rate
 from moe_dist.training.metrics_logger import MetricsLogger
 from moe_dist.training.overlap_choice import OverlapChoice
+from moe_dist.training.precision_advice import check_same_precision, precision_advice
 from moe_dist.training.preemption import StopSignals
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.summary import description, run_summary
@@ -87,6 +88,7 @@ def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
         return False
     if process.rank == 0:
         print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
+    check_same_precision(config, process)
     data = prepare_data(config.corpus, config.tokenizer)
     _require_same_data(data, process)
     resumption = find_resumption(config, data)
@@ -234,8 +236,9 @@ class Trainer:
     def start(self) -> None:
         """Prepare for the first step; collective."""
         self.recorder.note(description(self))
-        if (advice := layout_advice(self.config, self.shape)) is not None:
-            self.recorder.note(f"warning: {advice}")
+        for advice in (layout_advice(self.config, self.shape), precision_advice(self.config, self.process.device)):
+            if advice is not None:
+                self.recorder.note(f"warning: {advice}")
         self._start_all(self.steps_done)
 
     def run(self, signals: StopSignals, resumption: Resumption | None = None) -> bool:
