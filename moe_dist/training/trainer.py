@@ -32,6 +32,7 @@ from moe_dist.metrics.recorder import Recorder
 from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.recluster.coordinator import Coordinator
+from moe_dist.training.backend_choice import BackendChoice
 from moe_dist.training.checkpointing import RunCheckpoints
 from moe_dist.training.finished_run import show_if_finished
 from moe_dist.training.hang_guard import end_process
@@ -184,6 +185,7 @@ class Trainer:
         return [
             self.logger,
             Coordinator(config, self.recorder),
+            BackendChoice(config, self.shape, process, tokens, self.recorder),
             OverlapChoice(config, self.shape, self.ledger.links, process.device, tokens, self.recorder),
             StandardWarmup(self),
             self.checkpoints,
