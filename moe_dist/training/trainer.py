@@ -16,8 +16,7 @@ import torch.distributed as dist
 from moe_dist.checkpoint.stateful import Stateful
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.console import tolerant_output
-from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
-from moe_dist.data.prepare import TOKENIZER
+from moe_dist.data import PreparedData, SequenceLoader, open_tokenizer, prepare_data, sequence_count
 from moe_dist.dispatch.layout_advice import layout_advice
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
@@ -91,7 +90,8 @@ def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
     recorder = open_recorder(config, process.rank, resumption)
     with recorder, StopSignals() as signals:
         if process.rank == 0:
-            recorder.keep(TOKENIZER, data.tokenizer_path.read_bytes())  # an evaluation may not have the text
+            for name, content in open_tokenizer(data.tokenizer_path).files().items():
+                recorder.keep(name, content)  # an evaluation may not have the text
         trainer = Trainer(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
 
         def hangs(error: TrainingError) -> None:
