@@ -1,8 +1,8 @@
 """Tokenizers: the interface, and the lossless SentencePiece tokenizer that is trained on a corpus.
 
-SentencePiece: text is not normalized, spaces are kept, newline and tab are pieces, and characters without a piece become bytes. One
-character needs care: SentencePiece writes a space as ▁ (U+2581) and would decode a ▁ of the text as a space; `encode`
-writes it as its three bytes instead.
+SentencePiece: text is not normalized, spaces are kept, newline and tab are pieces, and characters without a piece
+become bytes. One character needs care: SentencePiece writes a space as ▁ (U+2581) and would decode a ▁ of the text as a
+space; `encode` writes it as its three bytes instead.
 """
 
 import io

@@ -14,11 +14,10 @@ import pytest
 
 from moe_dist.config import CorpusConfig, TokenizerConfig
 from moe_dist.data import PreparedData, prepare_data
-from moe_dist.data.tokenizer import SentencePieceTokenizer
 from moe_dist.data.cache import atomic_write, exclusive
 from moe_dist.data.corpora import open_corpus
 from moe_dist.data.prepare import _key
-from moe_dist.data.tokenizer import train_tokenizer
+from moe_dist.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from moe_dist.errors import DataError
 from tests.unit.data.samples import SMALL_TOKENIZER, text_corpus
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config import TokenizerConfig
-from moe_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer
-from moe_dist.data.tokenizer import train_tokenizer
+from moe_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from moe_dist.errors import DataError
 from moe_dist.evaluation.texts import encode_text, open_text
 
