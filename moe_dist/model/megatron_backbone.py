@@ -105,6 +105,14 @@ def hidden_states(gpt: nn.Module, tokens_BS: Tensor) -> Tensor:
     return hidden_SBD.transpose(0, 1)
 
 
+def run_layer(gpt: nn.Module, layer: int, hidden_SBD: Tensor) -> Tensor:
+    """Return the output of one layer of a `build_gpt` model for the hidden states before it, [S, B, D]."""
+    stage = cast(Any, gpt)
+    rotary = stage.rotary_pos_emb(hidden_SBD.shape[0])
+    output_SBD, _ = stage.decoder.layers[layer](hidden_SBD, attention_mask=None, rotary_pos_emb=rotary)
+    return cast(Tensor, output_SBD)
+
+
 def _transformer_config(model: ModelConfig) -> TransformerConfig:
     return TransformerConfig(
         num_layers=model.layers,

@@ -31,7 +31,7 @@ LEVELS = [
     {"engine", "data"},
     {"conversion"},
     {"checkpoint"},
-    {"recluster", "evaluation"},
+    {"recluster", "evaluation", "integrations"},
     {"training"},
     {"simulator", "doctor", "report"},
     {"benchmarks"},

@@ -9,28 +9,10 @@ from moe_dist.config import TokenizerConfig
 from moe_dist.data import open_tokenizer, prepare_data, tokenizer_in
 from moe_dist.data.hf_tokenizer import find_hf_tokenizer
 from moe_dist.errors import ConfigError, DataError
-from tests.unit.data.samples import documents_of, text_corpus
+from tests.unit.data.samples import documents_of, hf_tokenizer, text_corpus
 
-tokenizers = pytest.importorskip("tokenizers", reason="needs moe-dist[models]")
+pytest.importorskip("tokenizers", reason="needs moe-dist[models]")
 TEXTS = [*documents_of(1, 20), "naïve ▁ 日本\n\n\t{}", ""]
-
-
-def hf_tokenizer(folder: Path, size: int = 300) -> Path:
-    """A byte-level tokenizer of a chat model, in a new folder."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator(documents_of(1, 20), trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
-    facts = {"eos_token": "</s>", "bos_token": "<s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    return folder
 
 
 def test_text_survives_and_documents_end(tmp_path: Path) -> None:
