@@ -95,7 +95,7 @@ def open_evaluated_model(
         )
     config = evaluation_config(weights.config, world, dtype, memory)
     mesh = Mesh.create(resolve_world(config, process.ranks), process.timeout)
-    tokenizer = _tokenizer(run, weights)
+    tokenizer = tokenizer_of(run, weights)
     with raise_on_all_ranks():
         kept = _stored_memory(run, config, mesh, process) if memory.offload else None
     return EvaluatedModel(run, replace(weights, config=config), tokenizer, process, mesh, kept)
@@ -120,7 +120,7 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory:
     return config.model_copy(update={**job, "moe": moe, "model": model})
 
 
-def _tokenizer(run: Path, weights: TrainedWeights) -> Tokenizer:
+def tokenizer_of(run: Path, weights: TrainedWeights) -> Tokenizer:
     """Load the tokenizer of the run's folder, or for earlier versions from the cache or the corpus."""
     folders = (run, *weights.path.parents[:2])  # RUN, RUN/final, RUN/checkpoints/step-...
     kept = next(filter(None, map(tokenizer_in, folders)), None)

@@ -29,6 +29,7 @@ from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.optimizer_state import MASTER
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.integrations.huggingface.imported_tensors import (
+    ConvertedModel,
     ImportedModel,
     LazyTensor,
     Tensors,
@@ -52,8 +53,8 @@ def compressed(
     tokenizer: Tokenizer,
     text: Sequence[str],
     tokens: int,
-) -> tuple[Tensors, list[ExpertPlacement], list[list[float]]]:
-    """Return a mixture's parameters with its experts in clusters, their placements, and the experts' output errors.
+) -> ConvertedModel:
+    """Return a mixture with its experts in clusters.
 
     Args:
         config: configuration of the clustered model.
@@ -76,7 +77,7 @@ def compressed(
         tensors |= _tensors_of(f"{LAYERS}.{number}.mlp.inner.", layer)
         placements.append(layer.placement)
         errors.append(layer.output_error_E.tolist())
-    return tensors, placements, errors
+    return ConvertedModel(tensors, placements, errors)
 
 
 def _sequences(text: Sequence[str], tokenizer: Tokenizer, count: int, length: int) -> Tensor:

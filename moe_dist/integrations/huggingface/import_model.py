@@ -6,14 +6,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config import RunConfig, WorldShape, load_config
+from moe_dist.config import RunConfig, load_config
 from moe_dist.data import Tokenizer, open_tokenizer
 from moe_dist.data.hf_tokenizer import find_hf_tokenizer
-from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.errors import ConfigError
-from moe_dist.integrations.huggingface.families import family_of
+from moe_dist.integrations.huggingface.compress_mixture import compressed
+from moe_dist.integrations.huggingface.families import OUR_ARCHITECTURE, OUR_MODEL_TYPE, family_of
 from moe_dist.integrations.huggingface.gguf_file import as_folder
-from moe_dist.integrations.huggingface.imported_tensors import ImportedModel, Tensors, copied, upcycled
+from moe_dist.integrations.huggingface.imported_tensors import ConvertedModel, ImportedModel, copied, upcycled
+from moe_dist.integrations.huggingface.own_format import own_sections, own_tensors, read_routing_state
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from moe_dist.integrations.huggingface.tensor_links import links_of
 from moe_dist.integrations.huggingface.write_run import new_folder, write_run
@@ -50,7 +51,7 @@ class ImportedRun:
     config: RunConfig
     architecture: str
     parameters: int
-    output_errors: list[list[float]]
+    output_errors: Sequence[Sequence[float]]
 
 
 def import_model(source: Path, target: Path, words: Sequence[str], options: ImportOptions) -> ImportedRun:
@@ -72,10 +73,11 @@ def import_model(source: Path, target: Path, words: Sequence[str], options: Impo
         config.tokenizer.embedding_rows(tokenizer.vocab_size)
         links = list(links_of(plain.config, plain.vocab_size, plain.family))
         checkpoint.require({name: shape for link in links for name, shape in link.theirs.items()})
-        tensors, placements, errors = _converted(plain, config, checkpoint, tokenizer, options)
-        write_run(folder, config, plain.vocab_size, tensors, placements, tokenizer)
-    parameters = sum(prod(tensor.shape) for tensor in tensors.values())
-    return ImportedRun(config, plain.family.architecture, parameters, errors)
+        model = _converted(plain, config, checkpoint, tokenizer, options)
+        write_run(folder, config, plain.vocab_size, model, tokenizer)
+    parameters = sum(prod(tensor.shape) for tensor in model.tensors.values())
+    architecture = plain.family.architecture if plain.family else OUR_ARCHITECTURE
+    return ImportedRun(config, architecture, parameters, model.output_errors)
 
 
 def _configurations(checkpoint: SourceFolder, run: Path, words: Sequence[str]) -> tuple[ImportedModel, RunConfig]:
@@ -87,14 +89,15 @@ def _configurations(checkpoint: SourceFolder, run: Path, words: Sequence[str]) -
     hf = checkpoint.hf
     if hf.get("quantization_config"):
         raise ConfigError(f"{checkpoint.folder}: weights quantized by {hf['quantization_config']} are not supported")
-    family = family_of(hf)
+    ours = hf.get("model_type") == OUR_MODEL_TYPE
+    family = None if ours else family_of(hf)
     tree: dict[str, Any] = {
         "name": run.name,
         "runs_dir": str(run.parent),
         "tokenizer": {"kind": "hf", "path": str(run), "vocab_size": hf["vocab_size"]},
         "optimizer": {"learning_rate": LEARNING_RATE},
         "checkpoint": {"init": str(run)},
-        **family.sections(hf),
+        **(own_sections(hf) if family is None else family.sections(hf)),
     }
     tree["moe"]["wire_dtype"] = "float32"
     plain, config = load_config(None, (), tree), load_config(None, words, tree)
@@ -111,8 +114,6 @@ def _require_same_model(plain: RunConfig, config: RunConfig) -> None:
             own, wanted = getattr(getattr(plain, section), key), getattr(getattr(config, section), key)
             if own != wanted:
                 raise ConfigError(f"{section}.{key}={wanted} is not that of the model, {own}: leave it out")
-    if config.moe.layer_kind.clustered and config.moe.two_level_base:
-        raise ConfigError(f"moe.base={config.moe.base} cannot be filled by an import yet: use moe.base=cluster")
 
 
 def _fixed(plain: RunConfig, config: RunConfig) -> Sequence[str]:
@@ -120,7 +121,8 @@ def _fixed(plain: RunConfig, config: RunConfig) -> Sequence[str]:
     always = ("expert_hidden", "dense_hidden", "gate_scale", "normalize_gates")
     shared = ("shared_expert_hidden", "shared_expert_gate")
     if plain.moe.kind == config.moe.kind:
-        return (*always, *shared, *(("experts", "top_k") if plain.moe.layer_kind.routed else ()))
+        routed = ("experts", "top_k", "clusters", "top_clusters", "rank", "base", "base_rank", "expert_vectors")
+        return (*always, *shared, *(routed if plain.moe.layer_kind.routed else ()))
     if plain.moe.kind == "dense":
         return (*always, *shared)
     if not config.moe.layer_kind.clustered:
@@ -130,18 +132,22 @@ def _fixed(plain: RunConfig, config: RunConfig) -> Sequence[str]:
 
 def _converted(
     plain: ImportedModel, config: RunConfig, checkpoint: SourceFolder, tokenizer: Tokenizer, options: ImportOptions
-) -> tuple[Tensors, list[ExpertPlacement], list[list[float]]]:
-    """Return tensors and placements of the run, and the errors of a compression."""
+) -> ConvertedModel:
+    """Return the model of the run."""
     if plain.config.moe.kind == config.moe.kind:
-        return copied(links_of(plain.config, plain.vocab_size, plain.family), checkpoint), [], []
+        tensors = copied(links_of(plain.config, plain.vocab_size, plain.family), checkpoint)
+        if plain.family is not None:
+            return ConvertedModel(tensors)
+        placements, biases = read_routing_state(config, checkpoint)
+        return ConvertedModel(tensors | own_tensors(config, checkpoint), placements, biases=biases)
+    if plain.family is None:
+        raise ConfigError(
+            f"moe.kind={config.moe.kind}: the model is {plain.config.moe.kind} and of our own class: leave it out"
+        )
+    if config.moe.layer_kind.clustered and config.moe.two_level_base:
+        raise ConfigError(f"moe.base={config.moe.base} cannot be filled by an import yet: use moe.base=cluster")
     if plain.config.moe.layer_kind.routed:
-        from moe_dist.integrations.huggingface.compress_mixture import compressed
-
         return compressed(config, plain, checkpoint, tokenizer, options.text, options.tokens)
     if config.moe.kind == "standard" and config.moe.top_k == 1:
         raise ConfigError("moe.top_k=1 with moe.kind=standard scales a copy by its probability: must be >= 2")
-    placements = []
-    if config.moe.layer_kind.clustered:
-        alone = WorldShape(1, 1, 1)
-        placements = [ExpertPlacement.contiguous(config.moe.experts, config.moe.clusters, alone)] * config.model.layers
-    return upcycled(config, plain, checkpoint, options.noise), placements, []
+    return upcycled(config, plain, checkpoint, options.noise)

@@ -3,16 +3,18 @@
 Shapes: D hidden, E experts, F expert hidden, H = 2 F.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_dist.compression import ClusterWeights, init_residual
-from moe_dist.config import RunConfig
+from moe_dist.config import RunConfig, WorldShape
 from moe_dist.conversion.residual_exchange import STACKED
+from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.integrations.huggingface.families import Family
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from moe_dist.integrations.huggingface.tensor_links import LAYERS, Shape, TensorLink, feed_forward_links, links_of
@@ -21,10 +23,10 @@ from moe_dist.moe.router import Router
 
 
 class ImportedModel(NamedTuple):
-    """Configuration that computes what a checkpoint does, its family, and rows of its embedding."""
+    """Configuration that computes what a checkpoint does, its family (None: our own), and rows of its embedding."""
 
     config: RunConfig
-    family: Family
+    family: Family | None
     vocab_size: int
 
 
@@ -44,6 +46,21 @@ Tensors = dict[str, LazyTensor]
 """Tensors by the names of our parameters."""
 
 
+class ConvertedModel(NamedTuple):
+    """Model of a run to be written.
+
+    Attributes:
+        placements: clusters of each layer; empty unless experts are clustered.
+        output_errors: relative error of each expert's output on held-out tokens, by layer; empty if not compressed.
+        biases: selection biases by the names of `BalanceState.state_dict`; zero where missing.
+    """
+
+    tensors: Tensors
+    placements: Sequence[ExpertPlacement] = ()
+    output_errors: Sequence[Sequence[float]] = ()
+    biases: Mapping[str, Tensor] = MappingProxyType({})
+
+
 def copied(links: Iterable[TensorLink], source: SourceFolder) -> Tensors:
     """Return parameters with the values of a checkpoint."""
     return {link.ours: LazyTensor(link.shape, partial(read_link, link, source)) for link in links}
@@ -54,8 +71,8 @@ def read_link(link: TensorLink, source: SourceFolder) -> Tensor:
     return link.join([source.tensor(name).float() for name in link.theirs])
 
 
-def upcycled(config: RunConfig, plain: ImportedModel, source: SourceFolder, noise: float) -> Tensors:
-    """Return a dense model's parameters with each network as experts, which all compute what it does.
+def upcycled(config: RunConfig, plain: ImportedModel, source: SourceFolder, noise: float) -> ConvertedModel:
+    """Return a dense model with each network as experts, which all compute what it does.
 
     A cluster's base is the network, and residuals start at zero; standard experts are copies.
 
@@ -63,6 +80,7 @@ def upcycled(config: RunConfig, plain: ImportedModel, source: SourceFolder, nois
         plain: the dense model.
         noise: standard deviation of the noise on standard experts, as a share of that of each matrix.
     """
+    assert plain.family is not None, "models of our own class are not upcycled"
     tensors = copied(links_of(plain.config, plain.vocab_size, None), source)
     for layer in range(config.model.layers):
         network = list(copied(feed_forward_links(plain.config, plain.family, layer), source).values())
@@ -72,7 +90,10 @@ def upcycled(config: RunConfig, plain: ImportedModel, source: SourceFolder, nois
             tensors |= _clusters(config, layer, prefix, network)
         else:
             tensors |= _copies(config, layer, prefix, network, noise)
-    return tensors
+    if not config.moe.layer_kind.clustered:
+        return ConvertedModel(tensors)
+    placement = ExpertPlacement.contiguous(config.moe.experts, config.moe.clusters, WorldShape(1, 1, 1))
+    return ConvertedModel(tensors, [placement] * config.model.layers)
 
 
 def _router(config: RunConfig, layer: int) -> LazyTensor:

@@ -46,12 +46,16 @@ class SourceFolder:
         """
         elements = 0
         for name, shape in shapes.items():
-            found = tuple(self._holder(name).get_slice(name).get_shape())
+            found = self.shape(name)
             if found != shape:
                 where = self.folder / self._file_of[name]
                 raise CheckpointError(f"{where}: {name} has shape {found}, {CONFIG} needs {shape}")
             elements += prod(shape)
         return elements
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one tensor."""
+        return tuple(self._holder(name).get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.

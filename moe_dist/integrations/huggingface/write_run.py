@@ -1,7 +1,7 @@
 """Folder of an imported run: configuration, tokenizer, and final weights of step 0."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +15,8 @@ from moe_dist.checkpoint.sharded_tensor import OffloadedShard, ShardedTensor, St
 from moe_dist.checkpoint.store import FINAL
 from moe_dist.config import RunConfig, dump_config
 from moe_dist.data import Tokenizer
-from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.errors import CheckpointError
-from moe_dist.integrations.huggingface.imported_tensors import LazyTensor, Tensors
+from moe_dist.integrations.huggingface.imported_tensors import ConvertedModel, LazyTensor
 from moe_dist.metrics import installed_versions
 
 
@@ -57,16 +56,15 @@ def write_run(
     folder: Path,
     config: RunConfig,
     vocab_size: int,
-    tensors: Tensors,
-    placements: Sequence[ExpertPlacement],
+    model: ConvertedModel,
     tokenizer: Tokenizer,
 ) -> None:
-    """Write a run's configuration, tokenizer and weights into an empty folder; selection biases are zero.
+    """Write a run's configuration, tokenizer and weights into an empty folder.
 
     Raises:
         CheckpointError: there is no space, or a tensor cannot be read.
     """
-    require_space(folder, 4 * sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()))
+    require_space(folder, 4 * sum(torch.Size(tensor.shape).numel() for tensor in model.tensors.values()))
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     for name, content in tokenizer.files().items():
         (folder / name).write_bytes(content)
@@ -76,10 +74,10 @@ def write_run(
         ranks=1,
         config=config.model_dump(mode="json"),
         data=DataRecord(train_checksum=0, validation_checksum=0, vocab_size=vocab_size, next_step=0),
-        placements=[placement_to_record(placement) for placement in placements],
+        placements=[placement_to_record(placement) for placement in model.placements],
         versions=installed_versions(),
     )
-    write_checkpoint(folder / FINAL, manifest, {**_weights(tensors), **_biases(config)}, rank=0)
+    write_checkpoint(folder / FINAL, manifest, {**_weights(model.tensors), **_biases(config, model.biases)}, rank=0)
 
 
 def _weights(tensors: Mapping[str, LazyTensor]) -> State:
@@ -97,9 +95,7 @@ def _written_when_read(tensor: LazyTensor) -> ShardedTensor:
     return ShardedTensor(tensor.shape, torch.float32, [OffloadedShard(0, size, torch.float32, read, write)])
 
 
-def _biases(config: RunConfig) -> State:
+def _biases(config: RunConfig, known: Mapping[str, Tensor]) -> State:
     layers, moe = config.model.layers, config.moe
-    return {
-        "part/balance/cluster_bias_LG": ShardedTensor.whole(torch.zeros(layers, moe.clusters)),
-        "part/balance/expert_bias_LE": ShardedTensor.whole(torch.zeros(layers, moe.experts)),
-    }
+    zero = {"cluster_bias_LG": torch.zeros(layers, moe.clusters), "expert_bias_LE": torch.zeros(layers, moe.experts)}
+    return {f"part/balance/{name}": ShardedTensor.whole(bias) for name, bias in {**zero, **known}.items()}
