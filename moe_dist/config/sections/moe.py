@@ -38,7 +38,15 @@ class MoEConfig(Section):
     warmup_standard: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the steps that train standard experts before these are clustered (clustered)"
     )
-    shared_expert_hidden: NonNegative = Field(0, description="hidden width of a shared expert (standard); 0: none")
+    normalize_gates: bool = Field(
+        True,
+        description="gates of a token sum to 1; false: they are a softmax over all experts (standard) or all of the "
+        "chosen clusters (clustered)",
+    )
+    shared_expert_hidden: NonNegative = Field(
+        0, description="hidden width of an expert that computes every token; 0: none"
+    )
+    shared_expert_gate: bool = Field(False, description="scale the shared expert's output by a learned sigmoid gate")
     balance: Literal["bias", "aux_loss", "none"] = Field(
         "bias", description="load balancing: selection biases, auxiliary loss, or none"
     )
