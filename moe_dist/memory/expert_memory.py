@@ -128,18 +128,19 @@ class ExpertMemory:
 
     def read_run(self, cluster: OffloadedCluster, name: str, kind: TensorKind, start: int, length: int) -> Tensor:
         """Return a copy of a run of a parameter's flattened elements, read in the tier of the optimizer state."""
-        with self._at_state(cluster, kind, changed=False) as flat:
+        with self.at_state(cluster, kind) as flat:
             first = cluster.layout.spans[name].start + start
             return flat[first : first + length].clone()
 
     def write_run(self, cluster: OffloadedCluster, name: str, kind: TensorKind, start: int, values: Tensor) -> None:
         """Overwrite a run of a parameter's flattened elements."""
-        with self._at_state(cluster, kind, changed=True) as flat:
+        with self.at_state(cluster, kind, changed=True) as flat:
             first = cluster.layout.spans[name].start + start
             flat[first : first + len(values)].copy_(values)
 
     @contextmanager
-    def _at_state(self, cluster: OffloadedCluster, kind: TensorKind, changed: bool) -> Iterator[Tensor]:
+    def at_state(self, cluster: OffloadedCluster, kind: TensorKind, *, changed: bool = False) -> Iterator[Tensor]:
+        """Pin a cluster's block in the tier of the optimizer state, and return its elements."""
         block = cluster.block(kind)
         if self.state is not self.device and kind in (TensorKind.WEIGHT, TensorKind.GRADIENT):
             self.device.evict(block)
