@@ -48,8 +48,8 @@ class CompressedCluster:
     residuals: dict[int, ResidualState]
     """Residuals by expert, for the experts of this rank."""
     figures_M3: Tensor
-    """Figures of each expert: relative output error `|y' - y| / |y|` on held-out tokens, the same with the base alone, and the
-    share of its matrices for which whitening had the smaller error; float64."""
+    """Figures of each expert: relative output error `|y' - y| / |y|` on held-out tokens, the same with the base alone,
+    and the share of its matrices for which whitening had the smaller error; float64."""
     bytes: int
     """Bytes sent between the ranks of the group: residuals, and the all-reduce of the base."""
 
