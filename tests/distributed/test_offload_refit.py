@@ -104,7 +104,13 @@ def test_a_warm_up_and_what_follows_it_are_the_same_and_resume(tmp_path: Path, r
         found = _final(runs / name)
         assert found.keys() == expected.keys()
         assert not [key for key, value in expected.items() if not torch.equal(found[key], value)], name
-    assert _summary(runs / "away")["memory"]["offload"]["bytes_in"] > 0
+    offload = _summary(runs / "away")["memory"]["offload"]
+    assert offload["bytes_in"] > 0
+    assert offload["updates"] > offload["deferred_updates"]
+    lines = [json.loads(line) for line in (runs / "away" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["offload"].keys() == offload.keys() for line in lines if "train" in line)
+    loads = [json.loads(line) for line in (runs / "away" / "load.jsonl").read_text().splitlines()]
+    assert [[len(row) for row in line["behind"]] for line in loads if line["step"] == 8] == [[4, 4]]
 
 
 def _most_saved(directory: Path) -> tuple[int, int]:
