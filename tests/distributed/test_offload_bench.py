@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.benchmarks.offload import OffloadBenchCase, OffloadBenchSpec, _measure, to_dict
+from moe_dist.benchmarks.offload import OffloadBenchCase, _measure, to_dict
+from moe_dist.benchmarks.offload_spec import OffloadBenchSpec
 from moe_dist.distributed.init import init_distributed
 from moe_dist.errors import ConfigError
 from tests.distributed.ranks import run_ranks
