@@ -92,7 +92,7 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Pat
     table.add_row("ranks", _world(summary))
     table.add_row("speed", f"{_number(at('tokens_per_second'), ',.0f')} tokens/s")
     if (first := at("first_step_seconds")) is not None:
-        table.add_row("first step", f"done {first:.1f} s after rank 0 was started")
+        table.add_row("time", f"{_phases(at('wall_seconds') or {})}; first step done after {first:.1f} s")
     table.add_row("parameters", f"{_count(at('parameters.total'))} total")
     table.add_row("in experts", _experts(summary))
     if (stored := at("validation.loss_stored")) is not None:
@@ -123,6 +123,12 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Pat
     if picture is not None:
         table.add_row("picture", Text(str(picture), "bold"))
     return table
+
+
+def _phases(seconds: Mapping[str, float | None]) -> str:
+    """Return the wall time of each phase of a run."""
+    known = {phase: length for phase, length in seconds.items() if length is not None}
+    return f"{sum(known.values()):.1f} s: " + ", ".join(f"{phase} {length:.1f}" for phase, length in known.items())
 
 
 def _stored(summary: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ from moe_dist.config import RunConfig, WorldShape
 from moe_dist.distributed.init import RankInfo
 from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
-from moe_dist.metrics import process_seconds
 from moe_dist.metrics.recorder import Recorder, perplexity
+from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.training.load_metrics import LoadRecord, last_fifth
 from moe_dist.training.offload_metrics import offload_figures, updates_behind
 from moe_dist.training.run_history import RunHistory
@@ -19,10 +19,11 @@ from moe_dist.training.summary_metrics import memory_now
 class MetricsLogger(Callback):
     """Callback that keeps the run's history and passes figures to the recorder."""
 
-    def __init__(self, config: RunConfig, shape: WorldShape, process: RankInfo, recorder: Recorder) -> None:
+    def __init__(
+        self, config: RunConfig, shape: WorldShape, process: RankInfo, recorder: Recorder, clock: WallClock
+    ) -> None:
         self._config, self._shape, self._process, self._recorder = config, shape, process, recorder
-        self.history = RunHistory()
-        self.first_step_seconds: float | None = None
+        self.history, self._clock = RunHistory(), clock
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
 
     def attach(self, engine: DeepSpeedEngine) -> None:
@@ -38,10 +39,17 @@ class MetricsLogger(Callback):
         del self._engine
         self.history.loads.clear()
 
+    def start(self, step: int) -> None:
+        """Note that data and model are ready."""
+        self._clock.phase_ends("prepare")
+
+    def finish(self, step: int) -> None:
+        """Note that the last step is done."""
+        self._clock.phase_ends("train")
+
     def after_update(self, report: StepReport) -> None:
         """Record the loads with the placement by which they were routed."""
-        if self.first_step_seconds is None:
-            self.first_step_seconds = process_seconds()
+        self._clock.first_step_ends()
         if self._routed:
             outcome = report.outcome
             self.history.loads.append(self._loads.add(outcome.count_LE.numpy(), outcome.dropped, self._placements))
@@ -81,7 +89,8 @@ class MetricsLogger(Callback):
             "steps": steps,
             "tokens": steps * self.tokens_per_step,
             "seconds": sum(history.step_seconds),
-            "first_step_seconds": self.first_step_seconds,
+            "first_step_seconds": self._clock.first_step,
+            "wall_seconds": self._clock.seconds(),
             "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": history.curve},
             "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
             "load": last_fifth(history.loads),

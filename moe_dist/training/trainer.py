@@ -29,6 +29,7 @@ from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.errors import DataError, TrainingError, file_error
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics.recorder import Recorder
+from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.recluster.coordinator import Coordinator
 from moe_dist.training.checkpointing import RunCheckpoints
@@ -37,6 +38,7 @@ from moe_dist.training.hang_guard import end_process
 from moe_dist.training.learning_rate import learning_rate
 from moe_dist.training.metrics_logger import MetricsLogger
 from moe_dist.training.overlap_choice import OverlapChoice
+from moe_dist.training.precision_advice import check_same_precision, precision_advice
 from moe_dist.training.preemption import StopSignals
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.summary import description, run_summary
@@ -79,12 +81,14 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
 
 def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
     process = init_distributed(config.world)
+    clock = WallClock()
     shape = resolve_world(config, process.ranks)
     if show_if_finished(config, process.rank):
         shutdown()
         return False
     if process.rank == 0:
         print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
+    check_same_precision(config, process)
     data = prepare_data(config.corpus, config.tokenizer)
     _require_same_data(data, process)
     resumption = find_resumption(config, data)
@@ -92,7 +96,8 @@ def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
     with recorder, StopSignals() as signals:
         if process.rank == 0:
             recorder.keep(TOKENIZER, data.tokenizer_path.read_bytes())  # an evaluation may not have the text
-        trainer = Trainer(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
+        steps_done = 0 if resumption is None else resumption.step
+        trainer = Trainer(config, process, shape, data, recorder, steps_done, clock)
 
         def hangs(error: TrainingError) -> None:
             recorder.event("failed", trainer.steps_done, error=str(error))
@@ -123,7 +128,9 @@ class Trainer:
         data: PreparedData,
         recorder: Recorder,
         steps_done: int = 0,
+        clock: WallClock | None = None,
     ) -> None:
+        self._clock = clock or WallClock()
         self.config, self.process, self.shape, self.data, self.recorder = config, process, shape, data, recorder
         self.batch, self.steps_done = resolve_batch(config, process.ranks), steps_done
         self.mesh = Mesh.create(shape, process.timeout)
@@ -173,7 +180,7 @@ class Trainer:
         """Return the callbacks of a run, in the order in which their hooks are called."""
         config, process = self.config, self.process
         tokens = self.batch.micro * config.model.sequence_length
-        self.logger = MetricsLogger(config, self.shape, process, self.recorder)
+        self.logger = MetricsLogger(config, self.shape, process, self.recorder, self._clock)
         self.checkpoints = RunCheckpoints(config, process, data_record(self.data), self.state, self.recorder)
         return [
             self.logger,
@@ -232,8 +239,9 @@ class Trainer:
     def start(self) -> None:
         """Prepare for the first step; collective."""
         self.recorder.note(description(self))
-        if (advice := layout_advice(self.config, self.shape)) is not None:
-            self.recorder.note(f"warning: {advice}")
+        for advice in (layout_advice(self.config, self.shape), precision_advice(self.config, self.process.device)):
+            if advice is not None:
+                self.recorder.note(f"warning: {advice}")
         self._start_all(self.steps_done)
 
     def run(self, signals: StopSignals, resumption: Resumption | None = None) -> bool:
