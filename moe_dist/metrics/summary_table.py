@@ -143,8 +143,16 @@ def _offload(summary: Mapping[str, Any]) -> str:
     offload, whole = look_up(summary, "memory.offload"), look_up(summary, "memory.offloadable_bytes")
     return (
         f"at most {_bytes(offload['peak_device_bytes'])} of {_bytes(whole)} of a rank's clusters in memory; "
-        f"{_bytes(offload['bytes_in'])} fetched, {_bytes(offload['bytes_out'])} evicted"
+        f"{_bytes(offload['bytes_in'])} fetched, {_bytes(offload['bytes_out'])} evicted{_deferred(offload)}"
     )
+
+
+def _deferred(offload: Mapping[str, Any]) -> str:
+    """Return the share of deferred updates; nothing if there were none."""
+    deferred, updates = offload.get("deferred_updates"), offload.get("updates")
+    if not deferred or not updates:
+        return ""
+    return f"; {deferred / updates:.1%} of updates deferred, for up to {offload.get('longest_behind')} steps"
 
 
 def _world(summary: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.metrics.recorder import Recorder, perplexity
 from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.training.load_metrics import LoadRecord, last_fifth
+from moe_dist.training.offload_metrics import offload_figures, updates_behind
 from moe_dist.training.run_history import RunHistory
 from moe_dist.training.summary_metrics import memory_now
 
@@ -27,6 +28,7 @@ class MetricsLogger(Callback):
 
     def attach(self, engine: DeepSpeedEngine) -> None:
         """Count loads by this model's placements from now on."""
+        self._engine = engine
         moe, layers = engine.model.config.moe, self._config.model.layers
         copies = moe.layer_kind.copies(moe)
         self._loads = LoadRecord(moe.experts, self._shape, self.tokens_per_step * layers * copies)
@@ -34,6 +36,7 @@ class MetricsLogger(Callback):
 
     def release(self) -> None:
         """Clear the load statistics of standard experts, which have no clusters and therefore other keys."""
+        del self._engine
         self.history.loads.clear()
 
     def start(self, step: int) -> None:
@@ -60,9 +63,12 @@ class MetricsLogger(Callback):
             self.record_loads(report.step)
 
     def record_loads(self, step: int) -> None:
-        """Record the copies routed since the last time, if there are any steps to report."""
+        """Record the copies routed since the last time, if there are any steps to report; collective."""
         if self._loads.steps:
-            self._recorder.load(step, {**self._loads.take_counts(), "load": self.history.loads[-1]})
+            counts = {**self._loads.take_counts(), "load": self.history.loads[-1]}
+            if (behind_LG := updates_behind(self._engine, self._process)) is not None:
+                counts["behind"] = behind_LG
+            self._recorder.load(step, counts)
 
     def after_evaluation(self, step: int, loss: float) -> None:
         """Record the loss."""
@@ -107,6 +113,8 @@ class MetricsLogger(Callback):
             "train": train,
             "memory": memory_now(self._process),
         }
+        if (offload := offload_figures(self._engine, self._process)) is not None:
+            figures["offload"] = offload
         if self.history.loads:
             figures["load"] = self.history.loads[-1]
         return figures

@@ -24,7 +24,7 @@ from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.distributed.links import Links
-from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.errors import CheckpointError, DataError, TrainingError, file_error
@@ -175,7 +175,8 @@ class Trainer:
     def _expert_memory(self, config: RunConfig) -> ExpertMemory | None:
         if not config.memory.offload:
             return None
-        per_layer = config.moe.clusters // self.shape.cluster
+        moe, parallel = config.moe, self.mesh.group(GroupKind.EXPERT_PARALLEL).size
+        per_layer = moe.clusters // self.shape.cluster if moe.layer_kind.clustered else moe.experts // parallel
         return ExpertMemory(config, per_layer, self.process.rank, self.process.device)
 
     def _default_callbacks(self) -> list[Callback]:
@@ -216,6 +217,8 @@ class Trainer:
             callback.release()
         self.engine.close()
         del self.engine, self.model
+        self.__exit__()  # the memory of the next model uses the same folder
+        self.memory = None
 
     def replace_model(self, config: RunConfig, fill: Callable[[], None], step: int) -> None:
         """Create another model and engine after `release_model`, and attach all callbacks to them; collective.
