@@ -1,5 +1,6 @@
 """Import of the library `transformers` at the first use: it is optional, and takes seconds."""
 
+import logging
 from typing import Any
 
 from moe_dist.errors import ConfigError
@@ -17,6 +18,7 @@ def require_transformers() -> Any:
         raise ConfigError(
             f"models of Hugging Face need the package transformers ({error}): pip install 'moe-dist[models]'"
         ) from error
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # advice to torchao, which transformers imports
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
