@@ -10,6 +10,7 @@ from moe_dist.cli.bench_domains import bench_domains
 from moe_dist.cli.bench_growth import bench_growth
 from moe_dist.cli.bench_layer import bench_layer
 from moe_dist.cli.bench_memory import bench_memory
+from moe_dist.cli.bench_offload import bench_offload
 from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.bench_step import bench_step
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
     bench.command("recluster")(bench_recluster)
     bench.command("step")(bench_step)
     bench.command("memory")(bench_memory)
+    bench.command("offload")(bench_offload)
     app.add_typer(bench, name="bench")
 
 

@@ -7,6 +7,7 @@ from moe_dist.compression.factorization import (
     FactorizedCluster,
     FactorizedExpert,
     factorize_cluster,
+    factorize_difference,
     factorize_expert,
     usage_weighted_mean,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "WhiteningRoots",
     "align_hidden_units",
     "factorize_cluster",
+    "factorize_difference",
     "factorize_expert",
     "fake_quantize",
     "init_base",

@@ -37,6 +37,12 @@ class ExpertMatrices:
         """Compute the outputs of some tokens, [T, D]."""
         return self.hidden(x_TD) @ self.w_out_FD
 
+    def with_factors(self, in_p_DR: Tensor, in_q_RH: Tensor, out_p_FR: Tensor, out_q_RD: Tensor) -> "ExpertMatrices":
+        """Return these weights plus a cluster's factors, as a two-level base."""
+        return ExpertMatrices(
+            torch.addmm(self.w_in_DH, in_p_DR, in_q_RH), torch.addmm(self.w_out_FD, out_p_FR, out_q_RD)
+        )
+
     def with_residual(self, residual: ExpertResidual) -> "ExpertMatrices":
         """Return this base plus the residual's products, without its vectors."""
         u_gate_DR, u_up_DR = residual.in_u_DR.chunk(2, dim=1)

@@ -140,6 +140,12 @@ def factorize_cluster(
     return FactorizedCluster(ClusterWeights(base.w_in_DH, base.w_out_FD, *stacked), factorized)
 
 
+def factorize_difference(left_IO: Tensor, rank: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return balanced factors [I, R] and [R, O] whose product is nearest to a matrix in all its entries."""
+    q_OR = leading_right_vectors(left_IO, rank, seed)
+    return _balanced(left_IO @ q_OR, q_OR.T)
+
+
 @dataclass(frozen=True)
 class _Factors:
     u_IR: Tensor

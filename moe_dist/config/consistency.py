@@ -34,26 +34,25 @@ def check_precision(precision: PrecisionConfig, moe: MoEConfig) -> None:
 
 
 def check_rank(model: ModelConfig, moe: MoEConfig, recluster: ReclusterConfig) -> None:
-    """Limit the rank of residuals that are factorized from full experts."""
+    """Limit the ranks of what is factorized from full experts: residuals, and bases of two levels."""
     largest = min(model.hidden_size, moe.expert_hidden)
     needed = moe.warmup_standard > 0 or recluster.transition == "refit"
-    if needed and moe.layer_kind.clustered and moe.rank > largest:
-        raise ConfigError(
-            f"moe.rank={moe.rank} is more than experts of model.hidden_size={model.hidden_size} and "
-            f"moe.expert_hidden={moe.expert_hidden} can be cut to: at most {largest} with moe.warmup_standard or "
-            "recluster.transition=refit"
-        )
+    ranks = {"rank": moe.rank, **({"base_rank": moe.base_rank} if moe.two_level_base else {})}
+    for key, rank in ranks.items():
+        if needed and moe.layer_kind.clustered and rank > largest:
+            raise ConfigError(
+                f"moe.{key}={rank} is more than experts of model.hidden_size={model.hidden_size} and "
+                f"moe.expert_hidden={moe.expert_hidden} can be cut to: at most {largest} with moe.warmup_standard or "
+                "recluster.transition=refit"
+            )
 
 
-def check_offload(memory: MemoryConfig, moe: MoEConfig, recluster: ReclusterConfig) -> None:
+def check_offload(memory: MemoryConfig, moe: MoEConfig) -> None:
     """Reject features that offload does not support."""
     if not memory.offload:
         return
     if not moe.layer_kind.clustered:
         raise ConfigError(f"memory.offload=true works with moe.kind=clustered only, not {moe.kind}")
-    if moe.warmup_standard or recluster.transition == "refit":
-        key = "moe.warmup_standard" if moe.warmup_standard else "recluster.transition=refit"
-        raise ConfigError(f"memory.offload=true does not work with {key} yet: full experts would have to fit in memory")
     if moe.overlap_chunks not in ("auto", 1):
         raise ConfigError(
             f"moe.overlap_chunks={moe.overlap_chunks} does not work with memory.offload=true, which would load a "
@@ -65,8 +64,6 @@ def check_recluster(recluster: ReclusterConfig, moe: MoEConfig, train: TrainConf
     """Reject re-clustering that has nothing to move or no step to do it."""
     if recluster.period is None:
         return
-    if recluster.transition == "refit" and moe.two_level_base:
-        raise ConfigError(f"recluster.transition=refit does not work with moe.base={moe.base} yet: use adopt")
     if not moe.layer_kind.clustered:
         raise ConfigError(
             f"recluster.period={recluster.period} works with moe.kind=clustered only, not {moe.kind}: set it to null"

@@ -1,13 +1,18 @@
 """Compression of one layer's experts into clusters: shared bases and low-rank residuals.
 
 The rank that holds a full expert computes its residual, so that the work is divided as the experts are and no full
-expert is sent: a cluster's base is an all-reduce, and only low-rank factors go to the cluster's ranks.
+expert is sent: a cluster's base is an all-reduce, and only low-rank factors go to the cluster's ranks. Clusters are
+compressed one after another, and experts are loaded one at a time: a rank holds one full expert, its float64 copies
+and the base of one cluster, whatever the number of experts.
 
-Shapes: E experts, D hidden, F expert hidden, H = 2 F.
+With two-level bases the first level stays, and the cluster's factors are those nearest to the rest of the mean.
+
+Shapes: E experts, M experts of a cluster, D hidden, F expert hidden, H = 2 F.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -18,6 +23,7 @@ from moe_dist.compression import (
     ExpertResidual,
     FactorizedExpert,
     WhiteningRoots,
+    factorize_difference,
     factorize_expert,
 )
 from moe_dist.config import MoEConfig
@@ -25,6 +31,7 @@ from moe_dist.conversion.full_experts import VECTORS, FullExpert, FullExpertLaye
 from moe_dist.conversion.residual_exchange import ResidualState, bytes_moved, exchange_residuals, owner_ranks
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.engine.gathered_optimizer_state import GatheredOptimizerState
 from moe_dist.engine.optimizer_state import MASTER
 
 EXACT_UP_TO = 512
@@ -32,89 +39,114 @@ EXACT_UP_TO = 512
 
 
 @dataclass(frozen=True)
-class CompressedLayer:
-    """This rank's share of the new clusters, and the approximation error of all their experts."""
+class CompressedCluster:
+    """This rank's share of one new cluster, and the approximation errors of all its experts."""
 
-    placement: ExpertPlacement
-    bases: dict[int, ExpertMatrices]
-    """Bases by cluster, for the clusters of this rank."""
+    number: int
+    base: dict[str, GatheredOptimizerState]
+    """States of the base's parameters by name; those without moments keep the present ones. Empty on other ranks."""
     residuals: dict[int, ResidualState]
     """Residuals by expert, for the experts of this rank."""
-    output_error_E: Tensor
-    """Relative error `|y' - y| / |y|` of each expert on held-out tokens, float64; 0 if not compressed."""
-    base_output_error_E: Tensor
-    """Relative error with the base alone."""
-    whitened: float
-    """Share of the matrices for which whitening had the smaller error."""
+    figures_M3: Tensor
+    """Figures of each expert: relative output error `|y' - y| / |y|` on held-out tokens, the same with the base alone,
+    and the share of its matrices for which whitening had the smaller error; float64."""
     bytes: int
-    """Bytes sent between the ranks of the group: residuals, and all-reduces of bases."""
+    """Bytes sent between the ranks of the group: residuals, and the all-reduce of the base."""
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """This rank's share of a layer's new clusters, and the approximation error of all experts."""
+
+    placement: ExpertPlacement
+    clusters: list[CompressedCluster]
+
+    @cached_property
+    def figures(self) -> Tensor:
+        """Figures of all experts, [E, 3] (`figures_M3`); zeros for those that are not compressed."""
+        figures_E3 = torch.zeros(self.placement.experts, 3, dtype=torch.float64)
+        for cluster in self.clusters:
+            figures_E3[list(self.placement.members[cluster.number])] = cluster.figures_M3.cpu()
+        return figures_E3
+
+    @property
+    def bytes(self) -> int:
+        """Bytes sent between the ranks of the group."""
+        return sum(cluster.bytes for cluster in self.clusters)
 
 
 @torch.no_grad()
-def compress_layer(
+def compress_clusters(
     layer: FullExpertLayer,
     placement: ExpertPlacement,
     usage_E: Tensor,
     moe: MoEConfig,
     mesh: Mesh,
     seed: int,
-    clusters: Collection[int] | None = None,
-) -> CompressedLayer:
-    """Compute bases and residuals of a layer, each on its rank; collective.
+    clusters: Collection[int],
+) -> Iterator[CompressedCluster]:
+    """Compute bases and residuals of some clusters, each on its rank, and yield cluster by cluster; collective.
 
     Args:
         usage_E: weight of every expert in its cluster's base.
         seed: seed of the randomized decomposition of wide matrices.
-        clusters: clusters to compress; None: all.
     """
     local = {expert.number: expert for expert in layer.experts}
-    chosen = [c for c in range(placement.clusters) if clusters is None or c in clusters]
-    bases: dict[int, ExpertMatrices] = {}
-    made: dict[int, ResidualState] = {}
-    figures_E3 = torch.zeros(placement.experts, 3, dtype=torch.float64, device=usage_E.device)
-    for cluster in chosen:
+    like, owner_of = _template(layer, moe), owner_ranks(placement)
+    for cluster in clusters:
         members = placement.members[cluster]
-        base = _base(layer, members, usage_E)
-        if placement.block_of_cluster[cluster] == mesh.at.cluster:
-            bases[cluster] = base
-        for expert in (local[e] for e in members if e in local):
-            factorized = _factorize(expert, base, moe, seed)
-            made[expert.number] = _residual_state(expert, factorized, layer.kinds)
-            figures_E3[expert.number] = _figures(expert, base, factorized)
-    if layer.group.size > 1:
-        dist.all_reduce(figures_E3, group=layer.group.handle)
-    source_of = {e: layer.holder_of[e] for c in chosen for e in placement.members[c]}
-    like = _template(layer, moe)
-    residuals = exchange_residuals(made, like, source_of, owner_ranks(placement), layer.group, mesh.rank)
-    error_E, base_error_E, whitened_E = figures_E3.unbind(1)
-    return CompressedLayer(
-        placement,
-        bases,
-        residuals,
-        error_E,
-        base_error_E,
-        whitened=float(whitened_E.sum()) / len(source_of),
-        bytes=bytes_moved(like, source_of, owner_ranks(placement)) + len(chosen) * _sum_bytes(layer),
-    )
+        base, parameters = _base(layer, members, usage_E, moe, seed)
+        made: dict[int, ResidualState] = {}
+        figures_M3 = torch.zeros(len(members), 3, dtype=torch.float64, device=usage_E.device)
+        for row, expert in enumerate(members):
+            if expert in local:
+                made[expert], figures_M3[row] = _compress(local[expert], base, moe, seed, layer.kinds)
+        if layer.group.size > 1:
+            dist.all_reduce(figures_M3, group=layer.group.handle)
+        source_of = {expert: layer.holder_of[expert] for expert in members}
+        residuals = exchange_residuals(made, like, source_of, owner_of, layer.group, mesh.rank)
+        sent = bytes_moved(like, source_of, owner_of) + _sum_bytes(layer)
+        here = placement.block_of_cluster[cluster] == mesh.at.cluster
+        yield CompressedCluster(cluster, parameters if here else {}, residuals, figures_M3, sent)
 
 
-def _base(layer: FullExpertLayer, members: tuple[int, ...], usage_E: Tensor) -> ExpertMatrices:
-    """Compute the usage-weighted mean of the weights over all ranks' members."""
-    share_E, like = _shares(usage_E, members), layer.experts[0].matrices
-    w_in_DH, w_out_FD = (torch.zeros_like(w, dtype=torch.float64) for w in (like.w_in_DH, like.w_out_FD))
+def _base(
+    layer: FullExpertLayer, members: tuple[int, ...], usage_E: Tensor, moe: MoEConfig, seed: int
+) -> tuple[ExpertMatrices, dict[str, GatheredOptimizerState]]:
+    """Return a cluster's new base, and the states of its parameters."""
+    mean, shared = _mean(layer, members, usage_E), layer.shared
+    if shared is None:
+        mean = ExpertMatrices(mean.w_in_DH.float(), mean.w_out_FD.float())
+        return mean, {"w_in_DH": {MASTER: mean.w_in_DH}, "w_out_FD": {MASTER: mean.w_out_FD}}
+    drawn = None if min(mean.w_out_FD.shape) <= EXACT_UP_TO else seed
+    factors = [
+        factor.float()
+        for whole, part in ((mean.w_in_DH, shared.w_in_DH), (mean.w_out_FD, shared.w_out_FD))
+        for factor in factorize_difference(whole - part, moe.base_rank, drawn)
+    ]
+    states = [
+        {kind: factor if kind == MASTER else torch.zeros_like(factor) for kind in layer.kinds} for factor in factors
+    ]
+    return shared.with_factors(*factors), dict(zip(("in_p_DR", "in_q_RH", "out_p_FR", "out_q_RD"), states, strict=True))
+
+
+def _mean(layer: FullExpertLayer, members: tuple[int, ...], usage_E: Tensor) -> ExpertMatrices:
+    """Compute the usage-weighted mean of the weights over all ranks' members, float64."""
+    share_E = _shares(usage_E, members)
+    total = layer.zeros.double()
     for expert in (one for one in layer.experts if one.number in members):
-        w_in_DH.add_(expert.matrices.w_in_DH, alpha=float(share_E[expert.number]))
-        w_out_FD.add_(expert.matrices.w_out_FD, alpha=float(share_E[expert.number]))
-    for total in (w_in_DH, w_out_FD) if layer.group.size > 1 else ():
-        dist.all_reduce(total, group=layer.group.handle)
-    return ExpertMatrices(w_in_DH.float(), w_out_FD.float())
+        matrices = expert.load()
+        total.w_in_DH.add_(matrices.w_in_DH, alpha=float(share_E[expert.number]))
+        total.w_out_FD.add_(matrices.w_out_FD, alpha=float(share_E[expert.number]))
+    for part in (total.w_in_DH, total.w_out_FD) if layer.group.size > 1 else ():
+        dist.all_reduce(part, group=layer.group.handle)
+    return total
 
 
 def _sum_bytes(layer: FullExpertLayer) -> int:
     """Return the bytes of one cluster's base in the float64 all-reduce."""
-    one, ranks = layer.experts[0], layer.group.size
-    entries = one.matrices.w_in_DH.numel() + one.matrices.w_out_FD.numel()
-    return entries * 8 * ranks * (ranks - 1)
+    ranks = layer.group.size
+    return (layer.zeros.w_in_DH.numel() + layer.zeros.w_out_FD.numel()) * 8 * ranks * (ranks - 1)
 
 
 def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:
@@ -126,9 +158,22 @@ def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:
     return share_E / share_E.sum()
 
 
-def _factorize(expert: FullExpert, base: ExpertMatrices, moe: MoEConfig, seed: int) -> FactorizedExpert:
-    exact = min(expert.matrices.w_out_FD.shape) <= EXACT_UP_TO
-    matrices = expert.matrices.double()
+def _compress(
+    expert: FullExpert, base: ExpertMatrices, moe: MoEConfig, seed: int, kinds: tuple[str, ...]
+) -> tuple[ResidualState, Tensor]:
+    """Return an expert's residual and its figures."""
+    matrices = expert.load()
+    factorized = _factorize(expert, matrices.double(), base, moe, seed)
+    residual = factorized.residual.float()
+    errors = [expert.output_error(approximation, matrices) for approximation in (base.with_residual(residual), base)]
+    figures = torch.tensor([*errors, sum(factorized.whitened) / len(factorized.whitened)], dtype=torch.float64)
+    return _residual_state(expert, residual, kinds), figures
+
+
+def _factorize(
+    expert: FullExpert, matrices: ExpertMatrices, base: ExpertMatrices, moe: MoEConfig, seed: int
+) -> FactorizedExpert:
+    exact = min(matrices.w_out_FD.shape) <= EXACT_UP_TO
     fit, check = (
         WhiteningRoots.of_tokens(x_LD, expert.hidden(x_LD, matrices))
         for x_LD in (expert.fit_LD.double(), expert.check_LD.double())
@@ -144,16 +189,15 @@ def _factorize(expert: FullExpert, base: ExpertMatrices, moe: MoEConfig, seed: i
     )
 
 
-def _residual_state(expert: FullExpert, factorized: FactorizedExpert, kinds: tuple[str, ...]) -> ResidualState:
+def _residual_state(expert: FullExpert, residual: ExpertResidual, kinds: tuple[str, ...]) -> ResidualState:
     """Return the factors, with moments of zero if moments are needed, and the vectors unchanged."""
-    residual = factorized.residual.float()
     states = {kind: residual if kind == MASTER else residual.zeros() for kind in kinds}
     return {kind: replace(state, **expert.vectors.get(kind, {})) for kind, state in states.items()}
 
 
 def _template(layer: FullExpertLayer, moe: MoEConfig) -> ResidualState:
     """Return a zero state with the shapes of every expert's residual, for receive buffers."""
-    like = layer.experts[0].matrices.w_out_FD
+    like = layer.zeros.w_out_FD
     (width, hidden), zeros = like.shape, like.new_zeros
     vectors = dict(zip(VECTORS, (zeros(width), zeros(2 * width), zeros(hidden)), strict=True))
     residual = ExpertResidual(
@@ -164,10 +208,3 @@ def _template(layer: FullExpertLayer, moe: MoEConfig) -> ResidualState:
         **(vectors if moe.expert_vectors else dict.fromkeys(VECTORS)),
     )
     return dict.fromkeys(layer.kinds, residual)
-
-
-def _figures(expert: FullExpert, base: ExpertMatrices, factorized: FactorizedExpert) -> Tensor:
-    """Return the output error on held-out tokens, with the residual and without, and the share of whitened matrices."""
-    residual = factorized.residual.float()
-    errors = [expert.output_error(approximation) for approximation in (base.with_residual(residual), base)]
-    return torch.tensor([*errors, sum(factorized.whitened) / len(factorized.whitened)], dtype=torch.float64)

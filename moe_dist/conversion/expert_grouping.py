@@ -18,6 +18,7 @@ from moe_dist.clustering import (
     sketch_weights,
     sketched_parameter_similarity,
 )
+from moe_dist.compression import ExpertMatrices
 from moe_dist.config import RunConfig
 from moe_dist.conversion.calibration_tokens import LayerTokens
 from moe_dist.conversion.full_experts import FullExpertLayer
@@ -75,11 +76,12 @@ def gather_rows(x_NS: Tensor, group: RankGroup) -> Tensor:
 
 def _sketches(layer: FullExpertLayer, seed: int, size: int) -> Tensor:
     """Compute sketches of the local experts' full weights: each is a base of its own, without a residual."""
-    everyone = torch.arange(len(layer.experts))
-    projections = []
-    for matrices in zip(*(expert.matrices.projections() for expert in layer.experts), strict=True):
-        w_NIO = torch.stack(matrices)
-        experts, rows, columns = w_NIO.shape
-        empty = (w_NIO.new_zeros(experts, rows, 0), w_NIO.new_zeros(experts, 0, columns))
-        projections.append(FactoredProjection(w_NIO, everyone.to(w_NIO.device), *empty))
-    return sketch_weights(projections, seed, size)
+    return torch.cat([sketch_weights(_bases(expert.load()), seed, size) for expert in layer.experts])
+
+
+def _bases(expert: ExpertMatrices) -> list[FactoredProjection]:
+    only = torch.zeros(1, dtype=torch.int64, device=expert.w_out_FD.device)
+    return [
+        FactoredProjection(w_IO[None], only, w_IO.new_zeros(1, len(w_IO), 0), w_IO.new_zeros(1, 0, w_IO.shape[1]))
+        for w_IO in expert.projections()
+    ]

@@ -1,8 +1,9 @@
-"""Input of conversion: full expert weights in float32, and calibration tokens.
+"""Input of conversion: full expert weights in float32, loaded one expert at a time, and calibration tokens.
 
 Shapes: L tokens of one expert, D model width, F hidden width, H = 2 F (gate | up).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,8 +22,8 @@ class FullExpert:
     """One expert on the rank that holds it."""
 
     number: int
-    matrices: ExpertMatrices
-    """Full weights."""
+    load: Callable[[], ExpertMatrices]
+    """Return the full weights; not collective."""
     fit_LD: Tensor
     check_LD: Tensor
     """Tokens for validation; `fit_LD` are those that compression is fitted to."""
@@ -37,9 +38,9 @@ class FullExpert:
         gate_LF, up_LF = (x_LD @ matrices.w_in_DH + bias_H).chunk(2, dim=1)
         return functional.silu(gate_LF) * up_LF * (1 + torch.tanh(gate_F))
 
-    def output_error(self, matrices: ExpertMatrices) -> float:
+    def output_error(self, matrices: ExpertMatrices, exact: ExpertMatrices) -> float:
         """Return `|y' - y| / |y|` on the validation tokens with other matrices, without the output bias."""
-        y_LD, other_LD = (self.hidden(self.check_LD, one) @ one.w_out_FD for one in (self.matrices, matrices))
+        y_LD, other_LD = (self.hidden(self.check_LD, one) @ one.w_out_FD for one in (exact, matrices))
         return relative_error(other_LD, y_LD)
 
 
@@ -53,3 +54,7 @@ class FullExpertLayer:
     group: RankGroup
     kinds: tuple[str, ...]
     """Names of `STATE_NAMES` that residuals have: weights alone for a new optimizer, or all."""
+    zeros: ExpertMatrices
+    """Zeros in the shapes of an expert's weights, float32."""
+    shared: ExpertMatrices | None = None
+    """First level of two-level bases; None: each cluster has a full base."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from moe_dist.clustering import FusedSimilarity, cluster_quality
 from moe_dist.config import RunConfig
 from moe_dist.conversion.calibration_tokens import LayerTokens, standard_layers
-from moe_dist.conversion.compress import CompressedLayer, compress_layer
+from moe_dist.conversion.compress import CompressedLayer, compress_clusters
 from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage_of
 from moe_dist.conversion.read_standard_experts import read_standard_experts
-from moe_dist.conversion.write_parameters import write_layer
+from moe_dist.conversion.write_parameters import write_cluster
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.gathered_optimizer_state import OwnedState, write_whole
 from moe_dist.engine.optimizer_state import OptimizerState
@@ -60,7 +60,8 @@ def read_clustered(
         members = members_of(similarity, usage_E, config)
         alike.append(_within(similarity, members))
         placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape).with_members(members)
-        layers.append(compress_layer(held, placement, usage_E, moe, mesh, config.seed))
+        made = compress_clusters(held, placement, usage_E, moe, mesh, config.seed, range(moe.clusters))
+        layers.append(CompressedLayer(placement, list(made)))
     dense = {
         name: OwnedState.of(state, parameter, mesh).copy()
         for name, parameter in model.named_parameters()
@@ -76,7 +77,8 @@ def write_clustered(start: ClusteredStart, model: LanguageModel, state: Optimize
     for number, layer in enumerate(model.clustered_layers()):
         context.placements[number] = start.layers[number].placement
         layer.follow_placement()
-        write_layer(start.layers[number], layer, state)
+        for cluster in start.layers[number].clusters:
+            write_cluster(cluster, layer.placement, layer, state)
     for name, parameter in model.named_parameters():
         if class_of(parameter) is ParameterClass.DENSE:
             write_whole(state, parameter, start.dense[name].whole(device))

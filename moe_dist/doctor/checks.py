@@ -20,6 +20,7 @@ from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.distributed.links import LinkKind, Links
 from moe_dist.doctor.link_speed import Speed, clock_offsets, exchange_speed
 from moe_dist.errors import MoeDistError
+from moe_dist.kernels.gemm_speed import relative_gemm_speed
 from moe_dist.metrics import installed_versions
 
 SHARED_SECONDS = 10.0  # until a new file shows on other nodes; NFS caches for some seconds
@@ -41,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about a rank's machine; sizes in bytes."""
+    """Facts about a rank's machine; sizes in bytes, the speed of bfloat16 products as a multiple of float32's."""
 
     rank: int
     host: str
@@ -53,6 +54,7 @@ class Facts:
     memory_free: int
     disk_free: dict[str, int]
     compiler: str | None
+    bfloat16_speed: float
 
 
 def examine(config: RunConfig) -> None:
@@ -89,6 +91,7 @@ def _checks(config: RunConfig, process: RankInfo, links: Links) -> Iterator[Chec
     yield check_memory(facts, [links.node_of_rank.count(node) for node in links.node_of_rank])
     yield check_disk(nodes)
     yield check_compiler(nodes)
+    yield check_bfloat16(facts)
 
 
 def _own_facts(config: RunConfig, process: RankInfo) -> Facts:
@@ -109,6 +112,7 @@ def _own_facts(config: RunConfig, process: RankInfo) -> Facts:
         memory_free=_memory_free(),
         disk_free={folder: shutil.disk_usage(_existing(folder)).free for folder in sorted(folders)},
         compiler=next(filter(shutil.which, ("cc", "gcc", "clang")), None),
+        bfloat16_speed=relative_gemm_speed(torch.bfloat16, process.device),
     )
 
 
@@ -244,6 +248,15 @@ def check_compiler(nodes: Sequence[Facts]) -> Check:
     if without:
         return Check("warn", "C compiler", f"none on {', '.join(without)}: clustered experts are slower on the CPU")
     return Check("ok", "C compiler", ", ".join(sorted({str(node.compiler) for node in nodes})))
+
+
+def check_bfloat16(facts: Sequence[Facts]) -> Check:
+    """Compare the speed of products in bfloat16 with float32's."""
+    slowest = min(facts, key=lambda told: told.bfloat16_speed)
+    text = f"products run at {slowest.bfloat16_speed:.2g} times the speed of float32 (rank {slowest.rank})"
+    if slowest.bfloat16_speed >= 1:
+        return Check("ok", "bfloat16", text)
+    return Check("warn", "bfloat16", f"{text}: leave train.precision at auto, or set it to float32")
 
 
 def _listed(ranks: Sequence[int]) -> str:

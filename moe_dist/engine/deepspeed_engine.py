@@ -50,7 +50,7 @@ class DeepSpeedEngine:
         register_groups(model, mesh)
         memory, options = model.context.memory, config.optimizer
         self._memory = memory
-        self._offloaded = None if memory is None else OffloadedAdamW(memory, options, mesh)
+        self._offloaded = None if memory is None else OffloadedAdamW(memory, options, mesh, config.memory.lazy_updates)
         hidden = () if memory is None else memory.parameters()
         marked = MarkedModel(model, config.moe.experts, hidden)
         self._engine, *_ = deepspeed.initialize(

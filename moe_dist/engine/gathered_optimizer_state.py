@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, OptimizerState, StateFragment
+from moe_dist.memory.block import TensorKind
 from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
 
 GatheredOptimizerState = dict[str, Tensor]
@@ -56,9 +57,23 @@ class OwnedState:
         return {name: row_P.view(self.shape) for row_P, name in zip(whole_SP, STATE_NAMES, strict=True)}
 
 
+def read_offloaded(state: OptimizerState, parameter: nn.Parameter) -> Tensor:
+    """Return the master weights of an offloaded parameter, in its shape."""
+    assert state.offloaded is not None
+    memory, found = state.offloaded.memory, state.offloaded.memory.of(parameter)
+    assert found is not None
+    return memory.read_run(*found, memory.kind_of(MASTER), 0, parameter.numel()).view(parameter.shape)
+
+
 @torch.no_grad()
 def write_whole(state: OptimizerState, parameter: nn.Parameter, whole: Mapping[str, Tensor]) -> None:
     """Write a parameter's value, and this rank's fragment of its master weights and of the moments in `whole`."""
+    if state.offloaded is not None and (found := state.offloaded.memory.of(parameter)) is not None:
+        memory, (cluster, name) = state.offloaded.memory, found
+        blocks = {TensorKind.WEIGHT: whole[MASTER], **{memory.kind_of(kind): value for kind, value in whole.items()}}
+        for kind, value in blocks.items():
+            memory.write_run(cluster, name, kind, 0, value.flatten())
+        return
     parameter.copy_(whole[MASTER])
     fragment = state.fragment(parameter)
     if fragment is not None:

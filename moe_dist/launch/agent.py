@@ -15,6 +15,7 @@ import threading
 from dataclasses import asdict, dataclass
 from types import FrameType
 
+from moe_dist.config.machine import has_gpu
 from moe_dist.errors import EXIT_REFUSED, LaunchError
 from moe_dist.launch import faults
 from moe_dist.launch.environment import prepare_process
@@ -35,6 +36,7 @@ class NodeJob:
         variables: additional environment variables.
         first_rank, ranks: first rank of this machine, and how many there are.
         threads: CPU threads per rank; 0: the cores are divided among the ranks.
+        fork_ranks: ranks are forked from one process of this machine, unless it has a GPU.
     """
 
     command: list[str]
@@ -43,6 +45,7 @@ class NodeJob:
     first_rank: int
     ranks: int
     threads: int
+    fork_ranks: bool = False
 
 
 def main() -> int:
@@ -58,7 +61,8 @@ def main() -> int:
     try:
         os.chdir(part.folder)
         ranks = range(part.first_rank, part.first_rank + part.ranks)
-        outcome = run_job(part.command, environment, ranks, rendezvous_file=False)
+        fork = part.fork_ranks and not has_gpu()
+        outcome = run_job(part.command, environment, ranks, rendezvous_file=False, fork_ranks=fork)
     except (OSError, LaunchError) as error:
         outcome = JobOutcome(EXIT_REFUSED, faults.describe(error))
     print(format_outcome(outcome), file=sys.stderr, flush=True)

@@ -8,10 +8,10 @@ import sys
 import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from moe_dist.config.machine import has_gpu
 from moe_dist.config.yaml_text import shortened
 from moe_dist.errors import LaunchError
 
@@ -23,7 +23,6 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_DIGITS = 18
 """Largest number of digits of a number in a variable."""
-GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 @dataclass(frozen=True)
@@ -195,19 +194,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def has_gpu() -> bool:
-    """Return whether torch could find a GPU here, without importing torch."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and not _torch_is_cpu_build() and any(Path(device).exists() for device in GPU_DEVICES)
-
-
-def _torch_is_cpu_build() -> bool:
-    try:
-        return metadata.version("torch").endswith("+cpu")
-    except metadata.PackageNotFoundError:
-        return False
 
 
 def prepare_process(environment: MutableMapping[str, str], threads: int, local_world_size: int) -> None:

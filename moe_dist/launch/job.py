@@ -7,8 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from moe_dist.config import load_config, resolve_batch, resolve_world
+from moe_dist.config.machine import has_gpu
 from moe_dist.errors import LaunchError
-from moe_dist.launch.environment import has_gpu
 from moe_dist.launch.hostfile import THIS_MACHINE, Node, read_hostfile, take
 from moe_dist.launch.options import option, to_json
 from moe_dist.launch.tasks import TRAIN
@@ -78,6 +78,11 @@ class Job:
     def is_here(self) -> bool:
         """True for a job on this machine alone."""
         return len(self.nodes) == 1 and self.nodes[0].host in THIS_MACHINE
+
+    @property
+    def can_fork(self) -> bool:
+        """True if the ranks of a machine without GPUs may be forked from one process (`fork_server.py`)."""
+        return self.entry == RANK_SCRIPT
 
     def ranks_of(self, node: int) -> range:
         """Return the ranks of one of the machines."""

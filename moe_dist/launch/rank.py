@@ -13,12 +13,16 @@ from pathlib import Path
 
 if __name__ == "__main__":  # started by path: import from the repository, not from this folder's `train`, `faults`, ...
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    from moe_dist.launch.rank_proxy import run_forked
+
+    run_forked()  # before the imports below: the rank may run in a process that has them already
 
 from moe_dist.config import RunConfig, load_config, resolve_batch, resolve_world
 from moe_dist.errors import EXIT_STOPPED, ConfigError, LaunchError, file_error
 from moe_dist.launch import environment, faults, rendezvous
 from moe_dist.launch.files import with_summary, writable
 from moe_dist.launch.options import from_json
+from moe_dist.launch.processes import end_now
 from moe_dist.launch.tasks import TASKS, TRAIN, resolve
 
 REFUSAL_SECONDS = 3.0
@@ -142,4 +146,4 @@ def main(arguments: Sequence[str] | None = None, task: str = TRAIN) -> int:
 if __name__ == "__main__":
     from moe_dist.launch import rank  # by its name, so that the watchdog's guard process finds `_abort`
 
-    sys.exit(rank.main())
+    end_now(rank.main())

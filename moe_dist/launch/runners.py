@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from shutil import which
 
+from moe_dist.config.machine import has_gpu
 from moe_dist.errors import LaunchError
 from moe_dist.launch import commands, ssh_runner
-from moe_dist.launch.environment import INIT_METHOD, STARTER, has_gpu, prepare_process
+from moe_dist.launch.environment import INIT_METHOD, STARTER, prepare_process
 from moe_dist.launch.job import Job, Launcher
 from moe_dist.launch.supervisor import run_job
 
@@ -57,6 +58,7 @@ def launch(job: Job) -> int:
             environment(job),
             range(job.ranks),
             rendezvous_file=job.launcher is not Launcher.TORCHRUN,
+            fork_ranks=job.can_fork and not has_gpu(),  # forks are not safe beside a GPU's driver
         )
     else:
         outcome = ssh_runner.run(job, exported_variables(os.environ))

@@ -69,7 +69,7 @@ class _RemoteAgent:
         self.host = job.nodes[number].host or ""
         self._outcome: JobOutcome | None = None
         command, ranks = commands.node_command(job, number), job.ranks_of(number)
-        part = NodeJob(command, str(Path.cwd()), dict(variables), ranks.start, len(ranks), job.threads)
+        part = NodeJob(command, str(Path.cwd()), dict(variables), ranks.start, len(ranks), job.threads, job.can_fork)
         try:
             self._ssh = subprocess.Popen(
                 ssh_command(self.host), stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True

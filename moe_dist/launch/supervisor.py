@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,8 @@ from types import FrameType
 from moe_dist.errors import EXIT_FAILURE, EXIT_STOPPED, LaunchError
 from moe_dist.launch import faults
 from moe_dist.launch.environment import INIT_METHOD
-from moe_dist.launch.processes import wait_status, was_terminated
+from moe_dist.launch.fork_server import fork_server
+from moe_dist.launch.processes import group_runs, wait_status, was_terminated
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 6.0  # time for the launcher to stop the other ranks after a failure
@@ -31,6 +32,7 @@ SIGNAL_SECONDS = {  # time for the ranks to react to a forwarded signal
 }
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TERMINATE_SECONDS = 4.0  # between SIGTERM and SIGKILL
+LAUNCHER_SECONDS = 0.5  # time for the launcher to end after its ranks; DeepSpeed's takes seconds
 SHOW_CURSOR = "\x1b[?25h"
 STOPPED = "stopped by a signal, with a checkpoint: run the same command with checkpoint.resume=auto to continue"
 
@@ -52,7 +54,12 @@ class JobOutcome:
 
 
 def run_job(
-    command: Sequence[str], environment: Mapping[str, str], ranks: Sequence[int], *, rendezvous_file: bool
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    ranks: Sequence[int],
+    *,
+    rendezvous_file: bool,
+    fork_ranks: bool = False,
 ) -> JobOutcome:
     """Run a launcher's command until it and all its ranks have ended; leave no process behind.
 
@@ -61,6 +68,7 @@ def run_job(
         environment: complete environment of the command.
         ranks: ranks that must report success.
         rendezvous_file: the ranks use a file in the job's folder for rendezvous instead of a TCP port.
+        fork_ranks: ranks are forked from a process that imports torch once (`fork_server.py`).
 
     Raises:
         LaunchError: the kernel offers no way to watch processes.
@@ -71,9 +79,12 @@ def run_job(
         if rendezvous_file:
             variables[INIT_METHOD] = f"file://{name}/rendezvous"
         job = _SupervisedJob(Path(name), ranks)
-        with _forward_signals(job):
+        server: AbstractContextManager[dict[str, str]] = nullcontext({})
+        if fork_ranks:
+            server = fork_server(Path(name), variables)
+        with _forward_signals(job), server as found:
             try:
-                job.start(command, variables)
+                job.start(command, variables | found)
                 job.watch()
             finally:
                 job.stop()
@@ -123,7 +134,7 @@ class _SupervisedJob:
         self._unregistered = set(ranks)
         self._running: dict[int, _Rank] = {}
         self._unfinished = set(ranks)
-        self._stopped = False
+        self._stopped = self._dismissed = False
         self._groups: set[int] = set()
         self._faults: list[faults.Fault] = []
         self._signal: int | None = None
@@ -163,16 +174,19 @@ class _SupervisedJob:
             _send(rank, signum)
 
     def watch(self) -> None:
-        """Wait until the launcher has ended, or its deadline is over."""
+        """Wait until the launcher has ended, its deadline is over, or all ranks are done and it takes too long."""
         while self._launcher is not None and self._launcher.poll() is None:
             self._poll(POLL_SECONDS)
+            if not self._unfinished and not self._dismissed:
+                self._dismissed, self._deadline = True, time.monotonic() + LAUNCHER_SECONDS
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 return
+        self._dismissed = False
         self._poll(0.0)
 
     def stop(self) -> None:
-        """End all remaining processes, first by SIGTERM, then by SIGKILL."""
-        for signum in (signal.SIGTERM, signal.SIGKILL):
+        """End all remaining processes, first by SIGTERM, then by SIGKILL; a launcher without ranks at once."""
+        for signum in (signal.SIGKILL,) if self._dismissed else (signal.SIGTERM, signal.SIGKILL):
             for group in self._groups:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(group, signum)
@@ -183,7 +197,7 @@ class _SupervisedJob:
     def conclude(self) -> JobOutcome:
         """Return the outcome of the job."""
         assert self._launcher is not None
-        code = self._launcher.wait()
+        code = 0 if self._dismissed else self._launcher.wait()
         if code == 0 and not self._unfinished:
             if self._stopped:
                 return JobOutcome(EXIT_STOPPED, STOPPED)
@@ -244,20 +258,12 @@ class _SupervisedJob:
     def _any_process_runs(self) -> bool:
         if self._launcher is not None:
             self._launcher.poll()
-        return any(_group_exists(group) for group in self._groups)
+        return any(group_runs(group) for group in self._groups)
 
 
 def _send(rank: _Rank, signum: int) -> None:
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(rank.descriptor, signum)
-
-
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
 
 
 def _killed(rank: int, pid: int, status: int | None, *, first: bool) -> faults.Fault:

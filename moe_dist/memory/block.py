@@ -27,11 +27,17 @@ class TensorKind(StrEnum):
 
 
 class Block(NamedTuple):
-    """One kind of tensor of one cluster on this rank; `local` is the cluster's index in its layer on this rank."""
+    """One kind of tensor of one cluster on this rank.
+
+    Attributes:
+        local: index of the cluster among this rank's clusters of its layer.
+        saved: True for a copy (`saved_cluster.py`).
+    """
 
     layer: int
     local: int
     kind: TensorKind
+    saved: bool = False
 
 
 class BlockSize(NamedTuple):

@@ -26,6 +26,7 @@ class ExpertMemory:
 
     Attributes:
         on_gradient: called with each cluster's complete gradient of a step.
+        on_use: called with a cluster whose updates are deferred, before its blocks are used.
         refusal: reason why a cluster was rejected, without the text that Megatron-core adds while it builds a layer.
         last_pass: True during the step's last micro-batch.
     """
@@ -48,6 +49,7 @@ class ExpertMemory:
         self._of_parameter: dict[nn.Parameter, tuple[OffloadedCluster, str]] = {}
         self.refusal: MoeDistError | None = None
         self.on_gradient: GradientFunction | None = None
+        self.on_use: Callable[[OffloadedCluster], None] | None = None
         self.last_pass = False
 
     def adopt(self, layer: int, local: int, parameters: Mapping[str, nn.Parameter]) -> OffloadedCluster:
@@ -105,7 +107,8 @@ class ExpertMemory:
         """Record a cluster's rows and prefetch the clusters that follow."""
         if torch.is_grad_enabled() and not self.recomputing:
             self.activity.note(cluster.layer, cluster.local, rows)
-        self.device.prefetch([other.block(TensorKind.WEIGHT) for other in self.next_clusters(cluster, 1)])
+        following = (other for other in self.next_clusters(cluster, 1) if not other.behind)  # others rarely get tokens
+        self.device.prefetch([other.block(TensorKind.WEIGHT) for other in following])
 
     def backward_begins(self, cluster: OffloadedCluster) -> None:
         """Prefetch the clusters that the backward pass needs next."""
@@ -113,6 +116,12 @@ class ExpertMemory:
             if other.expects_backward:
                 self.device.prefetch([other.block(TensorKind.WEIGHT)])
                 self.device.prefetch([other.block(TensorKind.GRADIENT)], zero_init=not other.has_gradient)
+
+    def before_use(self, cluster: OffloadedCluster) -> None:
+        """Make the cluster's deferred updates."""
+        if cluster.behind:
+            assert self.on_use is not None
+            self.on_use(cluster)
 
     def gradient_is_complete(self, cluster: OffloadedCluster, gradient: Tensor) -> None:
         """Notify the optimizer after the last micro-batch."""
@@ -128,18 +137,20 @@ class ExpertMemory:
 
     def read_run(self, cluster: OffloadedCluster, name: str, kind: TensorKind, start: int, length: int) -> Tensor:
         """Return a copy of a run of a parameter's flattened elements, read in the tier of the optimizer state."""
-        with self._at_state(cluster, kind, changed=False) as flat:
+        with self.at_state(cluster, kind) as flat:
             first = cluster.layout.spans[name].start + start
             return flat[first : first + length].clone()
 
     def write_run(self, cluster: OffloadedCluster, name: str, kind: TensorKind, start: int, values: Tensor) -> None:
         """Overwrite a run of a parameter's flattened elements."""
-        with self._at_state(cluster, kind, changed=True) as flat:
+        with self.at_state(cluster, kind, changed=True) as flat:
             first = cluster.layout.spans[name].start + start
             flat[first : first + len(values)].copy_(values)
 
     @contextmanager
-    def _at_state(self, cluster: OffloadedCluster, kind: TensorKind, changed: bool) -> Iterator[Tensor]:
+    def at_state(self, cluster: OffloadedCluster, kind: TensorKind, *, changed: bool = False) -> Iterator[Tensor]:
+        """Pin a cluster's block in the tier of the optimizer state, and return its elements."""
+        self.before_use(cluster)
         block = cluster.block(kind)
         if self.state is not self.device and kind in (TensorKind.WEIGHT, TensorKind.GRADIENT):
             self.device.evict(block)

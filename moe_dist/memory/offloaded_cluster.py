@@ -35,6 +35,9 @@ class Schedule(Protocol):
     def backward_begins(self, cluster: "OffloadedCluster") -> None:
         """Announce a backward pass."""
 
+    def before_use(self, cluster: "OffloadedCluster") -> None:
+        """Bring the cluster's blocks up to date before one is read or written."""
+
     def gradient_is_complete(self, cluster: "OffloadedCluster", gradient: Tensor) -> None:
         """React to an accumulated micro-batch's gradient, whose block is still pinned."""
 
@@ -77,6 +80,8 @@ class OffloadedCluster:
         self._kept_for_backward = False
         self.has_gradient = False
         """True if the gradient block holds micro-batches of this step."""
+        self.behind = 0
+        """Number of updates that are deferred (`engine/offloaded_adamw.py`)."""
         self.expects_backward = 0
         """Number of forward passes whose backward passes are pending."""
         self._anchor = torch.zeros((), device=device, requires_grad=True)
@@ -186,6 +191,7 @@ class OffloadedCluster:
         parameter.grad = None
 
     def _load_weights(self) -> None:
+        self._schedule.before_use(self)
         flat = self._cache.acquire(self.block(TensorKind.WEIGHT))
         self._uses += 1
         if self._uses == 1:

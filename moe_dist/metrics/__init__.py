@@ -1,6 +1,6 @@
 """Metrics and output of a run: load balance, run folder, progress display, final table."""
 
-from moe_dist.metrics.host import installed_versions, peak_rss_bytes, process_seconds, rss_bytes
+from moe_dist.metrics.host import installed_versions, peak_rss_bytes, rss_bytes
 from moe_dist.metrics.json_text import strict_json, write_json
 from moe_dist.metrics.load_balance import LoadStatistics, load_statistics
 from moe_dist.metrics.progress import Progress
@@ -18,7 +18,6 @@ __all__ = [
     "load_statistics",
     "missing_keys",
     "peak_rss_bytes",
-    "process_seconds",
     "render_summary",
     "rss_bytes",
     "strict_json",

@@ -21,16 +21,14 @@ def installed_versions() -> dict[str, str | None]:
     return found
 
 
-def process_seconds() -> float | None:
-    """Return the age of this process in seconds, imports included, to 10 ms; None if not on Linux."""
+def seconds_since_start(stat: Path = Path("/proc/self/stat")) -> float | None:
+    """Return the age of a process in seconds, to 10 ms; None if it has ended or this is not Linux."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = stat.read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    started = int(fields[19]) / os.sysconf(
-        "SC_CLK_TCK"
-    )  # since boot; the list starts at the third field, after the name
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    ticks = int(fields[19])  # since boot; the list starts at the third field, after the name
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def peak_rss_bytes() -> int:

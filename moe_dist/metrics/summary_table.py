@@ -92,7 +92,7 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Pat
     table.add_row("ranks", _world(summary))
     table.add_row("speed", f"{_number(at('tokens_per_second'), ',.0f')} tokens/s")
     if (first := at("first_step_seconds")) is not None:
-        table.add_row("first step", f"done {first:.1f} s after rank 0 was started")
+        table.add_row("time", f"{_phases(at('wall_seconds') or {})}; first step done after {first:.1f} s")
     table.add_row("parameters", f"{_count(at('parameters.total'))} total")
     table.add_row("in experts", _experts(summary))
     if (stored := at("validation.loss_stored")) is not None:
@@ -125,6 +125,12 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Pat
     return table
 
 
+def _phases(seconds: Mapping[str, float | None]) -> str:
+    """Return the wall time of each phase of a run."""
+    known = {phase: length for phase, length in seconds.items() if length is not None}
+    return f"{sum(known.values()):.1f} s: " + ", ".join(f"{phase} {length:.1f}" for phase, length in known.items())
+
+
 def _stored(summary: Mapping[str, Any]) -> str:
     """Return the size of quantized experts beside that of the experts in float32."""
     stored, own = look_up(summary, "stored.expert_bytes"), look_up(summary, "parameters.expert")
@@ -137,8 +143,16 @@ def _offload(summary: Mapping[str, Any]) -> str:
     offload, whole = look_up(summary, "memory.offload"), look_up(summary, "memory.offloadable_bytes")
     return (
         f"at most {_bytes(offload['peak_device_bytes'])} of {_bytes(whole)} of a rank's clusters in memory; "
-        f"{_bytes(offload['bytes_in'])} fetched, {_bytes(offload['bytes_out'])} evicted"
+        f"{_bytes(offload['bytes_in'])} fetched, {_bytes(offload['bytes_out'])} evicted{_deferred(offload)}"
     )
+
+
+def _deferred(offload: Mapping[str, Any]) -> str:
+    """Return the share of deferred updates; nothing if there were none."""
+    deferred, updates = offload.get("deferred_updates"), offload.get("updates")
+    if not deferred or not updates:
+        return ""
+    return f"; {deferred / updates:.1%} of updates deferred, for up to {offload.get('longest_behind')} steps"
 
 
 def _world(summary: Mapping[str, Any]) -> str:

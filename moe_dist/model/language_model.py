@@ -11,7 +11,7 @@ from moe_dist.compression import QuantizedCluster, StorageFormat
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.links import Links
-from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.errors import MoeDistError
 from moe_dist.memory.block import Block
@@ -107,8 +107,13 @@ class LanguageModel(nn.Module):
 
     def describe_block(self, block: Block) -> str:
         """Return a description of the cluster of a memory block, for messages."""
-        clusters = self.context.placements[block.layer].clusters_of_block(self.context.mesh.at.cluster)
-        return f"layer {block.layer}, cluster {clusters[block.local]}"
+        mesh, placements = self.context.mesh, self.context.placements
+        if placements:
+            clusters = placements[block.layer].clusters_of_block(mesh.at.cluster)
+            return f"layer {block.layer}, cluster {clusters[block.local]}"
+        local = self.config.moe.experts // mesh.group(GroupKind.EXPERT_PARALLEL).size
+        expert = mesh.index_in(GroupKind.EXPERT_PARALLEL) * local + block.local
+        return f"layer {block.layer}, expert {expert}"
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:

@@ -101,6 +101,11 @@ class ClusteredMoE(MoELayer):
         self._chunks = chunks
         self.follow_placement()
 
+    def set_backend(self, backend: str) -> None:
+        """Compute the experts by this backend from now on (`moe.backend`)."""
+        for experts in cast(list[ClusteredExperts], self.clusters):
+            experts.backend = backend
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the layer's addition to the residual stream, in the shape of `hidden`; collective."""
         x_TD = hidden.flatten(0, -2)

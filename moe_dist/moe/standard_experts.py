@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_dist.memory.offloaded_cluster import OffloadedCluster
+
 Implementation = Literal["auto", "loop", "grouped_mm"]
 
 
@@ -44,16 +46,26 @@ class StandardExperts(nn.Module):
             independent of the rank layout.
         implementation: 'auto' is the loop on the CPU, where grouped_mm took 1.1 to 1.2 times as long with weights that
             were already stacked, and grouped_mm on a GPU (not yet measured).
+        adopt: offloads an expert's parameters as soon as they are created; None: experts stay on the device.
     """
 
     def __init__(
-        self, experts: int, init: Callable[[int], tuple[Tensor, Tensor]], implementation: Implementation = "auto"
+        self,
+        experts: int,
+        init: Callable[[int], tuple[Tensor, Tensor]],
+        implementation: Implementation = "auto",
+        adopt: Callable[[int, dict[str, nn.Parameter]], OffloadedCluster] | None = None,
     ) -> None:
         super().__init__()
-        pairs = [init(e) for e in range(experts)]
-        self.w_in = nn.ParameterList([nn.Parameter(w_in) for w_in, _ in pairs])
-        self.w_out = nn.ParameterList([nn.Parameter(w_out) for _, w_out in pairs])
+        self.w_in, self.w_out = nn.ParameterList(), nn.ParameterList()
+        self._offloaded: list[OffloadedCluster] = []
         self.implementation = implementation
+        for e in range(experts):
+            w_in, w_out = (nn.Parameter(w) for w in init(e))
+            self.w_in.append(w_in)
+            self.w_out.append(w_out)
+            if adopt is not None:
+                self._offloaded.append(adopt(e, {"w_in": w_in, "w_out": w_out}))
 
     def forward(self, x_PD: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
         """Apply to each row its expert; return [P, D].
@@ -62,9 +74,19 @@ class StandardExperts(nn.Module):
             x_PD: rows sorted by local expert.
             counts: number of rows of each local expert.
         """
+        if self._offloaded:
+            rows = torch.split(x_PD, counts.tolist() if isinstance(counts, Tensor) else list(counts))
+            return torch.cat([self._run_offloaded(e, x_LD) for e, x_LD in enumerate(rows)])
         grouped = self.implementation == "grouped_mm" or (self.implementation == "auto" and x_PD.device.type != "cpu")
         if grouped:
             counts_E = torch.as_tensor(counts, device=x_PD.device)
             return experts_grouped(x_PD, counts_E, torch.stack(list(self.w_in)), torch.stack(list(self.w_out)))
         counts_list = counts.tolist() if isinstance(counts, Tensor) else counts
         return experts_loop(x_PD, counts_list, list(self.w_in), list(self.w_out))
+
+    def _run_offloaded(self, e: int, x_LD: Tensor) -> Tensor:
+        """Apply one offloaded expert to its rows, which is loaded unless there are none."""
+        if not len(x_LD):
+            self._offloaded[e].skip()
+            return x_LD
+        return self._offloaded[e].run(lambda x_LD: swiglu(x_LD @ self.w_in[e]) @ self.w_out[e], len(x_LD), x_LD)

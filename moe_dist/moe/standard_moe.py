@@ -3,6 +3,7 @@
 Shapes: T tokens, D hidden, E experts, K chosen experts.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,9 @@ class StandardMoE(MoELayer):
             draw = generator(context.seed, layer, "expert", SHARED if moe.shared_init else first + index)
             return init_base(sizes.hidden_size, moe.expert_hidden, sizes.init_std, sizes.output_init_std, draw)
 
-        self.experts = StandardExperts(local, init)
+        memory = context.memory
+        adopt = None if memory is None else partial(memory.adopt, layer)
+        self.experts = StandardExperts(local, init, adopt=adopt)
         mark(self.experts, ParameterClass.EXPERT)
         self.shared = SharedExpert.of_layer(layer, sizes, moe, context.seed)
         hidden_format = wire_format_of(getattr(torch, moe.wire_dtype))

@@ -81,6 +81,8 @@ class RefitTransition:
     def commit(self, moves: Sequence[Move]) -> None:
         """Write new bases and residuals permanently."""
         self.apply(moves)
+        assert self.done is not None
+        self.refit.forget(self.done)
 
 
 class MigrationExecutor:

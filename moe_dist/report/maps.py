@@ -1,6 +1,6 @@
 """Figures of one run: load heat map and balance, cluster membership, traffic matrix, time of a step.
 
-Shapes: L layers, E experts, C columns (logged steps, or bins of several), R ranks.
+Shapes: L layers, E experts, G clusters, C columns (logged steps, or bins of several), R ranks or rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,22 +23,40 @@ def load_map(run: RunFiles) -> go.Figure | None:
     steps, counts_CLE = load_counts(run.loads)
     if not steps:
         return None
-    layers = counts_CLE.shape[1]
-    shown = _some_layers(layers, MOST_CELLS // (counts_CLE.shape[0] * counts_CLE.shape[2]))
-    made = figure("step", "expert", margin={"l": 56, "r": 12, "t": 40, "b": 40})
+    mean_CL1 = counts_CLE.mean(axis=2, keepdims=True)
+    over_mean = np.divide(counts_CLE, mean_CL1, out=np.zeros_like(counts_CLE), where=mean_CL1 > 0)
+    colors = {"zmin": 0, "zmid": 1, "zmax": 2, "colorscale": "RdBu_r"}
+    return _maps_of_layers(steps, over_mean.round(3), "expert", "load / mean", "of the mean", colors)
+
+
+def behind_map(run: RunFiles) -> go.Figure | None:
+    """Draw for how many steps each offloaded cluster has had no tokens; a menu above the figure selects the layer."""
+    found = [(number(line, "step"), _matrix(line.get("behind"))) for line in run.loads]
+    good = [(step, behind_LG) for step, behind_LG in found if step is not None and behind_LG is not None]
+    good = [pair for pair in good if pair[1].shape == good[0][1].shape]
+    if not any(behind_LG.any() for _, behind_LG in good):
+        return None
+    good = [good[part[-1]] for part in np.array_split(np.arange(len(good)), min(len(good), MOST_COLUMNS))]
+    behind_CLG = np.stack([behind_LG for _, behind_LG in good])
+    colors = {"zmin": 0, "zmax": behind_CLG.max(), "colorscale": "Blues"}
+    return _maps_of_layers([step for step, _ in good], behind_CLG, "cluster", "steps", "updates deferred", colors)
+
+
+def _maps_of_layers(
+    steps: Sequence[float], values_CLR: Floats, row: str, title: str, unit: str, colors: dict[str, Any]
+) -> go.Figure:
+    """Draw a heat map of each layer, steps by rows R, and a menu of the layers."""
+    columns, layers, rows = values_CLR.shape
+    shown = _some_layers(layers, MOST_CELLS // (columns * rows))
+    made = figure("step", row, margin={"l": 56, "r": 12, "t": 40, "b": 40})
     for layer in shown:
-        mean_C1 = counts_CLE[:, layer].mean(axis=1, keepdims=True)
-        over_mean = np.divide(counts_CLE[:, layer], mean_C1, out=np.zeros_like(counts_CLE[:, layer]), where=mean_C1 > 0)
         made.add_heatmap(
             x=steps,
-            z=over_mean.T.round(3).tolist(),
-            zmin=0,
-            zmid=1,
-            zmax=2,
-            colorscale="RdBu_r",
-            colorbar={"thickness": 10, "title": {"text": "load / mean"}},
+            z=values_CLR[:, layer].T.tolist(),
+            colorbar={"thickness": 10, "title": {"text": title}},
             visible=layer == shown[0],
-            hovertemplate="step %{x}, expert %{y}: %{z} of the mean<extra></extra>",
+            hovertemplate=f"step %{{x}}, {row} %{{y}}: %{{z}} {unit}<extra></extra>",
+            **colors,
         )
     made.update_layout(updatemenus=chooser([f"layer {layer + 1} of {layers}" for layer in shown]))
     return made

@@ -76,6 +76,7 @@ def _together(runs: Sequence[RunFiles], numbers: Iterator[int]) -> str:
 def _run(run: RunFiles, numbers: Iterator[int]) -> str:
     figures = (
         ("Load of the experts", maps.load_map(run), "1 is a fair share."),
+        ("Clusters behind", maps.behind_map(run), "Deferred updates of offloaded clusters: steps without a token."),
         ("Busiest over mean", maps.balance(run), "Mean over layers; a rank is a place in the expert-parallel group."),
         ("Cluster membership", maps.membership(run), "Each change is a re-clustering."),
         ("Traffic from rank to rank", maps.traffic(run), "All-to-all of the whole run; what a rank keeps is left out."),

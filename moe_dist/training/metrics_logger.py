@@ -8,9 +8,10 @@ from moe_dist.config import RunConfig, WorldShape
 from moe_dist.distributed.init import RankInfo
 from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
-from moe_dist.metrics import process_seconds
 from moe_dist.metrics.recorder import Recorder, perplexity
+from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.training.load_metrics import LoadRecord, last_fifth
+from moe_dist.training.offload_metrics import offload_figures, updates_behind
 from moe_dist.training.run_history import RunHistory
 from moe_dist.training.summary_metrics import memory_now
 
@@ -18,14 +19,16 @@ from moe_dist.training.summary_metrics import memory_now
 class MetricsLogger(Callback):
     """Callback that keeps the run's history and passes figures to the recorder."""
 
-    def __init__(self, config: RunConfig, shape: WorldShape, process: RankInfo, recorder: Recorder) -> None:
+    def __init__(
+        self, config: RunConfig, shape: WorldShape, process: RankInfo, recorder: Recorder, clock: WallClock
+    ) -> None:
         self._config, self._shape, self._process, self._recorder = config, shape, process, recorder
-        self.history = RunHistory()
-        self.first_step_seconds: float | None = None
+        self.history, self._clock = RunHistory(), clock
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
 
     def attach(self, engine: DeepSpeedEngine) -> None:
         """Count loads by this model's placements from now on."""
+        self._engine = engine
         moe, layers = engine.model.config.moe, self._config.model.layers
         copies = moe.layer_kind.copies(moe)
         self._loads = LoadRecord(moe.experts, self._shape, self.tokens_per_step * layers * copies)
@@ -33,12 +36,20 @@ class MetricsLogger(Callback):
 
     def release(self) -> None:
         """Clear the load statistics of standard experts, which have no clusters and therefore other keys."""
+        del self._engine
         self.history.loads.clear()
+
+    def start(self, step: int) -> None:
+        """Note that data and model are ready."""
+        self._clock.phase_ends("prepare")
+
+    def finish(self, step: int) -> None:
+        """Note that the last step is done."""
+        self._clock.phase_ends("train")
 
     def after_update(self, report: StepReport) -> None:
         """Record the loads with the placement by which they were routed."""
-        if self.first_step_seconds is None:
-            self.first_step_seconds = process_seconds()
+        self._clock.first_step_ends()
         if self._routed:
             outcome = report.outcome
             self.history.loads.append(self._loads.add(outcome.count_LE.numpy(), outcome.dropped, self._placements))
@@ -52,9 +63,12 @@ class MetricsLogger(Callback):
             self.record_loads(report.step)
 
     def record_loads(self, step: int) -> None:
-        """Record the copies routed since the last time, if there are any steps to report."""
+        """Record the copies routed since the last time, if there are any steps to report; collective."""
         if self._loads.steps:
-            self._recorder.load(step, {**self._loads.take_counts(), "load": self.history.loads[-1]})
+            counts = {**self._loads.take_counts(), "load": self.history.loads[-1]}
+            if (behind_LG := updates_behind(self._engine, self._process)) is not None:
+                counts["behind"] = behind_LG
+            self._recorder.load(step, counts)
 
     def after_evaluation(self, step: int, loss: float) -> None:
         """Record the loss."""
@@ -75,7 +89,8 @@ class MetricsLogger(Callback):
             "steps": steps,
             "tokens": steps * self.tokens_per_step,
             "seconds": sum(history.step_seconds),
-            "first_step_seconds": self.first_step_seconds,
+            "first_step_seconds": self._clock.first_step,
+            "wall_seconds": self._clock.seconds(),
             "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": history.curve},
             "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
             "load": last_fifth(history.loads),
@@ -98,6 +113,8 @@ class MetricsLogger(Callback):
             "train": train,
             "memory": memory_now(self._process),
         }
+        if (offload := offload_figures(self._engine, self._process)) is not None:
+            figures["offload"] = offload
         if self.history.loads:
             figures["load"] = self.history.loads[-1]
         return figures

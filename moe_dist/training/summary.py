@@ -10,6 +10,7 @@ from moe_dist.dispatch.layout_advice import flat_bytes
 from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import count_parameters
 from moe_dist.moe.quantized_experts import stored_sizes
+from moe_dist.training.offload_metrics import offload_figures
 from moe_dist.training.summary_metrics import all_to_all_totals, model_bytes, peak_memory
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
     config, process = trainer.config, trainer.process
     counts, peaks = count_parameters(trainer.model), peak_memory(process)
     whole, offloadable = model_bytes(trainer.engine)
-    offload = None if trainer.memory is None else trainer.memory.tiers.totals(process.device)
+    offload = offload_figures(trainer.engine, process)
     on_device = whole - offloadable + (offload["peak_device_bytes"] if offload else 0)
     found: dict[str, Any] = {}
     for callback in trainer.callbacks:

@@ -24,20 +24,23 @@ from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.distributed.links import Links
-from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.errors import CheckpointError, DataError, TrainingError, file_error
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics.recorder import Recorder
+from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.recluster.coordinator import Coordinator
+from moe_dist.training.backend_choice import BackendChoice
 from moe_dist.training.checkpointing import RunCheckpoints
 from moe_dist.training.finished_run import show_if_finished
 from moe_dist.training.hang_guard import end_process
 from moe_dist.training.learning_rate import learning_rate
 from moe_dist.training.metrics_logger import MetricsLogger
 from moe_dist.training.overlap_choice import OverlapChoice
+from moe_dist.training.precision_advice import check_same_precision, precision_advice
 from moe_dist.training.preemption import StopSignals
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.summary import description, run_summary
@@ -80,12 +83,14 @@ def train(config: RunConfig, give_up: Callable[[Exception], None] = end_process)
 
 def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
     process = init_distributed(config.world)
+    clock = WallClock()
     shape = resolve_world(config, process.ranks)
     if show_if_finished(config, process.rank):
         shutdown()
         return False
     if process.rank == 0:
         print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
+    check_same_precision(config, process)
     data = prepare_data(config.corpus, config.tokenizer)
     _require_same_data(data, process)
     resumption = find_resumption(config, data)
@@ -94,7 +99,8 @@ def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
         if process.rank == 0:
             for name, content in open_tokenizer(data.tokenizer_path).files().items():
                 recorder.keep(name, content)  # an evaluation may not have the text
-        trainer = Trainer(config, process, shape, data, recorder, 0 if resumption is None else resumption.step)
+        steps_done = 0 if resumption is None else resumption.step
+        trainer = Trainer(config, process, shape, data, recorder, steps_done, clock)
 
         def hangs(error: TrainingError) -> None:
             recorder.event("failed", trainer.steps_done, error=str(error))
@@ -125,7 +131,9 @@ class Trainer:
         data: PreparedData,
         recorder: Recorder,
         steps_done: int = 0,
+        clock: WallClock | None = None,
     ) -> None:
+        self._clock = clock or WallClock()
         self.config, self.process, self.shape, self.data, self.recorder = config, process, shape, data, recorder
         self.batch, self.steps_done = resolve_batch(config, process.ranks), steps_done
         self.mesh = Mesh.create(shape, process.timeout)
@@ -167,18 +175,20 @@ class Trainer:
     def _expert_memory(self, config: RunConfig) -> ExpertMemory | None:
         if not config.memory.offload:
             return None
-        per_layer = config.moe.clusters // self.shape.cluster
+        moe, parallel = config.moe, self.mesh.group(GroupKind.EXPERT_PARALLEL).size
+        per_layer = moe.clusters // self.shape.cluster if moe.layer_kind.clustered else moe.experts // parallel
         return ExpertMemory(config, per_layer, self.process.rank, self.process.device)
 
     def _default_callbacks(self) -> list[Callback]:
         """Return the callbacks of a run, in the order in which their hooks are called."""
         config, process = self.config, self.process
         tokens = self.batch.micro * config.model.sequence_length
-        self.logger = MetricsLogger(config, self.shape, process, self.recorder)
+        self.logger = MetricsLogger(config, self.shape, process, self.recorder, self._clock)
         self.checkpoints = RunCheckpoints(config, process, data_record(self.data), self.state, self.recorder)
         return [
             self.logger,
             Coordinator(config, self.recorder),
+            BackendChoice(config, self.shape, process, tokens, self.recorder),
             OverlapChoice(config, self.shape, self.ledger.links, process.device, tokens, self.recorder),
             StandardWarmup(self),
             self.checkpoints,
@@ -207,6 +217,8 @@ class Trainer:
             callback.release()
         self.engine.close()
         del self.engine, self.model
+        self.__exit__()  # the memory of the next model uses the same folder
+        self.memory = None
 
     def replace_model(self, config: RunConfig, fill: Callable[[], None], step: int) -> None:
         """Create another model and engine after `release_model`, and attach all callbacks to them; collective.
@@ -231,8 +243,9 @@ class Trainer:
     def start(self) -> None:
         """Prepare for the first step; collective."""
         self.recorder.note(description(self))
-        if (advice := layout_advice(self.config, self.shape)) is not None:
-            self.recorder.note(f"warning: {advice}")
+        for advice in (layout_advice(self.config, self.shape), precision_advice(self.config, self.process.device)):
+            if advice is not None:
+                self.recorder.note(f"warning: {advice}")
         self._start_all(self.steps_done)
 
     def run(self, signals: StopSignals, resumption: Resumption | None = None) -> bool:

@@ -71,13 +71,12 @@ def cluster_experts(trainer: "Trainer", batches_BS: Sequence[Sequence[Tensor]], 
 
 def _errors(start: ClusteredStart) -> dict[str, Any]:
     """Return the relative errors of the experts' outputs on held-out tokens."""
-    error_LE = torch.stack([layer.output_error_E for layer in start.layers])
-    base_LE = torch.stack([layer.base_output_error_E for layer in start.layers])
+    error_LE, base_LE, whitened_LE = torch.stack([layer.figures for layer in start.layers]).unbind(2)
     return {
         "output_error": float(error_LE.mean()),
         "output_error_largest": float(error_LE.max()),
         "output_error_of_bases": float(base_LE.mean()),
         "output_errors": [[round(error, 4) for error in row] for row in error_LE.tolist()],
-        "whitened": sum(layer.whitened for layer in start.layers) / len(start.layers),
+        "whitened": float(whitened_LE.mean()),
         "similarity": start.similarity,
     }

@@ -71,7 +71,10 @@ def _story(axes: tuple[int, int, int], words: list[str], steps: int, directory: 
         losses.append(outcome.loss)
         norms.append(engine.update(outcome, 1e-3))
         if step in REGROUPED:
-            coordinator.executor.exchange(REGROUPED[step], mine)
+            if config.recluster.transition == "refit":
+                coordinator.executor.refit(REGROUPED[step], mine, mine[:1])
+            else:
+                coordinator.executor.exchange(REGROUPED[step], mine)
             coordinator.executor.relocate(BLOCKS[axes[1]])
     story = Story(losses, norms, _weights(model), 0 if memory is None else memory.tiers.figures()["bytes_in"])
     engine.close()

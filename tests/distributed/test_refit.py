@@ -16,7 +16,13 @@ from tests.distributed.test_migration import MOVES, Training
 pytestmark = pytest.mark.timeout(400)
 UNTOUCHED = [{3}, {1, 2}]
 """Clusters of each layer whose members stay in `MOVES`."""
-VARIANTS = [["world.zero_stage=1"], ["world.zero_stage=2", "moe.top_clusters=2"], ["moe.expert_vectors=false"]]
+TWO_LEVELS = ["moe.base=shared+cluster", "moe.base_rank=16"]
+VARIANTS = [
+    ["world.zero_stage=1"],
+    ["world.zero_stage=2", "moe.top_clusters=2"],
+    ["moe.expert_vectors=false"],
+    ["world.zero_stage=1", *TWO_LEVELS],
+]
 
 
 @dataclass
@@ -101,11 +107,12 @@ def _around_a_refactoring(words: list[str]) -> tuple[list[float], list[str]]:
     return changes, broken
 
 
-def test_weights_are_kept_where_the_rank_suffices_and_other_clusters_are_not_touched() -> None:
-    ((changes, broken),) = run_ranks(_around_a_refactoring, 1, ["moe.rank=16"])
+@pytest.mark.parametrize("levels", [[], TWO_LEVELS], ids=["one level", "two levels"])
+def test_weights_are_kept_where_the_rank_suffices_and_other_clusters_are_not_touched(levels: list[str]) -> None:
+    ((changes, broken),) = run_ranks(_around_a_refactoring, 1, ["moe.rank=16", *levels])
     assert broken == []
     assert max(changes) < 1e-5
-    ((changes, broken),) = run_ranks(_around_a_refactoring, 1, ["moe.rank=2"])
+    ((changes, broken),) = run_ranks(_around_a_refactoring, 1, ["moe.rank=2", *levels])
     assert broken == []
     assert max(changes) > 1e-3, "what is cut off must show, or the test sees nothing"
 

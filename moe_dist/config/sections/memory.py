@@ -33,6 +33,9 @@ class MemoryConfig(Section):
         None, description="directory of the disk tier, best on a local disk; null: .offload/<name> in runs_dir"
     )
     prefetch: NonNegative = Field(2, description="number of clusters to prefetch")
+    lazy_updates: bool = Field(
+        True, description="defer the updates of clusters without tokens until they are needed; bit-identical"
+    )
 
     @model_validator(mode="after")
     def _require_one_budget(self) -> Self:

@@ -63,7 +63,7 @@ class MoEConfig(Section):
     )
     gate_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="sum of a token's gates")
     backend: Literal["auto", "masked", "sorted", "cpu", "triton", "reference"] = Field(
-        "auto", description="kernel of clustered experts; auto: the fastest that is available"
+        "auto", description="kernel of clustered experts; auto: the fastest for the run's shape, measured once"
     )
     wire_dtype: WireDtype = Field(
         "bfloat16", description="type of hidden vectors in all-to-alls; int8: with a scale per vector"

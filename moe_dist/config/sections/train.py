@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from moe_dist.config import machine
 from moe_dist.config.sections.base import Decay, Fraction, NonNegative, Positive, Section, require_divisible
 from moe_dist.errors import ConfigError
 
@@ -33,7 +34,12 @@ class TrainConfig(Section):
     micro_batch_size: Positive | None = Field(
         None, description="sequences of a micro-batch per rank; null: no accumulation"
     )
-    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="bfloat16 keeps float32 master weights")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        validate_default=True,
+        description="bfloat16 keeps float32 master weights; auto: bfloat16 on a GPU or a CPU with instructions for it, "
+        "else float32",
+    )
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="wsd: warm-up, stable, decay")
     warmup_steps: NonNegative = 20
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -43,6 +49,13 @@ class TrainConfig(Section):
     eval_every: NonNegative = Field(100, description="steps between evaluations; 0: only at the end")
     eval_sequences: Positive = Field(256, description="limit of validation sequences per evaluation")
     log_every: Positive = 10
+
+    @field_validator("precision")
+    @classmethod
+    def _resolve_precision(cls, value: str) -> str:
+        if value != "auto":
+            return value
+        return "bfloat16" if machine.has_bfloat16() else "float32"
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:

@@ -26,6 +26,7 @@ FACTS = Facts(
     memory_free=8 * GIB,
     disk_free={"/runs": 50 * GIB, "/tmp": 6 * GIB},
     compiler="cc",
+    bfloat16_speed=1.5,
 )
 OTHER = replace(FACTS, rank=1, host="n2", address="10.0.0.2")
 
@@ -57,6 +58,12 @@ OTHER = replace(FACTS, rank=1, host="n2", address="10.0.0.2")
         (doctor.check_disk([FACTS, OTHER]), "ok", "6.0 GiB free in the folders"),
         (doctor.check_disk([FACTS, replace(OTHER, disk_free={"/runs": GIB})]), "warn", "(/runs of n2)"),
         (doctor.check_compiler([FACTS, replace(OTHER, compiler=None)]), "warn", "none on n2"),
+        (doctor.check_bfloat16([FACTS, OTHER]), "ok", "1.5 times the speed"),
+        (
+            doctor.check_bfloat16([FACTS, replace(OTHER, bfloat16_speed=0.02)]),
+            "warn",
+            "0.02 times the speed of float32 (rank 1)",
+        ),
     ],
 )
 def test_checks(check: doctor.Check, status: str, part: str) -> None:
@@ -90,7 +97,20 @@ def test_an_examination_says_one_line_a_check(tmp_path: Path) -> None:
     assert silence == ""
     lines = [line.split(maxsplit=1) for line in said.splitlines()]
     assert {status for status, _ in lines} <= {"ok", "warn"}, said
-    starts = ["ranks", "versions", "devices", "host", "inside", "between", "shared", "clocks", "memory", "disk", "C"]
+    starts = [
+        "ranks",
+        "versions",
+        "devices",
+        "host",
+        "inside",
+        "between",
+        "shared",
+        "clocks",
+        "memory",
+        "disk",
+        "C",
+        "bfloat16",
+    ]
     assert [text for _, text in lines if not any(text.startswith(start) for start in starts)] == []
     assert len(lines) == len(starts)
     assert "2 on 1 node(s)" in said
@@ -103,4 +123,4 @@ def test_a_failed_check_is_named_and_fails_the_command(tmp_path: Path) -> None:
     assert "fail  shared files" in said
     assert "MB/s out of each node" in said
     # whether the host's own name is good enough for a second node depends on this machine
-    assert re.fullmatch(r"\d of 11 checks failed: (host names, )?shared files", said.splitlines()[-1])
+    assert re.fullmatch(r"\d of 12 checks failed: (host names, )?shared files", said.splitlines()[-1])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist.config import machine
 from moe_dist.errors import LaunchError
 from moe_dist.launch import environment
 from moe_dist.launch.environment import RankEnvironment, discover, prepare_process
@@ -151,11 +152,11 @@ def test_cores_are_shared_among_ranks() -> None:
 def test_deepspeed_is_told_of_the_cpu_where_there_is_no_gpu(
     gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(environment, "GPU_DEVICES", [str(tmp_path if gpu else tmp_path / "missing")])
-    monkeypatch.setattr(environment, "_torch_is_cpu_build", lambda: False)
+    monkeypatch.setattr(machine, "GPU_DEVICES", [str(tmp_path if gpu else tmp_path / "missing")])
+    monkeypatch.setattr(machine, "_torch_is_cpu_build", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     variables: dict[str, str] = {}
     prepare_process(variables, 1, 1)
     assert variables.get("DS_ACCELERATOR") == (None if gpu else "cpu")
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
-    assert not environment.has_gpu()
+    assert not machine.has_gpu()

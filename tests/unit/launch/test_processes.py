@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from moe_dist.launch import processes as module
-from moe_dist.launch.processes import wait_status, was_terminated
+from moe_dist.launch.processes import group_runs, wait_status, was_terminated
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 LEAVE = [sys.executable, "-c", "raise SystemExit(3)"]
@@ -40,3 +40,14 @@ def test_a_zombie_tells_how_it_ended(
 def test_only_sigterm_terminates() -> None:
     told = [was_terminated(status) for status in (None, 0, 3 << 8, int(signal.SIGKILL), int(signal.SIGTERM))]
     assert told == [False, False, False, False, True]
+
+
+def test_a_group_of_zombies_does_not_run() -> None:
+    with subprocess.Popen(SLEEP, start_new_session=True) as child:
+        assert group_runs(child.pid)
+        descriptor = os.pidfd_open(child.pid)
+        child.kill()
+        assert select.select([descriptor], [], [], 60)[0]
+        assert not group_runs(child.pid)
+        os.close(descriptor)
+    assert not group_runs(child.pid)

@@ -8,6 +8,7 @@ def summary() -> dict[str, Any]:
     return {
         "steps": 400,
         "first_step_seconds": 7.31,
+        "wall_seconds": {"start": 5.01, "prepare": 2.0, "train": 228.4, "end": 1.5},
         "tokens": 3_276_800,
         "validation": {"loss": 3.4012, "perplexity": 30.0, "loss_stored": 3.4013, "curve": curve},
         "tokens_per_second": 14_321.2,

@@ -86,7 +86,7 @@ def test_the_table_shows_every_figure(width: int) -> None:
         "30.00",
         "3,276,800",
         "14,321 tokens/s",
-        "7.3 s after rank 0",
+        "236.9 s: start 5.0, prepare 2.0, train 228.4, end 1.5; first step done after 7.3 s",
         "3.14 M",
         "1.23 M",
         "6.29 M",

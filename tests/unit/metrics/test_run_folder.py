@@ -1,6 +1,7 @@
 """The run folder: what it holds, that runs never mix, that a broken run can still be read."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.metrics import REQUIRED_KEYS, RunFolder, installed_versions, missing_keys, peak_rss_bytes, process_seconds
+from moe_dist.metrics import REQUIRED_KEYS, RunFolder, installed_versions, missing_keys, peak_rss_bytes, wall_clock
+from moe_dist.metrics.wall_clock import SUPERVISOR, job_seconds
 from tests.unit.metrics.example import summary
 
 
@@ -111,14 +113,35 @@ def test_host_figures() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no Linux")
-def test_a_process_is_younger_than_the_one_that_started_it() -> None:
-    code = "from moe_dist.metrics import process_seconds; print(process_seconds())"
-    before = process_seconds()
-    child = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    after = process_seconds()
+def test_a_process_is_younger_than_the_one_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SUPERVISOR, raising=False)
+    code = "from moe_dist.metrics.wall_clock import job_seconds; print(job_seconds())"
+
+    def age_of_child() -> float:
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    before = job_seconds()
+    child = age_of_child()
+    monkeypatch.setenv(SUPERVISOR, str(os.getpid()))
+    job = age_of_child()
+    after = job_seconds()
     assert before is not None
     assert after is not None
     assert 0 < child < after - before + 0.02 < after + 0.02  # twice 10 ms of the clock's grain
+    assert before - 0.02 < job < after + 0.02  # a rank's job is as old as its supervisor
+
+
+def test_phases_of_the_wall_clock_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([5.0, 7.0, 8.5, 99.0, 20.0, 21.0])
+    monkeypatch.setattr(wall_clock, "job_seconds", lambda: next(times))
+    clock = wall_clock.WallClock()  # 5: imports are done
+    clock.phase_ends("prepare")  # 7
+    clock.first_step_ends()  # 8.5
+    clock.phase_ends("prepare")  # a model built again, in the middle: no new phase
+    next(times)
+    clock.phase_ends("train")  # 20
+    assert clock.seconds() == {"start": 5.0, "prepare": 2.0, "train": 13.0, "end": 1.0}
+    assert clock.first_step == 8.5
 
 
 def test_a_run_that_goes_on_repeats_no_line(tmp_path: Path) -> None:

@@ -41,7 +41,13 @@ def _metrics(step: int) -> dict[str, Any]:
 def _load(step: int) -> dict[str, Any]:
     counts = [[step + expert for expert in range(EXPERTS)] for _ in range(LAYERS)]
     level = {"max_over_mean": 1.5}
-    return {"step": step, "experts": counts, "load": {**level, "cluster": level, "rank": level, "dropped": 0.01}}
+    behind = [[0, step, 0], [0, 0, 1]]
+    return {
+        "step": step,
+        "experts": counts,
+        "behind": behind,
+        "load": {**level, "cluster": level, "rank": level, "dropped": 0.01},
+    }
 
 
 def _events() -> list[dict[str, Any]]:

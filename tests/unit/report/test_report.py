@@ -26,7 +26,7 @@ def test_a_whole_run_has_every_figure_and_runs_are_compared(tmp_path: Path) -> N
     runs = read_runs([write_run(tmp_path / "a" / "demo"), write_run(tmp_path / "b" / "demo")])
     assert [run.label for run in runs] == ["a/demo", "b/demo"]
     html = page.page(runs)
-    assert _figures(html) == 4 + 2 * 5
+    assert _figures(html) == 4 + 2 * 6
     assert "finished at step 40" in html
     assert "12,345" in html
     figure = curves.loss(runs)
@@ -58,6 +58,9 @@ def test_figures_hold_what_the_files_say(tmp_path: Path) -> None:
     assert moved[:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert moved[:, 1].tolist() == [0, 0, 0, 1, 0, 1, 1, 1]
     assert list(membership.data[1].x) == [0, 20, STEPS]
+    behind = maps.behind_map(run)
+    assert behind is not None
+    assert [np.array(data.z)[:, -1].tolist() for data in behind.data] == [[0, STEPS, 0], [0, 0, 1]]
 
 
 def test_a_long_run_of_a_large_model_stays_small(tmp_path: Path) -> None:
