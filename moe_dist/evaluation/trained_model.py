@@ -45,7 +45,9 @@ class EvaluatedModel:
     def model(self, dtype: torch.dtype) -> LanguageModel:
         """Load the trained model on this rank; collective."""
         device = self.process.device
-        return load_model(self.weights, self.mesh, Links.discover(device), device, dtype, self.memory)
+        model = load_model(self.weights, self.mesh, Links.discover(device), device, dtype, self.memory)
+        model.end_of_document = self.tokenizer.end_of_document
+        return model
 
     def __enter__(self) -> Self:
         return self

@@ -168,16 +168,22 @@ class _NormOfAllHeads(nn.RMSNorm):
 
 
 class SdpaCoreAttention(nn.Module):
-    """Causal attention with torch's scaled_dot_product_attention; layout [S, B, heads, head size] of Megatron-core."""
+    """Causal attention with torch's scaled_dot_product_attention; layout [S, B, heads, head size] of Megatron-core.
+
+    A mask, bool [B, 1, S, S], is true where a token attends, as torch's is and Megatron-core's is not.
+    """
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
         self.grouped = config.num_query_groups != config.num_attention_heads
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask_B1SS: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
         """Return [S, B, heads * head size]; `key` and `value` have one head for each query group."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        causal = mask_B1SS is None
+        out = F.scaled_dot_product_attention(q, k, v, mask_B1SS, is_causal=causal, enable_gqa=self.grouped)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 

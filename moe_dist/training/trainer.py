@@ -167,6 +167,7 @@ class Trainer:
                     self.ledger,
                     self.memory,
                 )
+            self.model.end_of_document = self.data.train.facts.end_of_document
             self.engine = DeepSpeedEngine(self.model, config, self.batch, self.process)
         except BaseException:
             self.__exit__()

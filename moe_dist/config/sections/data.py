@@ -23,6 +23,9 @@ class CorpusConfig(Section):
     text_column: str = Field("text", description="text column of .jsonl, .parquet and hub data; no other is read")
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of documents held out")
     max_bytes: Positive | None = Field(None, description="limit of text per source; null: no limit")
+    document_mask: bool = Field(
+        False, description="attend inside documents only, where a sequence holds several; false: to all earlier tokens"
+    )
     cache_dir: PathText = Field(
         "~/.cache/moe-dist", validate_default=True, description="cache of tokenizers and token files, by content"
     )

@@ -18,7 +18,8 @@ def require_transformers() -> Any:
         raise ConfigError(
             f"models of Hugging Face need the package transformers ({error}): pip install 'moe-dist[models]'"
         ) from error
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # advice to torchao, which transformers imports
+    for name in ("torch.utils._pytree", "torchao"):  # transformers imports torchao, which logs what it lacks
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
