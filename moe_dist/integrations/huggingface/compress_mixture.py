@@ -8,25 +8,26 @@ Shapes: S tokens of a sequence, B sequences, D hidden, E experts.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moe_dist.checkpoint.parameter_names import named_runs
-from moe_dist.compression import ExpertMatrices, align_hidden_units
+from moe_dist.compression import ExpertMatrices
 from moe_dist.config import CorpusConfig, RunConfig
 from moe_dist.conversion.calibration_tokens import LayerTokens, captured_tokens, standard_layers
-from moe_dist.conversion.compress import CompressedLayer, compress_layer
-from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage_of
-from moe_dist.conversion.full_experts import FullExpert, FullExpertLayer
+from moe_dist.conversion.compress import CompressedLayer
+from moe_dist.conversion.expert_grouping import usage_of
+from moe_dist.conversion.read_standard_experts import align_experts
+from moe_dist.conversion.standard_to_clustered import cluster_layer
 from moe_dist.data import Tokenizer
 from moe_dist.data.corpora import open_corpus
 from moe_dist.data.split import TRAIN
 from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.optimizer_state import MASTER
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.integrations.huggingface.imported_tensors import (
@@ -76,8 +77,8 @@ def compressed(
     placements, errors = [], []
     for number, layer in enumerate(_compressed_layers(config, plain, source, sequence_NS)):
         tensors |= _tensors_of(f"{LAYERS}.{number}.mlp.inner.", layer)
-        placements.append(layer.placement)
-        errors.append(layer.output_error_E.tolist())
+        placements.append(replace(layer.placement, version=0))
+        errors.append(layer.figures[:, 0].tolist())
     return ConvertedModel(tensors, placements, errors)
 
 
@@ -130,29 +131,20 @@ def _fill(model: LanguageModel, plain: ImportedModel, source: SourceFolder, laye
 def _compressed_layer(
     moe: StandardMoE, config: RunConfig, mesh: Mesh, fit: LayerTokens, check: LayerTokens
 ) -> CompressedLayer:
-    group = moe.dispatcher.all_to_all.group
-    usage_E = usage_of(fit, check, config.moe.experts, group)
-    whole = [
-        ExpertMatrices(w_in.detach().float(), w_out.detach().float())
-        for w_in, w_out in zip(moe.experts.w_in, moe.experts.w_out, strict=True)
-    ]
-    reference = whole[int(usage_E.argmax())]
-    aligned = [align_hidden_units(matrices, reference).apply(matrices) for matrices in whole]
-    experts = [FullExpert(e, matrices, fit[e], check[e]) for e, matrices in enumerate(aligned)]
-    held = FullExpertLayer(experts, dict.fromkeys(range(config.moe.experts), 0), group, (MASTER,))
-    members = members_of(similarity_of(held, moe.router.weight_ED, usage_E, config), usage_E, config)
-    alone = ExpertPlacement.contiguous(config.moe.experts, config.moe.clusters, mesh.shape)
-    placement = replace(alone.with_members(members), version=0)
-    return compress_layer(held, placement, usage_E, config.moe, mesh, config.seed)
+    usage_E = usage_of(fit, check, config.moe.experts, moe.dispatcher.all_to_all.group)
+    pairs = zip(moe.experts.w_in, moe.experts.w_out, strict=True)
+    loads = [partial(ExpertMatrices, w_in.detach(), w_out.detach()) for w_in, w_out in pairs]
+    held = align_experts(moe, loads, mesh, fit, check, usage_E)
+    layer, _ = cluster_layer(held, moe, usage_E, config, mesh)
+    return layer
 
 
 def _tensors_of(prefix: str, layer: CompressedLayer) -> Tensors:
     tensors: Tensors = {}
-    for cluster, base in layer.bases.items():
-        for name, value in vars(base).items():
-            tensors[f"{prefix}cluster.{cluster}.{name}"] = LazyTensor.of(value)
-    for expert, states in layer.residuals.items():
-        residual = states[MASTER]
-        named = {name: value for name, value in vars(residual).items() if value is not None}
-        tensors |= {f"{prefix}expert.{expert}.{name}": LazyTensor.of(value) for name, value in named.items()}
+    for cluster in layer.clusters:
+        for name, states in cluster.base.items():
+            tensors[f"{prefix}cluster.{cluster.number}.{name}"] = LazyTensor.of(states[MASTER])
+        for expert, residuals in cluster.residuals.items():
+            named = {name: value for name, value in vars(residuals[MASTER]).items() if value is not None}
+            tensors |= {f"{prefix}expert.{expert}.{name}": LazyTensor.of(value) for name, value in named.items()}
     return tensors
