@@ -10,12 +10,12 @@ from moe_dist.config import RunConfig
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.metrics import flatten
 
-MUST_MATCH = ("seed", "model", "moe", "tokenizer", "train.global_batch_size")
+MUST_MATCH = ("seed", "model", "moe", "tokenizer", "train.global_batch_size", "corpus.document_mask")
 """Sections and keys that decide which tensors exist, what the model computes, and which tokens come next."""
 FREE = (
     "model.activation_checkpointing", "model.init_std", "moe.backend", "moe.wire_dtype", "moe.overlap_chunks",
     "moe.balance_rate", "moe.aux_loss_weight", "moe.z_loss_weight", "moe.capacity_factor", "moe.shared_init",
-    "tokenizer.train_bytes",
+    "tokenizer.train_bytes", "tokenizer.path",
 )  # fmt: skip
 """Keys below `MUST_MATCH` that may differ: they choose an implementation, or steer training."""
 UNREPORTED = ("name", "runs_dir", "summary_copy", "tensorboard", "memory", "checkpoint", "watchdog", "corpus")

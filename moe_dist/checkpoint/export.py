@@ -41,7 +41,7 @@ def export_weights(
     """
     if weights.path.is_file():
         raise CheckpointError(f"{weights.path} is an exported file already: give its run or checkpoint")
-    form = _form(weights) if stored else None
+    form = quantized_format(weights) if stored else None
     trained = getattr(torch, weights.config.train.precision)
     index = read_index(weights.path)
     state = _room(index, dtype or (trained if stored else None), None if form is None else trained)
@@ -55,7 +55,7 @@ def export_weights(
     return sum(tensor.numel for key, tensor in state.items() if key.startswith(PREFIX))
 
 
-def _form(weights: TrainedWeights) -> StorageFormat:
+def quantized_format(weights: TrainedWeights) -> StorageFormat:
     """Return the format of quantized clusters.
 
     Raises:

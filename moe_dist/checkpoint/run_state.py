@@ -1,5 +1,7 @@
 """Complete state of a run: model, optimizer, and other stateful parts."""
 
+from pathlib import Path
+
 from moe_dist.checkpoint.find import ValidCheckpoint
 from moe_dist.checkpoint.manifest import DataRecord, Manifest, read_index
 from moe_dist.checkpoint.model_state import training_tensors_of, weights_of
@@ -8,7 +10,7 @@ from moe_dist.checkpoint.save_and_load import read_checkpoint
 from moe_dist.checkpoint.sharded_tensor import State
 from moe_dist.checkpoint.stateful import Parts, allocate_like, load_state, tensors_of, values_of
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
-from moe_dist.engine.optimizer_state import MASTER
+from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES
 from moe_dist.errors import CheckpointError
 from moe_dist.metrics import installed_versions
 
@@ -47,17 +49,28 @@ class RunState:
         Raises:
             CheckpointError: it holds no training state, or is incompatible.
         """
-        engine, manifest = self._engine, found.manifest
+        manifest = found.manifest
         if manifest.kind != "training":
             raise CheckpointError(f"{found.path} holds weights only: training cannot resume from it")
-        index, process = read_index(found.path), engine.process
+        self._read(found.path, manifest, self._parts, STATE_NAMES)
+        self._engine.training_state().steps = manifest.updates
+
+    def start_from(self, path: Path, manifest: Manifest) -> None:
+        """Set weights and load balance to those of a checkpoint or of final weights, and nothing else; collective.
+
+        Raises:
+            CheckpointError: they are of another model.
+        """
+        self._read(path, manifest, {"balance": self._engine.model.context.balance}, (MASTER,))
+
+    def _read(self, path: Path, manifest: Manifest, parts: Parts, names: tuple[str, ...]) -> None:
+        """Read placements, weights, the optimizer's tensors of these names, and parts."""
+        engine, process = self._engine, self._engine.process
         adopt_placements(engine.model, manifest)
-        optimizer = engine.training_state()
-        parts = allocate_like(self._parts, index, process.rank, process.ranks)
-        read_checkpoint(found.path, weights_of(engine.model))
-        read_checkpoint(found.path, {**training_tensors_of(engine.model, optimizer), **parts})
-        optimizer.steps = manifest.updates
-        load_state(self._parts, parts, manifest)
+        filled = allocate_like(parts, read_index(path), process.rank, process.ranks)
+        read_checkpoint(path, weights_of(engine.model))
+        read_checkpoint(path, {**training_tensors_of(engine.model, engine.training_state(), names), **filled})
+        load_state(parts, filled, manifest)
 
     def _manifest(self, step: int) -> Manifest:
         engine = self._engine

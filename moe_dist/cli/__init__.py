@@ -17,6 +17,7 @@ from moe_dist.cli import (
     doctor,
     evaluation,
     measure,
+    models,
     predict,
     report,
     reproduce,
@@ -66,6 +67,7 @@ for group in (
     report,
     evaluation,
     weights,
+    models,
     topology,
     doctor,
 ):

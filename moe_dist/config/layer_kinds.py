@@ -115,6 +115,7 @@ class StandardKind(DenseKind):
         super().check(moe)
         if moe.top_k > moe.experts:
             raise ConfigError(f"moe.top_k={moe.top_k} is larger than moe.experts={moe.experts}")
+        check_shared_expert(moe)
 
     def check_layout(self, world: "WorldConfig", moe: "MoEConfig") -> None:
         """Require that experts divide over clusters and shards."""
@@ -143,11 +144,11 @@ class StandardKind(DenseKind):
     def parameters(self, d: int, moe: "MoEConfig", cluster: int, shard: int) -> LayerParameters:
         """Return the router and shared expert, and this rank's experts."""
         expert = moe.experts // (cluster * shard) * PROJECTIONS * d * moe.expert_hidden
-        return LayerParameters(d * (moe.experts + PROJECTIONS * moe.shared_expert_hidden), 0, expert)
+        return LayerParameters(d * moe.experts + shared_expert_parameters(d, moe), 0, expert)
 
     def work(self, d: int, moe: "MoEConfig") -> LayerWork:
         """Return router and shared expert, an expert, and k."""
-        token = 2.0 * d * (moe.experts + PROJECTIONS * moe.shared_expert_hidden)
+        token = 2.0 * (d * moe.experts + shared_expert_parameters(d, moe))
         return LayerWork(token, 2.0 * PROJECTIONS * d * moe.expert_hidden, moe.top_k)
 
     def saved_elements(self, d: int, moe: "MoEConfig") -> float:
@@ -182,11 +183,7 @@ class ClusteredKind(StandardKind):
                 f"moe.overlap_chunks={moe.overlap_chunks} does not work with {key}, which needs all tokens of "
                 "a micro-batch together: use auto or 1"
             )
-        if moe.shared_expert_hidden:
-            raise ConfigError(
-                f"moe.shared_expert_hidden={moe.shared_expert_hidden} works with moe.kind=standard only; "
-                "moe.kind=clustered shares a base instead: set it to 0"
-            )
+        check_shared_expert(moe)
 
     def check_layout(self, world: "WorldConfig", moe: "MoEConfig") -> None:
         """Require that clusters divide over the cluster axis and experts of a cluster over the shard axis."""
@@ -222,10 +219,11 @@ class ClusteredKind(StandardKind):
         clusters = moe.clusters // cluster
         residuals = clusters * (moe.experts_per_cluster // shard) * residual_parameters(d, moe)
         full = PROJECTIONS * d * moe.expert_hidden
+        dense = d * moe.experts + shared_expert_parameters(d, moe)
         if moe.two_level_base:
             factors = moe.base_rank * (2 * d + PROJECTIONS * moe.expert_hidden)
-            return LayerParameters(d * moe.experts + full, clusters * factors, residuals)
-        return LayerParameters(d * moe.experts, clusters * full, residuals)
+            return LayerParameters(dense + full, clusters * factors, residuals)
+        return LayerParameters(dense, clusters * full, residuals)
 
     def work(self, d: int, moe: "MoEConfig") -> LayerWork:
         """Return the cluster router, one base with k residuals and its router, and m.
@@ -234,7 +232,8 @@ class ClusteredKind(StandardKind):
         """
         n, f = moe.experts_per_cluster, moe.expert_hidden
         thin = 2.0 * 3 * moe.rank * (n * d + moe.top_k * f)
-        return LayerWork(2.0 * d * moe.clusters, 2.0 * PROJECTIONS * d * f + thin + 2.0 * d * n, moe.top_clusters)
+        token = 2.0 * (d * moe.clusters + shared_expert_parameters(d, moe))
+        return LayerWork(token, 2.0 * PROJECTIONS * d * f + thin + 2.0 * d * n, moe.top_clusters)
 
     def saved_elements(self, d: int, moe: "MoEConfig") -> float:
         """Return the numbers of m clusters; kernels of one pass save less than plain torch."""
@@ -242,7 +241,25 @@ class ClusteredKind(StandardKind):
         hidden = 7 * k + 1.6 if k > 1 else 13.7
         if moe.backend in ("cpu", "triton"):
             hidden = 3.4
-        return (2.9 + 4 * (m - 1)) * d + m * hidden * moe.expert_hidden + ROUTING_STATE + 11 * moe.rank * m * k
+        saved = (2.9 + 4 * (m - 1)) * d + m * hidden * moe.expert_hidden + ROUTING_STATE + 11 * moe.rank * m * k
+        return saved + 4 * moe.shared_expert_hidden
+
+
+def check_shared_expert(moe: "MoEConfig") -> None:
+    """Require a shared expert for its gate.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if moe.shared_expert_gate and not moe.shared_expert_hidden:
+        raise ConfigError(
+            "moe.shared_expert_gate=true needs a shared expert: moe.shared_expert_hidden must be >= 1, got 0"
+        )
+
+
+def shared_expert_parameters(d: int, moe: "MoEConfig") -> int:
+    """Return the parameters of the shared expert and its gate; 0 without one."""
+    return d * (PROJECTIONS * moe.shared_expert_hidden + moe.shared_expert_gate)
 
 
 def residual_parameters(d: int, moe: "MoEConfig") -> int:

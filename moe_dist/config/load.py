@@ -20,18 +20,22 @@ INCLUDE = "include"
 _KEY = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), below: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Read, merge and validate a configuration.
 
     Args:
         path: a YAML file; files in its `include: [other.yaml]` (relative to it) are read first. None: the defaults.
         overrides: `key.sub=value` words, the value in YAML syntax; the last one wins.
+        below: settings over which all others win.
 
     Raises:
         ConfigError: one line that names the file or key, the value, and the remedy.
     """
     try:
         tree = _read_with_includes(Path(path), ()) if path is not None else {}
+        tree = _merge(below or {}, tree)
         for word in overrides:
             tree = _merge(tree, _parse_override(word))
         _reject_unknown_keys(tree)

@@ -74,6 +74,18 @@ def sample_tokens(model: LanguageModel, batches_BS: Sequence[Tensor]) -> tuple[l
     return tokens, loss
 
 
+@contextmanager
+def captured_tokens(layer: StandardMoE) -> Iterator[LayerTokens]:
+    """Yield a dict that holds the tokens of each local expert once the block has ended."""
+    (hook,) = _standard_hooks(layer)
+    rows: dict[int, list[Tensor]] = {expert: [] for expert in hook.experts}
+    tokens: LayerTokens = {}
+    nothing = layer.router.weight_ED.new_zeros(0, layer.router.weight_ED.shape[1])
+    with _capture(hook, rows):
+        yield tokens
+    tokens |= {expert: torch.cat([nothing.float(), *found])[:LARGEST_SAMPLE] for expert, found in rows.items()}
+
+
 def _standard_hooks(layer: StandardMoE) -> list[_TokenHook]:
     first, local = layer.first_expert, len(layer.experts.w_in)
 

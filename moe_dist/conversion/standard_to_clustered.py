@@ -85,7 +85,7 @@ def write_clustered(start: ClusteredStart, model: LanguageModel, state: Optimize
             for name, parameter in layer.shared_base.named_parameters():
                 write_whole(state, parameter, {MASTER: getattr(shared, name)})
     for name, parameter in model.named_parameters():
-        if name in start.dense:
+        if class_of(parameter) is ParameterClass.DENSE and ".shared_base." not in name:
             write_whole(state, parameter, start.dense[name].whole(device))
     state.steps = start.steps
     _write_biases(start, model)

@@ -2,13 +2,13 @@
 
 A corpus and tokenizer have one folder in the cache, named by the hash of all inputs:
 
-    prepared/<key>/tokenizer.model  train.tokens  validation.tokens  manifest.json (written last)
+    prepared/<key>/tokenizer.model (or tokenizer.json)  train.tokens  validation.tokens  manifest.json (written last)
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from moe_dist.config import CorpusConfig, TokenizerConfig
 from moe_dist.data.cache import atomic_write, exclusive, remove_leftovers
 from moe_dist.data.corpora import Corpus, open_corpus
 from moe_dist.data.documents import Document, limit_bytes
+from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer, find_hf_tokenizer
 from moe_dist.data.token_file import TokenFile, open_token_file, write_token_file
-from moe_dist.data.tokenizer import Tokenizer, train_tokenizer
+from moe_dist.data.tokenizer import SENTENCEPIECE_MODEL, open_tokenizer, tokenizer_in, train_tokenizer
 from moe_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer.model"
 _FORMAT = 2  # raise it when the same corpus and settings give other files
 
 
@@ -48,7 +48,8 @@ def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedDa
         DataError: the corpus cannot be read, the vocabulary does not fit it, or the cache cannot be written.
     """
     source = open_corpus(corpus)
-    key = _key(source, tokenizer)
+    imported = _imported_files(tokenizer)
+    key = _key(source, tokenizer, imported)
     if corpus.cache_dir.startswith("~"):
         raise DataError(f"corpus.cache_dir={corpus.cache_dir}: '~' is unknown here: set HOME or give another folder")
     folder = Path(corpus.cache_dir) / "prepared" / key
@@ -59,7 +60,7 @@ def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedDa
         with exclusive(folder.with_suffix(".lock")):
             ready = _open(folder)  # another process may have made it while this one waited
             if not ready:
-                _make(folder, source, tokenizer)
+                _make(folder, source, tokenizer, imported)
                 ready = _open(folder)
     except OSError as error:
         raise DataError(f"corpus.cache_dir={corpus.cache_dir} cannot be used: {error}") from error
@@ -68,12 +69,18 @@ def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedDa
     return ready
 
 
-def _key(corpus: Corpus, tokenizer: TokenizerConfig) -> str:
+def _imported_files(tokenizer: TokenizerConfig) -> dict[str, bytes]:
+    """Return the files of a Hugging Face tokenizer by name; empty for one that is trained here."""
+    return HuggingFaceTokenizer(find_hf_tokenizer(tokenizer.path)).files() if tokenizer.path is not None else {}
+
+
+def _key(corpus: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, bytes]) -> str:
     parts = {
         "format": _FORMAT,
         "sentencepiece": sentencepiece.__version__,
         "corpus": corpus.identity(),
-        "tokenizer": tokenizer.model_dump(),
+        "tokenizer": tokenizer.model_dump(exclude_none=True, exclude={"path"}),
+        **{name: hashlib.sha256(content).hexdigest() for name, content in imported.items()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -92,7 +99,9 @@ def _open(folder: Path) -> PreparedData | None:
 
 def _open_finished(folder: Path, manifest: Path) -> PreparedData:
     facts = json.loads(manifest.read_text())
-    model = folder / TOKENIZER
+    model = tokenizer_in(folder)
+    if model is None:
+        raise DataError(f"{folder} has no tokenizer")
     if hashlib.sha256(model.read_bytes()).hexdigest() != facts["tokenizer_sha256"]:
         raise DataError(f"{model} is damaged: its SHA-256 is not {facts['tokenizer_sha256']}")
     train, validation = (open_token_file(folder / f"{split}.tokens") for split in ("train", "validation"))
@@ -101,24 +110,32 @@ def _open_finished(folder: Path, manifest: Path) -> PreparedData:
     return PreparedData(train, validation, model, train.facts.vocab_size, folder.name)
 
 
-def _make(folder: Path, corpus: Corpus, config: TokenizerConfig) -> None:
+def _make(folder: Path, corpus: Corpus, config: TokenizerConfig, imported: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     split = corpus.documents()
-    logger.info("training a %s tokenizer of %d pieces", config.kind, config.vocab_size)
-    model = train_tokenizer(_sample(split.train, config.train_bytes), config)
-    with atomic_write(folder / TOKENIZER) as path:
-        path.write_bytes(model)
-    tokenizer = Tokenizer(folder / TOKENIZER)
+    files = imported or {SENTENCEPIECE_MODEL: _trained(split.train, config)}
+    for name, content in files.items():
+        with atomic_write(folder / name) as path:
+            path.write_bytes(content)
+    found = tokenizer_in(folder)
+    assert found is not None, "it was written above"
+    tokenizer = open_tokenizer(found)
+    rows = config.embedding_rows(tokenizer.vocab_size)
     checksums = []
     for name, documents in split._asdict().items():
         logger.info("encoding %d documents (%s)", len(documents), name)
         path = folder / f"{name}.tokens"
-        write_token_file(path, (document.text for document in documents), tokenizer)
+        write_token_file(path, (document.text for document in documents), tokenizer, rows)
         checksums.append(open_token_file(path).checksum)
-    manifest = {"tokenizer_sha256": hashlib.sha256(model).hexdigest(), "checksums": checksums}
+    manifest = {"tokenizer_sha256": hashlib.sha256(found.read_bytes()).hexdigest(), "checksums": checksums}
     with atomic_write(folder / "manifest.json") as path:
         path.write_text(json.dumps(manifest))
+
+
+def _trained(documents: list[Document], config: TokenizerConfig) -> bytes:
+    logger.info("training a %s tokenizer of %d pieces", config.kind, config.vocab_size)
+    return train_tokenizer(_sample(documents, config.train_bytes), config)
 
 
 def _sample(documents: list[Document], max_bytes: int) -> Iterable[str]:

@@ -53,9 +53,14 @@ class TokenFile:
         return self.facts.tokens
 
 
-def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> None:
-    """Encode documents to `path`, atomically."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer, rows: int | None = None) -> None:
+    """Encode documents to `path`, atomically.
+
+    Args:
+        rows: rows of the model's embedding; None: as many as the tokenizer has ids.
+    """
+    rows = rows or tokenizer.vocab_size
+    dtype = np.dtype("<u2" if rows <= 1 << 16 else "<u4")
     tokens = documents = size = words = lines = crc = 0
     to_count, to_encode = tee(texts)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -70,7 +75,7 @@ def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> 
             words += len(text.split())
             lines += text.count("\n")
         eod = tokenizer.end_of_document
-        facts = TokenFacts(tokens, documents, size, words, lines, tokenizer.vocab_size, eod, dtype.str)
+        facts = TokenFacts(tokens, documents, size, words, lines, rows, eod, dtype.str)
         file.seek(0)
         file.write(_header(facts, crc))
 

@@ -1,8 +1,8 @@
-"""Lossless SentencePiece tokenizer.
+"""Tokenizers: the interface, and the lossless SentencePiece tokenizer that is trained on a corpus.
 
-Text is not normalized, spaces are kept, newline and tab are pieces, and characters without a piece become bytes. One
-character needs care: SentencePiece writes a space as ▁ (U+2581) and would decode a ▁ of the text as a space; `encode`
-writes it as its three bytes instead.
+SentencePiece: text is not normalized, spaces are kept, newline and tab are pieces, and characters without a piece
+become bytes. One character needs care: SentencePiece writes a space as ▁ (U+2581) and would decode a ▁ of the text as a
+space; `encode` writes it as its three bytes instead.
 """
 
 import io
@@ -10,12 +10,15 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
 
 from moe_dist.config import TokenizerConfig
+from moe_dist.data.hf_tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer
 from moe_dist.errors import DataError
 
+SENTENCEPIECE_MODEL = "tokenizer.model"
 UNKNOWN_PIECE = "<unknown piece>"  # the spaces in these two names keep the text from ever holding them as pieces
 END_OF_DOCUMENT_PIECE = "<end of document>"
 
@@ -28,7 +31,46 @@ _LONGEST_LINE = 4096
 _TRAINING_THREADS = 2
 
 
-class Tokenizer:
+class Tokenizer(Protocol):
+    """Encoder of text to token ids in [0, vocab_size), and decoder.
+
+    Attributes:
+        path: file of the tokenizer.
+        end_of_document: id that follows each document.
+    """
+
+    path: Path
+    vocab_size: int
+    end_of_document: int
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, without an end-of-document token."""
+
+    def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Yield the token ids of each text, in order."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, without end-of-document tokens."""
+
+    def files(self) -> dict[str, bytes]:
+        """Return the tokenizer's files by their names, to be kept in one folder."""
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """Open the tokenizer of a file `tokenizer.json` (Hugging Face) or of a SentencePiece model.
+
+    Raises:
+        DataError: the file is neither.
+    """
+    return HuggingFaceTokenizer(path) if path.name == TOKENIZER_JSON else SentencePieceTokenizer(path)
+
+
+def tokenizer_in(folder: Path) -> Path | None:
+    """Return the tokenizer's file in the folder of a run or of prepared data, or None."""
+    return next((folder / name for name in (SENTENCEPIECE_MODEL, TOKENIZER_JSON) if (folder / name).is_file()), None)
+
+
+class SentencePieceTokenizer:
     """Lossless encoder of text to token ids in [0, vocab_size), and decoder.
 
     Raises:
@@ -68,6 +110,10 @@ class Tokenizer:
         """Return the text of token ids; end-of-document tokens vanish, invalid UTF-8 becomes U+FFFD."""
         text: str = self._model.decode(ids)
         return text
+
+    def files(self) -> dict[str, bytes]:
+        """Return the model file."""
+        return {SENTENCEPIECE_MODEL: self.path.read_bytes()}
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> bytes:

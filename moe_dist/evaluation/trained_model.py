@@ -10,8 +10,7 @@ import torch
 from moe_dist.checkpoint.load_model import load_model
 from moe_dist.checkpoint.trained_weights import TrainedWeights, find_weights
 from moe_dist.config import MemoryConfig, ReclusterConfig, RunConfig, WorldConfig, resolve_world
-from moe_dist.data import Tokenizer, prepare_data
-from moe_dist.data.prepare import TOKENIZER
+from moe_dist.data import Tokenizer, open_tokenizer, prepare_data, tokenizer_in
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import Links
@@ -46,7 +45,9 @@ class EvaluatedModel:
     def model(self, dtype: torch.dtype) -> LanguageModel:
         """Load the trained model on this rank; collective."""
         device = self.process.device
-        return load_model(self.weights, self.mesh, Links.discover(device), device, dtype, self.memory)
+        model = load_model(self.weights, self.mesh, Links.discover(device), device, dtype, self.memory)
+        model.end_of_document = self.tokenizer.end_of_document
+        return model
 
     def __enter__(self) -> Self:
         return self
@@ -96,7 +97,7 @@ def open_evaluated_model(
         )
     config = evaluation_config(weights.config, world, dtype, memory)
     mesh = Mesh.create(resolve_world(config, process.ranks), process.timeout)
-    tokenizer = _tokenizer(run, weights)
+    tokenizer = tokenizer_of(run, weights)
     with raise_on_all_ranks():
         kept = _stored_memory(run, config, mesh, process) if memory.offload else None
     return EvaluatedModel(run, replace(weights, config=config), tokenizer, process, mesh, kept)
@@ -121,13 +122,13 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory:
     return config.model_copy(update={**job, "moe": moe, "model": model})
 
 
-def _tokenizer(run: Path, weights: TrainedWeights) -> Tokenizer:
+def tokenizer_of(run: Path, weights: TrainedWeights) -> Tokenizer:
     """Load the tokenizer of the run's folder, or for earlier versions from the cache or the corpus."""
     folders = (run, *weights.path.parents[:2])  # RUN, RUN/final, RUN/checkpoints/step-...
-    kept = next((folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()), None)
-    tokenizer = Tokenizer(kept or _prepared_again(weights))
+    kept = next(filter(None, map(tokenizer_in, folders)), None)
+    tokenizer = open_tokenizer(kept or _prepared_again(weights))
     expected = weights.manifest.data.vocab_size
-    if tokenizer.vocab_size != expected:
+    if weights.config.tokenizer.embedding_rows(tokenizer.vocab_size) != expected:
         raise DataError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but the model was trained on {expected}")
     return tokenizer
 
@@ -136,7 +137,7 @@ def _prepared_again(weights: TrainedWeights) -> Path:
     data, expected = prepare_data(weights.config.corpus, weights.config.tokenizer), weights.manifest.data
     if data.train.checksum != expected.train_checksum:
         raise DataError(
-            f"{weights.path} has no {TOKENIZER}, and corpus.* gives other tokens than those of training: "
-            f"put the tokenizer.model of that training into the run's folder"
+            f"{weights.path} has no tokenizer, and corpus.* gives other tokens than those of training: "
+            f"put the tokenizer of that training into the run's folder"
         )
     return data.tokenizer_path

@@ -70,7 +70,7 @@ def library(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | None:
 
 def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
     command = [_compiler(), *_FLAGS, *_isa_flags(), *(f"-D{name}" for name in defines)]
-    folder = _cache_folder()
+    folder = cache_folder("native")
     target = folder / f"{source.stem}-{_key(source, command)}.so"
     if target.exists():
         return target
@@ -103,11 +103,11 @@ def _key(source: Path, command: list[str]) -> str:
     version = subprocess.run(
         [command[0], "--version"], check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
     ).stdout
-    parts = (source.read_text(), *command, version, platform.machine(), _processor_features())
+    parts = (source.read_text(), *command, version, platform.machine(), processor_features())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _processor_features() -> str:
+def processor_features() -> str:
     """Return the processor's model and instruction sets, which determine the code that `-march=native` generates."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -117,14 +117,14 @@ def _processor_features() -> str:
     return "\n".join(sorted({line for line in lines if line.split(":")[0].strip() in wanted}))
 
 
-def _cache_folder() -> Path:
-    """Return the cache folder for libraries; other users must not be able to write it, since its code is executed.
+def cache_folder(name: str) -> Path:
+    """Return a cache folder; other users must not be able to write it, since code in it is executed.
 
     Raises:
         OSError: another user can write the folder.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "moe-dist" / "native"
+    folder = base / "moe-dist" / name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     state = folder.stat()
     if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

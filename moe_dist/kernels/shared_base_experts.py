@@ -43,7 +43,7 @@ def clustered_experts(
         x_TD: tokens; T may be 0.
         slot_TK: integers in [-1, n); -1 is an absent slot, and an expert occurs at most once in a row.
         gate_TK: gates; may be float32 with a bfloat16 x.
-        backend: one of `BACKENDS`; 'auto' chooses the fastest one available.
+        backend: one of `BACKENDS`; 'auto' is `choose_backend`'s.
 
     Raises:
         ConfigError: the backend is 'cpu' or 'triton' and does not support this machine, device, dtype or shape.
@@ -95,15 +95,21 @@ def resolve_backend(backend: str, x_TD: Tensor, experts: int, rank: int, width: 
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, weights: ClusterWeights) -> str:
-    """Return the fastest backend for this device, dtype and shape.
+    """Return the default backend for this device, dtype and shape; `backend_choice.py` measures instead.
 
-    That is 'cpu' or 'triton' where it is available, else 'masked' or 'sorted'. Measured on a busy CPU, forward +
+    It is 'cpu' or 'triton' where it is available, else 'masked' or 'sorted'. Measured on a busy CPU, forward +
     backward, d 128 and 512, n r from 16 to 128, k 1 to 4: 'cpu' was always the fastest, by a factor of 1.05 to 1.9.
     'masked' was up to 1.4 times faster than 'sorted' at n r = 16, either was faster by up to a fifth from 32 to 64, and
     'sorted' was up to 1.6 times faster at 128. A GPU uses 'triton', else 'masked', because they need no host
     synchronization; that choice has not been measured (ADR 17).
     """
     return _fastest(device, dtype, weights.experts, weights.rank, weights.expert_hidden)
+
+
+def available_backends(device: torch.device, dtype: torch.dtype, rank: int, width: int) -> list[str]:
+    """Return the backends that work for this device, dtype and shape, without the reference."""
+    limited = {name for name, module in _LIMITED.items() if not module.available(device, dtype, rank, width)}
+    return [name for name in KERNELS if name not in limited]
 
 
 def _fastest(device: torch.device, dtype: torch.dtype, experts: int, rank: int, width: int) -> str:

@@ -21,6 +21,18 @@ def writable(file: Path, option: str = "--json") -> str:
     return str(target)
 
 
+def new_folder_name(folder: Path, option: str = "--output") -> Path:
+    """Return the absolute path of a folder that can be made: its name is free, its parent exists.
+
+    Raises:
+        LaunchError: it cannot; names the option.
+    """
+    target = folder.absolute()
+    if target.exists() or not (target.parent.is_dir() and os.access(target.parent, os.W_OK)):
+        raise LaunchError(f"{option} {folder}: cannot be made: give a new name in a folder that exists")
+    return target
+
+
 def with_summary(overrides: Sequence[str], file: str | None) -> list[str]:
     """Return the overrides, with one more that also writes the run's summary to a file."""
     return [*overrides] if file is None else [*overrides, f"summary_copy={json.dumps(file)}"]

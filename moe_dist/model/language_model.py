@@ -16,6 +16,7 @@ from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.errors import MoeDistError
 from moe_dist.memory.block import Block
 from moe_dist.memory.expert_memory import ExpertMemory
+from moe_dist.model.document_mask import document_mask
 from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
@@ -32,7 +33,10 @@ class LanguageModel(nn.Module):
 
     Attributes:
         context: state shared by the layers: mesh, placements, balance state, traffic ledger.
+        end_of_document: token that ends each document, for `corpus.document_mask`; set by those who have the tokenizer.
     """
+
+    end_of_document: int | None = None
 
     def __init__(
         self,
@@ -94,8 +98,15 @@ class LanguageModel(nn.Module):
         """Return the loss of every predicted token, [B, S], in nats."""
         tokens_BS, labels_BS = sequence_BS[:, :-1].contiguous(), sequence_BS[:, 1:].contiguous()
         position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        losses: Tensor = self.gpt(tokens_BS, position_BS, None, labels=labels_BS)
+        losses: Tensor = self.gpt(tokens_BS, position_BS, self._document_mask(tokens_BS), labels=labels_BS)
         return losses
+
+    def _document_mask(self, tokens_BS: Tensor) -> Tensor | None:
+        """Return the mask of attention inside documents; None: each token attends to all earlier ones."""
+        if not self.config.corpus.document_mask:
+            return None
+        assert self.end_of_document is not None, "the tokenizer's end-of-document token was not set"
+        return document_mask(tokens_BS, self.end_of_document)
 
     def clustered_layers(self) -> list[ClusteredMoE]:
         """Return the layers of clustered experts, in order; none for other kinds of layers."""

@@ -70,8 +70,12 @@ def build_gpt(
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     torch.manual_seed(seed)
     config = _transformer_config(model)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm == "head")
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if model.qk_norm == "width":
+        attention.q_layernorm = ModuleSpec(module=_NormOfAllHeads, params={"heads": model.heads})
+        attention.k_layernorm = ModuleSpec(module=_NormOfAllHeads, params={"heads": model.kv_heads or model.heads})
     spec.submodules.mlp = ModuleSpec(module=_FeedForward, params={"factory": feed_forward})
     gpt = GPTModel(
         config=config,
@@ -82,9 +86,7 @@ def build_gpt(
         rotary_base=model.rope_base,
         share_embeddings_and_output_weights=model.tie_embeddings,
     )
-    gpt.rotary_pos_emb = _RotaryOnDevice(
-        config.kv_channels, 1.0, rotary_base=model.rope_base, use_cpu_initialization=True
-    )
+    gpt.rotary_pos_emb = _RotaryOnDevice(model)
     if model.activation_checkpointing:
         for layer in gpt.decoder.layers:
             _recompute_in_backward(layer, recompute_context)
@@ -103,12 +105,23 @@ def hidden_states(gpt: nn.Module, tokens_BS: Tensor) -> Tensor:
     return hidden_SBD.transpose(0, 1)
 
 
+def run_layer(gpt: nn.Module, layer: int, hidden_SBD: Tensor) -> Tensor:
+    """Return the output of one layer of a `build_gpt` model for the hidden states before it, [S, B, D]."""
+    stage = cast(Any, gpt)
+    rotary = stage.rotary_pos_emb(hidden_SBD.shape[0])
+    output_SBD, _ = stage.decoder.layers[layer](hidden_SBD, attention_mask=None, rotary_pos_emb=rotary)
+    return cast(Tensor, output_SBD)
+
+
 def _transformer_config(model: ModelConfig) -> TransformerConfig:
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.heads,
         num_query_groups=model.kv_heads or model.heads,
+        kv_channels=model.head_width,
+        qk_layernorm=model.qk_norm == "head",
+        add_qkv_bias=model.qkv_bias,
         ffn_hidden_size=4 * model.hidden_size,  # size of Megatron's MLP, which ours replaces
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
@@ -143,17 +156,34 @@ class _FeedForward(nn.Module):
         return self.inner(hidden), None
 
 
+class _NormOfAllHeads(nn.RMSNorm):
+    """RMSNorm over all heads of the queries or keys together; takes and returns [S, B, heads, head size]."""
+
+    def __init__(self, heads: int, hidden_size: int, eps: float, **_: Any) -> None:
+        super().__init__(heads * hidden_size, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize each token's vector of all heads."""
+        return super().forward(x.flatten(2)).view_as(x)
+
+
 class SdpaCoreAttention(nn.Module):
-    """Causal attention with torch's scaled_dot_product_attention; layout [S, B, heads, head size] of Megatron-core."""
+    """Causal attention with torch's scaled_dot_product_attention; layout [S, B, heads, head size] of Megatron-core.
+
+    A mask, bool [B, 1, S, S], is true where a token attends, as torch's is and Megatron-core's is not.
+    """
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
         self.grouped = config.num_query_groups != config.num_attention_heads
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask_B1SS: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
         """Return [S, B, heads * head size]; `key` and `value` have one head for each query group."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        causal = mask_B1SS is None
+        out = F.scaled_dot_product_attention(q, k, v, mask_B1SS, is_causal=causal, enable_gqa=self.grouped)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -164,6 +194,15 @@ class _RotaryOnDevice(RotaryEmbedding):  # type: ignore[misc]
     """
 
     inv_freq: Tensor
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model.head_width, 1.0, rotary_base=model.rope_base, use_cpu_initialization=True)
+        scaling = model.rope_scaling
+        if scaling is not None and scaling.kind == "linear":
+            self.inv_freq = self.inv_freq / scaling.factor
+        elif scaling is not None:
+            factors = (scaling.factor, scaling.low_frequency_factor, scaling.high_frequency_factor)
+            self.inv_freq = self._apply_scaling(self.inv_freq, *factors, scaling.original_length)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         self.inv_freq = self.inv_freq.to(fn(torch.empty(0, device=self.inv_freq.device)).device)

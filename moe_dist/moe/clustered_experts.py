@@ -99,7 +99,8 @@ class ClusteredExperts(nn.Module):
         """Args: shared: first level of a two-level base, owned by the layer; None: a base for each cluster."""
         super().__init__()
         experts = context.placements[layer].experts_of(cluster, context.mesh.at.shard)
-        self.backend, self.fake_quantize_as = moe.backend, context.fake_quantize_as
+        self.backend: str = moe.backend
+        self.fake_quantize_as = context.fake_quantize_as
         self._shared = (shared,)  # in a tuple, so that it is no module of this one
         base = ClusterBase if shared is None else ClusterPart
         self.base = base(layer, cluster, model, moe, context.seed)

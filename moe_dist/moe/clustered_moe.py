@@ -21,6 +21,7 @@ from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.moe.attached_loss import attach_router_losses
 from moe_dist.moe.capacity import capacity_of, within_capacity
 from moe_dist.moe.clustered_experts import ClusteredExperts, SharedBase
+from moe_dist.moe.dense_feed_forward import SharedExpert
 from moe_dist.moe.layer_context import LayerContext, LayerSizes
 from moe_dist.moe.layer_state import load_routing_state, save_routing_state
 from moe_dist.moe.moe_layer import MoELayer
@@ -77,6 +78,7 @@ class ClusteredMoE(MoELayer):
         self.clusters = nn.ModuleList(
             ClusteredExperts(layer, cluster, sizes, moe, context, self.shared_base) for cluster in held
         )
+        self.shared = SharedExpert.of_layer(layer, sizes, moe, context.seed)
         mesh, hidden_format = context.mesh, wire_format_of(getattr(torch, moe.wire_dtype))
         self.stage_one = AllToAll(mesh.group(GroupKind.STAGE_ONE), context.ledger, layer, Stage.ONE, hidden_format)
         self.stage_two = AllToAll(mesh.group(GroupKind.CLUSTER), context.ledger, layer, Stage.TWO, hidden_format)
@@ -99,6 +101,11 @@ class ClusteredMoE(MoELayer):
         self._chunks = chunks
         self.follow_placement()
 
+    def set_backend(self, backend: str) -> None:
+        """Compute the experts by this backend from now on (`moe.backend`)."""
+        for experts in cast(list[ClusteredExperts], self.clusters):
+            experts.backend = backend
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the layer's addition to the residual stream, in the shape of `hidden`; collective."""
         x_TD = hidden.flatten(0, -2)
@@ -114,6 +121,8 @@ class ClusteredMoE(MoELayer):
         y_TD = attach_router_losses(
             y_TD, routing.logits_TG, routing.cluster_TM, self.balance, self.moe.z_loss_weight, scale
         )
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(hidden)
 
     def route(self, x_TD: Tensor, sequences: int) -> ClusterRouting:

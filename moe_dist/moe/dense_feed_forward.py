@@ -1,5 +1,8 @@
-"""Dense SwiGLU feed-forward network: the lower bound in time and the baseline in quality."""
+"""Dense SwiGLU feed-forward network: a whole layer, the baseline of the others, or the shared expert of a layer."""
 
+from typing import Self
+
+import torch
 from torch import Tensor, nn
 
 from moe_dist.compression import init_base
@@ -29,3 +32,21 @@ class SwiGLU(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return y of `hidden` [..., D], in its shape."""
         return swiglu(hidden @ self.w_in_DH) @ self.w_out_FD
+
+
+class SharedExpert(SwiGLU):
+    """Expert that computes every token, scaled by a sigmoid gate if `moe.shared_expert_gate` is set."""
+
+    def __init__(self, layer: int, model: LayerSizes, moe: MoEConfig, seed: int) -> None:
+        super().__init__(layer, moe.shared_expert_hidden, model, seed, "shared expert")
+        self.gate_D = nn.Parameter(torch.zeros(model.hidden_size)) if moe.shared_expert_gate else None
+
+    @classmethod
+    def of_layer(cls, layer: int, model: LayerSizes, moe: MoEConfig, seed: int) -> Self | None:
+        """Create the shared expert of a layer; None if there is none."""
+        return cls(layer, model, moe, seed) if moe.shared_expert_hidden else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return y of `hidden` [..., D], in its shape."""
+        y = super().forward(hidden)
+        return y if self.gate_D is None else torch.sigmoid(hidden @ self.gate_D).unsqueeze(-1) * y

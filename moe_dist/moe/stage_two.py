@@ -52,7 +52,7 @@ class StageTwo:
         member_N, balance = self.member_LN[local], self.context.balance
         logits_RN = router_logits(x_RD, self.embedding_LND[local])
         bias_N = balance.expert_bias_LE[self.layer][member_N]
-        choice = choose_experts(logits_RN, bias_N, self.moe.top_k, self.only_gate)
+        choice = choose_experts(logits_RN, bias_N, self.moe.top_k, self.only_gate, self.moe.normalize_gates)
         balance.count(self.layer, member_N[choice.slot_RK.flatten()])
         if self.context.statistics is not None and balance.counting:
             self.context.statistics.record_rows(self.layer, x_RD, choice.slot_RK, choice.gate_RK, member_N)

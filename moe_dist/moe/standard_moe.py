@@ -19,7 +19,7 @@ from moe_dist.dispatch.wire_format import wire_format_of
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.moe.attached_loss import attach_router_losses
 from moe_dist.moe.capacity import capacity_of, within_capacity
-from moe_dist.moe.dense_feed_forward import SwiGLU
+from moe_dist.moe.dense_feed_forward import SharedExpert
 from moe_dist.moe.init_generator import SHARED, generator
 from moe_dist.moe.layer_context import LayerContext, LayerSizes
 from moe_dist.moe.layer_state import load_routing_state, save_routing_state
@@ -64,8 +64,7 @@ class StandardMoE(MoELayer):
         adopt = None if memory is None else partial(memory.adopt, layer)
         self.experts = StandardExperts(local, init, adopt=adopt)
         mark(self.experts, ParameterClass.EXPERT)
-        width = moe.shared_expert_hidden
-        self.shared = SwiGLU(layer, width, sizes, context.seed, "shared expert") if width else None
+        self.shared = SharedExpert.of_layer(layer, sizes, moe, context.seed)
         hidden_format = wire_format_of(getattr(torch, moe.wire_dtype))
         self.dispatcher = FlatDispatcher(AllToAll(group, context.ledger, layer, Stage.FLAT, hidden_format), moe.experts)
         self.register_state_dict_post_hook(save_routing_state)  # type: ignore[no-untyped-call]
@@ -87,7 +86,8 @@ class StandardMoE(MoELayer):
 
     def route(self, logits_TE: Tensor) -> tuple[FlatChoice, Tensor | None]:
         """Choose the experts of each token; return the choice and keep_C, the copies within the capacity."""
-        choice = choose_flat(logits_TE, self.balance.expert_bias_LE[self.layer], self.moe.top_k)
+        bias_E = self.balance.expert_bias_LE[self.layer]
+        choice = choose_flat(logits_TE, bias_E, self.moe.top_k, self.moe.normalize_gates)
         expert_C = choice.expert_TK.flatten()
         self.balance.count(self.layer, expert_C)
         if self.moe.capacity_factor is None:

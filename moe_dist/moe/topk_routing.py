@@ -9,15 +9,18 @@ from torch import Tensor
 
 
 class FlatChoice(NamedTuple):
-    """Chosen experts of each token and their gates (softmax over the chosen experts, as in Mixtral)."""
+    """Chosen experts of each token and their gates."""
 
     expert_TK: Tensor
     gate_TK: Tensor
 
 
-def choose_flat(logits_TE: Tensor, bias_E: Tensor, top_k: int) -> FlatChoice:
-    """Choose the `top_k` largest of logit + bias; gates are a softmax over the chosen logits, for k=1 over all."""
+def choose_flat(logits_TE: Tensor, bias_E: Tensor, top_k: int, normalize: bool = True) -> FlatChoice:
+    """Choose the `top_k` largest of logit + bias.
+
+    Gates are a softmax over the chosen logits, as in Mixtral; without `normalize`, and for k=1, over all logits.
+    """
     expert_TK = (logits_TE.detach() + bias_E).topk(top_k, dim=-1).indices
-    if top_k == 1:  # a softmax over one logit has no gradient
+    if top_k == 1 or not normalize:  # a softmax over one logit has no gradient
         return FlatChoice(expert_TK, logits_TE.softmax(dim=-1).gather(-1, expert_TK))
     return FlatChoice(expert_TK, logits_TE.gather(-1, expert_TK).softmax(dim=-1))

@@ -23,7 +23,7 @@ class ExpertChoice(NamedTuple):
     gate_RK: Tensor
     """Weights of the chosen experts within the cluster, float32."""
     log_mass_R: Tensor
-    """Logsumexp of the chosen experts' logits, float32, which weights this cluster against the token's others."""
+    """Logsumexp of the logits in the gates' softmax, float32, which weights this cluster against the token's others."""
 
 
 def router_logits(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
@@ -62,14 +62,19 @@ def single_cluster_gate(logits_TG: Tensor, cluster_T1: Tensor) -> Tensor:
     return (log_probability_T1 - log_probability_T1.detach()).exp()
 
 
-def choose_experts(logits_RN: Tensor, bias_N: Tensor, top_k: int, only_gate: bool) -> ExpertChoice:
+def choose_experts(
+    logits_RN: Tensor, bias_N: Tensor, top_k: int, only_gate: bool, normalize: bool = True
+) -> ExpertChoice:
     """Choose the `top_k` largest of logit + bias within one cluster (stage two).
 
     Args:
         only_gate: True if `gate_RK` is the only source of the router's gradient (M=1). With K=1 the gate is then 1 with
             the gradient of log softmax over all experts of the cluster, since a softmax over one logit has none.
+        normalize: gates are a softmax over the chosen experts; False: over all experts of the cluster.
     """
     slot_RK = (logits_RN.detach() + bias_N).topk(top_k, dim=-1).indices
+    if not normalize:
+        return ExpertChoice(slot_RK, logits_RN.softmax(-1).gather(-1, slot_RK), logits_RN.logsumexp(-1))
     chosen_RK = logits_RN.gather(-1, slot_RK)
     gate_RK = chosen_RK.softmax(dim=-1)
     if only_gate and top_k == 1:

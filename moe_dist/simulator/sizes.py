@@ -21,8 +21,10 @@ def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) ->
 
 
 def _attention_parameters(model: ModelConfig) -> int:
-    d, heads = model.hidden_size, model.heads
-    return 2 * d * d + 2 * d * (d // heads) * (model.kv_heads or heads)
+    d, width = model.hidden_size, model.head_width
+    queries, keys = model.heads * width, (model.kv_heads or model.heads) * width
+    norms = {"none": 0, "head": 2 * width, "width": queries + keys}[model.qk_norm]
+    return 2 * d * (queries + keys) + norms + (queries + 2 * keys) * model.qkv_bias
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def work_of(config: RunConfig, vocabulary: int) -> TokenWork:
     """Return the FLOPs of a token; multiply and add count as two, a causal row attends to half the sequence."""
     model, moe = config.model, config.moe
     d = model.hidden_size
-    layer = 2.0 * _attention_parameters(model) + 2 * model.sequence_length * d
+    layer = 2.0 * _attention_parameters(model) + 2 * model.sequence_length * model.heads * model.head_width
     feed_forward = moe.layer_kind.work(d, moe)
     head = 2.0 * d * vocabulary
     return TokenWork(layer + feed_forward.token, head, feed_forward.row, feed_forward.rows)

@@ -12,6 +12,7 @@ from moe_dist.checkpoint.random_state import RandomState
 from moe_dist.checkpoint.run_state import RunState
 from moe_dist.checkpoint.stateful import Parts
 from moe_dist.checkpoint.store import FINAL, step_folder
+from moe_dist.checkpoint.trained_weights import TrainedWeights
 from moe_dist.config import RunConfig
 from moe_dist.distributed.init import RankInfo
 from moe_dist.engine.callback import Callback
@@ -73,6 +74,10 @@ class RunCheckpoints(Callback):
         """Restore the state of a checkpoint; collective."""
         self._state.restore(resumption.found)
         self._last = resumption.step if resumption.run is not None else None
+
+    def start_from(self, weights: TrainedWeights) -> None:
+        """Set the weights of a new run; collective."""
+        self._state.start_from(weights.path, weights.manifest)
 
     def end_step(self, step: int) -> None:
         """Save if a checkpoint is due, and report the result of an earlier one."""

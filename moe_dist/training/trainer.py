@@ -8,16 +8,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from moe_dist.checkpoint.stateful import Stateful
+from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.console import tolerant_output
-from moe_dist.data import PreparedData, SequenceLoader, prepare_data, sequence_count
-from moe_dist.data.prepare import TOKENIZER
+from moe_dist.data import PreparedData, SequenceLoader, open_tokenizer, prepare_data, sequence_count
 from moe_dist.dispatch.layout_advice import layout_advice
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
@@ -27,12 +28,13 @@ from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.engine.loss_scale import LossScale
-from moe_dist.errors import DataError, TrainingError, file_error
+from moe_dist.errors import CheckpointError, DataError, TrainingError, file_error
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.recluster.coordinator import Coordinator
+from moe_dist.training.backend_choice import BackendChoice
 from moe_dist.training.checkpointing import RunCheckpoints
 from moe_dist.training.finished_run import show_if_finished
 from moe_dist.training.hang_guard import end_process
@@ -96,7 +98,8 @@ def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
     recorder = open_recorder(config, process.rank, resumption)
     with recorder, StopSignals() as signals:
         if process.rank == 0:
-            recorder.keep(TOKENIZER, data.tokenizer_path.read_bytes())  # an evaluation may not have the text
+            for name, content in open_tokenizer(data.tokenizer_path).files().items():
+                recorder.keep(name, content)  # an evaluation may not have the text
         steps_done = 0 if resumption is None else resumption.step
         trainer = Trainer(config, process, shape, data, recorder, steps_done, clock)
 
@@ -166,6 +169,7 @@ class Trainer:
                     self.ledger,
                     self.memory,
                 )
+            self.model.end_of_document = self.data.train.facts.end_of_document
             self.engine = DeepSpeedEngine(self.model, config, self.batch, self.process, self.loss_scale)
         except BaseException:
             self.__exit__()
@@ -187,6 +191,7 @@ class Trainer:
         return [
             self.logger,
             Coordinator(config, self.recorder),
+            BackendChoice(config, self.shape, process, tokens, self.recorder),
             OverlapChoice(config, self.shape, self.ledger.links, process.device, tokens, self.recorder),
             StandardWarmup(self),
             self.checkpoints,
@@ -260,6 +265,8 @@ class Trainer:
                 entered.enter_context(callback)
             if resumption is not None:
                 self.checkpoints.restore(resumption)
+            elif self.config.checkpoint.init is not None:
+                self._start_from(Path(self.config.checkpoint.init))
             self.start()
             for step in range(self.steps_done + 1, train.steps + 1):
                 stop_asked, last = self.train_step(step, signals), step == train.steps
@@ -273,6 +280,16 @@ class Trainer:
                     return True
             self._finish()
         return False
+
+    def _start_from(self, run: Path) -> None:
+        weights = find_weights(run)
+        if weights.path.is_file():
+            raise CheckpointError(
+                f"checkpoint.init={run} is an exported file: give the folder of a run or a checkpoint"
+            )
+        self.checkpoints.start_from(weights)
+        self.recorder.note(f"starts from the weights of {weights.path}")
+        self.recorder.event("initialized", 0, path=str(weights.path))
 
     def train_step(self, step: int, signals: StopSignals) -> bool:
         """Train one step; return True if any rank was asked to stop after it."""

@@ -32,7 +32,7 @@ LEVELS = [
     {"conversion"},
     {"checkpoint"},
     {"recluster", "evaluation"},
-    {"training"},
+    {"training", "integrations"},
     {"simulator", "doctor", "report"},
     {"benchmarks"},
     {"studies"},

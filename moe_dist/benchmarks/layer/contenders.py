@@ -17,6 +17,8 @@ from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.kernels.backend_choice import BackendShape, measure_backends
+from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.dense_feed_forward import SwiGLU
 from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.layer_kinds import LAYER_KINDS
@@ -68,7 +70,11 @@ def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: RankInf
         contender = Contender(SwiGLU(0, config.moe.dense_width, config.model, config.seed), vector)
     else:
         ledger = TrafficLedger(Links.alone() if process.ranks == 1 else Links.discover(process.device))
-        contender = Contender(_ours(config, process, mesh, ledger), vector, ledger)
+        layer = _ours(config, process, mesh, ledger)
+        if isinstance(layer, ClusteredMoE) and config.moe.backend == "auto":
+            work = BackendShape.of(config.moe, shape.hidden, dtype, shape.tokens, process.ranks)
+            layer.set_backend(measure_backends(work, process.device).fastest)
+        contender = Contender(layer, vector, ledger)
     contender.module.to(process.device, getattr(torch, dtype))
     return contender
 

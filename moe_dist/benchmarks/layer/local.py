@@ -28,7 +28,8 @@ from torch import Tensor
 from moe_dist.benchmarks.layer.spec import LayerBenchSpec
 from moe_dist.compression import ClusterWeights, init_base, init_residual
 from moe_dist.errors import ConfigError
-from moe_dist.kernels import BACKENDS, choose_backend, clustered_experts
+from moe_dist.kernels import BACKENDS, clustered_experts
+from moe_dist.kernels.backend_choice import BackendShape, measure_backends
 from moe_dist.metrics.spread import Spread
 from moe_dist.moe.standard_experts import experts_grouped, experts_loop, swiglu
 
@@ -135,7 +136,17 @@ def _measure(spec: LayerBenchSpec, dtype: str, top_k: int) -> LayerBenchCase:
     layer = _draw_layer(spec, getattr(torch, dtype), top_k)
     backend = spec.backend
     if backend == "auto":
-        backend = choose_backend(layer.x_TD.device, layer.x_TD.dtype, layer.clustered[0])
+        shape = BackendShape(
+            rows=spec.tokens // spec.clusters,
+            top_k=top_k,
+            experts=spec.experts // spec.clusters,
+            hidden=spec.hidden,
+            expert_hidden=spec.expert_hidden,
+            rank=spec.rank,
+            vectors=spec.vectors,
+            dtype=dtype,
+        )
+        backend = measure_backends(shape, layer.x_TD.device).fastest
     rounds = _time_rounds(layer, _contenders(layer, backend, spec.backends), spec.repeats)
     standard = min(_STANDARD, key=lambda name: statistics.median(rounds[name]))
 

@@ -15,6 +15,10 @@ class CheckpointConfig(Section):
     keep_every: NonNegative = Field(0, description="keep every checkpoint whose step this divides; 0: none")
     asynchronous: bool = Field(True, description="continue training while a checkpoint is written")
     save_final: bool = Field(True, description="save the final weights, for evaluation and export")
+    init: PathText | None = Field(
+        None,
+        description="folder of a run or a checkpoint whose weights a new run starts from; null: random weights",
+    )
     resume: Annotated[PathText, Field(min_length=1)] = Field(
         "requeued",
         description="none; auto: the newest valid checkpoint of the runs of this name; requeued: auto in a job that "

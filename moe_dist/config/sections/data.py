@@ -23,6 +23,9 @@ class CorpusConfig(Section):
     text_column: str = Field("text", description="text column of .jsonl, .parquet and hub data; no other is read")
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of documents held out")
     max_bytes: Positive | None = Field(None, description="limit of text per source; null: no limit")
+    document_mask: bool = Field(
+        False, description="attend inside documents only, where a sequence holds several; false: to all earlier tokens"
+    )
     cache_dir: PathText = Field(
         "~/.cache/moe-dist", validate_default=True, description="cache of tokenizers and token files, by content"
     )
@@ -41,10 +44,41 @@ class CorpusConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """SentencePiece tokenizer, trained on the corpus."""
+    """SentencePiece tokenizer, trained on the corpus, or the tokenizer of a Hugging Face model."""
 
-    kind: Literal["bpe", "unigram"] = "bpe"
+    kind: Literal["bpe", "unigram", "hf"] = Field("bpe", description="bpe, unigram: trained here; hf: read from `path`")
+    path: PathText | None = Field(
+        None, description="folder with a tokenizer.json, or a model's name on the Hugging Face hub (hf)"
+    )
     vocab_size: Annotated[int, Field(ge=260, le=2**31 - 1)] = Field(
-        4096, description="vocabulary size, including the 256 bytes of the fallback"
+        4096,
+        description="vocabulary size, including the 256 bytes of the fallback; hf: rows of the embedding, at least as "
+        "many as the tokenizer has ids",
     )
     train_bytes: Positive = Field(4_000_000, description="limit of the text that trains the tokenizer, bytes")
+
+    @model_validator(mode="after")
+    def _require_path(self) -> Self:
+        if self.kind == "hf" and self.path is None:
+            raise ConfigError("tokenizer.kind=hf needs tokenizer.path: a folder with a tokenizer.json, or a hub name")
+        if self.kind != "hf" and self.path is not None:
+            raise ConfigError(
+                f"tokenizer.path={self.path} is read with tokenizer.kind=hf only, not {self.kind}: set kind to hf, or "
+                "remove it"
+            )
+        return self
+
+    def embedding_rows(self, ids: int) -> int:
+        """Return the rows of the embedding for a tokenizer with this number of ids.
+
+        Raises:
+            ConfigError: `vocab_size` has no room for the ids of a Hugging Face tokenizer.
+        """
+        if self.kind != "hf":
+            return ids
+        if self.vocab_size < ids:
+            raise ConfigError(
+                f"tokenizer.vocab_size={self.vocab_size} has no room for the {ids} ids of tokenizer.path={self.path}: "
+                f"must be >= {ids}"
+            )
+        return self.vocab_size

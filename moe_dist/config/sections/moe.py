@@ -38,7 +38,15 @@ class MoEConfig(Section):
     warmup_standard: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the steps that train standard experts before these are clustered (clustered)"
     )
-    shared_expert_hidden: NonNegative = Field(0, description="hidden width of a shared expert (standard); 0: none")
+    normalize_gates: bool = Field(
+        True,
+        description="gates of a token sum to 1; false: they are a softmax over all experts (standard) or all of the "
+        "chosen clusters (clustered)",
+    )
+    shared_expert_hidden: NonNegative = Field(
+        0, description="hidden width of an expert that computes every token; 0: none"
+    )
+    shared_expert_gate: bool = Field(False, description="scale the shared expert's output by a learned sigmoid gate")
     balance: Literal["bias", "aux_loss", "none"] = Field(
         "bias", description="load balancing: selection biases, auxiliary loss, or none"
     )
@@ -55,7 +63,7 @@ class MoEConfig(Section):
     )
     gate_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="sum of a token's gates")
     backend: Literal["auto", "masked", "sorted", "cpu", "triton", "reference"] = Field(
-        "auto", description="kernel of clustered experts; auto: the fastest that is available"
+        "auto", description="kernel of clustered experts; auto: the fastest for the run's shape, measured once"
     )
     wire_dtype: WireDtype = Field(
         "bfloat16", description="type of hidden vectors in all-to-alls; int8: with a scale per vector"

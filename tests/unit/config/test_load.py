@@ -90,7 +90,7 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
         (["moe.top_k=9"], ["moe.top_k=9", "moe.experts=32", "moe.clusters=4", "8 experts"]),
         (["moe.top_clusters=5"], ["moe.top_clusters=5", "moe.clusters=4"]),
         (["moe.kind=standard", "moe.top_k=33"], ["moe.top_k=33", "moe.experts=32"]),
-        (["moe.shared_expert_hidden=8"], ["moe.shared_expert_hidden=8", "moe.kind=standard"]),
+        (["moe.shared_expert_gate=true"], ["moe.shared_expert_gate=true", "moe.shared_expert_hidden"]),
         (["world.cluster=3"], ["moe.clusters=4", "world.cluster=3"]),
         (["world.shard=3", "world.shard_mode=experts"], ["moe.experts=32", "world.shard=3"]),
         (["moe.kind=standard", "world.cluster=5"], ["moe.experts=32", "world.cluster=5"]),

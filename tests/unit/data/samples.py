@@ -1,5 +1,6 @@
 """Small texts, corpora and token files for the tests of the data layer."""
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,3 +48,23 @@ def wikitext_article(number: int) -> str:
 def wikitext_like(articles: int) -> str:
     """A text file of that many articles."""
     return "".join(wikitext_article(number) for number in range(articles))
+
+
+def hf_tokenizer(folder: Path, size: int = 300) -> Path:
+    """A byte-level tokenizer of a chat model, in a new folder."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(documents_of(1, 20), trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    facts = {"eos_token": "</s>", "bos_token": "<s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    return folder

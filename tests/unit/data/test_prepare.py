@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from moe_dist.config import CorpusConfig, TokenizerConfig
-from moe_dist.data import PreparedData, Tokenizer, prepare_data
+from moe_dist.data import PreparedData, prepare_data
 from moe_dist.data.cache import atomic_write, exclusive
 from moe_dist.data.corpora import open_corpus
 from moe_dist.data.prepare import _key
-from moe_dist.data.tokenizer import train_tokenizer
+from moe_dist.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from moe_dist.errors import DataError
 from tests.unit.data.samples import SMALL_TOKENIZER, text_corpus
 
@@ -31,7 +31,7 @@ def corpus(tmp_path: Path) -> CorpusConfig:
 
 def texts_of(data: PreparedData) -> tuple[set[str], set[str]]:
     """The documents on the training and the validation side, decoded."""
-    tokenizer = Tokenizer(data.tokenizer_path)
+    tokenizer = SentencePieceTokenizer(data.tokenizer_path)
 
     def decoded(ids: Any) -> set[str]:
         ends = np.flatnonzero(ids == tokenizer.end_of_document)
@@ -111,7 +111,7 @@ def test_the_tokenizer_never_sees_validation_text(tmp_path: Path) -> None:
     held.write_text("zzzqqqzzz " * 5000)
     data = prepare_data(corpus.model_copy(update={"validation_paths": [str(held)]}), SMALL_TOKENIZER)
     # one token would do for a word this frequent, had it been seen
-    assert len(Tokenizer(data.tokenizer_path).encode("zzzqqqzzz")) > 2
+    assert len(SentencePieceTokenizer(data.tokenizer_path).encode("zzzqqqzzz")) > 2
 
 
 def test_errors_are_one_line_and_leave_no_lock(corpus: CorpusConfig, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_processes_that_start_together_do_the_work_once(corpus: CorpusConfig, tm
 
 
 def folder_of(corpus: CorpusConfig) -> Path:
-    return Path(corpus.cache_dir) / "prepared" / _key(open_corpus(corpus), SMALL_TOKENIZER)
+    return Path(corpus.cache_dir) / "prepared" / _key(open_corpus(corpus), SMALL_TOKENIZER, {})
 
 
 def _hang_while_working(corpus: CorpusConfig, working: Event) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_dist.data.token_file import open_token_file, write_token_file
-from moe_dist.data.tokenizer import Tokenizer, train_tokenizer
+from moe_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from moe_dist.errors import DataError
 from tests.unit.data.samples import SMALL_TOKENIZER, documents_of
 
@@ -17,7 +17,7 @@ TEXTS = [*documents_of(0, 40), "naïve ▁ 日本\n", ""]
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokens") / "tokenizer.model"
     path.write_bytes(train_tokenizer(TEXTS, SMALL_TOKENIZER))
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 @pytest.fixture

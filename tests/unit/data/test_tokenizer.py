@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_dist.config import TokenizerConfig
 from moe_dist.data.files import stdlib_source
-from moe_dist.data.tokenizer import Tokenizer, train_tokenizer
+from moe_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from moe_dist.errors import DataError
 from tests.unit.data.samples import documents_of, wikitext_like
 
@@ -32,7 +32,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     # the corpus holds the awkward texts, too: reserved names in it must not spoil the vocabulary
     path.write_bytes(train_tokenizer([*documents_of(0, 50), *AWKWARD * 50], config))
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 @settings(deadline=None)
@@ -91,10 +91,10 @@ def test_no_text_and_no_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no text to train on"):
         train_tokenizer(["\n"], TokenizerConfig())
     with pytest.raises(DataError, match="is not a SentencePiece model"):
-        Tokenizer(tmp_path / "none.model")
+        SentencePieceTokenizer(tmp_path / "none.model")
     (tmp_path / "bad.model").write_text("nonsense")
     with pytest.raises(DataError, match=r"bad\.model is not a SentencePiece model"):
-        Tokenizer(tmp_path / "bad.model")
+        SentencePieceTokenizer(tmp_path / "bad.model")
 
 
 def test_long_lines_train_the_tokenizer_too() -> None:

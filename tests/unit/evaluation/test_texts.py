@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config import TokenizerConfig
-from moe_dist.data import Tokenizer
-from moe_dist.data.tokenizer import train_tokenizer
+from moe_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from moe_dist.errors import DataError
 from moe_dist.evaluation.texts import encode_text, open_text
 
@@ -18,7 +17,7 @@ ARTICLES = " \n = One = \n \n Words , and more words . \n \n = Two = \n \n A few
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(train_tokenizer([ARTICLES * 20], TokenizerConfig(vocab_size=300)))
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 def test_words_and_line_ends_are_those_of_the_text(tmp_path: Path, tokenizer: Tokenizer) -> None:

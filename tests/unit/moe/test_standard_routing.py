@@ -27,6 +27,12 @@ def test_a_single_gate_is_the_probability_over_all_experts() -> None:
     assert choice.gate_TK.item() == pytest.approx(1 / (1 + 2 + 6 + math.exp(-1)))
 
 
+def test_gates_that_are_not_normalized_are_probabilities_over_all_experts() -> None:
+    choice = choose_flat(LOGITS, BIAS, 2, normalize=False)
+    total = 1 + 2 + 6 + math.exp(-1)
+    assert choice.gate_TK[0].tolist() == pytest.approx([1 / total, 6 / total])
+
+
 @pytest.mark.parametrize("factor", [None, 1.0])
 def test_a_layer_is_the_gated_sum_of_its_experts(factor: float | None) -> None:
     """With a capacity of one even share, 8 copies of 4 experts, the first two copies of an expert are computed."""

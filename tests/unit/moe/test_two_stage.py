@@ -25,6 +25,14 @@ def test_a_bias_changes_the_choice_only() -> None:
     assert float(choice.log_mass_R) == pytest.approx(torch.tensor([1.0, 3.0]).logsumexp(0).item())
 
 
+def test_gates_that_are_not_normalized_are_a_softmax_over_the_cluster() -> None:
+    logits = torch.tensor([[1.0, 2.0, 6.0]]).log()
+    choice = choose_experts(logits, torch.zeros(3), 2, only_gate=True, normalize=False)
+    assert choice.slot_RK.tolist() == [[2, 1]]
+    assert choice.gate_RK[0].tolist() == pytest.approx([6 / 9, 2 / 9])
+    assert float(choice.log_mass_R.exp()) == pytest.approx(9.0)
+
+
 def test_a_gate_over_one_choice_is_one_and_has_a_gradient() -> None:
     logits = torch.tensor([[0.3, -0.2, 1.0]], requires_grad=True)
     gate = single_cluster_gate(logits, torch.tensor([[2]]))

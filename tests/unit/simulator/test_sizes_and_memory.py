@@ -26,7 +26,10 @@ SMALL = [
 KINDS = [
     ["moe.kind=clustered"],
     ["moe.kind=clustered", "moe.expert_vectors=false", "model.tie_embeddings=false"],
+    ["moe.shared_expert_hidden=24", "moe.shared_expert_gate=true", "model.head_dim=6", "model.qkv_bias=true"],
     ["moe.kind=standard", "moe.shared_expert_hidden=24", "model.kv_heads=2"],
+    ["moe.kind=dense", "model.kv_heads=2", "model.head_dim=6", "model.qk_norm=head"],
+    ["moe.kind=dense", "model.kv_heads=2", "model.qk_norm=width"],
     ["moe.kind=dense"],
 ]
 
@@ -75,7 +78,7 @@ def _flops(variants: list[list[str]]) -> list[tuple[float, float]]:
 
 
 def test_flops_are_those_that_torch_counts() -> None:
-    variants = [*KINDS[2:], ["moe.kind=clustered", "moe.backend=sorted", "moe.rank=8"]]
+    variants = [*KINDS[3:], ["moe.kind=clustered", "moe.backend=sorted", "moe.rank=8"]]
     (found,) = run_ranks(_flops, 1, variants)
     for words, (counted, formula) in zip(variants, found, strict=True):
         assert formula == pytest.approx(counted, rel=0.05), words

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: import, upcycling and compression, export, and the classes that transformers loads."""

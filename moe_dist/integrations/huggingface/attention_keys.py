@@ -1,0 +1,79 @@
+"""Keys of config.json that all families share: sizes, attention, positions and norms."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_dist.config import ModelConfig
+from moe_dist.errors import ConfigError
+
+LONGEST_SEQUENCE = 2048
+"""Limit of the sequence length that an imported run trains with, unless another is given."""
+
+
+def attention_section(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of `model` for those of a config.json with `rope_parameters`.
+
+    Raises:
+        ConfigError: positions of a kind that we don't have.
+    """
+    rope = hf["rope_parameters"]
+    base = float(rope["rope_theta"])
+    if not base.is_integer():
+        raise ConfigError(f"config.json: rope_theta={base} is not supported: must be an integer")
+    return {
+        "layers": hf["num_hidden_layers"],
+        "hidden_size": hf["hidden_size"],
+        "heads": hf["num_attention_heads"],
+        "kv_heads": hf.get("num_key_value_heads"),
+        "head_dim": hf.get("head_dim"),
+        "sequence_length": min(hf["max_position_embeddings"], LONGEST_SEQUENCE),
+        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "rope_base": int(base),
+        "rope_scaling": _scaling_section(rope),
+        "norm_epsilon": hf["rms_norm_eps"],
+        "init_std": hf.get("initializer_range", 0.02),
+    }
+
+
+def attention_keys(model: ModelConfig) -> dict[str, Any]:
+    """Return the keys of config.json for those of `model`."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rope_base)}
+    longest = model.sequence_length
+    if (scaling := model.rope_scaling) is not None:
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        longest = max(longest, int(scaling.factor * scaling.original_length))
+        rope |= {
+            "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    return {
+        "num_hidden_layers": model.layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads or model.heads,
+        "head_dim": model.head_width,
+        "max_position_embeddings": longest,
+        "tie_word_embeddings": model.tie_embeddings,
+        "rope_parameters": rope,
+        "rms_norm_eps": model.norm_epsilon,
+        "initializer_range": model.init_std,
+    }
+
+
+def _scaling_section(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return {"kind": kind, "factor": rope["factor"]}
+    if kind != "llama3":
+        raise ConfigError(f"config.json: rope_type={kind!r} is not supported: known are default, linear, llama3")
+    return {
+        "kind": kind,
+        "factor": rope["factor"],
+        "low_frequency_factor": rope["low_freq_factor"],
+        "high_frequency_factor": rope["high_freq_factor"],
+        "original_length": rope["original_max_position_embeddings"],
+    }

@@ -1,0 +1,162 @@
+"""Compression of a published mixture into clusters, layer by layer: no more than one layer is in memory at a time.
+
+Calibration text passes through the original layers. Of each layer the tokens of every expert are caught, experts are
+grouped by similarity, and bases and residuals are fitted to the tokens (`conversion/`).
+
+Shapes: S tokens of a sequence, B sequences, D hidden, E experts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moe_dist.checkpoint.parameter_names import named_runs
+from moe_dist.compression import ExpertMatrices, align_hidden_units
+from moe_dist.config import CorpusConfig, RunConfig
+from moe_dist.conversion.calibration_tokens import LayerTokens, captured_tokens, standard_layers
+from moe_dist.conversion.compress import CompressedLayer, compress_clusters
+from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage_of
+from moe_dist.conversion.full_experts import FullExpert, FullExpertLayer
+from moe_dist.data import Tokenizer
+from moe_dist.data.corpora import open_corpus
+from moe_dist.distributed.init import init_distributed
+from moe_dist.distributed.links import Links
+from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.placement import ExpertPlacement
+from moe_dist.engine.optimizer_state import MASTER
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.integrations.huggingface.imported_tensors import (
+    ConvertedModel,
+    ImportedModel,
+    LazyTensor,
+    Tensors,
+    copied,
+    read_link,
+)
+from moe_dist.integrations.huggingface.source_folder import SourceFolder
+from moe_dist.integrations.huggingface.tensor_links import LAYERS, layer_links, links_of
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.megatron_backbone import run_layer
+from moe_dist.moe.standard_moe import StandardMoE
+
+_ROWS = 8  # of a batch: any small number
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def compressed(
+    config: RunConfig,
+    plain: ImportedModel,
+    source: SourceFolder,
+    tokenizer: Tokenizer,
+    text: Sequence[str],
+    tokens: int,
+) -> ConvertedModel:
+    """Return a mixture with its experts in clusters.
+
+    Args:
+        config: configuration of the clustered model.
+        text: files of calibration text; empty: the library source of Python.
+        tokens: number of calibration tokens; compression is fitted to one half and measured on the other.
+
+    Raises:
+        ConfigError: the rank is larger than the experts.
+        DataError: the text has fewer tokens.
+    """
+    largest = min(config.model.hidden_size, config.moe.expert_hidden)
+    if config.moe.rank > largest:
+        raise ConfigError(f"moe.rank={config.moe.rank} is more than the width of the experts: must be <= {largest}")
+    length = min(config.model.sequence_length, max(2, tokens // 16))
+    sequence_NS = _sequences(text, tokenizer, max(2, tokens // length), length)
+    kept = copied(links_of(plain.config, plain.vocab_size, plain.family), source)
+    tensors = {name: tensor for name, tensor in kept.items() if ".expert." not in name}
+    placements, errors = [], []
+    for number, layer in enumerate(_compressed_layers(config, plain, source, sequence_NS)):
+        tensors |= _tensors_of(f"{LAYERS}.{number}.mlp.inner.", layer)
+        placements.append(layer.placement)
+        errors.append(layer.figures[:, 0].tolist())
+    return ConvertedModel(tensors, placements, errors)
+
+
+def _sequences(text: Sequence[str], tokenizer: Tokenizer, count: int, length: int) -> Tensor:
+    """Return calibration sequences [count, length] of the first documents."""
+    corpus = CorpusConfig(kind="text", paths=list(text)) if text else CorpusConfig()
+    ids: list[int] = []
+    for document in tokenizer.encode_all(document.text for document in open_corpus(corpus).documents().train):
+        ids += [*document, tokenizer.end_of_document]
+        if len(ids) >= count * length:
+            return torch.tensor(ids[: count * length]).view(count, length)
+    raise DataError(f"the calibration text has {len(ids)} tokens, {count * length} are needed: give more, or --tokens")
+
+
+@torch.no_grad()
+def _compressed_layers(
+    config: RunConfig, plain: ImportedModel, source: SourceFolder, sequence_NS: Tensor
+) -> Iterator[CompressedLayer]:
+    process = init_distributed(config.world)
+    one_layer = plain.config.model_copy(update={"model": plain.config.model.model_copy(update={"layers": 1})})
+    model = LanguageModel(one_layer, 1, Mesh.alone(), Links.alone()).to_device(process.device)
+    (moe,) = standard_layers(model)
+    embedding_VD = source.tensor(EMBEDDING).float().to(process.device)
+    hidden_SND = functional.embedding(sequence_NS.T.to(process.device), embedding_VD)
+    fit, check = (list(half.split(_ROWS, dim=1)) for half in hidden_SND.tensor_split(2, dim=1))
+    with model.evaluating():
+        for layer in range(config.model.layers):
+            _fill(model, plain, source, layer)
+            tokens = []
+            for batches in (fit, check):
+                with captured_tokens(moe) as caught:
+                    batches[:] = [run_layer(model.gpt, 0, hidden_SBD) for hidden_SBD in batches]
+                tokens.append(caught)
+            seeded = config.model_copy(update={"seed": config.seed + layer})
+            yield _compressed_layer(moe, seeded, model.context.mesh, *tokens)
+
+
+def _fill(model: LanguageModel, plain: ImportedModel, source: SourceFolder, layer: int) -> None:
+    """Read the weights of one layer into the only layer of `model`."""
+    own, first = f"{LAYERS}.{layer}.", f"{LAYERS}.0."
+    links = {link.ours.replace(own, first): link for link in layer_links(plain.config, plain.family, layer)}
+    for parameter, runs in named_runs(model).items():
+        for run in runs:
+            if run.name in links:
+                flat = parameter.detach().view(-1)
+                size = torch.Size(run.shape).numel()
+                flat[run.start : run.start + size].copy_(read_link(links[run.name], source).reshape(-1))
+
+
+def _compressed_layer(
+    moe: StandardMoE, config: RunConfig, mesh: Mesh, fit: LayerTokens, check: LayerTokens
+) -> CompressedLayer:
+    group = moe.dispatcher.all_to_all.group
+    usage_E = usage_of(fit, check, config.moe.experts, group)
+    whole = [
+        ExpertMatrices(w_in.detach().float(), w_out.detach().float())
+        for w_in, w_out in zip(moe.experts.w_in, moe.experts.w_out, strict=True)
+    ]
+    reference = whole[int(usage_E.argmax())]
+    experts = [
+        FullExpert(e, partial(align_hidden_units(matrices, reference).apply, matrices), fit[e], check[e])
+        for e, matrices in enumerate(whole)
+    ]
+    zeros = ExpertMatrices(torch.zeros_like(reference.w_in_DH), torch.zeros_like(reference.w_out_FD))
+    held = FullExpertLayer(experts, dict.fromkeys(range(config.moe.experts), 0), group, (MASTER,), zeros)
+    members = members_of(similarity_of(held, moe.router.weight_ED, usage_E, config), usage_E, config)
+    alone = ExpertPlacement.contiguous(config.moe.experts, config.moe.clusters, mesh.shape)
+    placement = replace(alone.with_members(members), version=0)
+    clusters = range(config.moe.clusters)
+    made = compress_clusters(held, placement, usage_E, config.moe, mesh, config.seed, clusters)
+    return CompressedLayer(placement, list(made))
+
+
+def _tensors_of(prefix: str, layer: CompressedLayer) -> Tensors:
+    tensors: Tensors = {}
+    for cluster in layer.clusters:
+        for name, state in cluster.base.items():
+            tensors[f"{prefix}cluster.{cluster.number}.{name}"] = LazyTensor.of(state[MASTER])
+        for expert, states in cluster.residuals.items():
+            named = {name: value for name, value in vars(states[MASTER]).items() if value is not None}
+            tensors |= {f"{prefix}expert.{expert}.{name}": LazyTensor.of(value) for name, value in named.items()}
+    return tensors

@@ -1,0 +1,153 @@
+"""Import of a Hugging Face checkpoint as a run, as it is or with other feed-forward layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from moe_dist.config import RunConfig, load_config
+from moe_dist.data import Tokenizer, open_tokenizer
+from moe_dist.data.hf_tokenizer import find_hf_tokenizer
+from moe_dist.errors import ConfigError
+from moe_dist.integrations.huggingface.compress_mixture import compressed
+from moe_dist.integrations.huggingface.families import OUR_ARCHITECTURE, OUR_MODEL_TYPE, family_of
+from moe_dist.integrations.huggingface.gguf_file import as_folder
+from moe_dist.integrations.huggingface.imported_tensors import ConvertedModel, ImportedModel, copied, upcycled
+from moe_dist.integrations.huggingface.own_format import own_sections, own_tensors, read_routing_state
+from moe_dist.integrations.huggingface.source_folder import SourceFolder
+from moe_dist.integrations.huggingface.tensor_links import links_of
+from moe_dist.integrations.huggingface.write_run import new_folder, write_run
+
+LEARNING_RATE = 1e-4
+"""Default of an imported run: far below that of random weights."""
+MAY_CHANGE = {"sequence_length", "init_std", "activation_checkpointing"}
+"""Keys of `model` that a word may change, since they leave the function as it is."""
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Options of an import beside the settings of its run.
+
+    Attributes:
+        noise: noise on the copies of a dense network as standard experts, as a share of each matrix's deviation.
+        text: files of calibration text for a compression; empty: the library source of Python.
+        tokens: number of calibration tokens.
+    """
+
+    noise: float = 0.01
+    text: tuple[str, ...] = ()
+    tokens: int = 32768
+
+
+@dataclass(frozen=True)
+class ImportedRun:
+    """Imported run.
+
+    Attributes:
+        output_errors: relative error of each expert's output on held-out tokens, by layer; empty if not compressed.
+    """
+
+    config: RunConfig
+    architecture: str
+    parameters: int
+    output_errors: Sequence[Sequence[float]]
+
+
+def import_model(source: Path, target: Path, words: Sequence[str], options: ImportOptions) -> ImportedRun:
+    """Write a checkpoint as the run `target`, with the configuration of its family and changes by `words`.
+
+    With moe.kind=clustered or standard a dense model is upcycled, and with moe.kind=clustered a mixture is compressed.
+
+    Args:
+        source: folder of config.json and safetensors, or a GGUF file.
+        words: `key.sub=value` settings.
+
+    Raises:
+        MoeDistError: one line; nothing is left at `target`.
+    """
+    with new_folder(target) as folder, as_folder(source, folder.parent) as found:
+        checkpoint = SourceFolder(found)
+        tokenizer = open_tokenizer(find_hf_tokenizer(str(found)))
+        plain, config = _configurations(checkpoint, target.absolute(), words)
+        config.tokenizer.embedding_rows(tokenizer.vocab_size)
+        links = list(links_of(plain.config, plain.vocab_size, plain.family))
+        checkpoint.require({name: shape for link in links for name, shape in link.theirs.items()})
+        model = _converted(plain, config, checkpoint, tokenizer, options)
+        write_run(folder, config, plain.vocab_size, model, tokenizer)
+    parameters = sum(prod(tensor.shape) for tensor in model.tensors.values())
+    architecture = plain.family.architecture if plain.family else OUR_ARCHITECTURE
+    return ImportedRun(config, architecture, parameters, model.output_errors)
+
+
+def _configurations(checkpoint: SourceFolder, run: Path, words: Sequence[str]) -> tuple[ImportedModel, RunConfig]:
+    """Return the model as it is, and the configuration of the run.
+
+    Raises:
+        ConfigError: the model is not supported, or a word would change what it computes.
+    """
+    hf = checkpoint.hf
+    if hf.get("quantization_config"):
+        raise ConfigError(f"{checkpoint.folder}: weights quantized by {hf['quantization_config']} are not supported")
+    ours = hf.get("model_type") == OUR_MODEL_TYPE
+    family = None if ours else family_of(hf)
+    tree: dict[str, Any] = {
+        "name": run.name,
+        "runs_dir": str(run.parent),
+        "tokenizer": {"kind": "hf", "path": str(run), "vocab_size": hf["vocab_size"]},
+        "optimizer": {"learning_rate": LEARNING_RATE},
+        "checkpoint": {"init": str(run)},
+        **(own_sections(hf) if family is None else family.sections(hf)),
+    }
+    tree["moe"]["wire_dtype"] = "float32"
+    plain, config = load_config(None, (), tree), load_config(None, words, tree)
+    _require_same_model(plain, config)
+    return ImportedModel(plain, family, hf["vocab_size"]), config
+
+
+def _require_same_model(plain: RunConfig, config: RunConfig) -> None:
+    for section, keys in (
+        ("model", set(type(plain.model).model_fields) - MAY_CHANGE),
+        ("moe", set(_fixed(plain, config))),
+    ):
+        for key in sorted(keys):
+            own, wanted = getattr(getattr(plain, section), key), getattr(getattr(config, section), key)
+            if own != wanted:
+                raise ConfigError(f"{section}.{key}={wanted} is not that of the model, {own}: leave it out")
+
+
+def _fixed(plain: RunConfig, config: RunConfig) -> Sequence[str]:
+    """Return the keys of `moe` that an import cannot change."""
+    always = ("expert_hidden", "dense_hidden", "gate_scale", "normalize_gates")
+    shared = ("shared_expert_hidden", "shared_expert_gate")
+    if plain.moe.kind == config.moe.kind:
+        routed = ("experts", "top_k", "clusters", "top_clusters", "rank", "base", "base_rank", "expert_vectors")
+        return (*always, *shared, *(routed if plain.moe.layer_kind.routed else ()))
+    if plain.moe.kind == "dense":
+        return (*always, *shared)
+    if not config.moe.layer_kind.clustered:
+        raise ConfigError(f"moe.kind={config.moe.kind}: a mixture can be imported as standard or clustered experts")
+    return (*always, *shared, "experts")
+
+
+def _converted(
+    plain: ImportedModel, config: RunConfig, checkpoint: SourceFolder, tokenizer: Tokenizer, options: ImportOptions
+) -> ConvertedModel:
+    """Return the model of the run."""
+    if plain.config.moe.kind == config.moe.kind:
+        tensors = copied(links_of(plain.config, plain.vocab_size, plain.family), checkpoint)
+        if plain.family is not None:
+            return ConvertedModel(tensors)
+        placements, biases = read_routing_state(config, checkpoint)
+        return ConvertedModel(tensors | own_tensors(config, checkpoint), placements, biases=biases)
+    if plain.family is None:
+        raise ConfigError(
+            f"moe.kind={config.moe.kind}: the model is {plain.config.moe.kind} and of our own class: leave it out"
+        )
+    if config.moe.layer_kind.clustered and config.moe.two_level_base:
+        raise ConfigError(f"moe.base={config.moe.base} cannot be filled by an import yet: use moe.base=cluster")
+    if plain.config.moe.layer_kind.routed:
+        return compressed(config, plain, checkpoint, tokenizer, options.text, options.tokens)
+    if config.moe.kind == "standard" and config.moe.top_k == 1:
+        raise ConfigError("moe.top_k=1 with moe.kind=standard scales a copy by its probability: must be >= 2")
+    return upcycled(config, plain, checkpoint, options.noise)

@@ -1,0 +1,19 @@
+"""Attention inside documents only, for sequences that hold several.
+
+Positions need no restart: rotary attention depends on differences of positions, and these are the same.
+
+Shapes: B sequences, S tokens.
+"""
+
+from torch import Tensor
+
+
+def document_mask(tokens_BS: Tensor, end_of_document: int) -> Tensor:
+    """Return which token (row) attends to which (column), bool [B, 1, S, S]: itself and earlier ones of its document.
+
+    Args:
+        end_of_document: the token that ends each document and belongs to it.
+    """
+    ends_BS = (tokens_BS == end_of_document).long()
+    document_BS = ends_BS.cumsum(1) - ends_BS
+    return (document_BS[:, :, None] == document_BS[:, None, :]).tril()[:, None]
