@@ -12,7 +12,7 @@ class CorpusConfig(Section):
     """Source of training and validation text."""
 
     kind: Literal["stdlib", "text", "hub"] = Field("stdlib", description="stdlib: Python's own library source, offline")
-    paths: list[PathText] = Field([], description="files or globs: .txt .jsonl .parquet (text)")
+    paths: list[PathText] = Field([], description="files or globs: .txt .jsonl (also .gz .zst) .parquet (text)")
     validation_paths: list[PathText] = Field(
         [], description="held-out files (text); empty: a fraction of the documents"
     )
