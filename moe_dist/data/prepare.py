@@ -16,6 +16,7 @@ import sentencepiece
 
 from moe_dist.config import CorpusConfig, TokenizerConfig
 from moe_dist.data.cache import atomic_write, exclusive, remove_leftovers
+from moe_dist.data.chats import ChatEncoder
 from moe_dist.data.corpora import Corpus, open_corpus
 from moe_dist.data.documents import Document, limit_bytes
 from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer, find_hf_tokenizer
@@ -122,11 +123,12 @@ def _make(folder: Path, corpus: Corpus, config: TokenizerConfig, imported: Mappi
     assert found is not None, "it was written above"
     tokenizer = open_tokenizer(found)
     rows = config.embedding_rows(tokenizer.vocab_size)
+    encoder = ChatEncoder(tokenizer) if corpus.config.kind == "chat" else tokenizer
     checksums = []
     for name, documents in split._asdict().items():
         logger.info("encoding %d documents (%s)", len(documents), name)
         path = folder / f"{name}.tokens"
-        write_token_file(path, (document.text for document in documents), tokenizer, rows)
+        write_token_file(path, (document.text for document in documents), encoder, rows)
         checksums.append(open_token_file(path).checksum)
     manifest = {"tokenizer_sha256": hashlib.sha256(found.read_bytes()).hexdigest(), "checksums": checksums}
     with atomic_write(folder / "manifest.json") as path:

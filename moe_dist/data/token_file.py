@@ -1,22 +1,23 @@
 """Token ids of one split of a corpus in a memory-mapped file.
 
-Layout: a header block of 4096 bytes (magic, then JSON, then spaces), then the ids as little-endian uint16 or uint32.
+Layout: a header block of 4096 bytes (magic, then JSON, then spaces), then the ids as little-endian uint16 or uint32, or
+int32 if some are complements of ids that are no targets (`chats.py`).
 Every document is followed by one end-of-document token. The header holds a CRC-32 over its other facts and all ids.
 """
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_dist.data.cache import atomic_write
-from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.errors import DataError
 
 _MAGIC = b"moe-dist tokens 1\n"
@@ -52,21 +53,41 @@ class TokenFile:
     def __len__(self) -> int:
         return self.facts.tokens
 
+    @cached_property
+    def target_share(self) -> float:
+        """Share of the tokens that are targets of the loss."""
+        return float((self.ids >= 0).mean()) if self.ids.dtype.kind == "i" else 1.0
 
-def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer, rows: int | None = None) -> None:
+
+class Encoder(Protocol):
+    """Encoder of documents: a tokenizer, or one that marks context by negative ids.
+
+    Attributes:
+        end_of_document: id that follows each document.
+    """
+
+    vocab_size: int
+    end_of_document: int
+
+    def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Yield the token ids of each text, in order."""
+
+
+def write_token_file(path: Path, texts: Iterable[str], tokenizer: Encoder, rows: int | None = None) -> None:
     """Encode documents to `path`, atomically.
 
     Args:
         rows: rows of the model's embedding; None: as many as the tokenizer has ids.
     """
     rows = rows or tokenizer.vocab_size
-    dtype = np.dtype("<u2" if rows <= 1 << 16 else "<u4")
+    eod = tokenizer.end_of_document
+    dtype = np.dtype("<i4" if eod < 0 else "<u2" if rows <= 1 << 16 else "<u4")
     tokens = documents = size = words = lines = crc = 0
     to_count, to_encode = tee(texts)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(b" " * _HEADER_BYTES)
         for text, ids in zip(to_count, tokenizer.encode_all(to_encode), strict=True):
-            data = np.array([*ids, tokenizer.end_of_document], dtype=dtype).tobytes()
+            data = np.array([*ids, eod], dtype=dtype).tobytes()
             file.write(data)
             crc = zlib.crc32(data, crc)
             tokens += len(ids) + 1
@@ -74,8 +95,7 @@ def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer, row
             size += len(text.encode())
             words += len(text.split())
             lines += text.count("\n")
-        eod = tokenizer.end_of_document
-        facts = TokenFacts(tokens, documents, size, words, lines, rows, eod, dtype.str)
+        facts = TokenFacts(tokens, documents, size, words, lines, rows, max(eod, ~eod), dtype.str)
         file.seek(0)
         file.write(_header(facts, crc))
 
@@ -117,7 +137,7 @@ def _parse(path: Path, header: bytes) -> tuple[TokenFacts, int]:
             raise ValueError("magic")
         content = json.loads(header.removeprefix(_MAGIC))
         facts, checksum = TokenFacts(**content["facts"]), int(content["checksum"])
-        if facts.dtype not in ("<u2", "<u4") or not isinstance(facts.tokens, int) or facts.tokens < 1:
+        if facts.dtype not in ("<u2", "<u4", "<i4") or not isinstance(facts.tokens, int) or facts.tokens < 1:
             raise ValueError("facts")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"token file {path} is damaged: its header is not one of a token file; remove it") from error
