@@ -28,6 +28,10 @@ class ExpertMatrices:
         """Convert to float64."""
         return ExpertMatrices(self.w_in_DH.double(), self.w_out_FD.double())
 
+    def float(self) -> "ExpertMatrices":
+        """Convert to float32."""
+        return ExpertMatrices(self.w_in_DH.float(), self.w_out_FD.float())
+
     def hidden(self, x_TD: Tensor) -> Tensor:
         """Compute the hidden units of some tokens, [T, F]."""
         gate_TF, up_TF = (x_TD @ self.w_in_DH).chunk(2, dim=1)

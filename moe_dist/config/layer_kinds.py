@@ -183,11 +183,6 @@ class ClusteredKind(StandardKind):
                 f"moe.overlap_chunks={moe.overlap_chunks} does not work with {key}, which needs all tokens of "
                 "a micro-batch together: use auto or 1"
             )
-        if moe.two_level_base and moe.warmup_standard:
-            raise ConfigError(
-                f"moe.warmup_standard={moe.warmup_standard} does not work with moe.base={moe.base} yet, which has no "
-                "full base of a cluster to fill: set one of the two to its default"
-            )
         check_shared_expert(moe)
 
     def check_layout(self, world: "WorldConfig", moe: "MoEConfig") -> None:

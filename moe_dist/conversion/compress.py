@@ -60,6 +60,8 @@ class CompressedLayer:
 
     placement: ExpertPlacement
     clusters: list[CompressedCluster]
+    shared: ExpertMatrices | None = None
+    """First level of two-level bases, the same on all ranks."""
 
     @cached_property
     def figures(self) -> Tensor:
@@ -114,9 +116,9 @@ def _base(
     layer: FullExpertLayer, members: tuple[int, ...], usage_E: Tensor, moe: MoEConfig, seed: int
 ) -> tuple[ExpertMatrices, dict[str, GatheredOptimizerState]]:
     """Return a cluster's new base, and the states of its parameters."""
-    mean, shared = _mean(layer, members, usage_E), layer.shared
+    mean, shared = mean_weights(layer, members, usage_E), layer.shared
     if shared is None:
-        mean = ExpertMatrices(mean.w_in_DH.float(), mean.w_out_FD.float())
+        mean = mean.float()
         return mean, {"w_in_DH": {MASTER: mean.w_in_DH}, "w_out_FD": {MASTER: mean.w_out_FD}}
     drawn = None if min(mean.w_out_FD.shape) <= EXACT_UP_TO else seed
     factors = [
@@ -130,8 +132,8 @@ def _base(
     return shared.with_factors(*factors), dict(zip(("in_p_DR", "in_q_RH", "out_p_FR", "out_q_RD"), states, strict=True))
 
 
-def _mean(layer: FullExpertLayer, members: tuple[int, ...], usage_E: Tensor) -> ExpertMatrices:
-    """Compute the usage-weighted mean of the weights over all ranks' members, float64."""
+def mean_weights(layer: FullExpertLayer, members: Collection[int], usage_E: Tensor) -> ExpertMatrices:
+    """Compute the usage-weighted mean of some experts' weights over all ranks, float64; collective."""
     share_E = _shares(usage_E, members)
     total = layer.zeros.double()
     for expert in (one for one in layer.experts if one.number in members):
@@ -149,7 +151,7 @@ def _sum_bytes(layer: FullExpertLayer) -> int:
     return (layer.zeros.w_in_DH.numel() + layer.zeros.w_out_FD.numel()) * 8 * ranks * (ranks - 1)
 
 
-def _shares(usage_E: Tensor, members: tuple[int, ...]) -> Tensor:
+def _shares(usage_E: Tensor, members: Collection[int]) -> Tensor:
     """Return the weights of a cluster's members, of sum 1; equal if none was used."""
     share_E = torch.zeros_like(usage_E)
     share_E[list(members)] = usage_E[list(members)]

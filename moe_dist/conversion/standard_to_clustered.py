@@ -7,7 +7,7 @@ Shapes: L layers, E experts, G clusters, D hidden.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_dist.clustering import FusedSimilarity, cluster_quality
 from moe_dist.config import RunConfig
 from moe_dist.conversion.calibration_tokens import LayerTokens, standard_layers
-from moe_dist.conversion.compress import CompressedLayer, compress_clusters
+from moe_dist.conversion.compress import CompressedLayer, compress_clusters, mean_weights
 from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage_of
 from moe_dist.conversion.full_experts import FullExpertLayer
 from moe_dist.conversion.read_standard_experts import read_standard_experts
@@ -23,7 +23,7 @@ from moe_dist.conversion.write_parameters import write_cluster
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.gathered_optimizer_state import OwnedState, write_whole
-from moe_dist.engine.optimizer_state import OptimizerState
+from moe_dist.engine.optimizer_state import MASTER, OptimizerState
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.parameter_class import ParameterClass, class_of
 from moe_dist.moe.standard_moe import StandardMoE
@@ -79,8 +79,10 @@ def cluster_layer(
     similarity = similarity_of(held, layer.router.weight_ED, usage_E, config)
     members = members_of(similarity, usage_E, config)
     placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape).with_members(members)
+    if moe.two_level_base:
+        held = replace(held, shared=mean_weights(held, range(moe.experts), usage_E).float())
     made = compress_clusters(held, placement, usage_E, moe, mesh, config.seed, range(moe.clusters))
-    return CompressedLayer(placement, list(made)), _within(similarity, members)
+    return CompressedLayer(placement, list(made), held.shared), _within(similarity, members)
 
 
 def write_clustered(start: ClusteredStart, model: LanguageModel, state: OptimizerState) -> None:
@@ -91,8 +93,11 @@ def write_clustered(start: ClusteredStart, model: LanguageModel, state: Optimize
         layer.follow_placement()
         for cluster in start.layers[number].clusters:
             write_cluster(cluster, layer.placement, layer, state)
+        if (shared := start.layers[number].shared) is not None and layer.shared_base is not None:
+            for name, parameter in layer.shared_base.named_parameters():
+                write_whole(state, parameter, {MASTER: getattr(shared, name)})
     for name, parameter in model.named_parameters():
-        if class_of(parameter) is ParameterClass.DENSE:
+        if class_of(parameter) is ParameterClass.DENSE and ".shared_base." not in name:
             write_whole(state, parameter, start.dense[name].whole(device))
     state.steps = start.steps
     _write_biases(start, model)

@@ -1,5 +1,6 @@
 """Training steps on DeepSpeed: gradient accumulation, reduction by parameter class, clipping, ZeRO, AdamW."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from moe_dist.config import BatchShape, RunConfig
@@ -14,6 +16,7 @@ from moe_dist.distributed.init import RankInfo
 from moe_dist.engine import gradient_norm
 from moe_dist.engine.deepspeed_init import init_deepspeed
 from moe_dist.engine.expert_process_groups import MarkedModel, register_groups
+from moe_dist.engine.loss_scale import INITIAL, LossScale
 from moe_dist.engine.offloaded_adamw import OffloadedAdamW
 from moe_dist.engine.optimizer import build_optimizer
 from moe_dist.engine.optimizer_state import OptimizerState
@@ -43,8 +46,21 @@ class StepOutcome:
 class DeepSpeedEngine:
     """Language model with its optimizer and DeepSpeed engine."""
 
-    def __init__(self, model: LanguageModel, config: RunConfig, batch: BatchShape, process: RankInfo) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: RunConfig,
+        batch: BatchShape,
+        process: RankInfo,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        """Create optimizer and engine.
+
+        Args:
+            loss_scale: loss scale of an earlier engine to continue; None: a new one.
+        """
         init_deepspeed()
+        self.loss_scale = loss_scale or LossScale(config.train.precision == "float16")
         self.model, self.config, self.batch, self.process = model.to_device(process.device), config, batch, process
         mesh = model.context.mesh
         register_groups(model, mesh)
@@ -71,21 +87,36 @@ class DeepSpeedEngine:
             stop_wanted: returns True if this rank was asked to stop after the step; called once, at the end.
         """
         loss = torch.zeros((), device=self.process.device)
+        if self.loss_scale.enabled:
+            self._engine.optimizer.loss_scale = self.model.context.balance.loss_scale = self.loss_scale.scale
         for sequence_BS in sequences_BS.to(self.process.device).split(self.batch.micro):
             if self._memory is not None:
                 self._memory.last_pass = self._engine.is_gradient_accumulation_boundary()
             micro_loss = self._engine(sequence_BS)
-            self._engine.backward(micro_loss)
+            self._engine.backward(self._missing_scale * micro_loss)
             loss += micro_loss.detach().float() / self.batch.accumulation
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
         return self._reduce_outcome(loss, stop_wanted())
 
     def update(self, outcome: StepOutcome, learning_rate: float) -> float:
-        """Clip gradients, update weights and balance biases; return the global gradient norm before clipping."""
+        """Clip gradients, update weights and balance biases; return the global gradient norm before clipping.
+
+        If gradients overflow float16 on any rank, all ranks skip the update: weights, moments, their step count and
+        biases stay as they are, only the loss scale changes, and the norm is infinite.
+
+        Raises:
+            TrainingError: gradients overflow at the smallest loss scale.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         self._engine.step()
+        overflow = self.loss_scale.enabled and bool(self._engine.optimizer.overflow)
+        self.loss_scale.update(overflow)
+        if overflow:
+            if self._offloaded is not None:
+                self._offloaded.discard_gradients()
+            return math.inf
         if self._offloaded is not None:
             norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
             factor = gradient_norm.clip_factor(self._engine.optimizer, norm, self.config.optimizer.clip_norm)
@@ -93,6 +124,11 @@ class DeepSpeedEngine:
         if self.config.moe.layer_kind.routed:
             self.model.context.balance.update(self._count_LE, self.model.context.placements)
         return float(self._engine.optimizer._global_grad_norm)
+
+    @property
+    def _missing_scale(self) -> float:
+        """Factor of the loss that DeepSpeed omits: without ZeRO its engine does not apply the loss scale."""
+        return 1.0 if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer) else self.loss_scale.scale
 
     def training_state(self) -> OptimizerState:
         """Return the master weights and moments of the parameters; to be used between two steps only."""
@@ -133,6 +169,7 @@ def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": config.train.precision == "bfloat16"},
+        "fp16": {"enabled": config.train.precision == "float16", "loss_scale": INITIAL},  # `LossScale` changes it
         "zero_optimization": {
             "stage": config.world.zero_stage,
             "contiguous_gradients": True,

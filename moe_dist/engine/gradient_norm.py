@@ -57,11 +57,17 @@ def install(engine: Any, copies_of: CopiesOf, clip_norm: float, elsewhere: Squar
 
 
 def clip_factor(optimizer: Any, norm: Tensor, clip_norm: float) -> Tensor | None:
-    """Return the factor by which an optimizer multiplies its gradients, bit-identical to its own; None: no clipping."""
+    """Return the factor by which an optimizer multiplies its gradients, bit-identical to its own; None: 1.
+
+    Args:
+        norm: global norm of the gradients, divided by the optimizer's loss scale.
+    """
+    mixed = isinstance(optimizer, (DeepSpeedZeroOptimizer, FP16_UnfusedOptimizer))
+    scale = optimizer.loss_scale if mixed else 1.0
     if clip_norm == 0:
-        return None
-    if isinstance(optimizer, (DeepSpeedZeroOptimizer, FP16_UnfusedOptimizer)):
-        return 1.0 / ((norm + 1e-6) / clip_norm).clamp(min=1.0)
+        return None if scale == 1 else torch.tensor(1.0 / scale)
+    if mixed:
+        return 1.0 / (((norm + 1e-6) / clip_norm).clamp(min=1.0) * scale)
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -76,18 +82,18 @@ def _install_partitioned(optimizer: Any, elsewhere: Square) -> None:
 
 def _install_unfused(optimizer: Any, copies_of: CopiesOf, device: torch.device, elsewhere: Square) -> None:
     clip = optimizer.unscale_and_clip_grads
+    scaled = torch.zeros((), device=device)
+
+    def overflows(param_groups: Any = None) -> bool:
+        held = (parameter for group in optimizer.fp16_groups for parameter in group if parameter.grad is not None)
+        scaled.copy_(global_norm(((one.grad, copies_of(one)) for one in held), device, elsewhere))
+        return not scaled.isfinite()
 
     def clip_by_true_norm(self: Any, total_norm: Any, apply_scale: bool = True) -> Any:
-        pairs = [
-            pair
-            for groups in zip(self.fp32_groups, self.fp16_groups, strict=True)
-            for pair in zip(*groups, strict=True)
-        ]
-        self._global_grad_norm = global_norm(
-            ((master.grad, copies_of(held)) for master, held in pairs), device, elsewhere
-        )
-        return clip(self._global_grad_norm, apply_scale)
+        self._global_grad_norm = scaled / self.loss_scale
+        return clip(scaled, apply_scale)
 
+    optimizer.overflow_checker.check = overflows  # before the gradients are used; DeepSpeed knows no others
     optimizer.unscale_and_clip_grads = MethodType(clip_by_true_norm, optimizer)
 
 

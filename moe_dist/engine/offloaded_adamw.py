@@ -91,6 +91,14 @@ class OffloadedAdamW:
         self.updates += len(self.memory.clusters)
         self.steps += 1
 
+    def discard_gradients(self) -> None:
+        """Drop the gradients of a step that is skipped."""
+        self._square.clear()
+        for cluster in self.memory.clusters.values():
+            if cluster.has_gradient:
+                self.memory.device.drop(cluster.block(TensorKind.GRADIENT))
+                cluster.has_gradient = False
+
     @torch.no_grad()
     def catch_up(self, cluster: OffloadedCluster) -> None:
         """Make the deferred updates of a cluster."""

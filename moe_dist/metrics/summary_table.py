@@ -93,6 +93,9 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Pat
     table.add_row("speed", f"{_number(at('tokens_per_second'), ',.0f')} tokens/s")
     if (first := at("first_step_seconds")) is not None:
         table.add_row("time", f"{_phases(at('wall_seconds') or {})}; first step done after {first:.1f} s")
+    if (scaling := at("loss_scale")) is not None:
+        skipped = f"{scaling['skipped_steps']} steps skipped, whose gradients overflowed float16"
+        table.add_row("loss scale", f"{scaling['scale']:g}; {skipped}")
     table.add_row("parameters", f"{_count(at('parameters.total'))} total")
     table.add_row("in experts", _experts(summary))
     if (stored := at("validation.loss_stored")) is not None:

@@ -40,7 +40,7 @@ def attach_router_losses(
         if loss_and_weight is not None:
             loss, weight = loss_and_weight[0], loss_and_weight[1] * scale
             balance.router_loss_2[entry] += weight * loss.detach()
-            x = attach_loss(x, loss, weight)
+            x = attach_loss(x, loss, weight * balance.loss_scale)
     return x
 
 

@@ -85,6 +85,7 @@ class BalanceState:
         count_LE: copies routed to each expert since the last update; those dropped by experts are included.
         dropped_L: copies dropped beyond the capacity. Copies dropped in stage one are not in `count_LE`.
         router_loss_2: balance loss and z-loss added to this rank's total loss since the last update.
+        loss_scale: factor of the gradients that attached losses get, as of those of the total loss (float16).
         counting: False: loads are not counted.
     """
 
@@ -94,6 +95,7 @@ class BalanceState:
     count_LE: Tensor
     dropped_L: Tensor
     router_loss_2: Tensor
+    loss_scale: float = 1.0
     counting: bool = field(default=True)
 
     @classmethod

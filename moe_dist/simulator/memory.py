@@ -44,7 +44,7 @@ def replicas(shape: WorldShape) -> dict[ParameterClass, int]:
 def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int) -> Memory:
     """Predict the bytes at the peak of a step, just before the first gradients are computed."""
     held = parameters_on_rank(config, shape, vocabulary)
-    stage, half = config.world.zero_stage, config.train.precision == "bfloat16"
+    stage, half = config.world.zero_stage, config.train.precision != "float32"
     size = 2 if half else FLOAT32
     masters = FLOAT32 if half or stage > 0 else 0
     gradients = optimizer = 0.0

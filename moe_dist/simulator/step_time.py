@@ -188,7 +188,7 @@ def reduction_rounds(config: RunConfig, batch: BatchShape) -> int:
 
 
 def _reduction(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int, fabric: Fabric) -> float:
-    size = 2 if config.train.precision == "bfloat16" else 4
+    size = 4 if config.train.precision == "float32" else 2
     held = parameters_on_rank(config, shape, vocabulary)
     return reduction_rounds(config, batch) * sum(
         reduce_seconds(size * held[kind], sharing, _on_node(kind, shape, fabric), fabric)

@@ -103,6 +103,8 @@ class MetricsLogger(Callback):
             "learning_rate": report.learning_rate,
             "gradient_norm": report.gradient_norm,
         }
+        if (scaling := self._engine.loss_scale.figures()) is not None:
+            train |= {"loss_scale": scaling["scale"], "skipped_steps": scaling["skipped_steps"]}
         if moe.balance == "aux_loss":
             train["balance_loss"] = report.outcome.balance_loss
         if moe.z_loss_weight:

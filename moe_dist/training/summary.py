@@ -47,6 +47,7 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
         "name": config.name,
         "kind": config.moe.kind,
         **found,
+        "loss_scale": trainer.loss_scale.figures(),
         "parameters": vars(counts),
         "all_to_all": {
             **all_to_all_totals(trainer.ledger, found["tokens"], config.model.layers, process),

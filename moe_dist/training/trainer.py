@@ -27,6 +27,7 @@ from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
+from moe_dist.engine.loss_scale import LossScale
 from moe_dist.errors import CheckpointError, DataError, TrainingError, file_error
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics.recorder import Recorder
@@ -138,6 +139,7 @@ class Trainer:
         self.batch, self.steps_done = resolve_batch(config, process.ranks), steps_done
         self.mesh = Mesh.create(shape, process.timeout)
         self.ledger = TrafficLedger(Links.discover(process.device))
+        self.loss_scale = LossScale(config.train.precision == "float16")
         self.build(config.phase_after(steps_done))
         self.loader = SequenceLoader(
             data.train,
@@ -169,7 +171,7 @@ class Trainer:
                 )
             self.model.end_of_document = self.data.train.facts.end_of_document
             self.model.target_share = self.data.train.target_share
-            self.engine = DeepSpeedEngine(self.model, config, self.batch, self.process)
+            self.engine = DeepSpeedEngine(self.model, config, self.batch, self.process, self.loss_scale)
         except BaseException:
             self.__exit__()
             raise
@@ -209,6 +211,8 @@ class Trainer:
         parts: dict[str, Stateful] = {"traffic": self.ledger}
         if self.model.context.statistics is not None:
             parts["statistics"] = self.model.context.statistics
+        if self.loss_scale.enabled:
+            parts["loss_scale"] = self.loss_scale
         for callback in self.callbacks:
             parts |= callback.state()
         return parts
@@ -300,7 +304,8 @@ class Trainer:
             signals.reached()
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
         norm = self.engine.update(outcome, rate)
-        _stop_if_norm_broken(step, norm)
+        if not self.loss_scale.skipped:
+            _stop_if_norm_broken(step, norm)
         report = StepReport(step, outcome, rate, norm, sequences_BS, lambda: self.loader.batch(step))
         for callback in self.callbacks:
             callback.after_update(report)

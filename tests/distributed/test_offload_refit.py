@@ -82,7 +82,12 @@ def _summary(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("ranks", "words"),
-    [(1, ["world.zero_stage=1"]), (2, ["world.cluster=2", "world.zero_stage=2"]), (2, ["world.data=2"])],
+    [
+        (1, ["world.zero_stage=1"]),
+        (2, ["world.cluster=2", "world.zero_stage=2"]),
+        (2, ["world.data=2"]),
+        (1, TWO_LEVELS[:2]),
+    ],
 )
 def test_a_warm_up_and_what_follows_it_are_the_same_and_resume(tmp_path: Path, ranks: int, words: list[str]) -> None:
     """Standard experts are offloaded, converted and refitted; runs resume before and after, with and without tiers."""

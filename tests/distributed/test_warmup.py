@@ -127,9 +127,10 @@ def test_what_is_not_an_expert_is_kept_whole_and_the_old_model_is_freed(tmp_path
         assert seen["members"][0] != seen["members"][1], "each layer is clustered by itself"
 
 
-def test_nothing_changes_where_nothing_is_cut_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("levels", [[], ["moe.base=shared+cluster"]], ids=["one level", "two levels"])
+def test_nothing_changes_where_nothing_is_cut_off(tmp_path: Path, levels: list[str]) -> None:
     """One cluster and full rank: the clustered model is the standard one in another form."""
-    (seen,) = run_ranks(_change_and_look, 1, _words(tmp_path, "moe.clusters=1", "moe.rank=32"))
+    (seen,) = run_ranks(_change_and_look, 1, _words(tmp_path, "moe.clusters=1", "moe.rank=32", *levels))
     figures = seen["figures"]
     assert figures["loss_after"] == pytest.approx(figures["loss_before"], rel=1e-5)
     assert figures["output_error_largest"] < 1e-4 < figures["output_error_of_bases"]

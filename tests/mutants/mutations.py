@@ -535,8 +535,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "prefetch backward in the forward pass",
-            "in self.next_clusters(cluster, 1)]",
-            "in self.next_clusters(cluster, -1)]",
+            "in self.next_clusters(cluster, 1) if",
+            "in self.next_clusters(cluster, -1) if",
         ),
         (
             "prefetch forward in the backward pass",
@@ -766,6 +766,47 @@ MUTATIONS: tuple[Mutation, ...] = (
             "loss_sum, dropped, stops, balance_loss, z_loss = sums",
             "loss_sum, dropped, stops, z_loss, balance_loss = sums",
         ),
+    ),
+    *_of(
+        "engine/offloaded_adamw.py",
+        f"{UNIT}/engine/test_lazy_updates.py",
+        (
+            "missed updates at the last learning rate",
+            "step, rate, rule)\n            _round",
+            "step, self._rates[-1], rule)\n            _round",
+        ),
+        ("missed updates as if made now", "self.steps - cluster.behind))", "self.steps))"),
+        ("learning rates of the first steps", "[-furthest:] if furthest", "[:furthest] if furthest"),
+        (
+            "active clusters not caught up",
+            "            self.catch_up(cluster)\n            self._step",
+            "            self._step",
+        ),
+        (
+            "missed updates of the first chunk alone",
+            "range(run.start, run.stop, CHUNK)",
+            "range(run.start, run.start + 1, CHUNK)",
+        ),
+    ),
+    *_of(
+        "memory/offloaded_cluster.py",
+        f"{UNIT}/engine/test_lazy_updates.py",
+        ("weights used behind", "        self._schedule.before_use(self)\n", ""),
+    ),
+    *_of(
+        "engine/loss_scale.py",
+        f"{UNIT}/engine/test_loss_scale.py",
+        (
+            "overflows do not count against the window",
+            "0 if overflow else self._good_steps + 1",
+            "self._good_steps + 1",
+        ),
+        ("scale grows by overflows", "self.scale /= 2", "self.scale *= 2"),
+    ),
+    *_of(
+        "moe/attached_loss.py",
+        "tests/distributed/test_float16.py",
+        ("attached losses not scaled", "weight * balance.loss_scale", "weight"),
     ),
     *_of(
         "engine/optimizer.py",

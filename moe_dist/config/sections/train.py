@@ -34,11 +34,11 @@ class TrainConfig(Section):
     micro_batch_size: Positive | None = Field(
         None, description="sequences of a micro-batch per rank; null: no accumulation"
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         validate_default=True,
-        description="bfloat16 keeps float32 master weights; auto: bfloat16 on a GPU or a CPU with instructions for it, "
-        "else float32",
+        description="bfloat16 and float16 keep float32 master weights, float16 with dynamic loss scaling; auto: "
+        "bfloat16 on a GPU or a CPU with instructions for it, else float32",
     )
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="wsd: warm-up, stable, decay")
     warmup_steps: NonNegative = 20

@@ -24,6 +24,7 @@ from moe_dist.conversion.read_standard_experts import align_experts
 from moe_dist.conversion.standard_to_clustered import cluster_layer
 from moe_dist.data import Tokenizer
 from moe_dist.data.corpora import open_corpus
+from moe_dist.data.split import TRAIN
 from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
@@ -85,7 +86,7 @@ def _sequences(text: Sequence[str], tokenizer: Tokenizer, count: int, length: in
     """Return calibration sequences [count, length] of the first documents."""
     corpus = CorpusConfig(kind="text", paths=list(text)) if text else CorpusConfig()
     ids: list[int] = []
-    for document in tokenizer.encode_all(document.text for document in open_corpus(corpus).documents().train):
+    for document in tokenizer.encode_all(document.text for document in open_corpus(corpus).split().side(TRAIN)):
         ids += [*document, tokenizer.end_of_document]
         if len(ids) >= count * length:
             return torch.tensor(ids[: count * length]).view(count, length)

@@ -98,11 +98,15 @@ def test_clipping_shrinks_large_gradients_and_leaves_small_ones() -> None:
 
 def test_partitioned_clipping_divides_as_deepspeed_does(monkeypatch: pytest.MonkeyPatch) -> None:
     class Partitioned:
-        pass
+        loss_scale = 1.0
 
     monkeypatch.setattr("moe_dist.engine.gradient_norm.DeepSpeedZeroOptimizer", Partitioned)
     assert clip_factor(Partitioned(), torch.tensor(8.0), 2.0) == pytest.approx(0.25, rel=1e-6)
     assert clip_factor(Partitioned(), torch.tensor(1.0), 2.0) == 1
+    assert clip_factor(Partitioned(), torch.tensor(1.0), 0.0) is None
+    Partitioned.loss_scale = 4.0
+    assert clip_factor(Partitioned(), torch.tensor(8.0), 2.0) == pytest.approx(0.25 / 4, rel=1e-6)
+    assert clip_factor(Partitioned(), torch.tensor(8.0), 0.0) == 0.25
 
 
 @pytest.mark.parametrize(

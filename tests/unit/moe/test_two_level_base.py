@@ -66,16 +66,7 @@ def test_parameters_by_hand() -> None:
     assert counted == (router + shared, part, 2 * residual)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["moe.warmup_standard=0.5"], "moe.warmup_standard=0.5 does not work with moe.base=shared\\+cluster yet"),
-        (
-            ["recluster.period=9", "recluster.transition=refit"],
-            "recluster.transition=refit does not work with moe.base",
-        ),
-    ],
-)
-def test_what_needs_full_bases_is_refused(words: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_config(None, ["moe.base=shared+cluster", *words])
+def test_a_rank_that_a_refit_cannot_make_is_refused() -> None:
+    words = ["moe.base=shared+cluster", "model.hidden_size=32", "moe.base_rank=33", "recluster.transition=refit"]
+    with pytest.raises(ConfigError, match=r"moe\.base_rank=33 is more than experts of model\.hidden_size=32"):
+        load_config(None, words)
