@@ -170,6 +170,7 @@ class Trainer:
                     self.memory,
                 )
             self.model.end_of_document = self.data.train.facts.end_of_document
+            self.model.target_share = self.data.train.target_share
             self.engine = DeepSpeedEngine(self.model, config, self.batch, self.process, self.loss_scale)
         except BaseException:
             self.__exit__()
