@@ -61,7 +61,7 @@ def export(
         typer.Option("--stored/--plain", help="Store quantized factors. Default: as precision.residuals."),
     ] = None,
 ) -> None:
-    """Write a run's trained weights, configuration and placement to one safetensors file, or a folder for transformers."""
+    """Write a run's trained weights and configuration to one safetensors file, or to a folder for transformers."""
     target = new_folder_name(output, "--output") if form is ExportFormat.HF else Path(writable(output, "--output"))
     require_run(run)
     import torch

@@ -27,9 +27,15 @@ def read_standard_experts(
     Raises:
         TrainingError: on all ranks, if an expert of any rank holds NaN or infinity.
     """
-    group, local = mesh.group(GroupKind.EXPERT_PARALLEL), len(layer.experts.w_in)
-    first = layer.first_expert
-    loads = [_loader(layer, e, state, mesh) for e in range(local)]
+    loads = [_loader(layer, e, state, mesh) for e in range(len(layer.experts.w_in))]
+    return align_experts(layer, loads, mesh, fit, check, usage_E)
+
+
+def align_experts(
+    layer: StandardMoE, loads: Sequence[Load], mesh: Mesh, fit: LayerTokens, check: LayerTokens, usage_E: Tensor
+) -> FullExpertLayer:
+    """Return the local experts of functions that load their weights, with the same alignment and errors; collective."""
+    group, local, first = mesh.group(GroupKind.EXPERT_PARALLEL), len(loads), layer.first_expert
     _require_finite(loads, first, layer)
     reference = _broadcast(loads, int(usage_E.argmax()), group)
     experts = []

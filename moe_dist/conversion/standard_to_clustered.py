@@ -17,13 +17,16 @@ from moe_dist.config import RunConfig
 from moe_dist.conversion.calibration_tokens import LayerTokens, standard_layers
 from moe_dist.conversion.compress import CompressedLayer, compress_clusters, mean_weights
 from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage_of
+from moe_dist.conversion.full_experts import FullExpertLayer
 from moe_dist.conversion.read_standard_experts import read_standard_experts
 from moe_dist.conversion.write_parameters import write_cluster
+from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.gathered_optimizer_state import OwnedState, write_whole
 from moe_dist.engine.optimizer_state import MASTER, OptimizerState
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.parameter_class import ParameterClass, class_of
+from moe_dist.moe.standard_moe import StandardMoE
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,13 @@ def read_clustered(
         config: configuration of the clustered model.
         fit, check: calibration tokens of two different batches, by layer (`sample_tokens`).
     """
-    mesh, moe, layers, alike = model.context.mesh, config.moe, [], []
+    mesh, layers, alike = model.context.mesh, [], []
     for number, layer in enumerate(standard_layers(model)):
-        usage_E = usage_of(fit[number], check[number], moe.experts, layer.dispatcher.all_to_all.group)
+        usage_E = usage_of(fit[number], check[number], config.moe.experts, layer.dispatcher.all_to_all.group)
         held = read_standard_experts(layer, state, mesh, fit[number], check[number], usage_E)
-        similarity = similarity_of(held, layer.router.weight_ED, usage_E, config)
-        members = members_of(similarity, usage_E, config)
-        alike.append(_within(similarity, members))
-        placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape).with_members(members)
-        if moe.two_level_base:
-            held = replace(held, shared=mean_weights(held, range(moe.experts), usage_E).float())
-        made = compress_clusters(held, placement, usage_E, moe, mesh, config.seed, range(moe.clusters))
-        layers.append(CompressedLayer(placement, list(made), held.shared))
+        compressed, similarity = cluster_layer(held, layer, usage_E, config, mesh)
+        layers.append(compressed)
+        alike.append(similarity)
     dense = {
         name: OwnedState.of(state, parameter, mesh).copy()
         for name, parameter in model.named_parameters()
@@ -71,6 +69,20 @@ def read_clustered(
     }
     means = {name: sum(one[name] for one in alike) / len(alike) for name in alike[0]}
     return ClusteredStart(state.steps, dense, layers, model.context.balance.expert_bias_LE.clone(), means)
+
+
+def cluster_layer(
+    held: FullExpertLayer, layer: StandardMoE, usage_E: Tensor, config: RunConfig, mesh: Mesh
+) -> tuple[CompressedLayer, dict[str, float]]:
+    """Group and compress the experts of one layer; return also the mean similarity within clusters. Collective."""
+    moe = config.moe
+    similarity = similarity_of(held, layer.router.weight_ED, usage_E, config)
+    members = members_of(similarity, usage_E, config)
+    placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape).with_members(members)
+    if moe.two_level_base:
+        held = replace(held, shared=mean_weights(held, range(moe.experts), usage_E).float())
+    made = compress_clusters(held, placement, usage_E, moe, mesh, config.seed, range(moe.clusters))
+    return CompressedLayer(placement, list(made), held.shared), _within(similarity, members)
 
 
 def write_clustered(start: ClusteredStart, model: LanguageModel, state: OptimizerState) -> None:

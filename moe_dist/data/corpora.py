@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from moe_dist.config import CorpusConfig
-from moe_dist.data.documents import Document, HeldOutSplit, as_documents, drop_held_out, hold_out, limit_bytes
+from moe_dist.data.documents import Document, as_documents, limit_bytes
 from moe_dist.data.files import FileSource, match_files, stdlib_source
 from moe_dist.data.hub import HubSource
+from moe_dist.data.split import Split, Survey, lowest_keys
 from moe_dist.errors import DataError
 
 
@@ -44,25 +48,29 @@ class Corpus:
             "max_bytes": self.config.max_bytes,
         }
 
-    def documents(self) -> HeldOutSplit:
-        """Read all documents; `corpus.max_bytes` limits each source.
+    def split(self) -> Split:
+        """Read all documents once and decide which are held out; `corpus.max_bytes` limits each source.
 
         Raises:
             DataError: a source cannot be read, or no text is left for training or validation.
         """
-        train = self._read(self.train)
-        if not self.validation:
-            return hold_out(train, self.config.validation_fraction)
-        split = drop_held_out(train, self._read(self.validation))
-        if not split.train:
+        survey = self._survey(self.train)
+        if self.validation is None:
+            held = lowest_keys(survey.keys, self.config.validation_fraction)
+            return Split(partial(self._read, self.train), None, survey, held)
+        held = np.unique(self._survey(self.validation).keys)
+        if np.isin(survey.keys, held).all():
             raise DataError(f"{self.train} holds only documents that {self.validation} holds too: nothing to train on")
-        return split
+        return Split(partial(self._read, self.train), partial(self._read, self.validation), survey, held)
 
-    def _read(self, source: Source) -> list[Document]:
-        documents = list(limit_bytes(as_documents(source.texts()), self.config.max_bytes))
-        if not documents:
+    def _survey(self, source: Source) -> Survey:
+        survey = Survey.of(self._read(source))
+        if not len(survey.keys):
             raise DataError(f"{source} holds no text")
-        return documents
+        return survey
+
+    def _read(self, source: Source) -> Iterator[Document]:
+        return limit_bytes(as_documents(source.texts()), self.config.max_bytes)
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:

@@ -3,13 +3,13 @@
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import NamedTuple
-
-from moe_dist.errors import DataError
 
 SECTION_CHARACTERS = 16_384
 _LONGEST_SECTION = 4 * SECTION_CHARACTERS
+_LONGEST_ARTICLE = 1 << 24
+_CHUNK = 1 << 22
 _ROWS_TO_RECOGNIZE = 100
 
 # A WikiText article starts at ` = Title = ` between blank lines; sections (` = = Name = = `) and table legends such as
@@ -26,6 +26,11 @@ class Document(NamedTuple):
 
     text: str
     digest: bytes
+
+    @property
+    def key(self) -> int:
+        """First 8 bytes of the digest as a number, which orders documents as digests do."""
+        return int.from_bytes(self.digest[:8])
 
 
 def as_documents(texts: Iterable[str]) -> Iterator[Document]:
@@ -59,18 +64,53 @@ def normalize_lines(text: str) -> str:
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Split a text file into documents: WikiText articles if it has their titles, else sections of about 16 KiB.
+    """Split a text in memory into documents, as `split_stream` does."""
+    return split_stream([text])
+
+
+def split_stream(chunks: Iterable[str]) -> Iterator[str]:
+    """Split a text into documents: WikiText articles if it has their titles, else sections of about 16 KiB.
 
     Nothing is lost: the documents joined are the text. A section ends at the first blank line after 16 KiB. If the next
-    48 KiB have none, it ends at a line end after 16 KiB, else at the end of a sentence or word, else at 32 KiB.
+    48 KiB have none, it ends at a line end after 16 KiB, else at the end of a sentence or word, else at 32 KiB. Titles
+    are looked for in the first 4 MiB; an article ends after 16 MiB at the latest.
+
+    Args:
+        chunks: pieces of the text, cut anywhere; about two of them are in memory at a time.
     """
-    starts = [match.start(1) for match in _ARTICLE.finditer(text)]
-    if not starts:
-        yield from _sections(text)
-        return
-    for start, end in zip([0, *starts], [*starts, len(text)], strict=True):
-        if start < end:
+    chunks = _coalesced(chunks)
+    head = next(chunks, "")
+    split = _articles if _ARTICLE.search(head) else _sections
+    yield from split(chain([head], chunks))
+
+
+def _coalesced(chunks: Iterable[str]) -> Iterator[str]:
+    """Yield pieces of at least `_CHUNK` characters, but for the last one."""
+    pieces, size = [], 0
+    for chunk in chunks:
+        pieces.append(chunk)
+        size += len(chunk)
+        if size >= _CHUNK:
+            yield "".join(pieces)
+            pieces, size = [], 0
+    if pieces:
+        yield "".join(pieces)
+
+
+def _articles(chunks: Iterable[str]) -> Iterator[str]:
+    text = ""
+    for chunk in chunks:
+        text += chunk
+        starts = [0, *(match.start(1) for match in _ARTICLE.finditer(text) if match.start(1))]
+        for start, end in pairwise(starts):
             yield text[start:end]
+        text = text[starts[-1] :]
+        if len(text) > _LONGEST_ARTICLE:
+            end = text.rfind("\n", 0, -_CHUNK // 2) + 1 or len(text)
+            yield text[:end]
+            text = text[end:]
+    if text:
+        yield text
 
 
 def split_rows(rows: Iterable[str]) -> Iterator[str]:
@@ -79,13 +119,19 @@ def split_rows(rows: Iterable[str]) -> Iterator[str]:
     first = list(islice(rows, _ROWS_TO_RECOGNIZE))
     rows = chain(first, rows)
     if any(_TITLE.fullmatch(row.rstrip("\n")) for row in first):
-        yield from split_text("".join(row if row.endswith("\n") else row + "\n" for row in rows))
+        yield from split_stream(row if row.endswith("\n") else row + "\n" for row in rows)
     else:
         yield from rows
 
 
-def _sections(text: str) -> Iterator[str]:
-    start = 0
+def _sections(chunks: Iterable[str]) -> Iterator[str]:
+    text, start = "", 0
+    for chunk in chunks:
+        text, start = text[start:] + chunk, 0
+        while len(text) - start > _LONGEST_SECTION + 1:  # enough that what follows cannot change the section's end
+            end = _section_end(text, start)
+            yield text[start:end]
+            start = end
     while start < len(text):
         end = _section_end(text, start)
         yield text[start:end]
@@ -103,35 +149,3 @@ def _section_end(text: str, start: int) -> int:
         if match := end.search(text, first, last):
             return match.end()
     return min(last, len(text))
-
-
-class HeldOutSplit(NamedTuple):
-    """Training and held-out documents; no digest is on both sides."""
-
-    train: list[Document]
-    validation: list[Document]
-
-
-def hold_out(documents: list[Document], fraction: float) -> HeldOutSplit:
-    """Hold out about `fraction` of the distinct documents (at least one): those with the lowest digests.
-
-    The choice depends on content alone, not on order or file names; duplicates share a digest and so stay together.
-
-    Raises:
-        DataError: there are fewer than two distinct documents.
-    """
-    digests = sorted({document.digest for document in documents})
-    if len(digests) < 2:
-        raise DataError(
-            f"the corpus is {len(digests)} distinct document(s), of which none can be held out: give more text, or "
-            "corpus.validation_paths (text) or corpus.validation_split (hub)"
-        )
-    held = set(digests[: min(max(round(fraction * len(digests)), 1), len(digests) - 1)])
-    validation = [document for document in documents if document.digest in held]
-    return HeldOutSplit([document for document in documents if document.digest not in held], validation)
-
-
-def drop_held_out(documents: Iterable[Document], validation: list[Document]) -> HeldOutSplit:
-    """Remove exact duplicates of validation documents from the training documents."""
-    held = {document.digest for document in validation}
-    return HeldOutSplit([document for document in documents if document.digest not in held], validation)

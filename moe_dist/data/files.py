@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_dist.data.documents import normalize_lines, split_rows, split_text
+from moe_dist.data.compressed import COMPRESSED, format_of, is_compressed, text_chunks
+from moe_dist.data.documents import normalize_lines, split_rows, split_stream
 from moe_dist.data.table_files import jsonl_texts, parquet_texts
 from moe_dist.errors import DataError
 
@@ -59,7 +60,7 @@ def stdlib_source() -> StdlibSource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Files sorted by name: plain text is split into documents (`split_text`), a table has one per row.
+    """Files sorted by name: plain text is split into documents (`split_stream`), a table has one per row.
 
     Line ends (CRLF, CR) become LF and a byte-order mark is dropped before texts are split. The suffix of the path that
     the user named decides the format, also of a symbolic link. Of a table only the text column is read.
@@ -82,10 +83,11 @@ class FileSource:
             DataError: a file is not UTF-8, not a table, or lacks the column.
         """
         for path in self.files:
-            if path.suffix in PLAIN:
-                yield from split_text(normalize_lines(_read_utf8(path)))
+            kind = format_of(path)
+            if kind in PLAIN:
+                yield from split_stream(text_chunks(path))
             else:
-                read = jsonl_texts if path.suffix == ".jsonl" else parquet_texts
+                read = jsonl_texts if kind == ".jsonl" else parquet_texts
                 yield from split_rows(map(normalize_lines, read(path, self.text_column)))
 
 
@@ -105,8 +107,9 @@ def match_files(key: str, patterns: Sequence[str]) -> tuple[Path, ...]:
         for name in sorted(map(os.path.abspath, files)):
             found.setdefault(os.path.realpath(name), Path(name))
     for path in sorted(found.values()):
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"{key}: {path} has none of the supported formats: {' '.join(SUFFIXES)}")
+        if format_of(path) not in SUFFIXES or (is_compressed(path) and format_of(path) == ".parquet"):
+            compressed = " ".join(f"{kind}{ending}" for kind in (PLAIN[0], ".jsonl") for ending in COMPRESSED)
+            raise DataError(f"{key}: {path} has none of the supported formats: {' '.join(SUFFIXES)} {compressed}")
     return tuple(sorted(found.values()))
 
 
@@ -122,20 +125,11 @@ def _files_of(key: str, pattern: str) -> list[str]:
     return [pattern]
 
 
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
 def _digest_of(files: Sequence[Path], names: Path | None = None) -> str:
     """Return a SHA-256 over the files' contents, and over their names below `names` or else their suffixes."""
     total = hashlib.sha256()
     for path in files:
-        name = path.relative_to(names).as_posix() if names else path.suffix
+        name = path.relative_to(names).as_posix() if names else "".join(path.suffixes[-1 - is_compressed(path) :])
         try:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()

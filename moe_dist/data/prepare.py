@@ -8,7 +8,7 @@ A corpus and tokenizer have one folder in the cache, named by the hash of all in
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,10 @@ import sentencepiece
 from moe_dist.config import CorpusConfig, TokenizerConfig
 from moe_dist.data.cache import atomic_write, exclusive, remove_leftovers
 from moe_dist.data.corpora import Corpus, open_corpus
-from moe_dist.data.documents import Document, limit_bytes
+from moe_dist.data.encode import encode_split, interrupted_identity
 from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer, find_hf_tokenizer
-from moe_dist.data.token_file import TokenFile, open_token_file, write_token_file
+from moe_dist.data.split import Split
+from moe_dist.data.token_file import TokenFile, open_token_file
 from moe_dist.data.tokenizer import SENTENCEPIECE_MODEL, open_tokenizer, tokenizer_in, train_tokenizer
 from moe_dist.errors import DataError
 
@@ -102,7 +103,7 @@ def _open_finished(folder: Path, manifest: Path) -> PreparedData:
     model = tokenizer_in(folder)
     if model is None:
         raise DataError(f"{folder} has no tokenizer")
-    if hashlib.sha256(model.read_bytes()).hexdigest() != facts["tokenizer_sha256"]:
+    if _digest(model) != facts["tokenizer_sha256"]:
         raise DataError(f"{model} is damaged: its SHA-256 is not {facts['tokenizer_sha256']}")
     train, validation = (open_token_file(folder / f"{split}.tokens") for split in ("train", "validation"))
     if [train.checksum, validation.checksum] != facts["checksums"]:
@@ -113,32 +114,26 @@ def _open_finished(folder: Path, manifest: Path) -> PreparedData:
 def _make(folder: Path, corpus: Corpus, config: TokenizerConfig, imported: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    split = corpus.documents()
-    files = imported or {SENTENCEPIECE_MODEL: _trained(split.train, config)}
-    for name, content in files.items():
-        with atomic_write(folder / name) as path:
-            path.write_bytes(content)
+    logger.info("reading %s", corpus.train)
+    split = corpus.split()
     found = tokenizer_in(folder)
+    if found is None or _digest(found) != interrupted_identity(folder):  # else an interrupted preparation goes on
+        for name, content in (imported or {SENTENCEPIECE_MODEL: _trained(split, config)}).items():
+            with atomic_write(folder / name) as path:
+                path.write_bytes(content)
+        found = tokenizer_in(folder)
     assert found is not None, "it was written above"
-    tokenizer = open_tokenizer(found)
-    rows = config.embedding_rows(tokenizer.vocab_size)
-    checksums = []
-    for name, documents in split._asdict().items():
-        logger.info("encoding %d documents (%s)", len(documents), name)
-        path = folder / f"{name}.tokens"
-        write_token_file(path, (document.text for document in documents), tokenizer, rows)
-        checksums.append(open_token_file(path).checksum)
-    manifest = {"tokenizer_sha256": hashlib.sha256(found.read_bytes()).hexdigest(), "checksums": checksums}
+    tokenizer, digest = open_tokenizer(found), _digest(found)
+    checksums = encode_split(split, tokenizer, folder, config.embedding_rows(tokenizer.vocab_size), digest)
+    manifest = {"tokenizer_sha256": digest, "checksums": list(checksums.values())}
     with atomic_write(folder / "manifest.json") as path:
         path.write_text(json.dumps(manifest))
 
 
-def _trained(documents: list[Document], config: TokenizerConfig) -> bytes:
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _trained(split: Split, config: TokenizerConfig) -> bytes:
     logger.info("training a %s tokenizer of %d pieces", config.kind, config.vocab_size)
-    return train_tokenizer(_sample(documents, config.train_bytes), config)
-
-
-def _sample(documents: list[Document], max_bytes: int) -> Iterable[str]:
-    """Return documents up to `max_bytes` in the order of their digests, which is unbiased."""
-    by_digest = sorted(documents, key=lambda document: document.digest)
-    return (document.text for document in limit_bytes(by_digest, max_bytes))
+    return train_tokenizer((document.text for document in split.sample(config.train_bytes)), config)

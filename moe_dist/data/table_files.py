@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from moe_dist.data.compressed import open_binary
 from moe_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def json_objects(path: Path, decoder: json.JSONDecoder | None = None) -> Iterato
     """
     decoder, number = decoder or json.JSONDecoder(), 0
     try:
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             for chunk in file:
                 for line in chunk.splitlines():  # at CR too
                     number += 1
@@ -115,8 +116,6 @@ def json_objects(path: Path, decoder: json.JSONDecoder | None = None) -> Iterato
                     if not isinstance(row, dict):
                         raise DataError(f"{path}: line {number} is not a JSON object: .jsonl holds one object per line")
                     yield number, row
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: line {number} is not UTF-8 text: byte {error.start}") from error
     except RecursionError as error:

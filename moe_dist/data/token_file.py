@@ -5,9 +5,10 @@ Every document is followed by one end-of-document token. The header holds a CRC-
 """
 
 import json
+import os
 import zlib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_dist.data.cache import atomic_write
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.errors import DataError
 
 _MAGIC = b"moe-dist tokens 1\n"
 _HEADER_BYTES = 4096
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -53,31 +54,82 @@ class TokenFile:
         return self.facts.tokens
 
 
-def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer, rows: int | None = None) -> None:
-    """Encode documents to `path`, atomically.
+class TokenFileWriter:
+    """Writer of a token file that can go on after its process was killed.
+
+    Documents are appended to `<path>.part`, which `finish` completes and renames.
 
     Args:
         rows: rows of the model's embedding; None: as many as the tokenizer has ids.
+        progress: `flush`'s result, to go on from there; None: start anew.
     """
-    rows = rows or tokenizer.vocab_size
-    dtype = np.dtype("<u2" if rows <= 1 << 16 else "<u4")
-    tokens = documents = size = words = lines = crc = 0
-    to_count, to_encode = tee(texts)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(b" " * _HEADER_BYTES)
+
+    def __init__(
+        self, path: Path, tokenizer: Tokenizer, rows: int | None = None, progress: Mapping[str, Any] | None = None
+    ) -> None:
+        rows = rows or tokenizer.vocab_size
+        self.path, self._part = path, path.with_suffix(".part")
+        self._dtype = np.dtype("<u2" if rows <= 1 << 16 else "<u4")
+        self._facts = TokenFacts(0, 0, 0, 0, 0, rows, tokenizer.end_of_document, self._dtype.str)
+        self._crc = 0
+        if progress is not None:
+            self._facts, self._crc = TokenFacts(**progress["facts"]), int(progress["crc"])
+        self._file = self._part.open("w+b" if progress is None else "r+b")
+        self._file.write(b" " * _HEADER_BYTES)
+        self._file.truncate(self._end)
+        self._file.seek(self._end)
+
+    @property
+    def _end(self) -> int:
+        return _HEADER_BYTES + self._facts.tokens * self._dtype.itemsize
+
+    def append(self, text: str, ids: Sequence[int]) -> None:
+        """Add a document, and the token that ends it."""
+        facts = self._facts
+        data = np.array([*ids, facts.end_of_document], dtype=self._dtype).tobytes()
+        self._file.write(data)
+        self._crc = zlib.crc32(data, self._crc)
+        self._facts = replace(
+            facts,
+            tokens=facts.tokens + len(ids) + 1,
+            documents=facts.documents + 1,
+            bytes=facts.bytes + len(text.encode()),
+            words=facts.words + len(text.split()),
+            lines=facts.lines + text.count("\n"),
+        )
+
+    def flush(self) -> dict[str, Any]:
+        """Make what was appended durable, and return what a later writer needs to go on."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"facts": asdict(self._facts), "crc": self._crc}
+
+    def finish(self) -> int:
+        """Write the header, rename the file to `path`, and return its checksum."""
+        self._file.seek(0)
+        self._file.write(_header(self._facts, self._crc))
+        self.flush()
+        self.close()
+        self._part.replace(self.path)
+        return _checksum(self._facts, self._crc)
+
+    def close(self) -> None:
+        """Close the partial file, which stays."""
+        self._file.close()
+
+
+def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer, rows: int | None = None) -> None:
+    """Encode documents to `path`, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer, (to_count, to_encode) = TokenFileWriter(path, tokenizer, rows), tee(texts)
+    try:
         for text, ids in zip(to_count, tokenizer.encode_all(to_encode), strict=True):
-            data = np.array([*ids, tokenizer.end_of_document], dtype=dtype).tobytes()
-            file.write(data)
-            crc = zlib.crc32(data, crc)
-            tokens += len(ids) + 1
-            documents += 1
-            size += len(text.encode())
-            words += len(text.split())
-            lines += text.count("\n")
-        eod = tokenizer.end_of_document
-        facts = TokenFacts(tokens, documents, size, words, lines, rows, eod, dtype.str)
-        file.seek(0)
-        file.write(_header(facts, crc))
+            writer.append(text, ids)
+        writer.finish()
+    except BaseException:
+        writer.close()
+        path.with_suffix(".part").unlink(missing_ok=True)
+        raise
 
 
 def open_token_file(path: Path) -> TokenFile:
@@ -86,10 +138,13 @@ def open_token_file(path: Path) -> TokenFile:
     Raises:
         DataError: the file is missing, damaged, cut short or not a token file.
     """
+    crc = 0
     try:
         with path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
-            size = file.seek(0, 2)
+            while chunk := file.read(_CHUNK):  # not through the map, whose pages would count as this process's memory
+                crc = zlib.crc32(chunk, crc)
+            size = file.tell()
     except OSError as error:
         raise DataError(f"token file {path} cannot be read: {error.strerror}") from error
     facts, checksum = _parse(path, header)
@@ -97,7 +152,7 @@ def open_token_file(path: Path) -> TokenFile:
     if size != expected:
         raise DataError(f"token file {path} is damaged: {size} bytes instead of {expected}; remove it")
     ids = np.memmap(path, dtype=facts.dtype, mode="r", offset=_HEADER_BYTES, shape=(facts.tokens,))
-    if _checksum(facts, zlib.crc32(ids.data)) != checksum:
+    if _checksum(facts, crc) != checksum:
         raise DataError(f"token file {path} is damaged: its checksum is not {checksum}; remove it")
     return TokenFile(path, facts, checksum, ids)
 

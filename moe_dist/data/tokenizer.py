@@ -23,7 +23,7 @@ UNKNOWN_PIECE = "<unknown piece>"  # the spaces in these two names keep the text
 END_OF_DOCUMENT_PIECE = "<end of document>"
 
 _SPACE_MARK = "\u2581"
-_BATCH_CHARACTERS = 4_000_000
+_BATCH_CHARACTERS = 1_000_000
 # SentencePiece skips whole lines that hold one of its reserved characters, and lines that are too long
 _TRAINING_BREAKS = re.compile("[\n\t\0\u2581\u2585]")
 _LONGEST_LINE = 4096

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from moe_dist.data.documents import as_documents, hold_out
+from moe_dist.data.documents import as_documents
 from moe_dist.data.files import FileSource
+from moe_dist.data.split import Survey, lowest_keys
 from moe_dist.evaluation.glue_data import load_task
 from moe_dist.evaluation.glue_tasks import TASKS
 from tests.fuzz.damage import bytes_like, encoded, fuzzed, json_bytes, reads, trees_like
@@ -45,7 +46,7 @@ def _read(folder: Path, suffix: str, data: bytes) -> None:
     source.fingerprint()
     documents = reads(lambda: list(as_documents(source.texts())))
     if documents is not None:
-        reads(lambda: hold_out(documents, 0.05))
+        reads(lambda: lowest_keys(Survey.of(documents).keys, 0.05))
 
 
 @fuzzed()

@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_dist.checkpoint.parameter_names import named_runs
-from moe_dist.compression import ExpertMatrices, align_hidden_units
+from moe_dist.compression import ExpertMatrices
 from moe_dist.config import CorpusConfig, RunConfig
 from moe_dist.conversion.calibration_tokens import LayerTokens, captured_tokens, standard_layers
-from moe_dist.conversion.compress import CompressedLayer, compress_clusters
-from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage_of
-from moe_dist.conversion.full_experts import FullExpert, FullExpertLayer
+from moe_dist.conversion.compress import CompressedLayer
+from moe_dist.conversion.expert_grouping import usage_of
+from moe_dist.conversion.read_standard_experts import align_experts
+from moe_dist.conversion.standard_to_clustered import cluster_layer
 from moe_dist.data import Tokenizer
 from moe_dist.data.corpora import open_corpus
+from moe_dist.data.split import TRAIN
 from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.optimizer_state import MASTER
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.integrations.huggingface.imported_tensors import (
@@ -76,7 +77,7 @@ def compressed(
     placements, errors = [], []
     for number, layer in enumerate(_compressed_layers(config, plain, source, sequence_NS)):
         tensors |= _tensors_of(f"{LAYERS}.{number}.mlp.inner.", layer)
-        placements.append(layer.placement)
+        placements.append(replace(layer.placement, version=0))
         errors.append(layer.figures[:, 0].tolist())
     return ConvertedModel(tensors, placements, errors)
 
@@ -85,7 +86,7 @@ def _sequences(text: Sequence[str], tokenizer: Tokenizer, count: int, length: in
     """Return calibration sequences [count, length] of the first documents."""
     corpus = CorpusConfig(kind="text", paths=list(text)) if text else CorpusConfig()
     ids: list[int] = []
-    for document in tokenizer.encode_all(document.text for document in open_corpus(corpus).documents().train):
+    for document in tokenizer.encode_all(document.text for document in open_corpus(corpus).split().side(TRAIN)):
         ids += [*document, tokenizer.end_of_document]
         if len(ids) >= count * length:
             return torch.tensor(ids[: count * length]).view(count, length)
@@ -130,33 +131,20 @@ def _fill(model: LanguageModel, plain: ImportedModel, source: SourceFolder, laye
 def _compressed_layer(
     moe: StandardMoE, config: RunConfig, mesh: Mesh, fit: LayerTokens, check: LayerTokens
 ) -> CompressedLayer:
-    group = moe.dispatcher.all_to_all.group
-    usage_E = usage_of(fit, check, config.moe.experts, group)
-    whole = [
-        ExpertMatrices(w_in.detach().float(), w_out.detach().float())
-        for w_in, w_out in zip(moe.experts.w_in, moe.experts.w_out, strict=True)
-    ]
-    reference = whole[int(usage_E.argmax())]
-    experts = [
-        FullExpert(e, partial(align_hidden_units(matrices, reference).apply, matrices), fit[e], check[e])
-        for e, matrices in enumerate(whole)
-    ]
-    zeros = ExpertMatrices(torch.zeros_like(reference.w_in_DH), torch.zeros_like(reference.w_out_FD))
-    held = FullExpertLayer(experts, dict.fromkeys(range(config.moe.experts), 0), group, (MASTER,), zeros)
-    members = members_of(similarity_of(held, moe.router.weight_ED, usage_E, config), usage_E, config)
-    alone = ExpertPlacement.contiguous(config.moe.experts, config.moe.clusters, mesh.shape)
-    placement = replace(alone.with_members(members), version=0)
-    clusters = range(config.moe.clusters)
-    made = compress_clusters(held, placement, usage_E, config.moe, mesh, config.seed, clusters)
-    return CompressedLayer(placement, list(made))
+    usage_E = usage_of(fit, check, config.moe.experts, moe.dispatcher.all_to_all.group)
+    pairs = zip(moe.experts.w_in, moe.experts.w_out, strict=True)
+    loads = [partial(ExpertMatrices, w_in.detach(), w_out.detach()) for w_in, w_out in pairs]
+    held = align_experts(moe, loads, mesh, fit, check, usage_E)
+    layer, _ = cluster_layer(held, moe, usage_E, config, mesh)
+    return layer
 
 
 def _tensors_of(prefix: str, layer: CompressedLayer) -> Tensors:
     tensors: Tensors = {}
     for cluster in layer.clusters:
-        for name, state in cluster.base.items():
-            tensors[f"{prefix}cluster.{cluster.number}.{name}"] = LazyTensor.of(state[MASTER])
-        for expert, states in cluster.residuals.items():
-            named = {name: value for name, value in vars(states[MASTER]).items() if value is not None}
+        for name, states in cluster.base.items():
+            tensors[f"{prefix}cluster.{cluster.number}.{name}"] = LazyTensor.of(states[MASTER])
+        for expert, residuals in cluster.residuals.items():
+            named = {name: value for name, value in vars(residuals[MASTER]).items() if value is not None}
             tensors |= {f"{prefix}expert.{expert}.{name}": LazyTensor.of(value) for name, value in named.items()}
     return tensors

@@ -99,7 +99,6 @@ def _configurations(checkpoint: SourceFolder, run: Path, words: Sequence[str]) -
         "checkpoint": {"init": str(run)},
         **(own_sections(hf) if family is None else family.sections(hf)),
     }
-    tree["moe"]["wire_dtype"] = "float32"
     plain, config = load_config(None, (), tree), load_config(None, words, tree)
     _require_same_model(plain, config)
     return ImportedModel(plain, family, hf["vocab_size"]), config

@@ -100,7 +100,7 @@ class PackedFactor(nn.Module):
         return value
 
 
-class SwiGLU(nn.Module):
+class DenseNetwork(nn.Module):
     """Dense network, (silu(x W_gate) * (x W_up)) W_out; of a shared expert with a sigmoid gate."""
 
     def __init__(self, hidden: int, width: int, gated: bool = False) -> None:
@@ -115,7 +115,7 @@ class SwiGLU(nn.Module):
         return y if self.gate_D is None else torch.sigmoid(x @ self.gate_D).unsqueeze(-1) * y
 
 
-class Router(nn.Module):
+class RouterWeights(nn.Module):
     """Embeddings of the experts."""
 
     def __init__(self, experts: int, hidden: int) -> None:
@@ -131,15 +131,15 @@ class MixtureLayer(nn.Module):
     def __init__(self, config: MoeDistConfig) -> None:
         super().__init__()
         self.moe, hidden = config.section("moe"), config.hidden_size
-        self.router = Router(self.moe["experts"], hidden)
+        self.router = RouterWeights(self.moe["experts"], hidden)
         self.register_buffer("expert_bias_E", torch.zeros(self.moe["experts"]))
         width = self.moe["shared_expert_hidden"]
-        self.shared = SwiGLU(hidden, width, self.moe["shared_expert_gate"]) if width else None
+        self.shared = DenseNetwork(hidden, width, self.moe["shared_expert_gate"]) if width else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the layer's addition to the residual stream."""
         x_TD = hidden.reshape(-1, hidden.shape[-1])
-        y_TD = self.experts(x_TD) * self.moe["gate_scale"]
+        y_TD: Tensor = self.experts(x_TD) * self.moe["gate_scale"]
         if self.shared is not None:
             y_TD = y_TD + cast(Tensor, self.shared(x_TD))
         return y_TD.view_as(hidden)
@@ -284,7 +284,7 @@ def _residual(expert: _Weights, x_LD: Tensor, pre_LH: Tensor) -> tuple[Tensor, T
 def _feed_forward(config: MoeDistConfig) -> nn.Module:
     moe = config.section("moe")
     if moe["kind"] == "dense":
-        return SwiGLU(config.hidden_size, moe["dense_hidden"])
+        return DenseNetwork(config.hidden_size, moe["dense_hidden"])
     return (ClusteredMixture if moe["kind"] == "clustered" else StandardMixture)(config)
 
 

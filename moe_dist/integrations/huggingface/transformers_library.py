@@ -1,5 +1,6 @@
 """Import of the library `transformers` at the first use: it is optional, and takes seconds."""
 
+import logging
 from typing import Any
 
 from moe_dist.errors import ConfigError
@@ -17,6 +18,8 @@ def require_transformers() -> Any:
         raise ConfigError(
             f"models of Hugging Face need the package transformers ({error}): pip install 'moe-dist[models]'"
         ) from error
+    for name in ("torch.utils._pytree", "torchao"):  # transformers imports torchao, which logs what it lacks
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers

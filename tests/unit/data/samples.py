@@ -4,10 +4,13 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_dist.config import CorpusConfig, TokenizerConfig
+from moe_dist.data.corpora import Corpus
+from moe_dist.data.documents import Document
 from moe_dist.data.token_file import TokenFacts, TokenFile
 
 SMALL_TOKENIZER = TokenizerConfig(vocab_size=400)
@@ -68,3 +71,15 @@ def hf_tokenizer(folder: Path, size: int = 300) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     return folder
+
+
+class Sides(NamedTuple):
+    """Documents of a split."""
+
+    train: list[Document]
+    validation: list[Document]
+
+
+def sides_of(corpus: Corpus) -> Sides:
+    split = corpus.split()
+    return Sides(list(split.side("train")), list(split.side("validation")))

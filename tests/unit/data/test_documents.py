@@ -1,20 +1,24 @@
 """Cutting text into documents, and holding some of them out."""
 
+import itertools
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_dist.data import documents as documents_module
 from moe_dist.data.documents import (
     SECTION_CHARACTERS,
     Document,
     as_documents,
-    drop_held_out,
-    hold_out,
     limit_bytes,
     normalize_lines,
     split_rows,
+    split_stream,
     split_text,
 )
+from moe_dist.data.split import Split, Survey, lowest_keys
 from moe_dist.errors import DataError
 from tests.unit.data.samples import wikitext_article, wikitext_like
 
@@ -91,6 +95,11 @@ def test_limit_keeps_a_prefix_of_at_most_that_many_bytes(texts: list[str], limit
     assert [d.digest for d in kept] == [d.digest for d in documents[: len(kept)]]
 
 
+def held_out_split(train: list[Document], fraction: float) -> Split:
+    survey = Survey.of(train)
+    return Split(lambda: iter(train), None, survey, lowest_keys(survey.keys, fraction))
+
+
 @settings(deadline=None)
 @given(TEXTS, st.floats(0.01, 0.99), st.randoms())
 def test_held_out_documents_are_never_trained_on(texts: list[str], fraction: float, chance: object) -> None:
@@ -98,25 +107,72 @@ def test_held_out_documents_are_never_trained_on(texts: list[str], fraction: flo
     distinct = {d.digest for d in documents}
     if len(distinct) < 2:
         with pytest.raises(DataError, match="distinct document"):
-            hold_out(documents, fraction)
+            held_out_split(documents, fraction)
         return
-    train, validation = hold_out(documents, fraction)
+    split = held_out_split(documents, fraction)
+    train, validation = list(split.side("train")), list(split.side("validation"))
     assert sorted([*train, *validation]) == sorted(documents)
     held = {d.digest for d in validation}
     assert held.isdisjoint(d.digest for d in train)
-    assert len(held) == min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
+    # the lowest digests, by hand
+    assert held == set(sorted(distinct)[: min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)])
     chance.shuffle(documents)  # type: ignore[attr-defined]  # random.Random, whatever hypothesis calls it
-    assert {d.digest for d in hold_out(documents, fraction).validation} == held
+    assert {d.digest for d in held_out_split(documents, fraction).side("validation")} == held
+
+
+@settings(deadline=None)
+@given(TEXTS, st.integers(1, 200))
+def test_the_sample_is_the_training_text_in_the_order_of_its_digests(texts: list[str], limit: int) -> None:
+    documents = list(as_documents(texts))
+    if len({d.digest for d in documents}) < 2:
+        return
+    split = held_out_split(documents, 0.3)
+    wanted = limit_bytes(sorted(split.side("train"), key=lambda document: document.digest), limit)
+    assert [d.text for d in split.sample(limit)] == [d.text for d in wanted]
 
 
 def test_duplicates_of_given_validation_documents_leave_the_training_side() -> None:
+    def split_by(train: list[Document], held: list[Document]) -> tuple[list[str], list[str]]:
+        keys = np.unique(Survey.of(held).keys)
+        split = Split(lambda: iter(train), lambda: iter(held), Survey.of(train), keys)
+        return [d.text for d in split.side("train")], [d.text for d in split.side("validation")]
+
     train = list(as_documents(["a", "b", "a", "c"]))
     held = list(limit_bytes(as_documents(["a", "b but longer", "c"]), 5))
-    assert [d.text for d in drop_held_out(train, held).train] == ["b", "c"]
+    assert split_by(train, held) == (["b", "c"], ["a", "b bu"])
     whole: list[Document] = list(as_documents(["a", "b but longer"]))
     cut = list(limit_bytes(whole, 3))
     assert cut[1].text == "b "
-    assert drop_held_out(whole, cut).train == []
+    assert split_by(whole, cut) == ([], ["a", "b "])
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 3), st.lists(st.integers(1, 300_000), max_size=6), st.booleans())
+def test_a_text_is_split_alike_however_its_pieces_are_cut(kind: int, cuts: list[int], small: bool) -> None:
+    """Pieces of 4 MiB are what is looked at; here they are made small."""
+    text = {
+        0: wikitext_like(60),
+        1: "words without a blank line\n" * 9_000,
+        2: "A sentence of some words. " * 9_000,
+        3: "x" * 200_000 + "\n\n" + "y" * 90_000,
+    }[kind]
+    edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
+    with pytest.MonkeyPatch.context() as patch:
+        whole = list(split_text(text))
+        patch.setattr(documents_module, "_CHUNK", 20_000 if small or kind == 0 else 1)  # a title is in the first
+        assert list(split_stream(pieces)) == whole
+    assert "".join(whole) == text
+
+
+def test_a_giant_article_is_cut_at_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "_CHUNK", 1000)
+    monkeypatch.setattr(documents_module, "_LONGEST_ARTICLE", 5000)
+    text = " = Title = \n \n" + "a line of text\n" * 1000
+    pieces = list(split_stream([text[at : at + 700] for at in range(0, len(text), 700)]))
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
+    assert all(len(piece) <= 6000 and piece.endswith("\n") for piece in pieces)
 
 
 def test_blank_texts_are_no_documents_and_surrogates_are_replaced() -> None:

@@ -8,14 +8,14 @@ import pytest
 
 from moe_dist.config import CorpusConfig
 from moe_dist.data.corpora import open_corpus
-from moe_dist.data.documents import Document, HeldOutSplit
+from moe_dist.data.documents import Document
 from moe_dist.data.files import FileSource
 from moe_dist.errors import DataError
-from tests.unit.data.samples import documents_of, wikitext_like
+from tests.unit.data.samples import Sides, documents_of, sides_of, wikitext_like
 
 
-def read(paths: list[Path | str], **keys: Any) -> HeldOutSplit:
-    return open_corpus(CorpusConfig(kind="text", paths=[str(path) for path in paths], **keys)).documents()
+def read(paths: list[Path | str], **keys: Any) -> Sides:
+    return sides_of(open_corpus(CorpusConfig(kind="text", paths=[str(path) for path in paths], **keys)))
 
 
 def refusal(paths: list[Path | str], **keys: Any) -> str:
@@ -28,14 +28,14 @@ def refusal(paths: list[Path | str], **keys: Any) -> str:
 
 def test_stdlib_is_python_source_and_the_same_every_time() -> None:
     corpus = open_corpus(CorpusConfig(max_bytes=1_000_000))
-    split = corpus.documents()
+    split = sides_of(corpus)
     texts = [document.text for side in split for document in side]
     assert 900_000 < sum(len(text.encode()) for text in texts) <= 1_000_000
     assert any("def " in text for text in texts)
     assert not any("site-packages" in str(path) or "test" in path.parts for path in corpus.train._modules())  # type: ignore[attr-defined]
     again = open_corpus(CorpusConfig(max_bytes=1_000_000))
     assert again.identity() == corpus.identity()
-    assert again.documents() == split
+    assert sides_of(again) == split
 
 
 def test_text_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from moe_dist.config import CorpusConfig
 from moe_dist.data import hub
 from moe_dist.data.corpora import open_corpus
 from moe_dist.errors import DataError
+from tests.unit.data.samples import sides_of
 
 HUB = CorpusConfig(kind="hub", name="Some/wikitext", subset="raw", validation_split=None)
 
 
 def documents_or_line(config: CorpusConfig) -> list[str] | str:
     try:
-        return [document.text for side in open_corpus(config).documents() for document in side]
+        return [document.text for side in sides_of(open_corpus(config)) for document in side]
     except DataError as error:
         return str(error)
 

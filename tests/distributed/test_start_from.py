@@ -1,0 +1,53 @@
+"""A run that starts from the weights of another: the same validation loss on any ranks, an optimizer of its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_dist.checkpoint.export import export_weights
+from moe_dist.checkpoint.trained_weights import find_weights
+from moe_dist.config import load_config
+from moe_dist.training.trainer import train
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_training import SMOKE
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def _train(folder: Path, *words: str) -> None:
+    own = [f"runs_dir={folder}/runs", f"corpus.cache_dir={folder}/cache", "tensorboard=false", "train.eval_every=0"]
+    train(load_config(SMOKE, [*own, "train.warmup_steps=0", "moe.wire_dtype=float32", *words]))
+
+
+def _loss(folder: Path, name: str) -> float:
+    loss: float = json.loads((folder / "runs" / name / "summary.json").read_text())["validation"]["loss"]
+    return loss
+
+
+STILL = ["train.steps=1", "moe.balance_rate=0", "optimizer.learning_rate=1e-12"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_starts_from_the_weights_of_a_run(tmp_path: Path, precision: str) -> None:
+    words = [f"train.precision={precision}", "moe.kind=clustered"]
+    run_ranks(_train, 2, tmp_path, "name=first", "train.steps=4", *words)
+    init = f"checkpoint.init={tmp_path}/runs/first"
+    run_ranks(_train, 1, tmp_path, "name=second", init, *STILL, *words)
+    run_ranks(_train, 1, tmp_path, "name=other", *STILL, *words)
+    expected, found, random = (_loss(tmp_path, name) for name in ("first", "second", "other"))
+    assert found == pytest.approx(expected, rel=1e-5 if precision == "float32" else 1e-3)
+    assert random > expected + 0.01
+
+
+def test_other_models_and_files_are_refused(tmp_path: Path) -> None:
+    run_ranks(_train, 1, tmp_path, "name=first", "train.steps=1")
+    run = tmp_path / "runs" / "first"
+    export_weights(find_weights(run), tmp_path / "first.safetensors")
+    for init, more, match in (
+        (run, "model.hidden_size=64", "the model needs"),
+        (tmp_path / "first.safetensors", "seed=1", "is an exported file"),
+        (tmp_path / "none", "seed=1", "does not exist"),
+    ):
+        with pytest.raises(AssertionError, match=f"CheckpointError: .*{match}"):
+            run_ranks(_train, 1, tmp_path, f"checkpoint.init={init}", "name=second", *STILL, more)

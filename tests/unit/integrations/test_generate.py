@@ -1,0 +1,80 @@
+"""Texts generated from runs and exports, and the tokenizers that come along."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_dist import cli
+from moe_dist.config import TokenizerConfig
+from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer
+from moe_dist.data.tokenizer import SentencePieceTokenizer, train_tokenizer
+from moe_dist.errors import CheckpointError
+from moe_dist.integrations.huggingface.generate import GenerationOptions, generate
+from moe_dist.integrations.huggingface.sentencepiece_tokenizer import converted_files
+from tests.distributed.ranks import run_ranks
+from tests.unit.data.samples import documents_of
+
+pytest.importorskip("transformers", reason="needs moe-dist[models]")
+
+from tests.unit.integrations.random_runs import random_runs
+
+PROMPTS = ["one two", "a much longer prompt than the first"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_converted_tokenizer_gives_the_same_ids(tmp_path: Path, kind: str) -> None:
+    texts = [*documents_of(1, 40), "two  spaces,\n\n\ttabs, naïve 日本\r\n ", ""]
+    trained = train_tokenizer(texts, TokenizerConfig(kind=kind, vocab_size=500))
+    (tmp_path / "tokenizer.model").write_bytes(trained)
+    before = SentencePieceTokenizer(tmp_path / "tokenizer.model")
+    for name, content in converted_files(before.path).items():
+        (tmp_path / name).write_bytes(content)
+    after = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
+    assert (after.vocab_size, after.end_of_document) == (before.vocab_size, before.end_of_document)
+    for text in [*texts, *documents_of(2, 10)]:
+        assert after.encode(text) == before.encode(text), text
+        assert after.decode(after.encode(text)) == text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clustered run with random weights."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    run_ranks(random_runs, 1, {path: ["moe.top_k=1"]})
+    return path
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(run: Path) -> None:
+    options = GenerationOptions(max_tokens=6)
+    alone = [generate(run, [prompt], options)[0] for prompt in PROMPTS]
+    assert generate(run, PROMPTS, options) == alone
+    assert all(alone)
+
+
+def test_draws_are_those_of_the_seed(run: Path) -> None:
+    drawn = [
+        generate(run, PROMPTS[:1], GenerationOptions(max_tokens=12, temperature=2.0, top_p=0.99, seed=seed))
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    greedy = generate(run, PROMPTS[:1], GenerationOptions(max_tokens=12))
+    assert generate(run, PROMPTS[:1], GenerationOptions(max_tokens=12, temperature=1.0, top_p=0.001)) == greedy
+
+
+def test_the_command_streams_or_prints_whole(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def output(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words])
+        captured = capsys.readouterr()
+        assert ended.value.code == 0, captured.err
+        return captured.out
+
+    exported = str(tmp_path / "hf")
+    assert "MoeDistForCausalLM" in output("export", str(run), "--format", "hf", "-o", exported)
+    streamed = output("generate", exported, "--prompt", PROMPTS[0], "--max-tokens", "6")
+    assert streamed == output("generate", str(run), "--prompt", PROMPTS[0], "--max-tokens", "6", "--whole")
+    output("generate", str(run), "--chat", "--prompt", "x", "--max-tokens", "2")
+    assert "MoeDistForCausalLM" in output("import", exported, "-o", str(tmp_path / "again"))
+    (tmp_path / "hf" / "chat_template.jinja").unlink()
+    with pytest.raises(CheckpointError, match="no chat template"):
+        generate(tmp_path / "hf", ["x"], GenerationOptions(chat=True))
