@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moe_dist.dispatch.traffic_ledger import TrafficLedger as TrafficLedger
     from moe_dist.distributed.mesh import Mesh as Mesh
     from moe_dist.distributed.placement import ExpertPlacement as ExpertPlacement
+    from moe_dist.integrations.huggingface.drop_in import convert as convert
     from moe_dist.moe.clustered_moe import ClusteredMoE as ClusteredMoE
     from moe_dist.moe.standard_moe import StandardMoE as StandardMoE
     from moe_dist.moe.training_step import average_gradients as average_gradients
@@ -34,6 +35,7 @@ _HOME = {
     "StandardMoE": "moe.standard_moe",
     "TrafficLedger": "dispatch.traffic_ledger",
     "average_gradients": "moe.training_step",
+    "convert": "integrations.huggingface.drop_in",
     "load_config": "config",
     "load_model": "checkpoint.load_model",
     "update_load_balance": "moe.training_step",

@@ -1,5 +1,6 @@
 """Checks between sections of a configuration; each raises a `ConfigError` that names keys and values."""
 
+from moe_dist.config.sections.data import CorpusConfig, TokenizerConfig
 from moe_dist.config.sections.memory import MemoryConfig
 from moe_dist.config.sections.model import ModelConfig
 from moe_dist.config.sections.moe import MoEConfig
@@ -31,6 +32,12 @@ def check_precision(precision: PrecisionConfig, moe: MoEConfig) -> None:
             f"precision.residuals={precision.residuals} works with moe.kind=clustered only, not {moe.kind}: set it to "
             "none"
         )
+
+
+def check_chat(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> None:
+    """Require a tokenizer that can have a chat template for chats."""
+    if corpus.kind == "chat" and tokenizer.kind != "hf":
+        raise ConfigError(f"corpus.kind=chat needs the chat template of tokenizer.kind=hf, not {tokenizer.kind}")
 
 
 def check_rank(model: ModelConfig, moe: MoEConfig, recluster: ReclusterConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from moe_dist.config import CorpusConfig
+from moe_dist.data.chats import ChatSource
 from moe_dist.data.documents import Document, as_documents, limit_bytes
 from moe_dist.data.files import FileSource, match_files, stdlib_source
 from moe_dist.data.hub import HubSource
@@ -84,15 +85,16 @@ def open_corpus(config: CorpusConfig) -> Corpus:
     if config.kind == "hub":
         return _hub_corpus(config)
     train = match_files("corpus.paths", config.paths)
+    source = ChatSource if config.kind == "chat" else partial(FileSource, text_column=config.text_column)
     if not config.validation_paths:
-        return Corpus(config, FileSource(train, config.text_column), None)
+        return Corpus(config, source(train), None)
     held = match_files("corpus.validation_paths", config.validation_paths)
     # a glob such as data/*.txt may match the validation file too
     held_out = {path.resolve() for path in held}
     train = tuple(path for path in train if path.resolve() not in held_out)
     if not train:
         raise DataError("corpus.paths names only files that corpus.validation_paths names too: nothing to train on")
-    return Corpus(config, FileSource(train, config.text_column), FileSource(held, config.text_column))
+    return Corpus(config, source(train), source(held))
 
 
 def _hub_corpus(config: CorpusConfig) -> Corpus:

@@ -1,7 +1,7 @@
 """Encoding of a corpus into token files, in one pass, with progress that survives a kill.
 
-Every `FLUSH_BYTES` of text the partial files are made durable and a journal says how far they go. After a kill at most
-that much text is encoded again, and the files are the same bytes.
+Every `FLUSH_BYTES` of text the partial files are made durable and a journal records how far they go. After a kill at
+most that much text is encoded again, and the files are the same bytes.
 """
 
 import json
@@ -15,8 +15,7 @@ from typing import Any
 from moe_dist.data.cache import atomic_write
 from moe_dist.data.documents import Document
 from moe_dist.data.split import TRAIN, VALIDATION, Split
-from moe_dist.data.token_file import TokenFileWriter
-from moe_dist.data.tokenizer import Tokenizer
+from moe_dist.data.token_file import Encoder, TokenFileWriter
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 
 def encode_split(
-    split: Split, tokenizer: Tokenizer, folder: Path, rows: int | None, identity: str, progress: Progress | None = None
+    split: Split, tokenizer: Encoder, folder: Path, rows: int | None, identity: str, progress: Progress | None = None
 ) -> dict[str, int]:
     """Write `train.tokens` and `validation.tokens`, and return their checksums by side.
 
@@ -70,7 +69,7 @@ def interrupted_identity(folder: Path) -> str | None:
 
 
 def _encoded(
-    documents: Iterator[tuple[str, Document]], tokenizer: Tokenizer
+    documents: Iterator[tuple[str, Document]], tokenizer: Encoder
 ) -> Iterator[tuple[tuple[str, Document], list[int]]]:
     """Yield each document with its side and its token ids; batches of documents are encoded on all cores."""
     to_write, to_encode = tee(documents)
@@ -88,7 +87,7 @@ def _read_journal(journal: Path) -> dict[str, Any]:
 
 
 def _open_writers(
-    folder: Path, tokenizer: Tokenizer, rows: int | None, done: dict[str, Any]
+    folder: Path, tokenizer: Encoder, rows: int | None, done: dict[str, Any]
 ) -> Mapping[str, TokenFileWriter]:
     """Return the writer of each side; if an interrupted encoding cannot go on, `done` is emptied."""
     paths = {side: folder / f"{side}.tokens" for side in (TRAIN, VALIDATION)}

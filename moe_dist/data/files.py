@@ -30,7 +30,7 @@ class StdlibSource:
 
     def fingerprint(self) -> str:
         """Return a digest of the names and contents of all modules."""
-        return _digest_of(self._modules(), names=self.root)
+        return digest_of(self._modules(), names=self.root)
 
     def texts(self) -> Iterator[str]:
         """Yield every module that is UTF-8; a few old ones are not."""
@@ -74,7 +74,7 @@ class FileSource:
 
     def fingerprint(self) -> str:
         """Return a digest of the content and format of all files, and the column."""
-        return f"{self.text_column} {_digest_of(self.files)}"
+        return f"{self.text_column} {digest_of(self.files)}"
 
     def texts(self) -> Iterator[str]:
         """Yield the texts of all documents.
@@ -125,7 +125,7 @@ def _files_of(key: str, pattern: str) -> list[str]:
     return [pattern]
 
 
-def _digest_of(files: Sequence[Path], names: Path | None = None) -> str:
+def digest_of(files: Sequence[Path], names: Path | None = None) -> str:
     """Return a SHA-256 over the files' contents, and over their names below `names` or else their suffixes."""
     total = hashlib.sha256()
     for path in files:

@@ -16,6 +16,7 @@ import sentencepiece
 
 from moe_dist.config import CorpusConfig, TokenizerConfig
 from moe_dist.data.cache import atomic_write, exclusive, remove_leftovers
+from moe_dist.data.chats import ChatEncoder
 from moe_dist.data.corpora import Corpus, open_corpus
 from moe_dist.data.encode import encode_split, interrupted_identity
 from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer, find_hf_tokenizer
@@ -124,7 +125,8 @@ def _make(folder: Path, corpus: Corpus, config: TokenizerConfig, imported: Mappi
         found = tokenizer_in(folder)
     assert found is not None, "it was written above"
     tokenizer, digest = open_tokenizer(found), _digest(found)
-    checksums = encode_split(split, tokenizer, folder, config.embedding_rows(tokenizer.vocab_size), digest)
+    encoder = ChatEncoder(tokenizer) if corpus.config.kind == "chat" else tokenizer
+    checksums = encode_split(split, encoder, folder, config.embedding_rows(tokenizer.vocab_size), digest)
     manifest = {"tokenizer_sha256": digest, "checksums": list(checksums.values())}
     with atomic_write(folder / "manifest.json") as path:
         path.write_text(json.dumps(manifest))

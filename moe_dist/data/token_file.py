@@ -1,22 +1,23 @@
 """Token ids of one split of a corpus in a memory-mapped file.
 
-Layout: a header block of 4096 bytes (magic, then JSON, then spaces), then the ids as little-endian uint16 or uint32.
+Layout: a header block of 4096 bytes (magic, then JSON, then spaces), then the ids as little-endian uint16 or uint32, or
+int32 if some are complements of ids that are no targets (`chats.py`).
 Every document is followed by one end-of-document token. The header holds a CRC-32 over its other facts and all ids.
 """
 
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.errors import DataError
 
 _MAGIC = b"moe-dist tokens 1\n"
@@ -53,6 +54,25 @@ class TokenFile:
     def __len__(self) -> int:
         return self.facts.tokens
 
+    @cached_property
+    def target_share(self) -> float:
+        """Share of the tokens that are targets of the loss."""
+        return float((self.ids >= 0).mean()) if self.ids.dtype.kind == "i" else 1.0
+
+
+class Encoder(Protocol):
+    """Encoder of documents: a tokenizer, or one that marks context by negative ids.
+
+    Attributes:
+        end_of_document: id that follows each document.
+    """
+
+    vocab_size: int
+    end_of_document: int
+
+    def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Yield the token ids of each text, in order."""
+
 
 class TokenFileWriter:
     """Writer of a token file that can go on after its process was killed.
@@ -65,12 +85,13 @@ class TokenFileWriter:
     """
 
     def __init__(
-        self, path: Path, tokenizer: Tokenizer, rows: int | None = None, progress: Mapping[str, Any] | None = None
+        self, path: Path, tokenizer: Encoder, rows: int | None = None, progress: Mapping[str, Any] | None = None
     ) -> None:
         rows = rows or tokenizer.vocab_size
         self.path, self._part = path, path.with_suffix(".part")
-        self._dtype = np.dtype("<u2" if rows <= 1 << 16 else "<u4")
-        self._facts = TokenFacts(0, 0, 0, 0, 0, rows, tokenizer.end_of_document, self._dtype.str)
+        self._eod = eod = tokenizer.end_of_document
+        self._dtype = np.dtype("<i4" if eod < 0 else "<u2" if rows <= 1 << 16 else "<u4")
+        self._facts = TokenFacts(0, 0, 0, 0, 0, rows, max(eod, ~eod), self._dtype.str)
         self._crc = 0
         if progress is not None:
             self._facts, self._crc = TokenFacts(**progress["facts"]), int(progress["crc"])
@@ -86,7 +107,7 @@ class TokenFileWriter:
     def append(self, text: str, ids: Sequence[int]) -> None:
         """Add a document, and the token that ends it."""
         facts = self._facts
-        data = np.array([*ids, facts.end_of_document], dtype=self._dtype).tobytes()
+        data = np.array([*ids, self._eod], dtype=self._dtype).tobytes()
         self._file.write(data)
         self._crc = zlib.crc32(data, self._crc)
         self._facts = replace(
@@ -118,7 +139,7 @@ class TokenFileWriter:
         self._file.close()
 
 
-def write_token_file(path: Path, texts: Iterable[str], tokenizer: Tokenizer, rows: int | None = None) -> None:
+def write_token_file(path: Path, texts: Iterable[str], tokenizer: Encoder, rows: int | None = None) -> None:
     """Encode documents to `path`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer, (to_count, to_encode) = TokenFileWriter(path, tokenizer, rows), tee(texts)
@@ -172,7 +193,7 @@ def _parse(path: Path, header: bytes) -> tuple[TokenFacts, int]:
             raise ValueError("magic")
         content = json.loads(header.removeprefix(_MAGIC))
         facts, checksum = TokenFacts(**content["facts"]), int(content["checksum"])
-        if facts.dtype not in ("<u2", "<u4") or not isinstance(facts.tokens, int) or facts.tokens < 1:
+        if facts.dtype not in ("<u2", "<u4", "<i4") or not isinstance(facts.tokens, int) or facts.tokens < 1:
             raise ValueError("facts")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"token file {path} is damaged: its header is not one of a token file; remove it") from error

@@ -33,10 +33,12 @@ class LanguageModel(nn.Module):
 
     Attributes:
         context: state shared by the layers: mesh, placements, balance state, traffic ledger.
+        target_share: share of the targets among the training tokens; the training loss is a mean over targets.
         end_of_document: token that ends each document, for `corpus.document_mask`; set by those who have the tokenizer.
     """
 
     end_of_document: int | None = None
+    target_share: float = 1.0
 
     def __init__(
         self,
@@ -91,15 +93,24 @@ class LanguageModel(nn.Module):
             raise (memory and memory.refusal) or error from None
 
     def forward(self, sequence_BS: Tensor) -> Tensor:
-        """Return the mean next-token loss over [B, S+1] token ids, in nats per token."""
-        return self.token_losses(sequence_BS).mean()
+        """Return the mean next-token loss over [B, S+1] token ids, in nats per target.
+
+        The number of targets is taken as its mean over all training tokens, so that each target has the same weight
+        in any micro-batch of any rank.
+        """
+        return self.token_losses(sequence_BS).mean() / self.target_share
 
     def token_losses(self, sequence_BS: Tensor) -> Tensor:
-        """Return the loss of every predicted token, [B, S], in nats."""
+        """Return the loss of every predicted token, [B, S], in nats; 0 for those that are no targets.
+
+        Args:
+            sequence_BS: [B, S+1] token ids; the complement of an id (a negative number) is no target.
+        """
+        target_BS, sequence_BS = sequence_BS[:, 1:] >= 0, torch.where(sequence_BS < 0, ~sequence_BS, sequence_BS)
         tokens_BS, labels_BS = sequence_BS[:, :-1].contiguous(), sequence_BS[:, 1:].contiguous()
         position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         losses: Tensor = self.gpt(tokens_BS, position_BS, self._document_mask(tokens_BS), labels=labels_BS)
-        return losses
+        return losses * target_BS
 
     def _document_mask(self, tokens_BS: Tensor) -> Tensor | None:
         """Return the mask of attention inside documents; None: each token attends to all earlier ones."""

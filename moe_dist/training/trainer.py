@@ -170,6 +170,7 @@ class Trainer:
                     self.memory,
                 )
             self.model.end_of_document = self.data.train.facts.end_of_document
+            self.model.target_share = self.data.train.target_share
             self.engine = DeepSpeedEngine(self.model, config, self.batch, self.process, self.loss_scale)
         except BaseException:
             self.__exit__()
@@ -334,7 +335,10 @@ class Trainer:
     def _stop(self, step: int) -> None:
         for callback in self.callbacks:
             callback.stop(step)
-        self.recorder.note(f"asked to stop: stopped after step {step}, with a checkpoint")
+        self.recorder.note(
+            f"asked to stop: stopped after step {step}, with a checkpoint; the same command with "
+            "checkpoint.resume=auto continues"
+        )
         self.recorder.event("stopped", step)
 
     def _finish(self) -> None:

@@ -10,7 +10,7 @@ from moe_dist.model.language_model import LanguageModel
 
 
 def validation_loss(model: LanguageModel, tokens: TokenFile, config: RunConfig, micro: int, process: RankInfo) -> float:
-    """Return the mean loss over `train.eval_sequences` held-out sequences, nats per token; collective.
+    """Return the mean loss over `train.eval_sequences` held-out sequences, nats per target; collective.
 
     Args:
         micro: number of sequences of a rank's micro-batch.
@@ -19,8 +19,10 @@ def validation_loss(model: LanguageModel, tokens: TokenFile, config: RunConfig, 
     length, most = config.model.sequence_length, config.train.eval_sequences
     with model.evaluating():
         for batch in validation_batches(tokens, length, most, process.rank, process.ranks, micro):
-            loss_B = model.token_losses(batch.tokens.to(process.device)).double().mean(dim=1)
+            tokens_BS = batch.tokens.to(process.device)
+            loss_B = model.token_losses(tokens_BS).double().sum(dim=1)
+            targets_B = (tokens_BS[:, 1:] >= 0).sum(dim=1)
             weight_B = batch.weight.to(loss_B)
-            total += torch.stack([(loss_B * weight_B).sum(), weight_B.sum()])
+            total += torch.stack([(loss_B * weight_B).sum(), (targets_B * weight_B).sum()])
     dist.all_reduce(total)
     return float(total[0] / total[1])

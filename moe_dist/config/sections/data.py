@@ -11,10 +11,15 @@ from moe_dist.errors import ConfigError
 class CorpusConfig(Section):
     """Source of training and validation text."""
 
-    kind: Literal["stdlib", "text", "hub"] = Field("stdlib", description="stdlib: Python's own library source, offline")
-    paths: list[PathText] = Field([], description="files or globs: .txt .jsonl .parquet (text)")
+    kind: Literal["stdlib", "text", "chat", "hub"] = Field(
+        "stdlib",
+        description="stdlib: Python's own library source, offline; chat: conversations, with the loss on answers only",
+    )
+    paths: list[PathText] = Field(
+        [], description="files or globs: .txt .jsonl (also .gz .zst) .parquet (text), .jsonl (chat)"
+    )
     validation_paths: list[PathText] = Field(
-        [], description="held-out files (text); empty: a fraction of the documents"
+        [], description="held-out files (text, chat); empty: a fraction of the documents"
     )
     name: PathText | None = Field(None, description="data set on the Hugging Face hub, or a local folder of one (hub)")
     subset: str | None = Field(None, description="configuration of that data set (hub)")
@@ -34,6 +39,12 @@ class CorpusConfig(Section):
     def _require_source(self) -> Self:
         if self.kind == "text" and not self.paths:
             raise ConfigError("corpus.kind=text needs corpus.paths: a list of files or globs (.txt, .jsonl, .parquet)")
+        if self.kind == "chat" and not self.paths:
+            raise ConfigError("corpus.kind=chat needs corpus.paths: a list of .jsonl files or globs")
+        if self.kind == "chat" and self.max_bytes is not None:
+            raise ConfigError(
+                f"corpus.max_bytes={self.max_bytes} would cut conversations of corpus.kind=chat: remove it"
+            )
         if self.kind == "hub" and not self.name:
             raise ConfigError("corpus.kind=hub needs corpus.name, such as Salesforce/wikitext")
         unread = [key for key in ("paths", "validation_paths", "name") if getattr(self, key)]
