@@ -14,6 +14,7 @@ from moe_dist import __version__
 from moe_dist.cli import (
     bench,
     calibrate,
+    data,
     doctor,
     evaluation,
     measure,
@@ -58,6 +59,7 @@ def _options(
 
 for group in (
     training,
+    data,
     bench,
     measure,
     study,

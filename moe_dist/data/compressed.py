@@ -15,7 +15,7 @@ _CHUNK = 1 << 20
 
 
 def is_compressed(path: Path) -> bool:
-    """Return True if the name says that the file is compressed."""
+    """Return True if the file is compressed, by its name."""
     return path.suffix in COMPRESSED
 
 
@@ -29,7 +29,7 @@ def open_binary(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, decompressed.
 
     Raises:
-        DataError: it cannot be read, or is not what its suffix says.
+        DataError: it cannot be read, or is not of the compression that its suffix names.
     """
     try:
         if not is_compressed(path):

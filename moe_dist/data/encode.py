@@ -1,7 +1,7 @@
 """Encoding of a corpus into token files, in one pass, with progress that survives a kill.
 
-Every `FLUSH_BYTES` of text the partial files are made durable and a journal says how far they go. After a kill at most
-that much text is encoded again, and the files are the same bytes.
+Every `FLUSH_BYTES` of text the partial files are made durable and a journal records how far they go. After a kill at
+most that much text is encoded again, and the files are the same bytes.
 """
 
 import json

@@ -27,8 +27,8 @@ from moe_dist.launch.processes import group_runs, wait_status, was_terminated
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 6.0  # time for the launcher to stop the other ranks after a failure
 SIGNAL_SECONDS = {  # time for the ranks to react to a forwarded signal
-    signal.SIGINT: 15.0,  # to close their files
-    signal.SIGTERM: 25.0,  # to save a checkpoint; many systems kill what still runs after 30 s
+    signal.SIGINT: 25.0,  # to save a checkpoint
+    signal.SIGTERM: 25.0,  # the same; many systems kill what still runs after 30 s
 }
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TERMINATE_SECONDS = 4.0  # between SIGTERM and SIGKILL

@@ -1,7 +1,8 @@
 """Preemption: a stop at a step boundary, when a job is about to be preempted or has reached its time limit.
 
-SIGUSR1 and SIGTERM may reach one rank or all of them, at any time. Each rank records the request; the engine's
-all-reduce at the end of a step combines the requests (`StepOutcome.stop`), so that all ranks stop after the same step.
+SIGUSR1, SIGTERM and SIGINT (Ctrl-C) may reach one rank or all of them, at any time. Each rank records the request; the
+engine's all-reduce at the end of a step combines the requests (`StepOutcome.stop`), so that all ranks stop after the
+same step. A second SIGINT ends the rank at once.
 """
 
 import os
@@ -12,14 +13,17 @@ from types import FrameType, TracebackType
 from typing import Self
 
 TERM_SECONDS = 20.0
-"""Seconds that a rank may take from SIGTERM to the next step boundary before it exits.
+"""Seconds that a rank may take from SIGTERM or SIGINT to the next step boundary before it exits.
 
 Launchers kill a process after 30 s, and a rank that waits for a dead peer must not remain.
 """
 
 
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
 class StopSignals:
-    """Context manager that receives SIGUSR1 and SIGTERM; it does nothing outside the main thread.
+    """Context manager that receives `STOP_SIGNALS`; it does nothing outside the main thread.
 
     A thread reads the signal numbers that Python's C handler writes to a socket at once. A Python signal handler would
     run only after the main thread has returned from a collective, which may never happen.
@@ -29,7 +33,7 @@ class StopSignals:
     """
 
     def __init__(self, term_seconds: float = TERM_SECONDS) -> None:
-        self.wanted = False
+        self.wanted = self._interrupted = False
         self._term_seconds = term_seconds
         self._reached = threading.Event()
         self._before: dict[int, signal._HANDLER] = {}
@@ -42,7 +46,7 @@ class StopSignals:
         self._written = theirs
         self._wakeup_before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(ours,), name="stop-signals", daemon=True).start()
-        self._before = {signum: signal.signal(signum, _ignored) for signum in (signal.SIGUSR1, signal.SIGTERM)}
+        self._before = {signum: signal.signal(signum, _ignored) for signum in STOP_SIGNALS}
         # The entry script blocks SIGUSR1 until here: a pending one is delivered now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         return self
@@ -59,7 +63,7 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def reached(self) -> None:
-        """Cancel the exit after SIGTERM, because all ranks have agreed to stop and may take time to save."""
+        """Cancel the exit after a signal, because all ranks have agreed to stop and may take time to save."""
         self._reached.set()
 
     def _listen(self, signals: socket.socket) -> None:
@@ -69,14 +73,16 @@ class StopSignals:
                     self._hear(number)
 
     def _hear(self, signum: int) -> None:
-        if signum == signal.SIGTERM:
-            threading.Thread(target=self._exit_unless_reached, daemon=True).start()
-        if signum in (signal.SIGTERM, signal.SIGUSR1):
-            self.wanted = True
+        if signum == signal.SIGINT and self._interrupted:
+            os._exit(128 + signum)
+        self._interrupted |= signum == signal.SIGINT
+        if signum in (signal.SIGTERM, signal.SIGINT):
+            threading.Thread(target=self._exit_unless_reached, args=(signum,), daemon=True).start()
+        self.wanted |= signum in STOP_SIGNALS
 
-    def _exit_unless_reached(self) -> None:
+    def _exit_unless_reached(self, signum: int) -> None:
         if not self._reached.wait(self._term_seconds):
-            os._exit(128 + signal.SIGTERM)
+            os._exit(128 + signum)
 
 
 def _ignored(signum: int, frame: FrameType | None) -> None:

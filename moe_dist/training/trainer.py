@@ -335,7 +335,10 @@ class Trainer:
     def _stop(self, step: int) -> None:
         for callback in self.callbacks:
             callback.stop(step)
-        self.recorder.note(f"asked to stop: stopped after step {step}, with a checkpoint")
+        self.recorder.note(
+            f"asked to stop: stopped after step {step}, with a checkpoint; the same command with "
+            "checkpoint.resume=auto continues"
+        )
         self.recorder.event("stopped", step)
 
     def _finish(self) -> None:

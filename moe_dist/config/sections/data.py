@@ -15,7 +15,9 @@ class CorpusConfig(Section):
         "stdlib",
         description="stdlib: Python's own library source, offline; chat: conversations, with the loss on answers only",
     )
-    paths: list[PathText] = Field([], description="files or globs: .txt .jsonl .parquet (text), .jsonl (chat)")
+    paths: list[PathText] = Field(
+        [], description="files or globs: .txt .jsonl (also .gz .zst) .parquet (text), .jsonl (chat)"
+    )
     validation_paths: list[PathText] = Field(
         [], description="held-out files (text, chat); empty: a fraction of the documents"
     )

@@ -19,7 +19,7 @@ def run(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
 def test_a_signal_becomes_a_wish(name: str) -> None:
     done = run(
         "with StopSignals() as stop:\n"
@@ -27,7 +27,7 @@ def test_a_signal_becomes_a_wish(name: str) -> None:
         f"    os.kill(os.getpid(), signal.{name})\n"
         "    while not stop.wanted: time.sleep(0.01)\n"
         "print('stops')\n"
-        f"assert signal.getsignal(signal.{name}) == signal.SIG_DFL\n"
+        f"assert signal.getsignal(signal.{name}) in (signal.SIG_DFL, signal.default_int_handler)\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "stops\n", "")
 
@@ -39,6 +39,18 @@ def test_sigterm_ends_a_rank_that_reaches_no_boundary_even_in_c_code() -> None:
         f"with StopSignals(term_seconds=0.2):\n    os.kill(os.getpid(), signal.SIGTERM)\n    while True: {blocked}"
     )
     assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_a_second_ctrl_c_ends_a_rank_at_once() -> None:
+    done = run(
+        "with StopSignals() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    while not stop.wanted: time.sleep(0.01)\n"
+        "    print('saving', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(600)\n"
+    )
+    assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "saving\n")
 
 
 def test_once_the_boundary_is_reached_saving_may_take_its_time() -> None:

@@ -1,0 +1,79 @@
+"""Commands on training text: preparation, and a look at what was prepared."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from moe_dist.cli.options import Config, Overrides
+from moe_dist.config import load_config
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    data = typer.Typer(help="Prepare training text, and look at it.", no_args_is_help=True)
+    data.command()(prepare)
+    data.command()(inspect)
+    app.add_typer(data, name="data")
+
+
+def prepare(config: Config, overrides: Overrides = None) -> None:
+    """Tokenize the text of a configuration into its cache; `train` does the same if it is not done. Can be resumed."""
+    from moe_dist.data import prepare_data
+
+    run = load_config(config, overrides or ())
+    with _shown_log():
+        data = prepare_data(run.corpus, run.tokenizer)
+    for tokens in (data.train, data.validation):
+        facts = tokens.facts
+        typer.echo(f"{tokens.path}: {facts.tokens:,} tokens of {facts.documents:,} documents, {facts.bytes:,} bytes")
+
+
+def inspect(
+    config: Config,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to show of each side.")] = 2,
+    characters: Annotated[int, typer.Option(min=1, help="Characters of a document to show.")] = 300,
+) -> None:
+    """Show token counts, lengths of documents, and decoded samples of a configuration's text."""
+    from rich.console import Console
+
+    from moe_dist.data import open_tokenizer, prepare_data
+    from moe_dist.data.inspection import report_of, samples_of
+
+    run = load_config(config, overrides or ())
+    with _shown_log():
+        data = prepare_data(run.corpus, run.tokenizer)
+    tokenizer, console = open_tokenizer(data.tokenizer_path), Console(highlight=False)
+    for tokens in (data.train, data.validation):
+        report = report_of(tokens, run.model.sequence_length)
+        lengths = " ".join(f"{length:,}" for length in report.lengths)
+        console.print(f"{tokens.path.stem}", style="bold", markup=False)
+        console.print(
+            f"  {report.tokens:,} tokens of {report.documents:,} documents, "
+            f"{report.bytes / max(1, report.tokens):.2f} bytes a token\n"
+            f"  tokens a document (least, quarter, half, three quarters, 95 %, most): {lengths}\n"
+            f"  {report.sequences:,} sequences of {run.model.sequence_length}; {report.cut_documents:.0%} of the "
+            "documents are in more than one",
+            markup=False,
+            soft_wrap=True,
+        )
+        for text in samples_of(tokens, tokenizer, samples, characters):
+            console.print(f"  | {text!r}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _shown_log() -> Iterator[None]:
+    """Show the progress of the data package on standard error."""
+    log, handler = logging.getLogger("moe_dist.data"), logging.StreamHandler(sys.stderr)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
