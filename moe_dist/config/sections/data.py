@@ -47,8 +47,8 @@ class CorpusConfig(Section):
             )
         if self.kind == "chat" and self.document_mask:
             raise ConfigError(
-                "corpus.document_mask=true would part the messages of corpus.kind=chat, which end as documents do: set it "
-                "to false"
+                "corpus.document_mask=true would part the messages of corpus.kind=chat, which end as documents do: set "
+                "it to false"
             )
         if self.kind == "hub" and not self.name:
             raise ConfigError("corpus.kind=hub needs corpus.name, such as Salesforce/wikitext")
