@@ -25,6 +25,9 @@ Json = Annotated[
 ]
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/experiment/demo.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over CONFIG.")]
+OwnText = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE|FOLDER", help="Train on this text instead of CONFIG's corpus.")
+]
 TrainedRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo, or a checkpoint.")]
 StartedBy = Annotated[Launcher, typer.Option(help="Program that starts the ranks.")]
 Port = Annotated[int, typer.Option(min=1, max=65535, help="Rendezvous port of several machines, on the first.")]

@@ -1,16 +1,21 @@
 """Commands that train, start ranks, and check a configuration."""
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_dist.cli.options import Config, Json, Overrides, Port, StartedBy, takes
+from moe_dist.cli.options import Config, Json, Overrides, OwnText, Port, StartedBy, takes
 from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
+from moe_dist.errors import LaunchError
 from moe_dist.launch import runners
 from moe_dist.launch.environment import split_words
 from moe_dist.launch.files import with_summary
 from moe_dist.launch.job import DEFAULT_PORT, JobSize, Launcher, plan
 from moe_dist.launch.rank import run_rank
+
+TEXT_ENDINGS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
 
 
 def register(app: typer.Typer) -> None:
@@ -20,9 +25,9 @@ def register(app: typer.Typer) -> None:
     app.command("config")(show_config)
 
 
-def train(config: Config, overrides: Overrides = None, json_file: Json = None) -> None:
+def train(config: Config, overrides: Overrides = None, text: OwnText = None, json_file: Json = None) -> None:
     """Train: one process alone, or as one rank inside a launcher (deepspeed, torchrun, mpirun, srun)."""
-    raise typer.Exit(run_rank(config, with_summary(overrides or (), json_file)))
+    raise typer.Exit(run_rank(config, with_summary([*own_text(text), *(overrides or ())], json_file)))
 
 
 @takes(size=JobSize)
@@ -30,6 +35,7 @@ def launch(
     config: Config,
     size: JobSize,
     overrides: Overrides = None,
+    text: OwnText = None,
     launcher: StartedBy = Launcher.DEEPSPEED,
     port: Port = DEFAULT_PORT,
     launcher_args: Annotated[str, typer.Option(help="Further arguments of the launcher: '--partition=gpu'.")] = "",
@@ -37,12 +43,31 @@ def launch(
     json_file: Json = None,
 ) -> None:
     """Start ranks here or on several machines; when one fails all stop, and the last line names it and its error."""
-    words = with_summary(overrides or (), json_file)
+    words = with_summary([*own_text(text), *(overrides or ())], json_file)
     job = plan(launcher, size, config, words, port, split_words("--launcher-args", launcher_args))
     if dry_run:
         typer.echo(runners.dry_run(job))
         return
     raise typer.Exit(runners.launch(job))
+
+
+def own_text(path: Path | None) -> list[str]:
+    """Return the overrides that make a file, or all text files of a folder, the corpus; none for None.
+
+    Raises:
+        LaunchError: there is no such path, or the folder holds no text.
+    """
+    if path is None:
+        return []
+    path = path.expanduser().absolute()
+    if not path.exists():
+        raise LaunchError(f"--text {path}: no such file or folder")
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(TEXT_ENDINGS))
+    if not files:
+        raise LaunchError(f"--text {path}: the folder holds no file that ends in {' '.join(TEXT_ENDINGS)}")
+    return ["corpus.kind=text", f"corpus.paths={json.dumps([str(file) for file in files])}"]
 
 
 def show_config(

@@ -86,7 +86,8 @@ class OffloadedAdamW:
                 cluster.behind += 1
                 self.deferred += 1
         furthest = max((cluster.behind for cluster in self.memory.clusters.values()), default=0)
-        self._rates = [*self._rates, learning_rate][-furthest:] if furthest else []
+        self._rates.append(learning_rate)
+        del self._rates[: len(self._rates) - furthest]
         self.longest = max(self.longest, furthest)
         self.updates += len(self.memory.clusters)
         self.steps += 1

@@ -86,7 +86,7 @@ def test_run_folder_keeps_its_contract(tmp_path: Path) -> None:
         line["memory"]["rss_bytes_max"] >= line["memory"]["rss_bytes_min"] > 0 for line in lines if "train" in line
     )
     events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert events == ["started", "placement", "evaluation", "evaluation", "checkpoint", "finished"]
+    assert events == ["started", "placement", "backend", "evaluation", "evaluation", "checkpoint", "finished"]
     assert list((folder / "tensorboard").iterdir())
 
 

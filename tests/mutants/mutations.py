@@ -776,7 +776,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             "step, self._rates[-1], rule)\n            _round",
         ),
         ("missed updates as if made now", "self.steps - cluster.behind))", "self.steps))"),
-        ("learning rates of the first steps", "[-furthest:] if furthest", "[:furthest] if furthest"),
+        ("learning rates of the first steps", "[: len(self._rates) - furthest]", "[furthest:]"),
         (
             "active clusters not caught up",
             "            self.catch_up(cluster)\n            self._step",

@@ -164,8 +164,9 @@ def _is_one_line(error: str) -> bool:
 
 
 def _figures(run: Path) -> list[Any]:
-    """What training computed at each step, without times; every step once."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """What training computed at each step, without times; every step once. None if the folder was removed after all."""
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [[line["step"], line.get("train"), line.get("load"), line.get("validation")] for line in lines]
 
 

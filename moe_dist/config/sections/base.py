@@ -41,6 +41,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 PathText = Annotated[str, AfterValidator(_expanded)]
 """Path or glob in which `~` and `~user` are expanded."""
+PathTexts = Annotated[list[PathText], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""Paths; a single one needs no list."""
 
 
 class Section(BaseModel):

@@ -1,10 +1,10 @@
 """Corpus and tokenizer."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moe_dist.config.sections.base import PathText, Positive, Section
+from moe_dist.config.sections.base import PathText, PathTexts, Positive, Section
 from moe_dist.errors import ConfigError
 
 
@@ -15,10 +15,10 @@ class CorpusConfig(Section):
         "stdlib",
         description="stdlib: Python's own library source, offline; chat: conversations, with the loss on answers only",
     )
-    paths: list[PathText] = Field(
+    paths: PathTexts = Field(
         [], description="files or globs: .txt .jsonl (also .gz .zst) .parquet (text), .jsonl (chat)"
     )
-    validation_paths: list[PathText] = Field(
+    validation_paths: PathTexts = Field(
         [], description="held-out files (text, chat); empty: a fraction of the documents"
     )
     name: PathText | None = Field(None, description="data set on the Hugging Face hub, or a local folder of one (hub)")
@@ -34,6 +34,15 @@ class CorpusConfig(Section):
     cache_dir: PathText = Field(
         "~/.cache/moe-dist", validate_default=True, description="cache of tokenizers and token files, by content"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _infer_kind(cls, given: Any) -> Any:
+        """Take `paths` and `name` without a `kind` as text and hub."""
+        if not isinstance(given, dict) or "kind" in given:
+            return given
+        found = next((kind for key, kind in (("paths", "text"), ("name", "hub")) if given.get(key)), None)
+        return given if found is None else {**given, "kind": found}
 
     @model_validator(mode="after")
     def _require_source(self) -> Self:

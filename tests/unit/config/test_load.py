@@ -127,9 +127,9 @@ def test_files_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
         (["train.micro_batch_size=5"], ["train.global_batch_size=32", "train.micro_batch_size=5"]),
         (["corpus.kind=text"], ["corpus.kind=text", "corpus.paths"]),
         (["corpus.kind=hub"], ["corpus.kind=hub", "corpus.name"]),
-        (["corpus.paths=[a.txt]"], ["corpus.kind=stdlib", "corpus.paths=['a.txt']"]),
+        (["corpus.kind=stdlib", "corpus.paths=[a.txt]"], ["corpus.kind=stdlib", "corpus.paths=['a.txt']"]),
         (["corpus.validation_paths=[b.txt]"], ["corpus.kind=stdlib", "corpus.validation_paths=['b.txt']"]),
-        (["corpus.name=a/b"], ["corpus.kind=stdlib", "corpus.name='a/b'"]),
+        (["corpus.kind=stdlib", "corpus.name=a/b"], ["corpus.kind=stdlib", "corpus.name='a/b'"]),
         (["optimizer.beta1=1"], ["optimizer.beta1=1", "less than 1"]),
         (["optimizer.beta2=1.0"], ["optimizer.beta2=1.0", "less than 1"]),
         (["train.steps=0"], ["train.steps=0"]),
@@ -262,3 +262,11 @@ def test_includes_expand_the_home_directory(write: Write, tmp_path: Path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     write("base.yaml", "seed: 5\n")
     assert load_config(write("run.yaml", "include: ['~/base.yaml']\n")).seed == 5
+
+
+def test_paths_need_no_list_and_no_kind() -> None:
+    assert load_config(None, ["corpus.paths=a.txt"]).corpus.paths == ["a.txt"]
+    assert load_config(None, ["corpus.paths=a.txt"]).corpus.kind == "text"
+    assert load_config(None, ["corpus.name=Some/set"]).corpus.kind == "hub"
+    with pytest.raises(ConfigError, match=r"corpus\.kind=stdlib does not read corpus\.paths"):
+        load_config(None, ["corpus.kind=stdlib", "corpus.paths=a.txt"])
