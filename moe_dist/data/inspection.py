@@ -1,5 +1,7 @@
 """Description of prepared tokens: sizes, lengths of documents, and decoded samples.
 
+In chats whose template writes the end-of-document token, each message counts as a document here.
+
 Shapes: N documents.
 """
 
@@ -7,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from moe_dist.data.token_file import TokenFile
 from moe_dist.data.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ class TokenReport:
 def report_of(tokens: TokenFile, sequence_length: int) -> TokenReport:
     """Return the figures of a token file whose sequences follow each other without a gap."""
     facts = tokens.facts
-    end_N = np.flatnonzero(np.asarray(tokens.ids) == facts.end_of_document)
+    end_N = np.flatnonzero(tokens.plain_ids == facts.end_of_document)
     length_N = np.diff(end_N, prepend=-1)
     first_N = end_N - length_N + 1
     cut_N = first_N // sequence_length != end_N // sequence_length
@@ -52,7 +53,7 @@ def report_of(tokens: TokenFile, sequence_length: int) -> TokenReport:
 
 def samples_of(tokens: TokenFile, tokenizer: Tokenizer, count: int, characters: int) -> Iterator[str]:
     """Yield the first `characters` of `count` documents, spread evenly over the file."""
-    ids: npt.NDArray[np.integer] = np.asarray(tokens.ids)
+    ids = tokens.plain_ids
     end_N = np.flatnonzero(ids == tokens.facts.end_of_document)
     for number in np.unique(np.linspace(0, len(end_N) - 1, count).astype(int)):
         first = int(end_N[number - 1]) + 1 if number else 0

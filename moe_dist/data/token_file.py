@@ -54,6 +54,12 @@ class TokenFile:
     def __len__(self) -> int:
         return self.facts.tokens
 
+    @property
+    def plain_ids(self) -> npt.NDArray[np.integer]:
+        """Ids with the complements of a chat's context undone; in memory."""
+        ids = np.asarray(self.ids)
+        return np.where(ids < 0, ~ids, ids) if ids.dtype.kind == "i" else ids
+
     @cached_property
     def target_share(self) -> float:
         """Share of the tokens that are targets of the loss."""

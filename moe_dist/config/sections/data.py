@@ -54,6 +54,11 @@ class CorpusConfig(Section):
             raise ConfigError(
                 f"corpus.max_bytes={self.max_bytes} would cut conversations of corpus.kind=chat: remove it"
             )
+        if self.kind == "chat" and self.document_mask:
+            raise ConfigError(
+                "corpus.document_mask=true would part the messages of corpus.kind=chat, which end as documents do: set "
+                "it to false"
+            )
         if self.kind == "hub" and not self.name:
             raise ConfigError("corpus.kind=hub needs corpus.name, such as Salesforce/wikitext")
         unread = [key for key in ("paths", "validation_paths", "name") if getattr(self, key)]

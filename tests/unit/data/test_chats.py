@@ -63,6 +63,7 @@ def test_token_files_hold_complements_and_their_share(tmp_path: Path) -> None:
     assert data.train.ids.dtype == np.dtype("<i4")
     assert data.train.facts.end_of_document == 1
     assert data.train.ids[-1] == ~1
+    assert "one?" in open_tokenizer(data.tokenizer_path).decode(data.train.plain_ids.tolist())
     answers = int((data.train.ids >= 0).sum())
     assert 0 < answers < len(data.train)
     assert data.train.target_share == answers / len(data.train)
@@ -97,5 +98,7 @@ def test_keys_that_chats_need() -> None:
         CorpusConfig(kind="chat")
     with pytest.raises(ConfigError, match=r"corpus.max_bytes=9 would cut conversations"):
         CorpusConfig(kind="chat", paths=["x.jsonl"], max_bytes=9)
+    with pytest.raises(ConfigError, match=r"corpus.document_mask=true would part the messages"):
+        CorpusConfig(kind="chat", paths=["x.jsonl"], document_mask=True)
     with pytest.raises(ConfigError, match=r"needs the chat template of tokenizer.kind=hf, not bpe"):
         RunConfig(corpus=CorpusConfig(kind="chat", paths=["x.jsonl"]))
