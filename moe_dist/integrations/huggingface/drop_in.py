@@ -59,6 +59,8 @@ def convert(model: nn.Module, moe: MoEConfig, *, mesh: Mesh | DeviceMesh | None 
         raise ConfigError(
             f"{type(model).__name__} has no dense SwiGLU layers (gate_proj, up_proj, down_proj with silu)"
         )
+    if any(getattr(model.get_submodule(path), name).bias is not None for path in found for name in PROJECTIONS):
+        raise ConfigError(f"feed-forward layers with biases, as {type(model).__name__} has, cannot be converted")
     for number, path in enumerate(found):
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, _clustered(model.get_submodule(path), moe, mesh, seed + number))
@@ -68,8 +70,6 @@ def convert(model: nn.Module, moe: MoEConfig, *, mesh: Mesh | DeviceMesh | None 
 def _clustered(dense: Any, moe: MoEConfig, mesh: Mesh | DeviceMesh | None, seed: int) -> BatchFirst:
     """Return the clustered layer of one dense layer, with its type and device."""
     gate_FD, up_FD, down_DF = (getattr(dense, name).weight for name in PROJECTIONS)
-    if any(getattr(dense, name).bias is not None for name in PROJECTIONS):
-        raise ConfigError("feed-forward layers with biases cannot be converted")
     width, hidden = gate_FD.shape
     layer = ClusteredMoE(hidden, moe.model_copy(update={"expert_hidden": width}), mesh=mesh, seed=seed)
     for part in cast(list[ClusteredExperts], layer.clusters):
