@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +21,13 @@ def register(app: typer.Typer) -> None:
     app.add_typer(data, name="data")
 
 
-def prepare(config: Config, overrides: Overrides = None) -> None:
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    megatron: Annotated[
+        Path | None, typer.Option(metavar="PREFIX", help="Also write PREFIX-train.bin, .idx and PREFIX-validation.*.")
+    ] = None,
+) -> None:
     """Tokenize the text of a configuration into its cache; `train` does the same if it is not done. Can be resumed."""
     from moe_dist.data import prepare_data
 
@@ -30,6 +37,12 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     for tokens in (data.train, data.validation):
         facts = tokens.facts
         typer.echo(f"{tokens.path}: {facts.tokens:,} tokens of {facts.documents:,} documents, {facts.bytes:,} bytes")
+        if megatron is not None:
+            from moe_dist.data.megatron_files import write_megatron_files
+
+            prefix = megatron.with_name(f"{megatron.name}-{tokens.path.stem}")
+            write_megatron_files(tokens, prefix)
+            typer.echo(f"{prefix}.bin and .idx")
 
 
 def inspect(

@@ -34,10 +34,15 @@ def check_precision(precision: PrecisionConfig, moe: MoEConfig) -> None:
         )
 
 
-def check_chat(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> None:
-    """Require a tokenizer that can have a chat template for chats."""
+def check_tokenizer(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> None:
+    """Require a given tokenizer for chats, which need its template, and for tokenized files."""
     if corpus.kind == "chat" and tokenizer.kind != "hf":
         raise ConfigError(f"corpus.kind=chat needs the chat template of tokenizer.kind=hf, not {tokenizer.kind}")
+    if corpus.kind == "megatron" and tokenizer.kind != "hf":
+        raise ConfigError(
+            f"corpus.kind=megatron needs the tokenizer that made its files: tokenizer.kind=hf and tokenizer.path, not "
+            f"{tokenizer.kind}"
+        )
 
 
 def check_rank(model: ModelConfig, moe: MoEConfig, recluster: ReclusterConfig) -> None:

@@ -87,7 +87,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
         consistency.check_warmup(self.moe, self.train)
-        consistency.check_chat(self.corpus, self.tokenizer)
+        consistency.check_tokenizer(self.corpus, self.tokenizer)
         consistency.check_precision(self.precision, self.moe)
         consistency.check_rank(self.model, self.moe, self.recluster)
         consistency.check_offload(self.memory, self.moe)

@@ -12,6 +12,7 @@ from moe_dist.data.chats import ChatSource
 from moe_dist.data.documents import Document, as_documents, limit_bytes
 from moe_dist.data.files import FileSource, match_files, stdlib_source
 from moe_dist.data.hub import HubSource
+from moe_dist.data.megatron_files import MegatronSource, match_prefixes
 from moe_dist.data.split import Split, Survey, lowest_keys
 from moe_dist.errors import DataError
 
@@ -84,6 +85,10 @@ def open_corpus(config: CorpusConfig) -> Corpus:
         return Corpus(config, stdlib_source(), None)
     if config.kind == "hub":
         return _hub_corpus(config)
+    if config.kind == "megatron":
+        pairs = match_prefixes("corpus.paths", config.paths)
+        held_pairs = match_prefixes("corpus.validation_paths", config.validation_paths)
+        return Corpus(config, MegatronSource(pairs), MegatronSource(held_pairs) if held_pairs else None)
     train = match_files("corpus.paths", config.paths)
     source = ChatSource if config.kind == "chat" else partial(FileSource, text_column=config.text_column)
     if not config.validation_paths:

@@ -41,12 +41,13 @@ def encode_split(
     done = _read_journal(journal)
     if done.get("identity") != identity:
         done = {}
+    text_of = getattr(tokenizer, "text_of", lambda text, ids: text)
     report = progress or _Log(done.get("bytes", 0))
     writers = _open_writers(folder, tokenizer, rows, done)
     documents, size, flushed = done.get("documents", 0), done.get("bytes", 0), done.get("bytes", 0)
     try:
         for (side, document), ids in _encoded(islice(split.documents(), documents, None), tokenizer):
-            writers[side].append(document.text, ids)
+            writers[side].append(text_of(document.text, ids), ids)
             documents, size = documents + 1, size + len(document.text.encode())
             report(size, max(size, total))
             if size - flushed >= FLUSH_BYTES:

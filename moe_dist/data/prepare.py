@@ -20,9 +20,10 @@ from moe_dist.data.chats import ChatEncoder
 from moe_dist.data.corpora import Corpus, open_corpus
 from moe_dist.data.encode import encode_split, interrupted_identity
 from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer, find_hf_tokenizer
+from moe_dist.data.megatron_files import TokenListEncoder
 from moe_dist.data.split import Split
-from moe_dist.data.token_file import TokenFile, open_token_file
-from moe_dist.data.tokenizer import SENTENCEPIECE_MODEL, open_tokenizer, tokenizer_in, train_tokenizer
+from moe_dist.data.token_file import Encoder, TokenFile, open_token_file
+from moe_dist.data.tokenizer import SENTENCEPIECE_MODEL, Tokenizer, open_tokenizer, tokenizer_in, train_tokenizer
 from moe_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -125,11 +126,17 @@ def _make(folder: Path, corpus: Corpus, config: TokenizerConfig, imported: Mappi
         found = tokenizer_in(folder)
     assert found is not None, "it was written above"
     tokenizer, digest = open_tokenizer(found), _digest(found)
-    encoder = ChatEncoder(tokenizer) if corpus.config.kind == "chat" else tokenizer
-    checksums = encode_split(split, encoder, folder, config.embedding_rows(tokenizer.vocab_size), digest)
+    rows = config.embedding_rows(tokenizer.vocab_size)
+    checksums = encode_split(split, _encoder_of(corpus.config.kind, tokenizer), folder, rows, digest)
     manifest = {"tokenizer_sha256": digest, "checksums": list(checksums.values())}
     with atomic_write(folder / "manifest.json") as path:
         path.write_text(json.dumps(manifest))
+
+
+def _encoder_of(kind: str, tokenizer: Tokenizer) -> Encoder:
+    if kind == "chat":
+        return ChatEncoder(tokenizer)
+    return TokenListEncoder(tokenizer) if kind == "megatron" else tokenizer
 
 
 def _digest(path: Path) -> str:

@@ -69,6 +69,8 @@ class TokenFile:
 class Encoder(Protocol):
     """Encoder of documents: a tokenizer, or one that marks context by negative ids.
 
+    One whose documents are not text has `text_of(document, ids)`: the text whose bytes, words and lines are counted.
+
     Attributes:
         end_of_document: id that follows each document.
     """

@@ -11,12 +11,15 @@ from moe_dist.errors import ConfigError
 class CorpusConfig(Section):
     """Source of training and validation text."""
 
-    kind: Literal["stdlib", "text", "chat", "hub"] = Field(
+    kind: Literal["stdlib", "text", "chat", "megatron", "hub"] = Field(
         "stdlib",
-        description="stdlib: Python's own library source, offline; chat: conversations, with the loss on answers only",
+        description="stdlib: Python's own library source, offline; chat: conversations, with the loss on answers only; "
+        "megatron: Megatron-core's tokenized files",
     )
     paths: PathTexts = Field(
-        [], description="files or globs: .txt .jsonl (also .gz .zst) .parquet (text), .jsonl (chat)"
+        [],
+        description="files or globs: .txt .jsonl (also .gz .zst) .parquet (text), .jsonl (chat); prefixes of .bin and "
+        ".idx (megatron)",
     )
     validation_paths: PathTexts = Field(
         [], description="held-out files (text, chat); empty: a fraction of the documents"
@@ -50,9 +53,11 @@ class CorpusConfig(Section):
             raise ConfigError("corpus.kind=text needs corpus.paths: a list of files or globs (.txt, .jsonl, .parquet)")
         if self.kind == "chat" and not self.paths:
             raise ConfigError("corpus.kind=chat needs corpus.paths: a list of .jsonl files or globs")
-        if self.kind == "chat" and self.max_bytes is not None:
+        if self.kind == "megatron" and not self.paths:
+            raise ConfigError("corpus.kind=megatron needs corpus.paths: prefixes of .bin and .idx files")
+        if self.kind in ("chat", "megatron") and self.max_bytes is not None:
             raise ConfigError(
-                f"corpus.max_bytes={self.max_bytes} would cut conversations of corpus.kind=chat: remove it"
+                f"corpus.max_bytes={self.max_bytes} would cut documents of corpus.kind={self.kind}: remove it"
             )
         if self.kind == "chat" and self.document_mask:
             raise ConfigError(
