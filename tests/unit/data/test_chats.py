@@ -96,7 +96,7 @@ def test_templates_that_cannot_be_divided_are_refused(tmp_path: Path) -> None:
 def test_keys_that_chats_need() -> None:
     with pytest.raises(ConfigError, match=r"corpus.kind=chat needs corpus.paths"):
         CorpusConfig(kind="chat")
-    with pytest.raises(ConfigError, match=r"corpus.max_bytes=9 would cut conversations"):
+    with pytest.raises(ConfigError, match=r"corpus.max_bytes=9 would cut documents"):
         CorpusConfig(kind="chat", paths=["x.jsonl"], max_bytes=9)
     with pytest.raises(ConfigError, match=r"corpus.document_mask=true would part the messages"):
         CorpusConfig(kind="chat", paths=["x.jsonl"], document_mask=True)

@@ -72,7 +72,7 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     assert match_prefixes("corpus.paths", [str(tmp_path / name) for name in ("a.bin", "a.idx", "a")]) == (
         tmp_path / "a",
     )
-    with pytest.raises(DataError, match="holds the token 310, but the tokenizer .* has ids below 300"):
+    with pytest.raises(DataError, match=r"holds the token 310, but the tokenizer .* has ids below 300"):
         prepare_data(corpus_of(tmp_path, "a"), settings(tmp_path))
     with pytest.raises(DataError, match=r"corpus\.paths: .*none\.bin is missing: tokenized files are"):
         prepare_data(corpus_of(tmp_path, "none"), settings(tmp_path))
