@@ -108,7 +108,8 @@ def measure_backends(shape: BackendShape, device: torch.device) -> BackendTimes:
         shape.experts, shape.hidden, shape.expert_hidden, shape.rank, vectors=shape.vectors, dtype=dtype
     )
     default = choose_backend(device, dtype, abstract)
-    names = available_backends(device, dtype, shape.rank, shape.expert_hidden)
+    found = available_backends(device, dtype, shape.rank, shape.expert_hidden)
+    names = [name for name in found if name != "triton" or device.type != "cpu"]  # not Triton's interpreter
     if shape.work < LEAST_WORK or len(names) == 1:
         return BackendTimes({}, default)
     file = _cache_file(shape, device)

@@ -50,6 +50,11 @@ def test_every_available_backend_is_measured_once(cache: Path, monkeypatch: pyte
     assert measure_backends(SHAPE, CPU) == found
 
 
+def test_tritons_interpreter_is_never_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "available_backends", lambda *_: ["masked", "sorted", "triton"])
+    assert set(measure_backends(SHAPE, CPU).seconds) == {"masked", "sorted"}
+
+
 def test_the_first_measurement_stays(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def while_another_process_finishes(*_: object) -> dict[str, float]:
         if not list(cache.iterdir()):
