@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from moe_dist.checkpoint.file_groups import grouped_by_bytes
 from moe_dist.checkpoint.manifest import (
     INDEX,
     FileRecord,
@@ -120,18 +121,8 @@ class ShardWriter(StorageWriter):
 
     def _by_file(self, items: Sequence[WriteItem]) -> list[list[WriteItem]]:
         """Group tensors in memory into one file, and offloaded ones into files small enough to buffer one by one."""
-        files: list[list[WriteItem]] = [[]]
-        room = OFFLOADED_FILE_BYTES
-        for item in sorted(
-            items, key=lambda item: self._offloaded_bytes_of(item) > 0
-        ):  # stable: in the order of clusters
-            size = self._offloaded_bytes_of(item)
-            if size > room and files[-1]:
-                files.append([])
-                room = OFFLOADED_FILE_BYTES
-            files[-1].append(item)
-            room -= size
-        return files
+        in_order = sorted(items, key=lambda item: self._offloaded_bytes_of(item) > 0)  # stable: in that of clusters
+        return grouped_by_bytes(in_order, self._offloaded_bytes_of, OFFLOADED_FILE_BYTES)
 
     def _offloaded_bytes_of(self, item: WriteItem) -> int:
         assert item.index.offset is not None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_dist.data.files import digest_of
+from moe_dist.data.files import digest_of, first_and_more
 from moe_dist.data.table_files import json_objects
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.errors import DataError
@@ -26,7 +26,7 @@ class ChatSource:
     files: tuple[Path, ...]
 
     def __str__(self) -> str:
-        return str(self.files[0]) + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+        return first_and_more(self.files)
 
     def fingerprint(self) -> str:
         """Return a digest of the content of all files."""

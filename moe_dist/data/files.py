@@ -70,7 +70,7 @@ class FileSource:
     text_column: str
 
     def __str__(self) -> str:
-        return str(self.files[0]) + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
+        return first_and_more(self.files)
 
     def fingerprint(self) -> str:
         """Return a digest of the content and format of all files, and the column."""
@@ -123,6 +123,11 @@ def _files_of(key: str, pattern: str) -> list[str]:
             f"{key}: {pattern!r} is a link to {os.readlink(pattern)!r}, which does not exist: fetch the data"
         )
     return [pattern]
+
+
+def first_and_more(paths: Sequence[Path]) -> str:
+    """Return a description of files: the first one, and the number of others."""
+    return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def digest_of(files: Sequence[Path], names: Path | None = None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_dist.data.files import digest_of
+from moe_dist.data.files import digest_of, first_and_more
 from moe_dist.data.token_file import TokenFile
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.errors import DataError
@@ -30,7 +30,7 @@ class MegatronSource:
     prefixes: tuple[Path, ...]
 
     def __str__(self) -> str:
-        return str(self.prefixes[0]) + (f" and {len(self.prefixes) - 1} more" if len(self.prefixes) > 1 else "")
+        return first_and_more(self.prefixes)
 
     def fingerprint(self) -> str:
         """Return a digest of the content of all files."""

@@ -1,9 +1,9 @@
 """Warning of a precision that this processor has no instructions for, and agreement of the ranks on `auto`."""
 
 import torch
-import torch.distributed as dist
 
 from moe_dist.config import RunConfig
+from moe_dist.distributed.agreement import differing_ranks
 from moe_dist.distributed.init import RankInfo
 from moe_dist.errors import ConfigError
 from moe_dist.kernels.gemm_speed import relative_gemm_speed
@@ -32,11 +32,7 @@ def check_same_precision(config: RunConfig, process: RankInfo) -> None:
     Raises:
         ConfigError: the machines' processors resolve `auto` differently.
     """
-    mine = torch.tensor([getattr(torch, config.train.precision).itemsize], device=process.device)
-    found = [torch.empty_like(mine) for _ in range(process.ranks)]
-    dist.all_gather(found, mine)
-    different = [rank for rank, other in enumerate(found) if not torch.equal(other, found[0])]
-    if different:
+    if different := differing_ranks(getattr(torch, config.train.precision).itemsize, process):
         raise ConfigError(
             f"train.precision=auto is {config.train.precision} on rank {process.rank}, but not the same on all ranks "
             f"(other than rank 0: {', '.join(map(str, different))}): set it to float32 or bfloat16"

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
-import torch
 import torch.distributed as dist
 
 from moe_dist.checkpoint.stateful import Stateful
@@ -21,6 +20,7 @@ from moe_dist.console import tolerant_output
 from moe_dist.data import PreparedData, SequenceLoader, open_tokenizer, prepare_data, sequence_count
 from moe_dist.dispatch.layout_advice import layout_advice
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
+from moe_dist.distributed.agreement import differing_ranks
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.distributed.links import Links
@@ -249,9 +249,10 @@ class Trainer:
     def start(self) -> None:
         """Prepare for the first step; collective."""
         self.recorder.note(description(self))
-        for advice in (layout_advice(self.config, self.shape), precision_advice(self.config, self.process.device)):
-            if advice is not None:
-                self.recorder.note(f"warning: {advice}")
+        if self.process.rank == 0:
+            for advice in (layout_advice(self.config, self.shape), precision_advice(self.config, self.process.device)):
+                if advice is not None:
+                    self.recorder.note(f"warning: {advice}")
         self._start_all(self.steps_done)
 
     def run(self, signals: StopSignals, resumption: Resumption | None = None) -> bool:
@@ -358,11 +359,7 @@ def _require_same_data(data: PreparedData, process: RankInfo) -> None:
         DataError: the tokens differ.
     """
     digest = hashlib.sha256(f"{data.train.checksum} {data.validation.checksum}".encode()).digest()
-    mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=process.device)
-    found = [torch.empty_like(mine) for _ in range(process.ranks)]
-    dist.all_gather(found, mine)
-    different = [rank for rank, other in enumerate(found) if not torch.equal(other, found[0])]
-    if different:
+    if different := differing_ranks(int.from_bytes(digest[:7], "big"), process):
         raise DataError(
             f"rank {', '.join(map(str, different))} prepared other tokens than rank 0: give all nodes the same text, "
             "or a shared corpus.cache_dir"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.export import BALANCE, PREFIX, quantized_format
+from moe_dist.checkpoint.file_groups import grouped_by_bytes
 from moe_dist.checkpoint.manifest import Index, read_index
 from moe_dist.checkpoint.placement_record import placement_from_record
 from moe_dist.checkpoint.quantized_tensors import is_of_cluster, quantized_tensors_of
@@ -137,7 +138,7 @@ def _write_weights(
     folder: Path, checkpoint: Path, units: Sequence[Unit], state: Mapping[str, Tensor], largest_file: int
 ) -> int:
     """Write one file, or several with an index, one after another; return the bytes of all tensors."""
-    groups = _by_size(units, largest_file)
+    groups = grouped_by_bytes(units, Unit.nbytes, largest_file)
     files = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
     files = files if len(files) > 1 else [WEIGHTS]
     where: dict[str, str] = {}
@@ -152,19 +153,6 @@ def _write_weights(
         content = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(content, indent=1) + "\n")
     return total
-
-
-def _by_size(units: Sequence[Unit], largest: int) -> list[list[Unit]]:
-    groups: list[list[Unit]] = [[]]
-    room = largest
-    for unit in units:
-        size = unit.nbytes()
-        if size > room and groups[-1]:
-            groups.append([])
-            room = largest
-        groups[-1].append(unit)
-        room -= size
-    return groups
 
 
 def _converted(checkpoint: Path, units: Sequence[Unit]) -> dict[str, Tensor]:
