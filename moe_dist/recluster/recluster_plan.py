@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dist.distributed.agreement import differing_ranks
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.recluster.decision import LayerDecision
 from moe_dist.recluster.exchange import Cycle, cycles_of, successors
@@ -73,11 +74,7 @@ def broadcast_plan(
 def _check_equal_on_all_ranks(code_LC: Tensor, placements: Sequence[ExpertPlacement], step: int) -> None:
     content = [step, code_LC.tolist(), [placement.digest() for placement in placements]]
     digest = hashlib.sha256(str(content).encode()).digest()
-    mine = torch.tensor([int.from_bytes(digest[:7], "big")], device=code_LC.device)
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, mine)
-    different = [rank for rank, other in enumerate(found) if not torch.equal(other, found[0])]
-    if different:
+    if different := differing_ranks(int.from_bytes(digest[:7], "big"), code_LC.device):
         ranks = ", ".join(map(str, different))
         raise MigrationError(
             f"step {step}: rank {ranks} disagrees with rank 0 about the plan or the current placement of experts; "

@@ -32,7 +32,7 @@ def check_same_precision(config: RunConfig, process: RankInfo) -> None:
     Raises:
         ConfigError: the machines' processors resolve `auto` differently.
     """
-    if different := differing_ranks(getattr(torch, config.train.precision).itemsize, process):
+    if different := differing_ranks(getattr(torch, config.train.precision).itemsize, process.device):
         raise ConfigError(
             f"train.precision=auto is {config.train.precision} on rank {process.rank}, but not the same on all ranks "
             f"(other than rank 0: {', '.join(map(str, different))}): set it to float32 or bfloat16"

@@ -359,7 +359,7 @@ def _require_same_data(data: PreparedData, process: RankInfo) -> None:
         DataError: the tokens differ.
     """
     digest = hashlib.sha256(f"{data.train.checksum} {data.validation.checksum}".encode()).digest()
-    if different := differing_ranks(int.from_bytes(digest[:7], "big"), process):
+    if different := differing_ranks(int.from_bytes(digest[:7], "big"), process.device):
         raise DataError(
             f"rank {', '.join(map(str, different))} prepared other tokens than rank 0: give all nodes the same text, "
             "or a shared corpus.cache_dir"
