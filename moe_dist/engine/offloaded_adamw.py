@@ -25,8 +25,7 @@ from moe_dist.engine.optimizer import UpdateRule, update_rule
 from moe_dist.memory.block import TensorKind
 from moe_dist.memory.expert_memory import ExpertMemory, Place
 from moe_dist.memory.offloaded_cluster import OffloadedCluster
-from moe_dist.moe.parameter_class import copies_of
-from moe_dist.moe.parameter_class import REDUCED_OVER, ParameterClass, class_of
+from moe_dist.moe.parameter_class import REDUCED_OVER, ParameterClass, class_of, copies_of
 
 Blocks = dict[TensorKind, Tensor]
 

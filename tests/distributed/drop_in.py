@@ -41,7 +41,7 @@ class SmallModel(nn.Module):
         for layer in self.layers:
             y = layer(h)
             h = h + (y[0] if isinstance(y, tuple) else y)
-        return h.transpose(0, 1)
+        return h.transpose(0, 1).contiguous()  # FSDP2 warns about views
 
 
 def loss_of(model: Callable[[Tensor], Tensor], step: int, rank: int = 0, ranks: int = 1) -> Tensor:
@@ -94,7 +94,9 @@ def plain_training(clip: bool) -> tuple[list[float], dict[str, Tensor]]:
 def assert_trained_alike(found: tuple[list[float], dict[str, Tensor]], expected: Any, what: str) -> None:
     """Compare the losses and weights of a rank with those of one process."""
     losses, weights = expected
-    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(losses), rtol=1e-5, atol=1e-6, msg=lambda m: what + m)
+    torch.testing.assert_close(
+        torch.tensor(found[0]), torch.tensor(losses), rtol=1e-5, atol=1e-6, msg=lambda m: what + m
+    )
     assert found[1]
     for name, value in found[1].items():
         text = f"{what}, {name}: "

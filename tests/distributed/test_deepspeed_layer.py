@@ -16,8 +16,8 @@ from tests.distributed.drop_in import (
     WIDTH,
     SmallModel,
     assert_trained_alike,
-    losses_of_example,
     loss_of,
+    losses_of_example,
     plain_training,
     weights_of,
 )
