@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moe_dist.moe.standard_moe import StandardMoE as StandardMoE
     from moe_dist.moe.training_step import average_gradients as average_gradients
     from moe_dist.moe.training_step import clip_grad_norm_ as clip_grad_norm_
+    from moe_dist.moe.training_step import train_residuals_only as train_residuals_only
     from moe_dist.moe.training_step import update_load_balance as update_load_balance
     from moe_dist.recluster.coordinator import Coordinator as Coordinator
 
@@ -40,6 +41,7 @@ _HOME = {
     "convert": "integrations.huggingface.drop_in",
     "load_config": "config",
     "load_model": "checkpoint.load_model",
+    "train_residuals_only": "moe.training_step",
     "update_load_balance": "moe.training_step",
 }
 """Module of each public name."""

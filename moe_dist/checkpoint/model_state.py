@@ -29,7 +29,7 @@ def weights_of(model: LanguageModel) -> State:
 
 
 def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tuple[str, ...] = STATE_NAMES) -> State:
-    """Return this rank's shards of FP32 master weights and Adam moments, as writable tensors."""
+    """Return this rank's shards of FP32 master weights and Adam moments, or of frozen weights, as writable tensors."""
     tensors: State = {}
     memory = model.context.memory
     for parameter, runs in named_runs(model).items():
@@ -38,6 +38,11 @@ def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tupl
                 for name in names:
                     shards = [_away(memory, parameter, run, memory.kind_of(name))]
                     tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, shards)
+            continue
+        if not parameter.requires_grad:  # frozen: it has no state, and is its own master
+            for run in runs if MASTER in names else ():
+                shard = Shard(0, _run_of(parameter, run))
+                tensors[_key(MASTER, run.name)] = ShardedTensor(run.shape, parameter.dtype, [shard])
             continue
         fragment = state.fragment(parameter)
         for run in runs:

@@ -91,6 +91,7 @@ class RunConfig(Section):
         consistency.check_precision(self.precision, self.moe)
         consistency.check_rank(self.model, self.moe, self.recluster)
         consistency.check_offload(self.memory, self.moe)
+        consistency.check_trainable(self.optimizer, self.moe, self.recluster, self.memory)
         self.moe.layer_kind.check_layout(self.world, self.moe)
         consistency.check_recluster(self.recluster, self.moe, self.train)
         return self

@@ -35,6 +35,19 @@ def moe_layers(module: nn.Module) -> list[ClusteredMoE | StandardMoE]:
     return layers
 
 
+def train_residuals_only(module: nn.Module) -> None:
+    """Freeze all parameters but the low-rank factors and vectors of clustered experts.
+
+    Call it before an optimizer is created, and before FSDP2 shards the parameters.
+
+    Raises:
+        ConfigError: the module has no MoE layer.
+    """
+    moe_layers(module)
+    for parameter in module.parameters():
+        parameter.requires_grad_(class_of(parameter) is ParameterClass.EXPERT)
+
+
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
     """Average gradients, so that each is the gradient of the mean of all ranks' losses; collective.

@@ -3,12 +3,13 @@
 import runpy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moe_dist import ClusteredMoE, MoEConfig, update_load_balance
 
@@ -23,6 +24,27 @@ MOE = MoEConfig(
     backend="masked",
     balance_rate=0.1,
 )
+
+
+class OnCpu(TorchFunctionMode):
+    """Creates on the CPU what Megatron-core creates on a GPU: gradient buffers, and scalars of its optimizer."""
+
+    STAND_INS: ClassVar[dict[str, Any]] = {"current_device": lambda: "cpu", "synchronize": lambda *_: None}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1:
+            return "torch.cuda.FloatTensor"  # which its clipping wants
+        return func(*args, **kwargs | {"device": "cpu"} if kwargs.get("device") == "cuda" else kwargs)
+
+    def __enter__(self) -> Any:
+        self.cuda = mock.patch.multiple(torch.cuda, **self.STAND_INS)
+        self.cuda.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.cuda.stop()
+        super().__exit__(*error)
 
 
 class SmallModel(nn.Module):
