@@ -63,7 +63,12 @@ class OptimizerState:
             master.copy_(held)
 
     def fragment(self, parameter: nn.Parameter) -> StateFragment | None:
-        """Return this rank's fragment of a parameter's state; None if other replicas own it all (ZeRO 1 and 2)."""
+        """Return this rank's fragment of a parameter's state.
+
+        None: other replicas own it all (ZeRO 1 and 2), or the parameter is not trained.
+        """
+        if not parameter.requires_grad:
+            return None
         if self.divided:
             return self._partitioned(parameter)
         master = self._masters.get(parameter, parameter)

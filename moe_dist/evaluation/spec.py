@@ -69,7 +69,9 @@ def parse_tasks(words: Sequence[str]) -> tuple[str, ...]:
         tasks = [f"{group}:{name}" for name in names.split(",")] if colon else [group]
         harness = word.startswith(HARNESS) and all(names.split(","))
         if not harness and not {*tasks} <= {"wikitext", "glue", *(f"glue:{name}" for name in GLUE_TASKS)}:
-            raise LaunchError(f"--task {word}: give wikitext, glue, glue:TASK,TASK of {', '.join(GLUE_TASKS)}, or lm-eval:NAME,NAME")
+            raise LaunchError(
+                f"--task {word}: give wikitext, glue, glue:TASK,TASK of {', '.join(GLUE_TASKS)}, or lm-eval:NAME,NAME"
+            )
         found += tasks
     return tuple(dict.fromkeys(found))
 

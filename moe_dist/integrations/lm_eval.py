@@ -27,7 +27,7 @@ def run_with_harness(config: RunConfig, spec: EvalSpec) -> None:
 
 
 def harness_figures(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
-    """Return the results of the harness's tasks by task and metric; collective.
+    """Return the results of the harness's tasks by task and metric, on rank 0; collective.
 
     Raises:
         ConfigError: the harness is not installed, or has no such task.
@@ -37,7 +37,9 @@ def harness_figures(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise ConfigError(f"--task lm-eval needs the package lm-eval ({error}): pip install 'moe-dist[lm-eval]'") from error
+        raise ConfigError(
+            f"--task lm-eval needs the package lm-eval ({error}): pip install 'moe-dist[lm-eval]'"
+        ) from error
     names = [task.removeprefix(HARNESS) for task in spec.tasks if task.startswith(HARNESS)]
     manager = _task_manager(names, spec.include_path)
     model = subject.model(getattr(torch, spec.dtype))
@@ -61,6 +63,8 @@ def harness_figures(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
             log_samples=False,
             bootstrap_iters=100_000 if subject.process.rank == 0 else 0,
         )
+    if found is None:  # the harness gives them to the first rank of each machine
+        return {}
     return {"tasks": found["results"], "versions": found["versions"], "shots": found["n-shot"]}
 
 
@@ -119,5 +123,7 @@ def _task_manager(names: list[str], include_path: Path | None) -> Any:
     if manager is None or not {*names} <= {*manager.all_tasks}:
         manager = TaskManager(include_path=include_path and str(include_path))
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise ConfigError(f"--task lm-eval:{','.join(unknown)}: lm-eval has no such task; `lm-eval ls tasks` lists them")
+        raise ConfigError(
+            f"--task lm-eval:{','.join(unknown)}: lm-eval has no such task; `lm-eval ls tasks` lists them"
+        )
     return manager

@@ -159,4 +159,6 @@ def _check(config: TransformerConfig, moe: MoEConfig) -> None:
             f"{config.expert_tensor_parallel_size}: clustered layers need 1 for both"
         )
     if config.cuda_graph_impl != "none":
-        raise ConfigError(f"cuda_graph_impl={config.cuda_graph_impl}: clustered layers need 'none'; rows of a rank vary")
+        raise ConfigError(
+            f"cuda_graph_impl={config.cuda_graph_impl}: clustered layers need 'none'; rows of a rank vary"
+        )

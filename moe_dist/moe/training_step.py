@@ -49,23 +49,27 @@ def train_residuals_only(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def average_gradients(module: nn.Module) -> None:
+def average_gradients(module: nn.Module, *, experts_only: bool = False) -> None:
     """Average gradients, so that each is the gradient of the mean of all ranks' losses; collective.
 
     Call it after `backward()`, instead of DistributedDataParallel, which would average different experts. Gradients of
     experts and of bases are summed over the ranks that hold their replicas, all others over all ranks of the layers'
     mesh; each sum is divided by the number of ranks. A missing gradient counts as zero.
 
+    Args:
+        experts_only: leave out all other parameters, which DistributedDataParallel has averaged.
+
     Raises:
         ConfigError: the module has no MoE layer.
     """
     mesh = moe_layers(module)[0].context.mesh
     for parameter in module.parameters():
-        if not parameter.requires_grad:
+        parameter_class = class_of(parameter)
+        if not parameter.requires_grad or (experts_only and parameter_class is ParameterClass.DENSE):
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        _sum_over(parameter.grad, mesh, SUMMED_OVER[class_of(parameter)])
+        _sum_over(parameter.grad, mesh, SUMMED_OVER[parameter_class])
         parameter.grad /= mesh.shape.ranks
 
 

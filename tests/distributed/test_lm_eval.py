@@ -71,7 +71,7 @@ def _on_ranks(run: str, folder: str) -> dict[str, Any]:
 
     spec = EvalSpec(Path(run), tuple(f"lm-eval:{name}" for name in TASKS), include_path=Path(folder))
     world = WorldConfig(backend="gloo", cluster=2, timeout_seconds=100)
-    found: dict[str, Any] = evaluate(world, spec, harness=harness_figures)["lm_eval"]["tasks"]
+    found: dict[str, Any] = evaluate(world, spec, harness=harness_figures)["lm_eval"]
     return found
 
 
@@ -93,13 +93,13 @@ def test_a_run_scores_like_its_exported_folder(tmp_path: Path) -> None:
     expected = lm_eval.simple_evaluate(
         "hf", model_args=options, tasks=list(TASKS), task_manager=manager, log_samples=False, bootstrap_iters=0
     )["results"]
-    for found in run_ranks(_on_ranks, 2, str(run), str(folder), timeout=240):
-        assert found.keys() == expected.keys() == {*TASKS}
-        for task, metrics in expected.items():
-            numbers = {name for name, value in metrics.items() if isinstance(value, float) and "stderr" not in name}
-            assert numbers, task
-            for name in numbers:
-                assert found[task][name] == pytest.approx(metrics[name], rel=1e-5), (task, name)
+    found = run_ranks(_on_ranks, 2, str(run), str(folder), timeout=240)[0]["tasks"]
+    assert found.keys() == expected.keys() == {*TASKS}
+    for task, metrics in expected.items():
+        numbers = {name for name, value in metrics.items() if isinstance(value, float) and "stderr" not in name}
+        assert numbers, task
+        for name in numbers:
+            assert found[task][name] == pytest.approx(metrics[name], rel=1e-5), (task, name)
 
 
 def test_tasks_are_checked_before_a_rank_starts() -> None:

@@ -37,7 +37,12 @@ def test_nothing_else_changes_a_bit(tmp_path: Path, zero_stage: int) -> None:
     (tmp_path / "config.yaml").write_text(f"include: [{SMOKE}]\n")
     run_ranks(_train, 2, [("name=first", "train.steps=2")], tmp_path)
     (tmp_path / "config.yaml").write_text(f"include: [{SMOKE}, {PRESET}]\n")
-    words = ("name=tuned", f"checkpoint.init={tmp_path}/runs/first", f"world.zero_stage={zero_stage}", "memory.offload=false")
+    words = (
+        "name=tuned",
+        f"checkpoint.init={tmp_path}/runs/first",
+        f"world.zero_stage={zero_stage}",
+        "memory.offload=false",
+    )
     runs = [(*words, "train.steps=2"), (*words, "train.steps=4", "checkpoint.resume=auto")]
     run_ranks(_train, 2, runs, tmp_path)
     before, after = _weights(tmp_path, "first"), _weights(tmp_path, "tuned")

@@ -14,7 +14,7 @@ from moe_dist.integrations.huggingface.sentencepiece_tokenizer import converted_
 from tests.distributed.ranks import run_ranks
 from tests.unit.data.samples import documents_of
 
-pytest.importorskip("transformers", reason="needs moe-dist[models]")
+transformers = pytest.importorskip("transformers", reason="needs moe-dist[models]")
 
 from tests.unit.integrations.random_runs import random_runs
 
@@ -73,6 +73,9 @@ def test_the_command_streams_or_prints_whole(run: Path, tmp_path: Path, capsys: 
     assert "MoeDistForCausalLM" in output("export", str(run), "--format", "hf", "-o", exported)
     streamed = output("generate", exported, "--prompt", PROMPTS[0], "--max-tokens", "6")
     assert streamed == output("generate", str(run), "--prompt", PROMPTS[0], "--max-tokens", "6", "--whole")
+    pipeline = transformers.pipeline("text-generation", exported, device="cpu")
+    [made] = pipeline(PROMPTS[0], max_new_tokens=6, do_sample=False, return_full_text=False, add_special_tokens=False)
+    assert made["generated_text"].strip() in streamed
     output("generate", str(run), "--chat", "--prompt", "x", "--max-tokens", "2")
     assert "MoeDistForCausalLM" in output("import", exported, "-o", str(tmp_path / "again"))
     (tmp_path / "hf" / "chat_template.jinja").unlink()
