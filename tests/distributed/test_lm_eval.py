@@ -104,7 +104,7 @@ def test_a_run_scores_like_its_exported_folder(tmp_path: Path) -> None:
 
 def test_tasks_are_checked_before_a_rank_starts() -> None:
     assert parse_tasks(["lm-eval:piqa,arc_easy", "wikitext"]) == ("lm-eval:piqa", "lm-eval:arc_easy", "wikitext")
-    with pytest.raises(LaunchError, match="give wikitext, glue, .* or lm-eval:NAME,NAME"):
+    with pytest.raises(LaunchError, match=r"give wikitext, glue, .* or lm-eval:NAME,NAME"):
         parse_tasks(["lm-eval"])
     with pytest.raises(LaunchError, match="give wikitext"):
         parse_tasks(["lm-eval:piqa,"])

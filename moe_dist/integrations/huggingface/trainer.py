@@ -37,8 +37,8 @@ class ClusteredMoECallback(TrainerCallback):  # type: ignore[misc]
             )
         if args.max_grad_norm and args.world_size > 1:
             raise ConfigError(
-                f"max_grad_norm={args.max_grad_norm} clips before experts are averaged: set it to 0 in TrainingArguments "
-                "and give it to ClusteredMoECallback"
+                f"max_grad_norm={args.max_grad_norm} clips before experts are averaged: set it to 0 in "
+                "TrainingArguments and give it to ClusteredMoECallback"
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:

@@ -1,5 +1,6 @@
 """Texts generated from runs and exports, and the tokenizers that come along."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from moe_dist.integrations.huggingface.sentencepiece_tokenizer import converted_
 from tests.distributed.ranks import run_ranks
 from tests.unit.data.samples import documents_of
 
-transformers = pytest.importorskip("transformers", reason="needs moe-dist[models]")
+pytest.importorskip("transformers", reason="needs moe-dist[models]")
 
 from tests.unit.integrations.random_runs import random_runs
 
@@ -73,7 +74,7 @@ def test_the_command_streams_or_prints_whole(run: Path, tmp_path: Path, capsys: 
     assert "MoeDistForCausalLM" in output("export", str(run), "--format", "hf", "-o", exported)
     streamed = output("generate", exported, "--prompt", PROMPTS[0], "--max-tokens", "6")
     assert streamed == output("generate", str(run), "--prompt", PROMPTS[0], "--max-tokens", "6", "--whole")
-    pipeline = transformers.pipeline("text-generation", exported, device="cpu")
+    pipeline = importlib.import_module("transformers").pipeline("text-generation", exported, device="cpu")
     [made] = pipeline(PROMPTS[0], max_new_tokens=6, do_sample=False, return_full_text=False, add_special_tokens=False)
     assert made["generated_text"].strip() in streamed
     output("generate", str(run), "--chat", "--prompt", "x", "--max-tokens", "2")
