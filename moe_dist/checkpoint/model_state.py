@@ -1,5 +1,7 @@
 """A model and its optimizer's state as named, sharded tensors."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -14,18 +16,15 @@ from moe_dist.model.language_model import LanguageModel
 
 def weights_of(model: LanguageModel) -> State:
     """Return the weights that the model computes with, as tensors that a checkpoint is read into."""
-    memory = model.context.memory
-    return {
-        _key(MASTER, run.name): ShardedTensor(
-            run.shape,
-            parameter.dtype,
-            [Shard(0, _run_of(parameter, run))]
-            if memory is None or memory.of(parameter) is None
-            else [_away(memory, parameter, run, TensorKind.WEIGHT)],
-        )
-        for parameter, runs in named_runs(model).items()
-        for run in runs
-    }
+    memory, tensors = model.context.memory, State()
+    for parameter, runs in named_runs(model).items():
+        offloaded = memory is not None and memory.of(parameter) is not None
+        for run in runs:
+            shard: Shard | OffloadedShard = Shard(run.first, run_of(parameter, run))
+            if memory is not None and offloaded:
+                shard = _away(memory, parameter, run, TensorKind.WEIGHT)
+            _add(tensors, _key(MASTER, run.name), run, parameter.dtype, [shard])
+    return tensors
 
 
 def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tuple[str, ...] = STATE_NAMES) -> State:
@@ -37,19 +36,24 @@ def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tupl
             for run in runs:
                 for name in names:
                     shards = [_away(memory, parameter, run, memory.kind_of(name))]
-                    tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, shards)
+                    _add(tensors, _key(name, run.name), run, torch.float32, shards)
             continue
         if not parameter.requires_grad:  # frozen: it has no state, and is its own master
             for run in runs if MASTER in names else ():
-                shard = Shard(0, _run_of(parameter, run))
-                tensors[_key(MASTER, run.name)] = ShardedTensor(run.shape, parameter.dtype, [shard])
+                _add(tensors, _key(MASTER, run.name), run, parameter.dtype, [Shard(run.first, run_of(parameter, run))])
             continue
         fragment = state.fragment(parameter)
         for run in runs:
             for name in names:
                 owned = [] if fragment is None else _overlap(run, fragment.start, fragment.tensors[name])
-                tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, owned)
+                _add(tensors, _key(name, run.name), run, torch.float32, owned)
     return tensors
+
+
+def _add(tensors: State, key: str, run: NamedRun, dtype: torch.dtype, shards: Sequence[Shard | OffloadedShard]) -> None:
+    """Add a run's shards to its tensor."""
+    tensor = tensors.setdefault(key, ShardedTensor(run.shape, dtype))
+    tensor.shards = [*tensor.shards, *shards]
 
 
 def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: TensorKind) -> OffloadedShard:
@@ -57,7 +61,7 @@ def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: Te
     found = memory.of(parameter)
     assert found is not None
     cluster, name = found
-    length, dtype = torch.Size(run.shape).numel(), cluster.sizes()[kind].dtype
+    length, dtype = run.length, cluster.sizes()[kind].dtype
     return OffloadedShard(
         0,
         length,
@@ -70,12 +74,13 @@ def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: Te
 def _overlap(run: NamedRun, start: int, values: Tensor) -> list[Shard]:
     """Return the part of a run that is in elements [start, start + len(values)) of the flattened parameter."""
     first = max(run.start, start)
-    last = min(run.start + torch.Size(run.shape).numel(), start + values.numel())
-    return [Shard(first - run.start, values[first - start : last - start])] if first < last else []
+    last = min(run.start + run.length, start + values.numel())
+    return [Shard(run.first + first - run.start, values[first - start : last - start])] if first < last else []
 
 
-def _run_of(parameter: nn.Parameter, run: NamedRun) -> Tensor:
-    return parameter.detach().view(-1)[run.start : run.start + torch.Size(run.shape).numel()]
+def run_of(parameter: nn.Parameter, run: NamedRun) -> Tensor:
+    """Return a view of a run of a parameter, one-dimensional."""
+    return parameter.detach().view(-1)[run.start : run.start + run.length]
 
 
 def _key(kind: str, name: str) -> str:

@@ -19,7 +19,7 @@ from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.engine import gradient_norm
 from moe_dist.errors import ConfigError
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.parameter_class import REDUCED_OVER, class_of, copies_of
+from moe_dist.moe.parameter_class import OF_EXPERTS, class_of, copies_of
 from moe_dist.moe.training_step import moe_layers, update_load_balance
 
 STORED_AS = {"layer.clusters.": "deepspeed_moe.experts.deepspeed_experts.", "layer.expert_bias_E": "layer.slot_bias_E"}
@@ -76,7 +76,7 @@ class DeepSpeedClusteredMoE(MoE):  # type: ignore[misc]
         self.layer = ClusteredMoE(hidden_size, config, mesh=_mesh(ep_size, config), seed=seed, init_std=init_std)
         self.num_local_experts = len(self.layer.clusters)  # of a checkpoint
         for parameter in self.layer.parameters():
-            if class_of(parameter) in REDUCED_OVER:
+            if class_of(parameter) in OF_EXPERTS:
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
         self.register_state_dict_post_hook(_rename_stored)  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from moe_dist.config import MoEConfig
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.errors import ConfigError
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
+from moe_dist.moe.parameter_class import OF_EXPERTS, class_of
 from moe_dist.moe.training_step import update_load_balance
 
 
@@ -77,7 +77,7 @@ class MegatronClusteredMoE(MegatronMoELayer):  # type: ignore[misc]
         self.layer_number = layer_number
         self.layer = self._create(layer_number)
         for parameter in self.layer.parameters():
-            if class_of(parameter) in REDUCED_OVER:
+            if class_of(parameter) in OF_EXPERTS:
                 parameter.allreduce = False  # type: ignore[attr-defined]
 
     def forward(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.errors import ConfigError
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.parameter_class import ParameterClass, class_of, copies_of
+from moe_dist.moe.parameter_class import OF_EXPERTS, ParameterClass, class_of, copies_of
 from moe_dist.moe.standard_moe import StandardMoE
 
 OVER_ALL_RANKS = (GroupKind.EXPERT_PARALLEL, GroupKind.EXPERT_DATA)
@@ -65,7 +65,7 @@ def average_gradients(module: nn.Module, *, experts_only: bool = False) -> None:
     mesh = moe_layers(module)[0].context.mesh
     for parameter in module.parameters():
         parameter_class = class_of(parameter)
-        if not parameter.requires_grad or (experts_only and parameter_class is ParameterClass.DENSE):
+        if not parameter.requires_grad or (experts_only and parameter_class not in OF_EXPERTS):
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +92,8 @@ def _of_clusters(path: str, layer: ClusteredMoE) -> Iterator[tuple[str, Tensor]]
     """Yield the tensors of this rank's clusters; bases from the first shard alone."""
     for parameter, runs in cluster_runs(path, layer):
         for run in runs:
-            size = prod(run.shape)
             if ".expert." in run.name or layer.context.mesh.at.shard == 0:
-                yield run.name, parameter.detach().view(-1)[run.start : run.start + size].view(run.shape).clone()
+                yield run.name, parameter.detach().view(-1)[run.start : run.start + run.length].view(run.shape).clone()
 
 
 def _files_of_clusters(layers: dict[str, ClusteredMoE], files: list[str]) -> dict[str, str]:
