@@ -79,8 +79,8 @@ class DeepSpeedClusteredMoE(MoE):  # type: ignore[misc]
             if class_of(parameter) in OF_EXPERTS:
                 parameter.allreduce = False  # type: ignore[attr-defined]
                 parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
-        self.register_state_dict_post_hook(_rename_stored)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_rename_loaded)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(_rename_stored)
+        self.register_load_state_dict_pre_hook(_rename_loaded)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Create DeepSpeed's groups; its engine calls this.

@@ -32,10 +32,8 @@ def harness_figures(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
     Raises:
         ConfigError: the harness is not installed, or has no such task.
     """
-    transformers = require_transformers()
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ConfigError(
             f"--task lm-eval needs the package lm-eval ({error}): pip install 'moe-dist[lm-eval]'"
@@ -43,16 +41,7 @@ def harness_figures(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
     names = [task.removeprefix(HARNESS) for task in spec.tasks if task.startswith(HARNESS)]
     manager = _task_manager(names, spec.include_path)
     model = subject.model(getattr(torch, spec.dtype))
-    with TemporaryDirectory(prefix="moe-dist-") as folder:
-        for name, content in tokenizer_files(subject.tokenizer).items():
-            (Path(folder) / name).write_bytes(content)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    scored = HFLM(
-        pretrained=_ScoredModel(model, subject.config.model.sequence_length),
-        backend="causal",
-        tokenizer=tokenizer,
-        batch_size=spec.batch,
-    )
+    scored = _harness_model(model, subject, spec.batch)
     with model.evaluating(), quantized_as_stored(model):
         found = simple_evaluate(
             scored,
@@ -66,6 +55,19 @@ def harness_figures(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
     if found is None:  # the harness gives them to the first rank of each machine
         return {}
     return {"tasks": found["results"], "versions": found["versions"], "shots": found["n-shot"]}
+
+
+def _harness_model(model: LanguageModel, subject: EvaluatedModel, batch: int) -> Any:
+    """Return the harness's `hf` model, with our model and the run's tokenizer in it."""
+    transformers = require_transformers()
+    from lm_eval.models.huggingface import HFLM
+
+    with TemporaryDirectory(prefix="moe-dist-") as folder:
+        for name, content in tokenizer_files(subject.tokenizer).items():
+            (Path(folder) / name).write_bytes(content)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    scored = _ScoredModel(model, subject.config.model.sequence_length)
+    return HFLM(pretrained=scored, backend="causal", tokenizer=tokenizer, batch_size=batch)
 
 
 class _ScoredModel(nn.Module):

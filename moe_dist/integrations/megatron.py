@@ -4,7 +4,7 @@ Megatron's expert-parallel group holds the clusters once, and its expert-data-pa
 Parameters of clusters carry `allreduce = False`, by which DDP, optimizer and gradient norm take them as experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -63,7 +63,7 @@ class MegatronClusteredMoE(MegatronMoELayer):  # type: ignore[misc]
         MegatronModule.__init__(self, config)
         std = config.init_method_std if init_std is None else init_std
         scaled = std / (2 * config.num_layers) ** 0.5 if output_init_std is None else output_init_std
-        self._create = lambda number: ClusteredMoE(
+        self._create: Callable[[int], ClusteredMoE] = lambda number: ClusteredMoE(
             config.hidden_size, moe, mesh=megatron_mesh(), seed=seed + number - 1, init_std=std, output_init_std=scaled
         )
         self.use_shared_expert = self.shared_expert_overlap = False  # of Megatron's own; ours is part of the layer

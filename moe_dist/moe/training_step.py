@@ -142,4 +142,5 @@ def _local_square(parameter: nn.Parameter, mesh: Mesh) -> Tensor:
     if hasattr(grad, "to_local"):
         sizes = zip(grad.placements, grad.device_mesh.shape, strict=True)
         copies = math.prod(size for placement, size in sizes if placement.is_replicate())
-    return torch.linalg.vector_norm(_local(grad), dtype=torch.float64).square() / copies
+    square: Tensor = torch.linalg.vector_norm(_local(grad), dtype=torch.float64).square()
+    return square / copies

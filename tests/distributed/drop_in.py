@@ -40,11 +40,11 @@ class OnCpu(TorchFunctionMode):
     def __enter__(self) -> Any:
         self.cuda = mock.patch.multiple(torch.cuda, **self.STAND_INS)
         self.cuda.start()
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         self.cuda.stop()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
 
 class SmallModel(nn.Module):
@@ -122,7 +122,7 @@ def assert_trained_alike(found: tuple[list[float], dict[str, Tensor]], expected:
     assert found[1]
     for name, value in found[1].items():
         text = f"{what}, {name}: "
-        torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=2e-6, msg=lambda m, text=text: text + m)
+        torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=2e-6, msg=text.__add__)
 
 
 def losses_of_example(name: str) -> list[float]:

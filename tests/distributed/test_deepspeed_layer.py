@@ -68,7 +68,7 @@ def _trainings(cases: list[tuple[int, int, bool]], folder: str) -> list[Any]:
     from moe_dist.engine.deepspeed_init import init_deepspeed
 
     init_deepspeed()
-    found = []
+    found: list[Any] = []
     for ep_size, stage, clip in cases:
         engine = _engine(ep_size, stage, clip)
         found.append((_train(engine), weights_of(engine.module)))
@@ -113,7 +113,8 @@ def test_four_ranks_train_like_one() -> None:
 
 def _refusals() -> list[str]:
     messages = []
-    for ep_size, more in [(3, {}), (2, {"balance": "aux_loss"}), (2, {"clusters": 1})]:
+    cases: list[tuple[int, dict[str, Any]]] = [(3, {}), (2, {"balance": "aux_loss"}), (2, {"clusters": 1})]
+    for ep_size, more in cases:
         with pytest.raises(ConfigError) as caught:
             _layer(ep_size, 0, **more)
         messages.append(str(caught.value))

@@ -120,7 +120,8 @@ def _through_a_checkpoint(trained: SmallModel, folder: str) -> dict[str, Any]:
 
 
 def _sharded(model: SmallModel) -> dict[str, Any]:
-    return {k: v for i, layer in enumerate(model.layers) for k, v in layer.sharded_state_dict(f"layers.{i}.").items()}
+    layers: Any = model.layers
+    return {k: v for i, layer in enumerate(layers) for k, v in layer.sharded_state_dict(f"layers.{i}.").items()}
 
 
 def _refusals() -> list[str]:
