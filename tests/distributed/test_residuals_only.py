@@ -18,10 +18,9 @@ pytestmark = pytest.mark.timeout(300)
 PRESET = Path(__file__).parents[2] / "configs" / "fine-tune" / "residuals.yaml"
 
 
-def _train(runs: list[tuple[str, ...]], folder: Path) -> None:
+def _train(words: list[str], folder: Path) -> None:
     own = [f"runs_dir={folder}/runs", f"corpus.cache_dir={folder}/cache", "tensorboard=false", "train.eval_every=0"]
-    for words in runs:
-        train(load_config(folder / "config.yaml", [*own, "train.warmup_steps=0", "recluster.period=null", *words]))
+    train(load_config(folder / "config.yaml", [*own, "train.warmup_steps=0", "recluster.period=null", *words]))
 
 
 def _weights(folder: Path, name: str) -> dict[str, Any]:
@@ -32,25 +31,23 @@ def _weights(folder: Path, name: str) -> dict[str, Any]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
-def test_nothing_else_changes_a_bit(tmp_path: Path, zero_stage: int) -> None:
+def test_nothing_else_changes_a_bit(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"include: [{SMOKE}]\n")
-    run_ranks(_train, 2, [("name=first", "train.steps=2")], tmp_path)
+    run_ranks(_train, 1, ["name=first", "train.steps=2"], tmp_path)
     (tmp_path / "config.yaml").write_text(f"include: [{SMOKE}, {PRESET}]\n")
-    words = (
-        "name=tuned",
-        f"checkpoint.init={tmp_path}/runs/first",
-        f"world.zero_stage={zero_stage}",
-        "memory.offload=false",
-    )
-    runs = [(*words, "train.steps=2"), (*words, "train.steps=4", "checkpoint.resume=auto")]
-    run_ranks(_train, 2, runs, tmp_path)
-    before, after = _weights(tmp_path, "first"), _weights(tmp_path, "tuned")
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    residuals = {name for name in before if ".expert." in name}
-    assert len(changed) > len(residuals) / 2, "residuals learn"
-    assert changed <= residuals, changed - residuals
+    init = f"checkpoint.init={tmp_path}/runs/first"
+    run_ranks(_train, 2, ["name=at-once", init, "train.steps=2", "world.zero_stage=0"], tmp_path)
+    in_parts = ["name=in-parts", init, "world.zero_stage=2"]
+    run_ranks(_train, 2, [*in_parts, "train.steps=2"], tmp_path)
+    run_ranks(_train, 2, [*in_parts, "train.steps=4", "checkpoint.resume=auto"], tmp_path)
+    before = _weights(tmp_path, "first")
+    for name in ("at-once", "in-parts"):
+        after = _weights(tmp_path, name)
+        assert before.keys() == after.keys()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        residuals = {name for name in before if ".expert." in name}
+        assert len(changed) > len(residuals) / 2, "residuals learn"
+        assert changed <= residuals, changed - residuals
 
 
 def test_what_needs_full_weights_is_refused() -> None:
