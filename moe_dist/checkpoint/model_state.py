@@ -12,8 +12,12 @@ from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.model.language_model import LanguageModel
 
 
-def weights_of(model: LanguageModel) -> State:
-    """Return the weights that the model computes with, as tensors that a checkpoint is read into."""
+def weights_of(model: LanguageModel, state: OptimizerState | None = None) -> State:
+    """Return the weights that the model computes with, as tensors that a checkpoint is read into.
+
+    Args:
+        state: optimizer state of a model under training, whose quantized factors are left out.
+    """
     memory = model.context.memory
     return {
         _key(MASTER, run.name): ShardedTensor(
@@ -24,6 +28,7 @@ def weights_of(model: LanguageModel) -> State:
             else [_away(memory, parameter, run, TensorKind.WEIGHT)],
         )
         for parameter, runs in named_runs(model).items()
+        if state is None or not state.is_packed(parameter)
         for run in runs
     }
 
@@ -40,11 +45,25 @@ def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tupl
                     tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, shards)
             continue
         fragment = state.fragment(parameter)
+        packed = state.value_of(parameter) if state.is_packed(parameter) else None
         for run in runs:
             for name in names:
+                if packed is not None and name == MASTER:
+                    shard = Shard(0, _run_of(packed, run))
+                    tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, [shard])
+                    continue
                 owned = [] if fragment is None else _overlap(run, fragment.start, fragment.tensors[name])
                 tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, owned)
     return tensors
+
+
+def store_packed(model: LanguageModel, state: OptimizerState, read: State) -> None:
+    """Write quantized factors, which `training_tensors_of` gives as copies, after a checkpoint was read into them."""
+    for parameter, runs in named_runs(model).items():
+        if state.is_packed(parameter):
+            for slot, run in enumerate(runs):
+                value = read[_key(MASTER, run.name)].shards[0].values
+                state.set_value(parameter, value.view(1, *run.shape), slot)
 
 
 def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: TensorKind) -> OffloadedShard:
@@ -69,7 +88,7 @@ def _overlap(run: NamedRun, start: int, values: Tensor) -> list[Shard]:
     return [Shard(first - run.start, values[first - start : last - start])] if first < last else []
 
 
-def _run_of(parameter: nn.Parameter, run: NamedRun) -> Tensor:
+def _run_of(parameter: Tensor, run: NamedRun) -> Tensor:
     return parameter.detach().view(-1)[run.start : run.start + torch.Size(run.shape).numel()]
 
 
