@@ -200,6 +200,7 @@ def test_factors_in_few_bits_are_refused_where_there_are_none() -> None:
     with pytest.raises(ConfigError, match=r"precision\.bits=3: Input should be 4 or 8"):
         load_config(None, ["precision.bits=3"])
 
+
 @pytest.mark.parametrize("words", ["memory.offload=true", "precision.symmetric=false", "train.precision=float16"])
 def test_what_packed_factors_cannot_do_is_refused_in_one_line(words: str) -> None:
     with pytest.raises(ConfigError, match=rf"{words} does not work with precision\.residuals=packed: set it to \w+"):
