@@ -1,5 +1,7 @@
 """The fused similarity and its parts."""
 
+from statistics import pstdev
+
 import pytest
 import torch
 from hypothesis import given
@@ -27,7 +29,7 @@ fractions = st.floats(0, 1)
 def off_diagonal_deviation(part_EE: torch.Tensor) -> float:
     """By hand, over the twelve ordered pairs of four experts."""
     pairs = [part_EE[i, j].item() for i in range(4) for j in range(4) if i != j]
-    return sum((pair - sum(pairs) / 12) ** 2 for pair in pairs) ** 0.5 / 12**0.5
+    return pstdev(pairs)
 
 
 def observed(centroid_ED: torch.Tensor) -> ActivationStatistics:

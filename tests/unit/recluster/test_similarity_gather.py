@@ -67,12 +67,9 @@ def test_terms_are_mixed_by_their_weights(layer: ClusteredMoE) -> None:
     layer.router.weight_ED.data = ROWS
     statistics.record_rows(0, ROWS[[0, 0, 1, 1]], torch.arange(4)[:, None], torch.ones(4, 1), torch.arange(4))
     found = gather_similarity([layer], _config("recluster.alpha=0", "recluster.router_weight=0.25"), layer.context)
-    assert found.similarity_LEE[0][0, 1] == pytest.approx((0.75 * 1 + 0.25 * -1) / SPREAD), (
-        "tokens alike, router rows opposite"
-    )
-    assert found.similarity_LEE[0][0, 2] == pytest.approx((0.75 * -1 + 0.25 * 1) / SPREAD), (
-        "tokens opposite, router rows alike"
-    )
+    alike_EE = found.similarity_LEE[0] * SPREAD
+    assert alike_EE[0, 1] == pytest.approx(0.75 * 1 + 0.25 * -1), "tokens alike, router rows opposite"
+    assert alike_EE[0, 2] == pytest.approx(0.75 * -1 + 0.25 * 1), "tokens opposite, router rows alike"
 
 
 def test_pairs_of_clusters_are_summed_over_ranks(layer: ClusteredMoE) -> None:
