@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -38,19 +37,16 @@ class ExportedFile:
         found: Tensor = self._opened.get_tensor(name)
         return found
 
-    def fill(self, name: str, target: Tensor) -> None:
-        """Read a tensor into `target`, which has the same shape, converting its type.
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Read one tensor of a known shape.
 
         Raises:
             CheckpointError: the tensor is missing or has another shape.
         """
         value = self.tensor(name)
-        if value.shape != target.shape:
-            raise CheckpointError(
-                f"{self._path}: {name} has shape {tuple(value.shape)}, the model needs {tuple(target.shape)}"
-            )
-        with torch.no_grad():
-            target.copy_(value)
+        if value.shape != shape:
+            raise CheckpointError(f"{self._path}: {name} has shape {tuple(value.shape)}, the model needs {shape}")
+        return value
 
     def manifest(self) -> Manifest:
         """Return configuration, step and placements in the form of a checkpoint's manifest.

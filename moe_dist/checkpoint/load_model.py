@@ -4,7 +4,7 @@ import torch
 
 from moe_dist.checkpoint.exported import ExportedFile, open_exported
 from moe_dist.checkpoint.manifest import read_index
-from moe_dist.checkpoint.model_state import weights_of
+from moe_dist.checkpoint.model_state import run_of, weights_of
 from moe_dist.checkpoint.parameter_names import named_runs
 from moe_dist.checkpoint.placement_record import adopt_placements
 from moe_dist.checkpoint.quantized_tensors import read_quantized_cluster
@@ -58,11 +58,11 @@ def load_model(
 
 def _read_exported(model: LanguageModel, file: ExportedFile) -> None:
     for name, bias in model.context.balance.state_dict().items():
-        file.fill(f"balance.{name}", bias)
+        bias.copy_(file.read(f"balance.{name}", tuple(bias.shape)))
     for parameter, runs in named_runs(model).items():
+        read = {run.name: file.read(run.name, run.shape).flatten() for run in runs}
         for run in runs:
-            size = torch.Size(run.shape).numel()
-            file.fill(run.name, parameter.detach().view(-1)[run.start : run.start + size].view(run.shape))
+            run_of(parameter, run).copy_(read[run.name][run.first : run.first + run.length])
 
 
 def _read_quantized_clusters(

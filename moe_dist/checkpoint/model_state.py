@@ -1,5 +1,7 @@
 """A model and its optimizer's state as named, sharded tensors."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,19 +20,17 @@ def weights_of(model: LanguageModel, state: OptimizerState | None = None) -> Sta
     Args:
         state: optimizer state of a model under training, whose quantized factors are left out.
     """
-    memory = model.context.memory
-    return {
-        _key(MASTER, run.name): ShardedTensor(
-            run.shape,
-            parameter.dtype,
-            [Shard(0, _run_of(parameter, run))]
-            if memory is None or memory.of(parameter) is None
-            else [_away(memory, parameter, run, TensorKind.WEIGHT)],
-        )
-        for parameter, runs in named_runs(model).items()
-        if state is None or not state.is_packed(parameter)
-        for run in runs
-    }
+    memory, tensors = model.context.memory, State()
+    for parameter, runs in named_runs(model).items():
+        if state is not None and state.is_packed(parameter):
+            continue
+        offloaded = memory is not None and memory.of(parameter) is not None
+        for run in runs:
+            shard: Shard | OffloadedShard = Shard(run.first, run_of(parameter, run))
+            if memory is not None and offloaded:
+                shard = _away(memory, parameter, run, TensorKind.WEIGHT)
+            _add(tensors, _key(MASTER, run.name), run, parameter.dtype, [shard])
+    return tensors
 
 
 def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tuple[str, ...] = STATE_NAMES) -> State:
@@ -42,18 +42,17 @@ def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tupl
             for run in runs:
                 for name in names:
                     shards = [_away(memory, parameter, run, memory.kind_of(name))]
-                    tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, shards)
+                    _add(tensors, _key(name, run.name), run, torch.float32, shards)
             continue
         fragment = state.fragment(parameter)
         packed = state.value_of(parameter) if state.is_packed(parameter) else None
         for run in runs:
             for name in names:
                 if packed is not None and name == MASTER:
-                    shard = Shard(0, _run_of(packed, run))
-                    tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, [shard])
+                    _add(tensors, _key(name, run.name), run, torch.float32, [Shard(run.first, run_of(packed, run))])
                     continue
                 owned = [] if fragment is None else _overlap(run, fragment.start, fragment.tensors[name])
-                tensors[_key(name, run.name)] = ShardedTensor(run.shape, torch.float32, owned)
+                _add(tensors, _key(name, run.name), run, torch.float32, owned)
     return tensors
 
 
@@ -66,12 +65,18 @@ def store_packed(model: LanguageModel, state: OptimizerState, read: State) -> No
                 state.set_value(parameter, value.view(1, *run.shape), slot)
 
 
+def _add(tensors: State, key: str, run: NamedRun, dtype: torch.dtype, shards: Sequence[Shard | OffloadedShard]) -> None:
+    """Add a run's shards to its tensor."""
+    tensor = tensors.setdefault(key, ShardedTensor(run.shape, dtype))
+    tensor.shards = [*tensor.shards, *shards]
+
+
 def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: TensorKind) -> OffloadedShard:
     """Return a shard of an offloaded parameter, which is read and written through `ExpertMemory`."""
     found = memory.of(parameter)
     assert found is not None
     cluster, name = found
-    length, dtype = torch.Size(run.shape).numel(), cluster.sizes()[kind].dtype
+    length, dtype = run.length, cluster.sizes()[kind].dtype
     return OffloadedShard(
         0,
         length,
@@ -84,12 +89,13 @@ def _away(memory: ExpertMemory, parameter: nn.Parameter, run: NamedRun, kind: Te
 def _overlap(run: NamedRun, start: int, values: Tensor) -> list[Shard]:
     """Return the part of a run that is in elements [start, start + len(values)) of the flattened parameter."""
     first = max(run.start, start)
-    last = min(run.start + torch.Size(run.shape).numel(), start + values.numel())
-    return [Shard(first - run.start, values[first - start : last - start])] if first < last else []
+    last = min(run.start + run.length, start + values.numel())
+    return [Shard(run.first + first - run.start, values[first - start : last - start])] if first < last else []
 
 
-def _run_of(parameter: Tensor, run: NamedRun) -> Tensor:
-    return parameter.detach().view(-1)[run.start : run.start + torch.Size(run.shape).numel()]
+def run_of(parameter: Tensor, run: NamedRun) -> Tensor:
+    """Return a view of a run of a parameter, one-dimensional."""
+    return parameter.detach().view(-1)[run.start : run.start + run.length]
 
 
 def _key(kind: str, name: str) -> str:

@@ -7,27 +7,45 @@ gpt.embedding.word_embeddings.weight                  any other parameter, by it
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
+from moe_dist.distributed.mesh import Mesh
 from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.megatron_tensor_parallel import divided_dimension
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.parameter_class import ParameterClass, class_of
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 from moe_dist.moe.standard_moe import StandardMoE
 
 
 @dataclass(frozen=True)
 class NamedRun:
-    """Part of a parameter with a name of its own, from element `start` of the flattened parameter."""
+    """Run of a parameter's elements that is a named tensor, or a run of one.
+
+    Attributes:
+        shape: shape of the whole named tensor.
+        start: first element, of the flattened parameter.
+        first: first element, of the flattened named tensor.
+        part: number of elements; None: the whole named tensor.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int = 0
+    first: int = 0
+    part: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of elements."""
+        return prod(self.shape) if self.part is None else self.part
 
 
 def named_runs(model: LanguageModel) -> dict[nn.Parameter, list[NamedRun]]:
-    """Yield every parameter of the model on this rank as runs that cover it, in order."""
+    """Return every parameter of the model on this rank as runs that cover it, in order."""
     runs: dict[nn.Parameter, list[NamedRun]] = {}
     for path, module in model.named_modules():
         if isinstance(module, ClusteredMoE):
@@ -35,8 +53,20 @@ def named_runs(model: LanguageModel) -> dict[nn.Parameter, list[NamedRun]]:
         elif isinstance(module, StandardMoE):
             runs.update(_of_standard_experts(path, module))
     for name, parameter in model.named_parameters():
+        if class_of(parameter) is ParameterClass.TENSOR:
+            runs[parameter] = list(_of_tensor_parallel(name, parameter, model.context.mesh))
         runs.setdefault(parameter, [NamedRun(name, tuple(parameter.shape))])
     return runs
+
+
+def _of_tensor_parallel(name: str, parameter: nn.Parameter, mesh: Mesh) -> Iterator[NamedRun]:
+    """Yield the runs of a parameter that is divided over the tensor group: one, or one a row if columns are divided."""
+    dimension, shape = divided_dimension(parameter), list(parameter.shape)
+    shape[dimension] *= mesh.shape.tensor
+    whole, rows = prod(shape[dimension:]), prod(shape[:dimension])
+    part, own = whole // mesh.shape.tensor, mesh.in_attention.tensor
+    for row in range(rows):
+        yield NamedRun(name, tuple(shape), row * part, row * whole + own * part, part)
 
 
 def _of_clusters(path: str, layer: ClusteredMoE) -> Iterator[tuple[nn.Parameter, list[NamedRun]]]:

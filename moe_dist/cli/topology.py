@@ -21,8 +21,12 @@ WHAT = {
     "expert_parallel": "tokens to their experts",
     "base_data": "gradients of bases",
     "expert_data": "gradients of experts",
+    "tensor": "tensor parallelism: sequences gathered and scattered around attention",
+    "context": "context parallelism: heads of attention",
+    "tensor_data": "gradients of attention and embeddings",
     "all": "gradients of all else",
 }
+OF_ATTENTION = ("tensor", "context", "tensor_data")
 TRAFFIC = {  # of a kind of layer, by the way in which tokens are dispatched
     "two_stage": ("stage_one", "cluster", "base_data", "expert_data", "all"),
     "flat": ("expert_parallel", "expert_data", "all"),
@@ -52,7 +56,7 @@ def topology(
     node_of_rank, console = nodes_of_ranks([node.ranks for node in job.nodes]), wide_console()
     console.print(f"{job.ranks} ranks = {shape}, on {len(job.nodes)} node(s)\n", highlight=False)
     console.print(_map(resolved, shape, job.nodes, node_of_rank))
-    shown = TRAFFIC[resolved.moe.layer_kind.dispatch]
+    shown = TRAFFIC[resolved.moe.layer_kind.dispatch] + OF_ATTENTION
     found = [(WHAT[name], entry) for entry in crossings(shape, node_of_rank) if (name := _name(entry)) in shown]
     console.print()
     console.print(_crossings(found))
@@ -68,15 +72,18 @@ def _name(entry: "Crossing") -> str:
 
 
 def _map(config: RunConfig, shape: WorldShape, nodes: Sequence[Node], node_of_rank: Sequence[int]) -> Table:
-    from moe_dist.distributed.mesh import coordinates_of
+    from moe_dist.distributed.mesh import attention_coordinates, coordinates_of
 
-    table = Table("node", "rank", "data", "cluster", "shard", "holds", box=None, pad_edge=False)
+    divided = shape.sequence_parts > 1
+    of_attention = ("sequences", "context", "tensor") if divided else ()
+    table = Table("node", "rank", "data", "cluster", "shard", *of_attention, "holds", box=None, pad_edge=False)
     before = None
     for rank, node in enumerate(node_of_rank):
         at = coordinates_of(shape, rank)
         name = nodes[node].host or str(node)
-        place = [str(rank), str(at.data), str(at.cluster), str(at.shard), _holds(config, shape, at.cluster, at.shard)]
-        table.add_row(name if node != before else "", *place)
+        numbers = (rank, at.data, at.cluster, at.shard, *(attention_coordinates(shape, rank) if divided else ()))
+        held = _holds(config, shape, at.cluster, at.shard)
+        table.add_row(name if node != before else "", *map(str, numbers), held)
         before = node
     return table
 

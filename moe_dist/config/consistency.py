@@ -7,12 +7,31 @@ from moe_dist.config.sections.moe import MoEConfig
 from moe_dist.config.sections.precision import PrecisionConfig
 from moe_dist.config.sections.recluster import ReclusterConfig
 from moe_dist.config.sections.train import TrainConfig
+from moe_dist.config.sections.world import WorldConfig
 from moe_dist.errors import ConfigError
 
 
 def standard_steps(moe: MoEConfig, train: TrainConfig) -> int:
     """Return the number of steps of the standard warm-up, 0 without one."""
     return round(moe.warmup_standard * train.steps)
+
+
+def check_attention_layout(world: WorldConfig, model: ModelConfig) -> None:
+    """Reject a model that does not divide over the ranks of attention."""
+    tensor, parts = world.tensor, world.tensor * world.context
+    over_both = f"world.tensor={tensor} x world.context={world.context}"
+    for key, size, number, over in (
+        ("model.heads", model.heads, parts, over_both),
+        ("model.kv_heads", model.kv_heads or model.heads, tensor, f"world.tensor={tensor}"),
+        ("model.sequence_length", model.sequence_length, parts, over_both),
+    ):
+        if size % number:
+            raise ConfigError(f"{key}={size} is not divisible by {over}: change one of them")
+    if tensor > 1 and model.qk_norm == "width":
+        raise ConfigError(
+            f"model.qk_norm=width does not work with world.tensor={tensor}, which divides the heads that it normalizes "
+            "together: use world.context instead"
+        )
 
 
 def check_warmup(moe: MoEConfig, train: TrainConfig) -> None:

@@ -9,30 +9,47 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class WorldShape:
-    """Sizes of the three mesh axes; world = data x cluster x shard.
+    """Sizes of the mesh axes: data x cluster x shard for experts, sequence groups x context x tensor for attention.
+
+    The ranks of a *sequence group* are neighbors and hold parts of the same sequences.
 
     Attributes:
         replicas: part of the data axis whose ranks are neighbors: replicas of a block of clusters inside of a node.
+        tensor: ranks that divide attention heads, embedding and output layer; the innermost axis.
+        context: parts of a sequence in attention.
     """
 
     data: int
     cluster: int
     shard: int
     replicas: int = 1
+    tensor: int = 1
+    context: int = 1
 
     @property
     def ranks(self) -> int:
         """Number of ranks of the job."""
         return self.data * self.cluster * self.shard
 
+    @property
+    def sequence_parts(self) -> int:
+        """Number of ranks that hold parts of the same sequences."""
+        return self.tensor * self.context
+
+    @property
+    def sequence_groups(self) -> int:
+        """Number of groups of ranks over which the sequences of a batch are divided."""
+        return self.ranks // self.sequence_parts
+
     def __str__(self) -> str:
         near = f" ({self.replicas} replicas of a block of clusters on neighboring ranks)" if self.replicas > 1 else ""
-        return f"data {self.data} x cluster {self.cluster} x shard {self.shard}{near}"
+        parts = f", tensor {self.tensor} x context {self.context}" if self.sequence_parts > 1 else ""
+        return f"data {self.data} x cluster {self.cluster} x shard {self.shard}{near}{parts}"
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Batch of a rank: `accumulation` micro-batches of `micro` sequences per step."""
+    """Batch of a rank, or of a sequence group: `accumulation` micro-batches of `micro` sequences per step."""
 
     micro: int
     accumulation: int
@@ -42,9 +59,13 @@ def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
     """Resolve `world.data|cluster|shard` for a number of ranks; axes that are null are filled in.
 
     Raises:
-        ConfigError: the product of the axes is not `ranks`.
+        ConfigError: the product of the axes is not `ranks`, or `world.tensor` x `world.context` does not divide it.
     """
     world = config.world
+    if ranks % (world.tensor * world.context):
+        raise ConfigError(
+            f"world.tensor={world.tensor} x world.context={world.context} does not divide the number of ranks ({ranks})"
+        )
     if ranks % world.shard:
         raise ConfigError(f"world.shard={world.shard} does not divide the number of ranks ({ranks})")
     per_shard = ranks // world.shard
@@ -59,26 +80,27 @@ def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
             f"ranks, but {ranks} were started: start that many or change one of these keys"
         )
     if config.moe.layer_kind.clustered and world.shard_mode == "replicate":
-        return WorldShape(data * world.shard, cluster, 1, replicas=world.shard)
-    return WorldShape(data, cluster, world.shard)
+        return WorldShape(data * world.shard, cluster, 1, world.shard, world.tensor, world.context)
+    return WorldShape(data, cluster, world.shard, 1, world.tensor, world.context)
 
 
 def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:
-    """Divide `train.global_batch_size` over the ranks and into micro-batches.
+    """Divide `train.global_batch_size` over the ranks, or their sequence groups, and into micro-batches.
 
     Raises:
         ConfigError: it does not divide.
     """
-    train = config.train
-    if train.global_batch_size % ranks:
+    train, parts = config.train, config.world.tensor * config.world.context
+    groups, by = ranks // parts, "" if parts == 1 else f" / {parts} ranks that share a sequence"
+    if train.global_batch_size % groups:
         raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} is not divisible by the {ranks} ranks started"
+            f"train.global_batch_size={train.global_batch_size} is not divisible by the {ranks} ranks started{by}"
         )
-    per_rank = train.global_batch_size // ranks
+    per_rank = train.global_batch_size // groups
     micro = train.micro_batch_size or per_rank
     if per_rank % micro:
         raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} / {ranks} ranks = {per_rank} sequences a rank, "
+            f"train.global_batch_size={train.global_batch_size} / {ranks} ranks{by} = {per_rank} sequences a rank, "
             f"not divisible by train.micro_batch_size={micro}"
         )
     return BatchShape(micro, per_rank // micro)

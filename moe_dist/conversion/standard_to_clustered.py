@@ -25,7 +25,7 @@ from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.gathered_optimizer_state import OwnedState, write_whole
 from moe_dist.engine.optimizer_state import MASTER, OptimizerState
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.parameter_class import ParameterClass, class_of
+from moe_dist.moe.parameter_class import OF_EXPERTS, class_of
 from moe_dist.moe.standard_moe import StandardMoE
 
 
@@ -65,7 +65,7 @@ def read_clustered(
     dense = {
         name: OwnedState.of(state, parameter, mesh).copy()
         for name, parameter in model.named_parameters()
-        if class_of(parameter) is ParameterClass.DENSE
+        if class_of(parameter) not in OF_EXPERTS
     }
     means = {name: sum(one[name] for one in alike) / len(alike) for name in alike[0]}
     return ClusteredStart(state.steps, dense, layers, model.context.balance.expert_bias_LE.clone(), means)
@@ -97,7 +97,7 @@ def write_clustered(start: ClusteredStart, model: LanguageModel, state: Optimize
             for name, parameter in layer.shared_base.named_parameters():
                 write_whole(state, parameter, {MASTER: getattr(shared, name)})
     for name, parameter in model.named_parameters():
-        if class_of(parameter) is ParameterClass.DENSE and ".shared_base." not in name:
+        if class_of(parameter) not in OF_EXPERTS and ".shared_base." not in name:
             write_whole(state, parameter, start.dense[name].whole(device))
     state.steps = start.steps
     _write_biases(start, model)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from moe_dist.distributed.mesh import RankGroup
+
 
 @dataclass(frozen=True)
 class ClusterRouting:
@@ -21,12 +23,14 @@ class ClusterRouting:
     Attributes:
         keep_TM: choices within the capacity, bool; None: all.
         sequences: number of sequences that the tokens belong to; token t belongs to sequence t % sequences.
+        sequence_group: ranks that hold the other tokens of these sequences; None: they are whole.
     """
 
     logits_TG: Tensor
     cluster_TM: Tensor
     keep_TM: Tensor | None
     sequences: int
+    sequence_group: RankGroup | None = None
 
 
 class ClusterOutput(NamedTuple):

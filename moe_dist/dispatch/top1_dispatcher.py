@@ -92,7 +92,7 @@ class Top1Dispatcher:
         y_TD = permuted(joined(y_C), metadata.back_T, metadata.order_T)
         if metadata.kept_K is not None:
             y_TD = y_TD.new_zeros(len(routing.cluster_TM), y_TD.shape[1]).index_copy(0, metadata.kept_K, y_TD)
-        return advantage_gate(y_TD, routing.logits_TG, routing.cluster_TM, routing.sequences)
+        return advantage_gate(y_TD, routing.logits_TG, routing.cluster_TM, routing.sequences, routing.sequence_group)
 
 
 def _by_cluster(x_RD: Tensor, division: Division, chunk: int) -> DispatchedChunk:

@@ -1,8 +1,12 @@
-"""The data x cluster x shard mesh of ranks and its process groups.
+"""The mesh of ranks and its process groups: data x cluster x shard of experts, and the layout of attention.
 
 Ranks are numbered with the shard axis innermost, so that a cluster group is a run of neighboring ranks and fits in a
 node: rank = (data * clusters + cluster) * shards + shard. Where the ranks of a block are replicas
 (`world.shard_mode=replicate`), they are the innermost part of the data axis instead.
+
+Attention has a layout of its own over the same ranks (parallel folding): rank = (sequence group * contexts + context) *
+tensors + tensor. The ranks of a sequence group hold parts of the same sequences; MoE layers see only that each rank has
+other tokens.
 """
 
 from collections.abc import Callable
@@ -10,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 from functools import cache
-from itertools import product
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,6 +31,10 @@ class GroupKind(StrEnum):
     EXPERT_PARALLEL = "expert_parallel"  # same data index: the ranks that together hold all experts once
     BASE_DATA = "base_data"  # same cluster index: replicas of the same bases
     EXPERT_DATA = "expert_data"  # same cluster and shard index: replicas of the same experts
+    TENSOR = "tensor"  # same sequences and context index: divide attention heads, embedding, output layer
+    CONTEXT = "context"  # same sequences and tensor index: divide sequences in attention
+    SEQUENCE = "sequence"  # same sequences: tensor x context
+    TENSOR_DATA = "tensor_data"  # same tensor index: replicas of the same tensor-parallel shards
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,44 @@ _COMMON: dict[GroupKind, Callable[[Coordinates], tuple[int, ...]]] = {
 }
 
 
+class AttentionCoordinates(NamedTuple):
+    """Position of a rank in the layout of attention."""
+
+    group: int
+    context: int
+    tensor: int
+
+
+def attention_coordinates(shape: WorldShape, rank: int) -> AttentionCoordinates:
+    """Return the position of a rank in the layout of attention."""
+    rest, tensor = divmod(rank, shape.tensor)
+    return AttentionCoordinates(*divmod(rest, shape.context), tensor)
+
+
+_COMMON_OF_ATTENTION: dict[GroupKind, Callable[[AttentionCoordinates], tuple[int, ...]]] = {
+    GroupKind.TENSOR: lambda at: (at.group, at.context),
+    GroupKind.CONTEXT: lambda at: (at.group, at.tensor),
+    GroupKind.SEQUENCE: lambda at: (at.group,),
+    GroupKind.TENSOR_DATA: lambda at: (at.tensor,),
+}
+
+
 def group_layout(shape: WorldShape) -> list[tuple[GroupKind, tuple[int, ...]]]:
-    """Return every group of the mesh, in the order in which all ranks must create them."""
+    """Return every group of the mesh, in the order in which all ranks must create them.
+
+    The groups of attention exist only if sequences are divided among ranks.
+    """
+    ranks = range(shape.ranks)
+    keys = {kind: [common(coordinates_of(shape, rank)) for rank in ranks] for kind, common in _COMMON.items()}
+    if shape.sequence_parts > 1:
+        places = [attention_coordinates(shape, rank) for rank in ranks]
+        keys |= {kind: [common(at) for at in places] for kind, common in _COMMON_OF_ATTENTION.items()}
     layout = []
-    for kind, common in _COMMON.items():
+    for kind, key_of_rank in keys.items():
         members: dict[tuple[int, ...], list[int]] = {}
-        for at in (Coordinates(*axes) for axes in product(range(shape.data), range(shape.cluster), range(shape.shard))):
-            members.setdefault(common(at), []).append(rank_at(shape, at))
-        layout += [(kind, tuple(sorted(ranks))) for _, ranks in sorted(members.items())]
+        for rank, key in enumerate(key_of_rank):
+            members.setdefault(key, []).append(rank)
+        layout += [(kind, tuple(ranks)) for _, ranks in sorted(members.items())]
     return layout
 
 
@@ -97,7 +135,7 @@ CLUSTER_DIMS, SHARD_DIMS = ("cluster", "ep", "expert"), ("shard", "etp")
 
 @dataclass(frozen=True)
 class Mesh:
-    """Position of this rank in the data x cluster x shard grid, and its groups."""
+    """Position of this rank in the mesh, and its groups."""
 
     shape: WorldShape
     rank: int
@@ -108,12 +146,22 @@ class Mesh:
         """Position of this rank."""
         return coordinates_of(self.shape, self.rank)
 
+    @property
+    def in_attention(self) -> AttentionCoordinates:
+        """Position of this rank in the layout of attention."""
+        return attention_coordinates(self.shape, self.rank)
+
+    @property
+    def sequence_group(self) -> RankGroup | None:
+        """Ranks that hold parts of this rank's sequences; None: it holds them whole."""
+        return self.groups.get(GroupKind.SEQUENCE)
+
     def group(self, kind: GroupKind) -> RankGroup:
         """Return the group of one kind that this rank belongs to."""
         return self.groups[kind]
 
     def index_in(self, kind: GroupKind) -> int:
-        """Return this rank's index in its group of one kind."""
+        """Return this rank's index in its group of one kind of the experts' layout."""
         at, shape = self.at, self.shape
         return {
             GroupKind.STAGE_ONE: at.cluster,
@@ -126,7 +174,7 @@ class Mesh:
     @classmethod
     def alone(cls) -> "Mesh":
         """Return the mesh of a single process, which needs no process group."""
-        return cls(WorldShape(1, 1, 1), 0, {kind: RankGroup(kind, (0,), None) for kind in GroupKind})
+        return cls(WorldShape(1, 1, 1), 0, {kind: RankGroup(kind, (0,), None) for kind in _COMMON})
 
     @classmethod
     def create(cls, shape: WorldShape, timeout: timedelta | None = None) -> "Mesh":

@@ -96,7 +96,8 @@ class DeepSpeedEngine:
             if self._memory is not None:
                 self._memory.last_pass = self._engine.is_gradient_accumulation_boundary()
             micro_loss = self._engine(sequence_BS)
-            self._engine.backward(self._missing_scale * micro_loss)
+            # the ranks of a tensor group compute one loss together, and gradients are divided by all ranks
+            self._engine.backward(self._missing_scale * self.model.context.mesh.shape.tensor * micro_loss)
             loss += micro_loss.detach().float() / self.batch.accumulation
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()

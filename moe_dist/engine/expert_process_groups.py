@@ -50,7 +50,8 @@ def register_groups(model: nn.Module, mesh: Mesh) -> None:
     """Register the process groups of each parameter class with DeepSpeed, and mark each parameter with its group."""
     parallel = mesh.group(GroupKind.EXPERT_PARALLEL)
     size_name = f"ep_size_{parallel.size}"  # DeepSpeed parses the size from the name
-    names = {parameter_class: f"{size_name}_{parameter_class.value}" for parameter_class in REDUCED_OVER}
+    classes = [one for one, kind in REDUCED_OVER.items() if kind in mesh.groups]
+    names = {parameter_class: f"{size_name}_{parameter_class.value}" for parameter_class in classes}
     for name in (size_name, *names.values()):
         groups._EXPERT_PARALLEL_GROUP[name] = parallel.handle
         groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(parallel.ranks)

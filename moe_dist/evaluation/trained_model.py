@@ -113,7 +113,15 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory:
     """Return the run's configuration, changed so that figures do not depend on ranks and batch size.
 
     Capacity, balancing and re-clustering are off.
+
+    Raises:
+        ConfigError: sequences are to be divided over ranks.
     """
+    if world.tensor * world.context > 1:
+        raise ConfigError(
+            f"world.tensor={world.tensor} x world.context={world.context}: an evaluation divides texts over ranks, not "
+            "sequences: leave both at 1"
+        )
     moe = config.moe.model_copy(
         update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none", "overlap_chunks": 1}
     )

@@ -86,9 +86,10 @@ class LanguageModel(nn.Module):
         if memory is not None:
             memory.describe = self.describe_block
         self._micro_batches = micro_batches
-        initialize_megatron(config.world.timeout_seconds, mesh.shape.cluster * mesh.shape.shard)
+        shape = mesh.shape
+        initialize_megatron(config.world.timeout_seconds, shape.cluster * shape.shard, shape.tensor)
         try:
-            self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._recomputing)
+            self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._recomputing, mesh)
         except MoeDistError as error:
             raise (memory and memory.refusal) or error from None
 
@@ -103,14 +104,23 @@ class LanguageModel(nn.Module):
     def token_losses(self, sequence_BS: Tensor) -> Tensor:
         """Return the loss of every predicted token, [B, S], in nats; 0 for those that are no targets.
 
+        With context parallelism, only those of this rank's part of each sequence.
+
         Args:
             sequence_BS: [B, S+1] token ids; the complement of an id (a negative number) is no target.
         """
         target_BS, sequence_BS = sequence_BS[:, 1:] >= 0, torch.where(sequence_BS < 0, ~sequence_BS, sequence_BS)
         tokens_BS, labels_BS = sequence_BS[:, :-1].contiguous(), sequence_BS[:, 1:].contiguous()
+        mask = self._document_mask(tokens_BS)
+        tokens_BS, labels_BS, target_BS = map(self._part_of, (tokens_BS, labels_BS, target_BS))
         position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        losses: Tensor = self.gpt(tokens_BS, position_BS, self._document_mask(tokens_BS), labels=labels_BS)
+        losses: Tensor = self.gpt(tokens_BS, position_BS, mask, labels=labels_BS)
         return losses * target_BS
+
+    def _part_of(self, x_BS: Tensor) -> Tensor:
+        """Return this rank's part of each sequence in attention."""
+        mesh = self.context.mesh
+        return x_BS.chunk(mesh.shape.context, dim=1)[mesh.in_attention.context]
 
     def _document_mask(self, tokens_BS: Tensor) -> Tensor | None:
         """Return the mask of attention inside documents; None: each token attends to all earlier ones."""
@@ -235,12 +245,13 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
     held = dict.fromkeys(ParameterClass, 0)
     for parameter in model.parameters():
         held[class_of(parameter)] += parameter.numel()
+    dense = held[ParameterClass.DENSE] + held[ParameterClass.TENSOR] * shape.tensor
     base = held[ParameterClass.BASE] * shape.cluster
     expert = held[ParameterClass.EXPERT] * shape.cluster * shape.shard
     shared = sum(p.numel() for layer in model.clustered_layers() for p in _parameters_of(layer.shared_base))
     moe = config.moe
     standard = config.model.layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
-    return ParameterCounts(held[ParameterClass.DENSE] + base + expert, shared + base + expert, standard)
+    return ParameterCounts(dense + base + expert, shared + base + expert, standard)
 
 
 def _parameters_of(module: nn.Module | None) -> Iterable[nn.Parameter]:

@@ -1,7 +1,8 @@
 """Megatron-core GPT backbone with our feed-forward layers.
 
-Megatron-core expects CUDA in three places, each replaced here for other devices: rotary embeddings
-(`_RotaryOnDevice`), attention (`SdpaCoreAttention`, which is also faster), and fused kernels (disabled).
+Megatron-core expects CUDA in several places, each replaced for other devices: rotary embeddings and core attention
+(`megatron_attention.py`), collectives of tensor parallelism (`megatron_tensor_parallel.py`), and fused kernels
+(disabled).
 """
 
 import logging
@@ -11,35 +12,46 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.config import ModelConfig
+from moe_dist.config import ModelConfig, WorldShape
+from moe_dist.distributed.mesh import GroupKind, Mesh
+from moe_dist.model.megatron_attention import RotaryOnDevice, SdpaCoreAttention
+from moe_dist.model.megatron_tensor_parallel import check_vocabulary, install_stand_ins, mark_shards
 
 FeedForwardFactory = Callable[[int], nn.Module]
 """Function from a layer index, counted from 0, to a module that maps [..., hidden] to [..., hidden]."""
 
 
-def initialize_megatron(timeout_seconds: int, expert_parallel: int) -> None:
-    """Create Megatron-core's process groups (no tensor or pipeline parallelism); collective.
+def initialize_megatron(timeout_seconds: int, expert_parallel: int, tensor_parallel: int = 1) -> None:
+    """Create Megatron-core's process groups (no pipeline parallelism); collective.
+
+    Megatron-core is not told of context parallelism: its parts of a sequence are whole sequences to it.
 
     Args:
         timeout_seconds: timeout of the groups' collectives.
         expert_parallel: number of consecutive ranks that together hold all experts once, as in our mesh.
+        tensor_parallel: number of consecutive ranks that divide attention.
     """
     if parallel_state.model_parallel_is_initialized():
-        if parallel_state.get_expert_model_parallel_world_size() == expert_parallel:
+        sizes = (
+            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+        if sizes == (expert_parallel, tensor_parallel):
             return
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
         expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, timeout_seconds // 60),
     )
@@ -58,6 +70,7 @@ def build_gpt(
     feed_forward: FeedForwardFactory,
     seed: int,
     recompute_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    mesh: Mesh | None = None,
 ) -> nn.Module:
     """Build a GPT whose `forward(tokens, positions, attention_mask, labels=...)` returns every token's loss, [B, S].
 
@@ -66,27 +79,42 @@ def build_gpt(
         feed_forward: creates the feed-forward module of each layer.
         seed: seed of the initial values, the same on all ranks.
         recompute_context: context in which a layer's forward pass is recomputed (activation checkpointing).
+        mesh: ranks over which attention is divided (`WorldShape.tensor`, `context`); its tokens, positions and labels
+            are then this rank's part of each sequence. None: it is not divided.
+
+    Raises:
+        ConfigError: the vocabulary does not divide over the tensor group.
     """
+    shape = WorldShape(1, 1, 1) if mesh is None else mesh.shape
+    check_vocabulary(vocab_size, shape.tensor)
+    if shape.tensor > 1:
+        install_stand_ins()
+    context = None if mesh is None else mesh.groups.get(GroupKind.CONTEXT)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     torch.manual_seed(seed)
-    config = _transformer_config(model)
+    config = _transformer_config(model, shape.tensor)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm == "head")
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = SdpaCoreAttention
+    attention.core_attention = ModuleSpec(module=SdpaCoreAttention, params={"context": context})
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
+    if model.qk_norm == "head":
+        attention.q_layernorm = attention.k_layernorm = _Norm
     if model.qk_norm == "width":
         attention.q_layernorm = ModuleSpec(module=_NormOfAllHeads, params={"heads": model.heads})
         attention.k_layernorm = ModuleSpec(module=_NormOfAllHeads, params={"heads": model.kv_heads or model.heads})
     spec.submodules.mlp = ModuleSpec(module=_FeedForward, params={"factory": feed_forward})
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=TransformerBlockSubmodules([spec] * model.layers, layer_norm=_Norm),
         vocab_size=vocab_size,
         max_sequence_length=model.sequence_length,
         position_embedding_type="rope",
         rotary_base=model.rope_base,
         share_embeddings_and_output_weights=model.tie_embeddings,
     )
-    gpt.rotary_pos_emb = _RotaryOnDevice(model)
+    gpt.rotary_pos_emb = RotaryOnDevice(model, 0 if mesh is None else mesh.in_attention.context)
+    if shape.tensor > 1:
+        mark_shards(gpt)
     if model.activation_checkpointing:
         for layer in gpt.decoder.layers:
             _recompute_in_backward(layer, recompute_context)
@@ -113,8 +141,10 @@ def run_layer(gpt: nn.Module, layer: int, hidden_SBD: Tensor) -> Tensor:
     return cast(Tensor, output_SBD)
 
 
-def _transformer_config(model: ModelConfig) -> TransformerConfig:
+def _transformer_config(model: ModelConfig, tensor_parallel: int) -> TransformerConfig:
     return TransformerConfig(
+        tensor_model_parallel_size=tensor_parallel,
+        sequence_parallel=tensor_parallel > 1,
         num_layers=model.layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.heads,
@@ -156,6 +186,13 @@ class _FeedForward(nn.Module):
         return self.inner(hidden), None
 
 
+class _Norm(nn.RMSNorm):
+    """RMSNorm of the last dimension; Megatron-core's refuses sequence parallelism, which it needs nothing for."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+
+
 class _NormOfAllHeads(nn.RMSNorm):
     """RMSNorm over all heads of the queries or keys together; takes and returns [S, B, heads, head size]."""
 
@@ -165,52 +202,6 @@ class _NormOfAllHeads(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize each token's vector of all heads."""
         return super().forward(x.flatten(2)).view_as(x)
-
-
-class SdpaCoreAttention(nn.Module):
-    """Causal attention with torch's scaled_dot_product_attention; layout [S, B, heads, head size] of Megatron-core.
-
-    A mask, bool [B, 1, S, S], is true where a token attends, as torch's is and Megatron-core's is not.
-    """
-
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        super().__init__()
-        self.grouped = config.num_query_groups != config.num_attention_heads
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask_B1SS: Tensor | None = None, *_: Any, **__: Any
-    ) -> Tensor:
-        """Return [S, B, heads * head size]; `key` and `value` have one head for each query group."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        causal = mask_B1SS is None
-        out = F.scaled_dot_product_attention(q, k, v, mask_B1SS, is_causal=causal, enable_gqa=self.grouped)
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
-class _RotaryOnDevice(RotaryEmbedding):  # type: ignore[misc]
-    """Rotary embedding on any device; its frequencies are always float32 and move with the model.
-
-    Megatron-core's class creates them on the current CUDA device and fails for a model on the CPU.
-    """
-
-    inv_freq: Tensor
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__(model.head_width, 1.0, rotary_base=model.rope_base, use_cpu_initialization=True)
-        scaling = model.rope_scaling
-        if scaling is not None and scaling.kind == "linear":
-            self.inv_freq = self.inv_freq / scaling.factor
-        elif scaling is not None:
-            factors = (scaling.factor, scaling.low_frequency_factor, scaling.high_frequency_factor)
-            self.inv_freq = self._apply_scaling(self.inv_freq, *factors, scaling.original_length)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        self.inv_freq = self.inv_freq.to(fn(torch.empty(0, device=self.inv_freq.device)).device)
-        return super()._apply(fn, *args, **kwargs)
-
-    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        freqs = self.get_freqs_non_repeated(max_seq_len, offset)
-        return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]
 
 
 def _recompute_in_backward(layer: nn.Module, recompute_context: Callable[[], AbstractContextManager[None]]) -> None:

@@ -137,7 +137,7 @@ class ClusteredMoE(MoELayer):
             keep_C = within_capacity(cluster_TM.flatten(), self.moe.clusters, capacity)
             self.balance.drop(self.layer, keep_C, self.moe.top_k)
             keep_TM = keep_C.view_as(cluster_TM)
-        return ClusterRouting(logits_TG, cluster_TM, keep_TM, sequences)
+        return ClusterRouting(logits_TG, cluster_TM, keep_TM, sequences, self.context.mesh.sequence_group)
 
     def local_experts(self, tokens: int) -> StageTwo:
         """Return stage two for a micro-batch of `tokens` tokens on each rank; collective."""

@@ -13,10 +13,18 @@ class ParameterClass(StrEnum):
     DENSE = "dense"  # replicated on all ranks
     BASE = "base"  # a cluster's base: replicated over its cluster group and the data axis
     EXPERT = "expert"  # an expert's own weights: replicated over the data axis
+    TENSOR = "tensor"  # a tensor-parallel shard: replicated over the ranks of the same tensor index
 
 
-REDUCED_OVER = {ParameterClass.BASE: GroupKind.BASE_DATA, ParameterClass.EXPERT: GroupKind.EXPERT_DATA}
+REDUCED_OVER = {
+    ParameterClass.BASE: GroupKind.BASE_DATA,
+    ParameterClass.EXPERT: GroupKind.EXPERT_DATA,
+    ParameterClass.TENSOR: GroupKind.TENSOR_DATA,
+}
 """Kind of process group over which a class's gradients are reduced; those of dense parameters over all ranks."""
+
+OF_EXPERTS = (ParameterClass.BASE, ParameterClass.EXPERT)
+"""Classes of the parameters that belong to experts."""
 
 _ATTRIBUTE = "moe_dist_class"
 
@@ -24,7 +32,12 @@ _ATTRIBUTE = "moe_dist_class"
 def mark(module: nn.Module, parameter_class: ParameterClass) -> None:
     """Set the class of every parameter of `module`."""
     for parameter in module.parameters():
-        setattr(parameter, _ATTRIBUTE, parameter_class)
+        mark_parameter(parameter, parameter_class)
+
+
+def mark_parameter(parameter: nn.Parameter, parameter_class: ParameterClass) -> None:
+    """Set the class of one parameter."""
+    setattr(parameter, _ATTRIBUTE, parameter_class)
 
 
 def class_of(parameter: nn.Parameter) -> ParameterClass:

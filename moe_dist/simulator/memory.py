@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from moe_dist.config import BatchShape, RunConfig, WorldShape
 from moe_dist.config.layer_kinds import factor_parameters
 from moe_dist.moe.parameter_class import ParameterClass
-from moe_dist.simulator.sizes import parameters_on_rank
+from moe_dist.simulator.sizes import parameters_on_rank, tokens_on_rank
 
 FLOAT32, MOMENTS = 4, 8
 
@@ -37,6 +37,7 @@ def replicas(shape: WorldShape) -> dict[ParameterClass, int]:
     """Return the number of ranks that share the optimizer state of each class under ZeRO."""
     return {
         ParameterClass.DENSE: shape.ranks,
+        ParameterClass.TENSOR: shape.ranks // shape.tensor,
         ParameterClass.BASE: shape.data * shape.shard,
         ParameterClass.EXPERT: shape.data,
     }
@@ -55,7 +56,7 @@ def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, voca
     factors, codes = packed_factors(config, shape)
     gradients += size * factors * (1 - 1 / (shape.data if stage >= 2 else 1))  # reduced whole
     optimizer -= masters * factors / (shape.data if stage >= 1 else 1)
-    tokens = batch.micro * config.model.sequence_length
+    tokens = tokens_on_rank(config, shape, batch)
     layers = config.model.layers
     saved = tokens * bytes_an_element(config) * saved_elements(config)
     if config.model.activation_checkpointing:
@@ -63,7 +64,7 @@ def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, voca
     else:
         saved *= layers
     return Memory(
-        size * held[ParameterClass.DENSE],
+        size * (held[ParameterClass.DENSE] + held[ParameterClass.TENSOR]),
         size * held[ParameterClass.BASE],
         size * held[ParameterClass.EXPERT] + codes,
         gradients,

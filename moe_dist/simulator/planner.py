@@ -95,23 +95,28 @@ def layouts(config: RunConfig, ranks: int) -> Iterator[LayoutOption]:
         ConfigError: the batch does not divide over the ranks.
     """
     batch = config.train.global_batch_size
-    if batch % ranks:
-        nearest = max(1, round(batch / ranks)) * ranks
+    parts = config.world.tensor * config.world.context
+    if ranks % parts:
+        raise ConfigError(f"{ranks} GPUs are not divisible by world.tensor x world.context = {parts}")
+    groups, by = ranks // parts, "" if parts == 1 else f" / {parts} that share a sequence"
+    if batch % groups:
+        nearest = max(1, round(batch / groups)) * groups
         raise ConfigError(
-            f"train.global_batch_size={batch} is not divisible by {ranks} GPUs: use {nearest}, for example"
+            f"train.global_batch_size={batch} is not divisible by {ranks} GPUs{by}: use {nearest}, for example"
         )
     for shape in _shapes(config, ranks):
         for zero_stage in (0, 1, 2):
-            for micro in _divisors(batch // ranks):
+            for micro in _divisors(batch // groups):
                 for checkpointing in (False, True):
-                    yield LayoutOption(shape, zero_stage, BatchShape(micro, batch // ranks // micro), checkpointing)
+                    yield LayoutOption(shape, zero_stage, BatchShape(micro, batch // groups // micro), checkpointing)
 
 
 def _shapes(config: RunConfig, ranks: int) -> Iterator[WorldShape]:
     clusters, shards = config.moe.layer_kind.units(config.moe)
     for cluster in _divisors(clusters, ranks):
         for shard in _divisors(shards, ranks):
-            shape = WorldShape(ranks // (cluster * shard), cluster, shard)
+            attention = {"tensor": config.world.tensor, "context": config.world.context}
+            shape = WorldShape(ranks // (cluster * shard), cluster, shard, **attention)
             if shape.ranks == ranks:
                 yield shape
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe_dist.config import ModelConfig, RunConfig, WorldShape
+from moe_dist.config import BatchShape, ModelConfig, RunConfig, WorldShape
 from moe_dist.moe.parameter_class import ParameterClass
 
 
@@ -12,9 +12,14 @@ def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) ->
     d = model.hidden_size
     embedding = vocabulary * d * (1 if model.tie_embeddings else 2)
     layer = moe.layer_kind.parameters(d, moe, shape.cluster, shape.shard)
-    dense = embedding + d + model.layers * (_attention_parameters(model) + 2 * d + layer.dense)
+    norms = _head_norms(model)
+    divided = embedding + model.layers * (_attention_parameters(model) - norms)
+    dense = d + model.layers * (norms + 2 * d + layer.dense)
+    if shape.tensor == 1:
+        dense, divided = dense + divided, 0
     return {
         ParameterClass.DENSE: dense,
+        ParameterClass.TENSOR: divided // shape.tensor,
         ParameterClass.BASE: model.layers * layer.base,
         ParameterClass.EXPERT: model.layers * layer.expert,
     }
@@ -23,8 +28,20 @@ def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) ->
 def _attention_parameters(model: ModelConfig) -> int:
     d, width = model.hidden_size, model.head_width
     queries, keys = model.heads * width, (model.kv_heads or model.heads) * width
-    norms = {"none": 0, "head": 2 * width, "width": queries + keys}[model.qk_norm]
-    return 2 * d * (queries + keys) + norms + (queries + 2 * keys) * model.qkv_bias
+    return 2 * d * (queries + keys) + _head_norms(model) + (queries + 2 * keys) * model.qkv_bias
+
+
+def _head_norms(model: ModelConfig) -> int:
+    """Return the weights of the norms of queries and keys."""
+    width = model.head_width
+    return {"none": 0, "head": 2 * width, "width": (model.heads + (model.kv_heads or model.heads)) * width}[
+        model.qk_norm
+    ]
+
+
+def tokens_on_rank(config: RunConfig, shape: WorldShape, batch: BatchShape) -> int:
+    """Return the tokens of one micro-batch whose feed-forward layers a rank routes."""
+    return batch.micro * config.model.sequence_length // shape.sequence_parts
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from moe_dist.simulator import memory
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.popularity import Floats, balanced_clusters
-from moe_dist.simulator.sizes import parameters_on_rank, work_of
+from moe_dist.simulator.sizes import parameters_on_rank, tokens_on_rank, work_of
 from moe_dist.simulator.strategies import Demand, Strategy, demand
 
 FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and back again
@@ -92,7 +92,7 @@ def step_time(
         popularity_LE: share of each expert in each distinct layer; further layers repeat them.
     """
     draw = np.random.default_rng(scenario.seed)
-    tokens = batch.micro * config.model.sequence_length
+    tokens = tokens_on_rank(config, shape, batch)
     work, rate = work_of(config, vocabulary), fabric.compute_rate
     passes = 4 if config.model.activation_checkpointing else 3  # forward once or twice, backward twice the work
     layers = config.model.layers * batch.accumulation
@@ -202,6 +202,8 @@ def _on_node(kind: ParameterClass, shape: WorldShape, fabric: Fabric) -> int:
     devices = fabric.devices_per_node
     if kind is ParameterClass.DENSE:
         return devices
+    if kind is ParameterClass.TENSOR:
+        return max(1, devices // shape.tensor)
     replicas = max(1, devices // (shape.cluster * shape.shard))
     return replicas * (min(shape.shard, devices) if kind is ParameterClass.BASE else 1)
 

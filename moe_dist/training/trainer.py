@@ -146,8 +146,8 @@ class Trainer:
             config.model.sequence_length,
             config.train.global_batch_size,
             config.seed,
-            process.rank,
-            process.ranks,
+            self.mesh.in_attention.group,
+            shape.sequence_groups,
         )
         sequence_count(data.validation, config.model.sequence_length)  # fails now, not at the first evaluation
         self.callbacks = self._default_callbacks()
@@ -186,7 +186,7 @@ class Trainer:
     def _default_callbacks(self) -> list[Callback]:
         """Return the callbacks of a run, in the order in which their hooks are called."""
         config, process = self.config, self.process
-        tokens = self.batch.micro * config.model.sequence_length
+        tokens = self.batch.micro * config.model.sequence_length // self.shape.sequence_parts
         self.logger = MetricsLogger(config, self.shape, process, self.recorder, self._clock)
         self.checkpoints = RunCheckpoints(config, process, data_record(self.data), self.state, self.recorder)
         return [

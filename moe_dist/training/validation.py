@@ -17,10 +17,12 @@ def validation_loss(model: LanguageModel, tokens: TokenFile, config: RunConfig, 
     """
     total = torch.zeros(2, dtype=torch.float64, device=process.device)
     length, most = config.model.sequence_length, config.train.eval_sequences
+    mesh = model.context.mesh
+    group, groups = mesh.in_attention.group, mesh.shape.sequence_groups
     with model.evaluating():
-        for batch in validation_batches(tokens, length, most, process.rank, process.ranks, micro):
+        for batch in validation_batches(tokens, length, most, group, groups, micro):
             tokens_BS = batch.tokens.to(process.device)
-            loss_B = model.token_losses(tokens_BS).double().sum(dim=1)
+            loss_B = model.token_losses(tokens_BS).double().sum(dim=1) * mesh.shape.context  # of its part of each
             targets_B = (tokens_BS[:, 1:] >= 0).sum(dim=1)
             weight_B = batch.weight.to(loss_B)
             total += torch.stack([(loss_B * weight_B).sum(), (targets_B * weight_B).sum()])

@@ -9,7 +9,10 @@ from moe_dist.errors import ConfigError
 
 
 class WorldConfig(Section):
-    """Layout of ranks: world = data x cluster x shard (docs/architecture.md)."""
+    """Layout of ranks: world = data x cluster x shard for experts, replicas x context x tensor for attention.
+
+    See docs/architecture.md.
+    """
 
     data: Positive | None = Field(None, description="replicas of the same experts; null: ranks / (cluster x shard)")
     cluster: Positive | None = Field(
@@ -20,6 +23,14 @@ class WorldConfig(Section):
         "replicate",
         description="ranks of a block: each holds all of its residuals, and rows stay where they are received; or "
         "residuals are divided among them, and rows are exchanged (stage two), for residuals too large for one rank",
+    )
+    tensor: Positive = Field(
+        1,
+        description="neighboring ranks that divide attention heads, embedding and output layer (tensor parallelism); "
+        "between these, tokens of a sequence are divided among them (sequence parallelism)",
+    )
+    context: Positive = Field(
+        1, description="parts into which sequences are divided for attention too (context parallelism, Ulysses)"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, gloo on the CPU")

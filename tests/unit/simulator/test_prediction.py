@@ -123,7 +123,9 @@ def test_reduction_follows_the_ring() -> None:
 
 @pytest.mark.parametrize(("zero_stage", "rounds"), [(0, 2), (1, 3), (2, 5)])
 def test_gradients_go_around_twice_and_weights_once(zero_stage: int, rounds: int) -> None:
-    config = load_config(None, ["moe.experts=32", "moe.clusters=4", f"world.zero_stage={zero_stage}"])
+    config = load_config(
+        None, ["train.precision=bfloat16", "moe.experts=32", "moe.clusters=4", f"world.zero_stage={zero_stage}"]
+    )
     found = _seconds(0.0, Scenario(Strategy.TWO_STAGE), WorldShape(16, 1, 1), config)["reduction"]
     held = sum(parameters_on_rank(config, WorldShape(16, 1, 1), 1000).values())
     assert found == pytest.approx(rounds * reduce_seconds(2 * held, 16, 8, _fabric(2, 8)))
