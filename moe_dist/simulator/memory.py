@@ -84,9 +84,9 @@ def packed_factors(config: RunConfig, shape: WorldShape) -> tuple[int, float]:
         return 0, 0.0
     experts = config.model.layers * (moe.clusters // shape.cluster) * (moe.experts_per_cluster // shape.shard)
     d, f, size = config.model.hidden_size, moe.expert_hidden, precision.group_size
-    scales = sum(-(-length // size) for length in (d, 2 * f, f, d))  # long axes of the four factors
+    scales = 3 * moe.rank * (-(-d // size) + -(-f // size))  # components of six factors, by their long axes
     factors = factor_parameters(d, moe)
-    return experts * factors, experts * (factors * precision.bits / 8 + 2 * moe.rank * scales)
+    return experts * factors, experts * (factors * precision.bits / 8 + 2 * scales)
 
 
 def bytes_an_element(config: RunConfig) -> float:
