@@ -30,9 +30,11 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         "run", description="name of the run and of its folder in runs_dir"
     )
-    runs_dir: PathText = "runs"
-    seed: NonNegative = 0
-    tensorboard: bool = True
+    runs_dir: PathText = Field("runs", description="folder of all runs")
+    seed: NonNegative = Field(
+        0, description="seed of initial values, of the order of sequences, and of all else that is drawn"
+    )
+    tensorboard: bool = Field(True, description="also write the metrics for TensorBoard")
     picture: bool = Field(False, description="draw the run's figures in run.png, in its folder")
     summary_copy: PathText | None = Field(
         None, description="a file that also receives summary.json; --json FILE sets it"
