@@ -94,5 +94,6 @@ class RunConfig(Section):
         consistency.check_rank(self.model, self.moe, self.recluster)
         consistency.check_offload(self.memory, self.moe)
         self.moe.layer_kind.check_layout(self.world, self.moe)
+        consistency.check_slices(self.world, self.moe, self.precision, self.memory, self.recluster)
         consistency.check_recluster(self.recluster, self.moe, self.train)
         return self

@@ -58,7 +58,9 @@ def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, voca
     optimizer -= masters * factors / (shape.data if stage >= 1 else 1)
     tokens = tokens_on_rank(config, shape, batch)
     layers = config.model.layers
-    saved = tokens * bytes_an_element(config) * saved_elements(config)
+    rows_of_others = config.moe.top_clusters * (shape.shard - 1 if shape.sliced else 0)
+    needed = saved_elements(config) + 2 * rows_of_others * config.model.hidden_size  # their inputs and outputs
+    saved = tokens * bytes_an_element(config) * needed
     if config.model.activation_checkpointing:
         saved += (layers - 1) * tokens * size * config.model.hidden_size  # one layer whole, of the others the input
     else:
@@ -84,9 +86,9 @@ def packed_factors(config: RunConfig, shape: WorldShape) -> tuple[int, float]:
         return 0, 0.0
     experts = config.model.layers * (moe.clusters // shape.cluster) * (moe.experts_per_cluster // shape.shard)
     d, f, size = config.model.hidden_size, moe.expert_hidden, precision.group_size
-    scales = sum(-(-length // size) for length in (d, 2 * f, f, d))  # long axes of the four factors
+    scales = 3 * moe.rank * (-(-d // size) + -(-f // size))  # components of six factors, by their long axes
     factors = factor_parameters(d, moe)
-    return experts * factors, experts * (factors * precision.bits / 8 + 2 * moe.rank * scales)
+    return experts * factors, experts * (factors * precision.bits / 8 + 2 * scales)
 
 
 def bytes_an_element(config: RunConfig) -> float:
