@@ -21,7 +21,7 @@ class WorldConfig(Section):
     shard: Positive = Field(1, description="neighboring ranks that share one block of clusters")
     shard_mode: Literal["replicate", "experts", "slice"] = Field(
         "replicate",
-        description="ranks of a block. replicate: each holds all of its experts, and rows stay where they are received; "
+        description="ranks of a block. replicate: each holds all its experts, and rows stay where they are received; "
         "experts: residuals are divided among them, and rows are exchanged (stage two); slice: experts and their bases "
         "are divided along the hidden width, and all ranks of the block compute every row",
     )
