@@ -1,6 +1,6 @@
 """Grouping of a layer's standard experts into clusters, and their usage.
 
-Shapes: E experts, N local experts, D hidden, G clusters.
+Shapes: E experts, N local experts, S entries of a sketch, D hidden, G clusters.
 """
 
 import torch
@@ -9,12 +9,16 @@ from torch import Tensor
 
 from moe_dist.clustering import (
     ActivationStatistics,
+    FactoredProjection,
     FusedSimilarity,
     assign_balanced,
     centroid_similarity,
     fuse,
     router_similarity,
+    sketch_weights,
+    sketched_parameter_similarity,
 )
+from moe_dist.compression import ExpertMatrices
 from moe_dist.config import RunConfig
 from moe_dist.conversion.calibration_tokens import LayerTokens
 from moe_dist.conversion.full_experts import FullExpertLayer
@@ -32,16 +36,18 @@ def usage_of(fit: LayerTokens, check: LayerTokens, experts: int, group: RankGrou
 
 
 def similarity_of(layer: FullExpertLayer, router_ED: Tensor, usage_E: Tensor, config: RunConfig) -> FusedSimilarity:
-    """Compute the fused similarity of token centroids and router rows (`recluster.router_weight`); collective.
-
-    Weights of experts that were trained apart resemble each other by chance only (ADR 26).
-    """
+    """Compute the fused similarity of weights, token centroids and router rows (`recluster.*` weights); collective."""
+    recluster = config.recluster
+    sketch_ES = gather_rows(_sketches(layer, config.seed, recluster.sketch_size), layer.group)
     centroids = [torch.cat([e.fit_LD, e.check_LD]).double().sum(0).float() for e in layer.experts]
     weighted_ED = gather_rows(torch.stack(centroids), layer.group)
     statistics = ActivationStatistics(weighted_ED, usage_E.float(), torch.ones((), dtype=torch.float64), 0.0)
-    router_EE = router_similarity(router_ED.detach().float())
     return fuse(
-        None, centroid_similarity(statistics), router_EE, alpha=0.0, router_weight=config.recluster.router_weight
+        sketched_parameter_similarity(sketch_ES),
+        centroid_similarity(statistics),
+        router_similarity(router_ED.detach().float()),
+        alpha=recluster.alpha,
+        router_weight=recluster.router_weight,
     )
 
 
@@ -66,3 +72,16 @@ def gather_rows(x_NS: Tensor, group: RankGroup) -> Tensor:
     found = [torch.empty_like(x_NS) for _ in range(group.size)]
     dist.all_gather(found, x_NS.contiguous(), group=group.handle)
     return torch.cat(found)
+
+
+def _sketches(layer: FullExpertLayer, seed: int, size: int) -> Tensor:
+    """Compute sketches of the local experts' full weights: each is a base of its own, without a residual."""
+    return torch.cat([sketch_weights(_bases(expert.load()), seed, size) for expert in layer.experts])
+
+
+def _bases(expert: ExpertMatrices) -> list[FactoredProjection]:
+    only = torch.zeros(1, dtype=torch.int64, device=expert.w_out_FD.device)
+    return [
+        FactoredProjection(w_IO[None], only, w_IO.new_zeros(1, len(w_IO), 0), w_IO.new_zeros(1, 0, w_IO.shape[1]))
+        for w_IO in expert.projections()
+    ]

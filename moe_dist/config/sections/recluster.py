@@ -10,7 +10,7 @@ from moe_dist.config.sections.base import Decay, Fraction, Positive, Section
 class ReclusterConfig(Section):
     """Schedule, similarity and limits of re-clustering during training (moe.kind=clustered).
 
-    The similarity of activations also clusters the experts at the end of a standard warm-up (moe.warmup_standard).
+    The similarity also clusters the experts at the end of a standard warm-up (moe.warmup_standard).
     """
 
     period: Positive | None = Field(None, description="T: steps between rounds; null: no re-clustering")
@@ -22,7 +22,7 @@ class ReclusterConfig(Section):
     )
     similarity: Literal["fused", "random"] = Field("fused", description="random: a control with random similarities")
     alpha: Fraction = Field(
-        0.5, description="weight of the similarity of residuals against that of activations; not after a warm-up"
+        0.5, description="weight of the similarity of parameters (residuals) against that of activations"
     )
     router_weight: Fraction = Field(0.0, description="weight of router embeddings within activation similarity")
     load_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="penalty of unequal cluster loads")
