@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from moe_dist.moe.clustered_moe import ClusteredMoE as ClusteredMoE
     from moe_dist.moe.standard_moe import StandardMoE as StandardMoE
     from moe_dist.moe.training_step import average_gradients as average_gradients
+    from moe_dist.moe.training_step import clip_grad_norm_ as clip_grad_norm_
+    from moe_dist.moe.training_step import train_residuals_only as train_residuals_only
     from moe_dist.moe.training_step import update_load_balance as update_load_balance
     from moe_dist.recluster.coordinator import Coordinator as Coordinator
 
@@ -35,9 +37,11 @@ _HOME = {
     "StandardMoE": "moe.standard_moe",
     "TrafficLedger": "dispatch.traffic_ledger",
     "average_gradients": "moe.training_step",
+    "clip_grad_norm_": "moe.training_step",
     "convert": "integrations.huggingface.drop_in",
     "load_config": "config",
     "load_model": "checkpoint.load_model",
+    "train_residuals_only": "moe.training_step",
     "update_load_balance": "moe.training_step",
 }
 """Module of each public name."""

@@ -10,7 +10,15 @@ from moe_dist.config import RunConfig
 from moe_dist.errors import CheckpointError, ConfigError
 from moe_dist.metrics import flatten
 
-MUST_MATCH = ("seed", "model", "moe", "tokenizer", "train.global_batch_size", "corpus.document_mask")
+MUST_MATCH = (
+    "seed",
+    "model",
+    "moe",
+    "tokenizer",
+    "train.global_batch_size",
+    "corpus.document_mask",
+    "optimizer.trainable",
+)
 """Sections and keys that decide which tensors exist, what the model computes, and which tokens come next."""
 FREE = (
     "model.activation_checkpointing", "model.init_std", "moe.backend", "moe.wire_dtype", "moe.overlap_chunks",

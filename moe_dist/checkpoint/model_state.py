@@ -34,7 +34,7 @@ def weights_of(model: LanguageModel, state: OptimizerState | None = None) -> Sta
 
 
 def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tuple[str, ...] = STATE_NAMES) -> State:
-    """Return this rank's shards of FP32 master weights and Adam moments, as writable tensors."""
+    """Return this rank's shards of FP32 master weights and Adam moments, or of frozen weights, as writable tensors."""
     tensors: State = {}
     memory = model.context.memory
     for parameter, runs in named_runs(model).items():
@@ -43,6 +43,10 @@ def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tupl
                 for name in names:
                     shards = [_away(memory, parameter, run, memory.kind_of(name))]
                     _add(tensors, _key(name, run.name), run, torch.float32, shards)
+            continue
+        if not parameter.requires_grad:  # frozen: it has no state, and is its own master
+            for run in runs if MASTER in names else ():
+                _add(tensors, _key(MASTER, run.name), run, parameter.dtype, [Shard(run.first, run_of(parameter, run))])
             continue
         fragment = state.fragment(parameter)
         packed = state.value_of(parameter) if state.is_packed(parameter) else None

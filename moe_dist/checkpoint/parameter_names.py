@@ -50,7 +50,7 @@ def named_runs(model: LanguageModel) -> dict[nn.Parameter, list[NamedRun]]:
     runs: dict[nn.Parameter, list[NamedRun]] = {}
     for path, module in model.named_modules():
         if isinstance(module, ClusteredMoE):
-            runs.update(_of_clusters(path, module))
+            runs.update(cluster_runs(path, module))
         elif isinstance(module, StandardMoE):
             runs.update(_of_standard_experts(path, module))
     for name, parameter in model.named_parameters():
@@ -70,7 +70,8 @@ def _of_tensor_parallel(name: str, parameter: nn.Parameter, mesh: Mesh) -> Itera
         yield NamedRun(name, tuple(shape), row * part, row * whole + own * part, part)
 
 
-def _of_clusters(path: str, layer: ClusteredMoE) -> Iterator[tuple[nn.Parameter, list[NamedRun]]]:
+def cluster_runs(path: str, layer: ClusteredMoE) -> Iterator[tuple[nn.Parameter, list[NamedRun]]]:
+    """Yield the parameters of this rank's clusters of a layer, as runs whose names begin with `path`."""
     placement, at = layer.placement, layer.context.mesh.at
     for cluster, held in zip(placement.clusters_of_block(at.cluster), layer.clusters, strict=True):
         if isinstance(held, QuantizedClusterExperts):

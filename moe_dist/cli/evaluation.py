@@ -8,12 +8,13 @@ import typer
 from moe_dist.cli.options import Json, Port, StartedBy, TrainedRun, takes
 from moe_dist.config import load_config
 from moe_dist.errors import LaunchError
+from moe_dist.evaluation.spec import HARNESS as HARNESS_TASKS
 from moe_dist.evaluation.spec import EvalSpec, parse_tasks, split_overrides
 from moe_dist.launch import environment, runners
 from moe_dist.launch.files import require_run
 from moe_dist.launch.job import DEFAULT_PORT, Job, JobSize, Launcher, machines
 from moe_dist.launch.rank import run_rank
-from moe_dist.launch.tasks import EVALUATE
+from moe_dist.launch.tasks import EVALUATE, HARNESS
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +35,7 @@ def evaluation(
     port: Port = DEFAULT_PORT,
     json_file: Json = None,
 ) -> None:
-    """Evaluate a trained model: perplexity on WikiText, and GLUE after fine-tuning on each task.
+    """Evaluate a trained model: perplexity on WikiText, GLUE after fine-tuning on each task, tasks of lm-eval.
 
     Without --ranks this process is the only rank; inside a launcher (srun, mpirun, torchrun, deepspeed) it is one of
     the ranks.
@@ -42,13 +43,14 @@ def evaluation(
     world, memory = split_overrides(overrides or ())
     tasks = parse_tasks(given.pop("tasks", EvalSpec.tasks))
     spec = EvalSpec(run.absolute(), tasks, **given, memory=memory, json_file=json_file)
+    task = HARNESS if any(name.startswith(HARNESS_TASKS) for name in tasks) else EVALUATE
     alone = size == JobSize(ranks=size.ranks) and size.ranks in (None, 1)
     if alone or environment.discover(os.environ).kind != "alone":
         require_run(run)
-        raise typer.Exit(run_rank(None, world, EVALUATE, spec))
+        raise typer.Exit(run_rank(None, world, task, spec))
     if launcher is Launcher.SLURM:
         raise LaunchError("--launcher slurm: submit `sbatch slurm/eval.sbatch RUN ...`, or call srun on this command")
     require_run(run)
     threads = load_config(None, world).world.threads
     job = Job(launcher, machines(launcher, size, ranks_wanted=1), tuple(world), threads, port=port)
-    raise typer.Exit(runners.launch(job.with_task(EVALUATE, spec)))
+    raise typer.Exit(runners.launch(job.with_task(task, spec)))

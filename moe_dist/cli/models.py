@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     app.command("import")(import_)
     app.command("generate")(generate)
+    app.command("serve")(serve)
 
 
 def import_(
@@ -74,3 +75,17 @@ def generate(
     found = continuations(run, prompt, options, stream)
     for text in () if stream else found:
         typer.echo(text)
+
+
+def serve(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, a checkpoint, or an export for transformers.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+) -> None:
+    """Serve a trained model with the HTTP interface of OpenAI, by `transformers serve`."""
+    require_run(run)
+    from moe_dist.integrations.huggingface.serve import serve as served
+
+    served(run, host, port)

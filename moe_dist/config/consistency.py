@@ -6,7 +6,7 @@ from moe_dist.config.sections.model import ModelConfig
 from moe_dist.config.sections.moe import MoEConfig
 from moe_dist.config.sections.precision import PrecisionConfig
 from moe_dist.config.sections.recluster import ReclusterConfig
-from moe_dist.config.sections.train import TrainConfig
+from moe_dist.config.sections.train import OptimizerConfig, TrainConfig
 from moe_dist.config.sections.world import WorldConfig
 from moe_dist.errors import ConfigError
 
@@ -90,6 +90,23 @@ def check_rank(model: ModelConfig, moe: MoEConfig, recluster: ReclusterConfig) -
                 f"moe.expert_hidden={moe.expert_hidden} can be cut to: at most {largest} with moe.warmup_standard or "
                 "recluster.transition=refit"
             )
+
+
+def check_trainable(
+    optimizer: OptimizerConfig, moe: MoEConfig, recluster: ReclusterConfig, memory: MemoryConfig
+) -> None:
+    """Reject what needs full weights to change, or a master copy of them, if only residuals are trained."""
+    if optimizer.trainable == "all":
+        return
+    refused = {
+        f"moe.kind={moe.kind}": not moe.layer_kind.clustered,
+        f"moe.warmup_standard={moe.warmup_standard}": moe.warmup_standard > 0,
+        f"recluster.period={recluster.period}": recluster.period is not None,
+        "memory.offload=true": memory.offload,
+    }
+    for setting, found in refused.items():
+        if found:
+            raise ConfigError(f"optimizer.trainable={optimizer.trainable} does not work with {setting}: set it to all")
 
 
 def check_offload(memory: MemoryConfig, moe: MoEConfig) -> None:

@@ -222,6 +222,29 @@ class Mesh:
         return cls._over(ranks, shape)
 
     @classmethod
+    def from_process_groups(cls, expert_parallel: dist.ProcessGroup, expert_data: dist.ProcessGroup) -> "Mesh":
+        """Return the mesh of two existing groups of this rank, which creates no further groups.
+
+        Args:
+            expert_parallel: ranks that together hold all clusters once, in the order of the clusters.
+            expert_data: ranks that hold replicas of this rank's clusters.
+        """
+        shape = WorldShape(dist.get_world_size(expert_data), dist.get_world_size(expert_parallel), 1)
+        at = Coordinates(dist.get_rank(expert_data), dist.get_rank(expert_parallel), 0)
+        handles: dict[GroupKind, dist.ProcessGroup] = {
+            GroupKind.STAGE_ONE: expert_parallel,
+            GroupKind.EXPERT_PARALLEL: expert_parallel,
+            GroupKind.BASE_DATA: expert_data,
+            GroupKind.EXPERT_DATA: expert_data,
+        }
+        groups = {
+            kind: RankGroup(kind, tuple(dist.get_process_group_ranks(handle)), handle)
+            for kind, handle in handles.items()
+        }
+        groups[GroupKind.CLUSTER] = RankGroup(GroupKind.CLUSTER, (dist.get_rank(),), None)
+        return cls(shape, rank_at(shape, at), groups)
+
+    @classmethod
     def _over(cls, ranks: list[int], shape: WorldShape) -> "Mesh":
         """Create the groups over `ranks`, given in the order of their positions; each rank creates only its own."""
         position, groups = ranks.index(dist.get_rank()), {}

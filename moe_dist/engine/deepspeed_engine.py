@@ -21,7 +21,8 @@ from moe_dist.engine.offloaded_adamw import OffloadedAdamW
 from moe_dist.engine.optimizer import build_optimizer
 from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.engine.packed_adamw import PackedAdamW
-from moe_dist.model.language_model import LanguageModel, copies_of
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.parameter_class import copies_of
 
 
 @dataclass(frozen=True)

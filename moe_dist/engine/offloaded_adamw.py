@@ -24,8 +24,7 @@ from moe_dist.engine.optimizer import UpdateRule, adamw_step, update_rule
 from moe_dist.memory.block import TensorKind
 from moe_dist.memory.expert_memory import ExpertMemory, Place
 from moe_dist.memory.offloaded_cluster import OffloadedCluster
-from moe_dist.model.language_model import copies_of
-from moe_dist.moe.parameter_class import REDUCED_OVER, ParameterClass, class_of
+from moe_dist.moe.parameter_class import REDUCED_OVER, ParameterClass, class_of, copies_of
 
 Blocks = dict[TensorKind, Tensor]
 

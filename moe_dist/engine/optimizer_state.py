@@ -67,10 +67,13 @@ class OptimizerState:
             master.copy_(held)
 
     def fragment(self, parameter: nn.Parameter) -> StateFragment | None:
-        """Return this rank's fragment of a parameter's state; None if other replicas own it all (ZeRO 1 and 2).
+        """Return this rank's fragment of a parameter's state.
 
-        The masters of a quantized factor are a dequantized copy: `set_value` changes them.
+        None: other replicas own it all (ZeRO 1 and 2), or the parameter is not trained. The masters of a quantized
+        factor are a dequantized copy: `set_value` changes them.
         """
+        if not parameter.requires_grad:
+            return None
         if self._packed is not None and (found := self._packed.packed(parameter)) is not None:
             slots, moments = self._packed.owned(parameter)
             tensors = {MASTER: found[0].read(found[1], slots), **moments}

@@ -20,13 +20,18 @@ from moe_dist.evaluation.trained_model import EvaluatedModel, open_evaluated_mod
 from moe_dist.metrics import installed_versions, write_json
 
 Figures = dict[str, Any]
+Harness = Callable[[EvaluatedModel, EvalSpec], Figures]
+"""Function that returns the figures of the tasks of lm-evaluation-harness."""
 
 
-def evaluate(world: WorldConfig, spec: EvalSpec, memory: MemoryConfig | None = None) -> Figures:
+def evaluate(
+    world: WorldConfig, spec: EvalSpec, memory: MemoryConfig | None = None, harness: Harness | None = None
+) -> Figures:
     """Run every task, and show and write the figures on rank 0; collective.
 
     Args:
         memory: memory tiers, see `open_evaluated_model`.
+        harness: runs the tasks `lm-eval:NAME` of the specification; None: there are none.
 
     Raises:
         MoeDistError: the run, the data or the options are invalid.
@@ -34,6 +39,8 @@ def evaluate(world: WorldConfig, spec: EvalSpec, memory: MemoryConfig | None = N
     process = init_distributed(world)
     with open_evaluated_model(spec.run, process, world, spec.dtype, memory) as subject:
         figures = _figures(subject, spec, _say if process.rank == 0 else _silent)
+        if harness is not None:
+            figures["lm_eval"] = harness(subject, spec)
     if process.rank == 0:
         view.render(figures, wide_console())
         if spec.json_file is not None:

@@ -9,6 +9,8 @@ from moe_dist.errors import LaunchError
 from moe_dist.launch.options import option
 
 MEMORY = "memory."
+HARNESS = "lm-eval:"
+"""Prefix of the tasks of lm-evaluation-harness."""
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "wnli", "qnli", "qqp", "mnli")
 
 
@@ -25,7 +27,7 @@ class EvalSpec:
     run: Path
     tasks: tuple[str, ...] = option(
         ("wikitext",),
-        "wikitext, glue or glue:cola,sst2; may be given again. Default: wikitext.",
+        "wikitext, glue, glue:cola,sst2 or lm-eval:NAME,NAME; may be given again. Default: wikitext.",
         flag="--task",
         metavar="TASK",
     )
@@ -48,12 +50,15 @@ class EvalSpec:
     max_train: int | None = option(None, "Limit of the training rows of a task.", minimum=1)
     max_eval: int | None = option(None, "Limit of the validation rows of a task.", minimum=1)
     max_steps: int | None = option(None, "Limit of the steps of fine-tuning.", minimum=1)
+    include_path: Path | None = option(None, "Folder with further tasks of lm-eval, each a YAML file.")
+    num_fewshot: int | None = option(None, "Examples in each prompt of lm-eval; default: the task's.", minimum=0)
+    limit: int | None = option(None, "Limit of the documents of each task of lm-eval.", minimum=1)
     memory: tuple[str, ...] = ()
     json_file: str | None = None
 
 
 def parse_tasks(words: Sequence[str]) -> tuple[str, ...]:
-    """Split `wikitext`, `glue` and `glue:cola,sst2` into single tasks, each once.
+    """Split `wikitext`, `glue`, `glue:cola,sst2` and `lm-eval:piqa,arc_easy` into single tasks, each once.
 
     Raises:
         LaunchError: a task is unknown.
@@ -62,8 +67,11 @@ def parse_tasks(words: Sequence[str]) -> tuple[str, ...]:
     for word in words:
         group, colon, names = word.partition(":")
         tasks = [f"{group}:{name}" for name in names.split(",")] if colon else [group]
-        if not {*tasks} <= {"wikitext", "glue", *(f"glue:{name}" for name in GLUE_TASKS)}:
-            raise LaunchError(f"--task {word}: give wikitext, glue or glue:TASK,TASK of {', '.join(GLUE_TASKS)}")
+        harness = word.startswith(HARNESS) and all(names.split(","))
+        if not harness and not {*tasks} <= {"wikitext", "glue", *(f"glue:{name}" for name in GLUE_TASKS)}:
+            raise LaunchError(
+                f"--task {word}: give wikitext, glue, glue:TASK,TASK of {', '.join(GLUE_TASKS)}, or lm-eval:NAME,NAME"
+            )
         found += tasks
     return tuple(dict.fromkeys(found))
 

@@ -27,6 +27,8 @@ def render(figures: Mapping[str, Any], console: Console) -> None:
         console.print(_glue(figures["glue"]))
         if missing := figures["glue"]["missing"]:
             console.print(f"no data, so left out of the average: {', '.join(missing)}", highlight=False)
+    if "lm_eval" in figures:
+        console.print(_harness(figures["lm_eval"]))
 
 
 def _wikitext(found: Mapping[str, Any]) -> Table:
@@ -52,6 +54,19 @@ def _glue(found: Mapping[str, Any]) -> Table:
     table.add_row("average", "", with_spread(found["average"]))
     if found["average_without_wnli"] is not None:
         table.add_row("without WNLI", "", with_spread(found["average_without_wnli"]))
+    return table
+
+
+def _harness(found: Mapping[str, Any]) -> Table:
+    table = Table("task", "metric, filter", title="lm-evaluation-harness", title_justify="left")
+    table.add_column("value", justify="right")
+    table.add_column("standard error", justify="right")
+    for task, metrics in found["tasks"].items():
+        for metric, value in metrics.items():
+            name, _, filtered = metric.partition(",")
+            if isinstance(value, float) and not name.endswith("_stderr"):
+                error = metrics.get(f"{name}_stderr,{filtered}")
+                table.add_row(task, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
     return table
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-TRAIN, TRAFFIC, EVALUATE, DOCTOR = "train", "traffic", "evaluate", "doctor"
+TRAIN, TRAFFIC, EVALUATE, HARNESS, DOCTOR = "train", "traffic", "evaluate", "evaluate-lm-eval", "doctor"
 BENCH_LAYER, BENCH_STEP = "bench-layer", "bench-step"
 
 
@@ -42,6 +42,7 @@ TASKS = {
         "moe_dist.benchmarks.layer.on_ranks:bench_ranks", "moe_dist.benchmarks.layer.spec:RanksBenchSpec"
     ),
     EVALUATE: RankTask("moe_dist.evaluation.evaluate:run_evaluation", "moe_dist.evaluation.spec:EvalSpec"),
+    HARNESS: RankTask("moe_dist.integrations.lm_eval:run_with_harness", "moe_dist.evaluation.spec:EvalSpec"),
     DOCTOR: RankTask("moe_dist.doctor.checks:examine"),
 }
 

@@ -23,7 +23,7 @@ from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.layer_kinds import LAYER_KINDS
 from moe_dist.moe.load_balancing import BalanceState
-from moe_dist.moe.parameter_class import REDUCED_OVER, ParameterClass, class_of
+from moe_dist.moe.parameter_class import ParameterClass, class_of
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts, storage_format
 from moe_dist.moe.routing_statistics import RoutingStatistics
 
@@ -256,9 +256,3 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
 
 def _parameters_of(module: nn.Module | None) -> Iterable[nn.Parameter]:
     return () if module is None else module.parameters()
-
-
-def copies_of(parameter: nn.Parameter, mesh: Mesh) -> int:
-    """Return the number of ranks that hold a replica of a parameter."""
-    kind = REDUCED_OVER.get(class_of(parameter))
-    return mesh.shape.ranks if kind is None else mesh.group(kind).size

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from torch import nn
 
-from moe_dist.distributed.mesh import GroupKind
+from moe_dist.distributed.mesh import GroupKind, Mesh
 
 
 class ParameterClass(StrEnum):
@@ -43,3 +43,9 @@ def mark_parameter(parameter: nn.Parameter, parameter_class: ParameterClass) -> 
 def class_of(parameter: nn.Parameter) -> ParameterClass:
     """Return the class of a parameter; dense if it was not marked."""
     return getattr(parameter, _ATTRIBUTE, ParameterClass.DENSE)
+
+
+def copies_of(parameter: nn.Parameter, mesh: Mesh) -> int:
+    """Return the number of ranks that hold a replica of a parameter."""
+    kind = REDUCED_OVER.get(class_of(parameter))
+    return mesh.shape.ranks if kind is None else mesh.group(kind).size

@@ -33,6 +33,7 @@ from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.model.language_model import LanguageModel
+from moe_dist.moe.training_step import train_residuals_only
 from moe_dist.recluster.coordinator import Coordinator
 from moe_dist.training.backend_choice import BackendChoice
 from moe_dist.training.checkpointing import RunCheckpoints
@@ -171,6 +172,8 @@ class Trainer:
                 )
             self.model.end_of_document = self.data.train.facts.end_of_document
             self.model.target_share = self.data.train.target_share
+            if config.optimizer.trainable == "residuals":
+                train_residuals_only(self.model)
             self.engine = DeepSpeedEngine(self.model, config, self.batch, self.process, self.loss_scale)
         except BaseException:
             self.__exit__()

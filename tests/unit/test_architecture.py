@@ -43,8 +43,16 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 LAUNCH_MAY_IMPORT = {"moe_dist.config", "moe_dist.errors", "moe_dist.launch"}
 REGISTRY = "moe_dist/launch/tasks.py"  # the one place that names modules above its own
 FRAMEWORKS = [
-    ("megatron", ("moe_dist/model/megatron_", "moe_dist/data/megatron_", "moe_dist/benchmarks/baselines/")),
-    ("deepspeed", ("moe_dist/engine/", "moe_dist/benchmarks/baselines/")),
+    (
+        "megatron",
+        (
+            "moe_dist/model/megatron_",
+            "moe_dist/data/megatron_",
+            "moe_dist/integrations/megatron.py",
+            "moe_dist/benchmarks/baselines/",
+        ),
+    ),
+    ("deepspeed", ("moe_dist/engine/", "moe_dist/integrations/deepspeed.py", "moe_dist/benchmarks/baselines/")),
 ]
 
 

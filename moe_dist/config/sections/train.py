@@ -13,6 +13,10 @@ class OptimizerConfig(Section):
     """AdamW; no weight decay for norms, biases, vectors and embeddings."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    trainable: Literal["all", "residuals"] = Field(
+        "all",
+        description="parameters that are trained: all, or experts' low-rank factors and vectors alone (clustered)",
+    )
     router_lr_scale: Annotated[float, Field(gt=0)] = Field(
         0.1, description="factor on the routers' learning rate; balancing must keep up with them"
     )

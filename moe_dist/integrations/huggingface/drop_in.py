@@ -14,6 +14,7 @@ from moe_dist.distributed.mesh import Mesh
 from moe_dist.errors import ConfigError
 from moe_dist.moe.clustered_experts import ClusterBase, ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.parameter_class import OF_EXPERTS, class_of
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -64,6 +65,10 @@ def convert(model: nn.Module, moe: MoEConfig, *, mesh: Mesh | DeviceMesh | None 
     for number, path in enumerate(found):
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, _clustered(model.get_submodule(path), moe, mesh, seed + number))
+    # DistributedDataParallel would overwrite and average the clusters of different ranks
+    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        name for name, parameter in model.named_parameters() if class_of(parameter) in OF_EXPERTS
+    ]
     return model
 
 

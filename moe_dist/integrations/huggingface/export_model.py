@@ -101,7 +101,7 @@ def export_model(
         else:
             (folder / CONFIG).write_text(json.dumps({"model_type": model_type, **keys, **common}, indent=1) + "\n")
             (folder / MODELING.name).write_bytes(MODELING.read_bytes())
-        for name, content in _tokenizer_files(tokenizer).items():
+        for name, content in tokenizer_files(tokenizer).items():
             (folder / name).write_bytes(content)
     return ExportedModel(architecture, sum(torch.Size(unit.shape).numel() for unit in units), nbytes)
 
@@ -191,7 +191,8 @@ def _common_keys(
     }
 
 
-def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the files of a tokenizer, as transformers reads them; a SentencePiece model is converted."""
     if tokenizer.path.name == SENTENCEPIECE_MODEL:
         return converted_files(tokenizer.path)
     return tokenizer.files()

@@ -46,7 +46,7 @@ def generate(run: Path, prompts: Sequence[str], options: GenerationOptions, stre
     """
     transformers = require_transformers()
     register()
-    with _exported(run) as folder:
+    with exported(run) as folder:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -64,7 +64,7 @@ def generate(run: Path, prompts: Sequence[str], options: GenerationOptions, stre
 
 
 @contextmanager
-def _exported(run: Path) -> Iterator[Path]:
+def exported(run: Path) -> Iterator[Path]:
     """Yield the folder that transformers loads: `run` itself if it is one, else a temporary export."""
     if (run / CONFIG).is_file():
         yield run

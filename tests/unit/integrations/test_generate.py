@@ -1,5 +1,9 @@
 """Texts generated from runs and exports, and the tokenizers that come along."""
 
+import importlib
+import json
+import socket
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -73,8 +77,32 @@ def test_the_command_streams_or_prints_whole(run: Path, tmp_path: Path, capsys: 
     assert "MoeDistForCausalLM" in output("export", str(run), "--format", "hf", "-o", exported)
     streamed = output("generate", exported, "--prompt", PROMPTS[0], "--max-tokens", "6")
     assert streamed == output("generate", str(run), "--prompt", PROMPTS[0], "--max-tokens", "6", "--whole")
+    pipeline = importlib.import_module("transformers").pipeline("text-generation", exported, device="cpu")
+    [made] = pipeline(PROMPTS[0], max_new_tokens=6, do_sample=False, return_full_text=False, add_special_tokens=False)
+    assert made["generated_text"].strip() in streamed
     output("generate", str(run), "--chat", "--prompt", "x", "--max-tokens", "2")
     assert "MoeDistForCausalLM" in output("import", exported, "-o", str(tmp_path / "again"))
     (tmp_path / "hf" / "chat_template.jinja").unlink()
     with pytest.raises(CheckpointError, match="no chat template"):
         generate(tmp_path / "hf", ["x"], GenerationOptions(chat=True))
+
+
+def test_a_run_is_served_as_it_generates(run: Path) -> None:
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="needs moe-dist[serve]")
+    from moe_dist.integrations.huggingface.serve import serve
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = serve(run, "127.0.0.1", port, non_blocking=True)
+    try:
+        body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 6, "temperature": 0}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = json.loads(answer.read())["choices"][0]["text"]
+    finally:
+        server.kill_server()
+    assert text == generate(run, PROMPTS[:1], GenerationOptions(max_tokens=6))[0]
