@@ -70,11 +70,11 @@ def _all_heads(x_SBHW: Tensor, group: RankGroup) -> Tensor:
 
 def _exchange(x_C: Tensor, group: RankGroup) -> Tensor:
     """Send entry c of the first dimension to rank c of the group, and return what the ranks have sent, in order."""
-    received: Tensor = _Exchange.apply(x_C, group)  # type: ignore[no-untyped-call]
+    received: Tensor = _HeadExchange.apply(x_C, group)  # type: ignore[no-untyped-call]
     return received
 
 
-class _Exchange(torch.autograd.Function):
+class _HeadExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_C: Tensor, group: RankGroup) -> Tensor:
         ctx.group = group

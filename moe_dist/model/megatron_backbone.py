@@ -33,7 +33,7 @@ FeedForwardFactory = Callable[[int], nn.Module]
 def initialize_megatron(timeout_seconds: int, expert_parallel: int, tensor_parallel: int = 1) -> None:
     """Create Megatron-core's process groups (no pipeline parallelism); collective.
 
-    Megatron-core is not told of context parallelism: its parts of a sequence are whole sequences to it.
+    Context parallelism needs no group of Megatron-core: a part of a sequence is a whole sequence for its modules.
 
     Args:
         timeout_seconds: timeout of the groups' collectives.
