@@ -3,6 +3,7 @@
 import importlib
 import json
 import socket
+import time
 import urllib.request
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def test_the_command_streams_or_prints_whole(run: Path, tmp_path: Path, capsys: 
     (tmp_path / "hf" / "chat_template.jinja").unlink()
     with pytest.raises(CheckpointError, match="no chat template"):
         generate(tmp_path / "hf", ["x"], GenerationOptions(chat=True))
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(300):
+        with socket.socket() as trial:
+            if trial.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail("the server does not listen")
 
 
 def test_a_run_is_served_as_it_generates(run: Path) -> None:
