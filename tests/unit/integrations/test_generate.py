@@ -111,6 +111,7 @@ def test_a_run_is_served_as_it_generates(run: Path) -> None:
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
         )
+        _wait_for(port)
         with urllib.request.urlopen(request, timeout=60) as answer:
             text = json.loads(answer.read())["choices"][0]["text"]
     finally:
