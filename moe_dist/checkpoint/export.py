@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.checkpoint.manifest import WEIGHT, Index, read_index
-from moe_dist.checkpoint.quantized_tensors import is_of_cluster, quantized_tensors_of
+from moe_dist.checkpoint.quantized_tensors import dtype_to_quantize, is_of_cluster, quantized_tensors_of
 from moe_dist.checkpoint.save_and_load import read_checkpoint
 from moe_dist.checkpoint.sharded_tensor import ShardedTensor, State
 from moe_dist.checkpoint.trained_weights import TrainedWeights
 from moe_dist.compression import StorageFormat
+from moe_dist.config import RunConfig
 from moe_dist.errors import CheckpointError
 from moe_dist.moe.quantized_experts import storage_format
 
@@ -42,9 +43,8 @@ def export_weights(
     if weights.path.is_file():
         raise CheckpointError(f"{weights.path} is an exported file already: give its run or checkpoint")
     form = quantized_format(weights) if stored else None
-    trained = getattr(torch, weights.config.train.precision)
     index = read_index(weights.path)
-    state = _room(index, dtype or (trained if stored else None), None if form is None else trained)
+    state = _room(index, dtype, weights.config if stored else None)
     read_checkpoint(weights.path, state)
     tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -73,15 +73,21 @@ def quantized_format(weights: TrainedWeights) -> StorageFormat:
     return storage_format(weights.config)
 
 
-def _room(index: Index, dtype: torch.dtype | None, of_clusters: torch.dtype | None) -> State:
-    """Return empty tensors to read into: those that are quantized in the training type, biases as they are."""
+def _room(index: Index, dtype: torch.dtype | None, stored: RunConfig | None) -> State:
+    """Return empty tensors to read into, biases in their own type.
+
+    Args:
+        dtype: type of the others; None: as they are, or with `stored` the type of training.
+        stored: configuration of the run if clusters are to be quantized.
+    """
     state: State = {}
     for key, tensor in index.tensors.items():
         if not key.startswith((PREFIX, BALANCE)):
             continue
         wanted = tensor.torch_dtype
         if key.startswith(PREFIX):
-            wanted = (of_clusters if is_of_cluster(key) else None) or dtype or wanted
+            trained = None if stored is None else dtype_to_quantize(key, stored)
+            wanted = (trained if is_of_cluster(key) else None) or dtype or trained or wanted
         state[key] = ShardedTensor.whole(torch.empty(tensor.shape, dtype=wanted))
     return state
 

@@ -14,10 +14,16 @@ from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.model.language_model import LanguageModel
 
 
-def weights_of(model: LanguageModel) -> State:
-    """Return the weights that the model computes with, as tensors that a checkpoint is read into."""
+def weights_of(model: LanguageModel, state: OptimizerState | None = None) -> State:
+    """Return the weights that the model computes with, as tensors that a checkpoint is read into.
+
+    Args:
+        state: optimizer state of a model under training, whose quantized factors are left out.
+    """
     memory, tensors = model.context.memory, State()
     for parameter, runs in named_runs(model).items():
+        if state is not None and state.is_packed(parameter):
+            continue
         offloaded = memory is not None and memory.of(parameter) is not None
         for run in runs:
             shard: Shard | OffloadedShard = Shard(run.first, run_of(parameter, run))
@@ -43,11 +49,24 @@ def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tupl
                 _add(tensors, _key(MASTER, run.name), run, parameter.dtype, [Shard(run.first, run_of(parameter, run))])
             continue
         fragment = state.fragment(parameter)
+        packed = state.value_of(parameter) if state.is_packed(parameter) else None
         for run in runs:
             for name in names:
+                if packed is not None and name == MASTER:
+                    _add(tensors, _key(name, run.name), run, torch.float32, [Shard(run.first, run_of(packed, run))])
+                    continue
                 owned = [] if fragment is None else _overlap(run, fragment.start, fragment.tensors[name])
                 _add(tensors, _key(name, run.name), run, torch.float32, owned)
     return tensors
+
+
+def store_packed(model: LanguageModel, state: OptimizerState, read: State) -> None:
+    """Write quantized factors, which `training_tensors_of` gives as copies, after a checkpoint was read into them."""
+    for parameter, runs in named_runs(model).items():
+        if state.is_packed(parameter):
+            for slot, run in enumerate(runs):
+                value = read[_key(MASTER, run.name)].shards[0].values
+                state.set_value(parameter, value.view(1, *run.shape), slot)
 
 
 def _add(tensors: State, key: str, run: NamedRun, dtype: torch.dtype, shards: Sequence[Shard | OffloadedShard]) -> None:
@@ -78,7 +97,7 @@ def _overlap(run: NamedRun, start: int, values: Tensor) -> list[Shard]:
     return [Shard(run.first + first - run.start, values[first - start : last - start])] if first < last else []
 
 
-def run_of(parameter: nn.Parameter, run: NamedRun) -> Tensor:
+def run_of(parameter: Tensor, run: NamedRun) -> Tensor:
     """Return a view of a run of a parameter, one-dimensional."""
     return parameter.detach().view(-1)[run.start : run.start + run.length]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.compression import QuantizedCluster, QuantizedFactor, StorageFormat, long_axis
+from moe_dist.config import RunConfig
 from moe_dist.errors import CheckpointError
 
 _BASES = ("w_in_DH", "w_out_FD")
@@ -20,6 +21,16 @@ def is_of_cluster(name: str) -> bool:
     """Return True if quantization changes a tensor of this name: a factor or a base."""
     leaf = name.rpartition(".")[2]
     return (".expert." in name and long_axis(leaf) is not None) or (".cluster." in name and leaf in _BASES)
+
+
+def dtype_to_quantize(name: str, config: RunConfig) -> torch.dtype:
+    """Return the type in which a tensor is read to be quantized: the one that the model computes with.
+
+    Factors that were trained quantized are read in float32, which represents their values exactly.
+    """
+    packed = config.precision.residuals == "packed" and long_axis(name.rpartition(".")[2]) is not None
+    dtype: torch.dtype = torch.float32 if packed else getattr(torch, config.train.precision)
+    return dtype
 
 
 def quantized_tensors_of(name: str, value: Tensor, form: StorageFormat) -> dict[str, Tensor]:

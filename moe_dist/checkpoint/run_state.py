@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moe_dist.checkpoint.find import ValidCheckpoint
 from moe_dist.checkpoint.manifest import DataRecord, Manifest, read_index
-from moe_dist.checkpoint.model_state import training_tensors_of, weights_of
+from moe_dist.checkpoint.model_state import store_packed, training_tensors_of, weights_of
 from moe_dist.checkpoint.placement_record import adopt_placements, placement_to_record
 from moe_dist.checkpoint.save_and_load import read_checkpoint
 from moe_dist.checkpoint.sharded_tensor import State
@@ -68,8 +68,11 @@ class RunState:
         engine, process = self._engine, self._engine.process
         adopt_placements(engine.model, manifest)
         filled = allocate_like(parts, read_index(path), process.rank, process.ranks)
-        read_checkpoint(path, weights_of(engine.model))
-        read_checkpoint(path, {**training_tensors_of(engine.model, engine.training_state(), names), **filled})
+        state = engine.training_state()
+        read_checkpoint(path, weights_of(engine.model, state))
+        tensors = training_tensors_of(engine.model, state, names)
+        read_checkpoint(path, {**tensors, **filled})
+        store_packed(engine.model, state, tensors)
         load_state(parts, filled, manifest)
 
     def _manifest(self, step: int) -> Manifest:

@@ -2,7 +2,8 @@
 
     S = alpha S_param + (1 - alpha) S_act,    S_act = (1 - rho) S_centroid + rho S_router
 
-All parts are cosines minus the mean over experts, so that they are on one scale.
+All parts are cosines minus the mean over experts. Before they are added each is divided by its spread, the standard
+deviation over pairs: that of residuals, which lie in random subspaces, is a hundredth of that of inputs.
 
 Shapes: E experts, D model width.
 """
@@ -52,6 +53,13 @@ def router_similarity(weight_ED: Tensor) -> Tensor:
     return cosine_of_vectors(weight_ED)
 
 
+def spread(part_EE: Tensor) -> Tensor:
+    """Compute the standard deviation of a part over the pairs of different experts; 1 if all are equal."""
+    off_diagonal = part_EE[~torch.eye(len(part_EE), dtype=torch.bool, device=part_EE.device)]
+    deviation = off_diagonal.double().std(correction=0)
+    return torch.where(deviation > 0, deviation, 1.0) if bool(deviation.isfinite()) else torch.ones_like(deviation)
+
+
 def fuse(
     parameter_EE: Tensor | None,
     centroid_EE: Tensor | None,
@@ -60,7 +68,7 @@ def fuse(
     alpha: float,
     router_weight: float = 0.0,
 ) -> FusedSimilarity:
-    """Combine the parts by their weights.
+    """Combine the parts by their weights, in units of their spreads.
 
     Args:
         parameter_EE: S_param, needed if alpha > 0.
@@ -83,5 +91,5 @@ def fuse(
         if weight > 0:
             if part is None:
                 raise ValueError(f"similarity of {name} has weight {weight:g} but was not given")
-            terms.append(weight * part)
+            terms.append(weight * part / spread(part))
     return FusedSimilarity(torch.stack(terms).sum(0), parameter_EE, centroid_EE, router_EE)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_dist.compression.bit_packing import pack, unpack
+from moe_dist.compression.stochastic_rounding import round_between, round_codes, uniform_noise
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,21 @@ class QuantizedFactor:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, value: Tensor, axis: int, form: GroupFormat) -> "QuantizedFactor":
-        """Quantize a factor of any floating-point type, on its device; on `meta` for the sizes alone."""
+    def of(
+        cls, value: Tensor, axis: int, form: GroupFormat, keys: list[tuple[int, int]] | None = None
+    ) -> "QuantizedFactor":
+        """Quantize a factor of any floating-point type, on its device; on `meta` for the sizes alone.
+
+        Args:
+            keys: round stochastically (symmetric formats only), with a `noise_key` for each entry of the first
+                dimension; None: round to nearest. Values dequantized from either are quantized to the same codes again.
+        """
         value_XL = value.float().movedim(axis, -1)
         group_MS = _grouped(value_XL, form.group_size)
-        codes_MS, scale_M, zero_M = _quantize(group_MS, form)
+        if keys is None:
+            codes_MS, scale_M, zero_M = _quantize(group_MS, form)
+        else:
+            codes_MS, scale_M, zero_M = _quantize_stochastically(group_MS, form, keys)
         groups = (*value_XL.shape[:-1], form.groups(value_XL.shape[-1]))
         codes_XL = codes_MS.view(*groups[:-1], -1)[..., : value_XL.shape[-1]]
         zeros_XB = None if form.symmetric else pack(zero_M.view(groups), form.bits)
@@ -84,6 +95,14 @@ class QuantizedFactor:
         value_XL = value_MS.view(*self.scales_XG.shape[:-1], -1)[..., :length]
         value: Tensor = value_XL.movedim(-1, self.axis).to(dtype).contiguous()
         return value
+
+    def rows(self, rows: slice) -> "QuantizedFactor":
+        """Return entries of the first dimension, as views."""
+        parts = {name: part[rows] for name, part in self.parts().items()}
+        shape = (len(parts["codes"]), *self.shape[1:])
+        return replace(
+            self, shape=shape, codes_XB=parts["codes"], scales_XG=parts["scales"], zeros_XB=parts.get("zeros")
+        )
 
     def parts(self) -> dict[str, Tensor]:
         """Return the tensors of the factor by the names under which they are stored."""
@@ -117,15 +136,46 @@ def _grouped(value_XL: Tensor, size: int) -> Tensor:
 
 def _quantize(group_MS: Tensor, form: GroupFormat) -> tuple[Tensor, Tensor, Tensor]:
     """Compute codes [M, S], scales [M] in their storage type, and unsigned zero points [M]."""
-    torchao, block, bounds = _torchao(), (1, group_MS.shape[1]), _range(form)
+    exact_M, zero_M = _exact_scale(group_MS, form)
+    scale_M = _rounded_up(exact_M, form.scale_dtype)
+    block = (1, group_MS.shape[1])
+    code_MS = _torchao().quantize_affine(group_MS, block, scale_M.float(), zero_M, torch.int8, *_range(form))
+    return (code_MS - form.lowest).byte(), scale_M, (zero_M - form.lowest).byte()
+
+
+def _quantize_stochastically(
+    group_MS: Tensor, form: GroupFormat, keys: list[tuple[int, int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the same as `_quantize`; codes and scales are rounded up or down at random, without bias.
+
+    Scales too: always rounded up, the outermost number of a group would grow with each of many updates.
+    """
+    count, size = group_MS.shape
+    noise = uniform_noise(keys, count // len(keys) * (size + 1), group_MS.device).view(count, size + 1)
+    exact_M, zero_M = _exact_scale(group_MS, form)
+    above_M = _rounded_up(exact_M, form.scale_dtype)
+    below_M = torch.where(above_M.float() > exact_M, (above_M.view(torch.int16) - 1).view(form.scale_dtype), above_M)
+    scale_M = round_between(exact_M, below_M, above_M, noise[:, -1])
+    code_MS = round_codes(group_MS / scale_M.float()[:, None], form.lowest, noise[:, :-1])
+    return (code_MS - form.lowest).byte(), scale_M, (zero_M - form.lowest).byte()
+
+
+def _exact_scale(group_MS: Tensor, form: GroupFormat) -> tuple[Tensor, Tensor]:
+    """Compute scales, float32 [M], with which nothing is clipped, and zero points, int8 [M]."""
+    torchao = _torchao()
     mapping = torchao.MappingType.SYMMETRIC_NO_CLIPPING_ERR if form.symmetric else torchao.MappingType.ASYMMETRIC
     least = torch.finfo(form.scale_dtype).smallest_normal
     exact_M, zero_M = torchao.choose_qparams_affine(
-        group_MS, mapping, block, torch.int8, *bounds, eps=least, scale_dtype=torch.float32, zero_point_dtype=torch.int8
+        group_MS,
+        mapping,
+        (1, group_MS.shape[1]),
+        torch.int8,
+        *_range(form),
+        eps=least,
+        scale_dtype=torch.float32,
+        zero_point_dtype=torch.int8,
     )
-    scale_M = _rounded_up(exact_M, form.scale_dtype)
-    code_MS = torchao.quantize_affine(group_MS, block, scale_M.float(), zero_M, torch.int8, *bounds)
-    return (code_MS - form.lowest).byte(), scale_M, (zero_M - form.lowest).byte()
+    return exact_M, zero_M
 
 
 def _rounded_up(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -53,6 +53,20 @@ def check_precision(precision: PrecisionConfig, moe: MoEConfig) -> None:
         )
 
 
+def check_packed(precision: PrecisionConfig, memory: MemoryConfig, train: TrainConfig) -> None:
+    """Reject what does not work with factors that are trained in quantized form."""
+    if precision.residuals != "packed":
+        return
+    refused = {
+        "memory.offload=true": (memory.offload, "false"),
+        "precision.symmetric=false": (not precision.symmetric, "true"),
+        "train.precision=float16": (train.precision == "float16", "bfloat16 or float32"),
+    }
+    for key, (wrong, right) in refused.items():
+        if wrong:
+            raise ConfigError(f"{key} does not work with precision.residuals=packed: set it to {right}")
+
+
 def check_tokenizer(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> None:
     """Require a given tokenizer for chats, which need its template, and for tokenized files."""
     if corpus.kind == "chat" and tokenizer.kind != "hf":

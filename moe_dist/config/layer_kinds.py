@@ -264,8 +264,12 @@ def shared_expert_parameters(d: int, moe: "MoEConfig") -> int:
 
 def residual_parameters(d: int, moe: "MoEConfig") -> int:
     """Return the parameters of one expert: factors of both matrices; vectors: gate, two hidden biases, output bias."""
-    f, r = moe.expert_hidden, moe.rank
-    return 3 * r * (d + f) + (3 * f + d if moe.expert_vectors else 0)
+    return factor_parameters(d, moe) + (3 * moe.expert_hidden + d if moe.expert_vectors else 0)
+
+
+def factor_parameters(d: int, moe: "MoEConfig") -> int:
+    """Return the parameters of the low-rank factors of one expert."""
+    return 3 * moe.rank * (d + moe.expert_hidden)
 
 
 LAYER_KINDS: dict[str, DenseKind] = {kind.name: kind for kind in (ClusteredKind(), StandardKind(), DenseKind())}

@@ -90,6 +90,7 @@ class RunConfig(Section):
         consistency.check_warmup(self.moe, self.train)
         consistency.check_tokenizer(self.corpus, self.tokenizer)
         consistency.check_precision(self.precision, self.moe)
+        consistency.check_packed(self.precision, self.memory, self.train)
         consistency.check_rank(self.model, self.moe, self.recluster)
         consistency.check_offload(self.memory, self.moe)
         consistency.check_trainable(self.optimizer, self.moe, self.recluster, self.memory)

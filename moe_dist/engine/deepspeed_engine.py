@@ -20,6 +20,7 @@ from moe_dist.engine.loss_scale import INITIAL, LossScale
 from moe_dist.engine.offloaded_adamw import OffloadedAdamW
 from moe_dist.engine.optimizer import build_optimizer
 from moe_dist.engine.optimizer_state import OptimizerState
+from moe_dist.engine.packed_adamw import PackedAdamW
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.parameter_class import copies_of
 
@@ -68,7 +69,9 @@ class DeepSpeedEngine:
         memory, options = model.context.memory, config.optimizer
         self._memory = memory
         self._offloaded = None if memory is None else OffloadedAdamW(memory, options, mesh, config.memory.lazy_updates)
-        hidden = () if memory is None else memory.parameters()
+        self._packed = PackedAdamW(model, config) if config.precision.residuals == "packed" else None
+        self._ours = self._offloaded or self._packed  # a configuration has one of them at most
+        hidden = () if self._ours is None else self._ours.parameters()
         marked = MarkedModel(model, config.moe.experts, hidden)
         self._engine, *_ = deepspeed.initialize(
             model=marked,
@@ -77,7 +80,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.training_state().undo_trial_step()
-        elsewhere = gradient_norm.nothing_else if self._offloaded is None else self._offloaded.finish_gradients
+        elsewhere = gradient_norm.nothing_else if self._ours is None else self._ours.finish_gradients
         gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm, elsewhere)
 
     def forward_backward(self, sequences_BS: Tensor, stop_wanted: Callable[[], bool] = lambda: False) -> StepOutcome:
@@ -116,13 +119,13 @@ class DeepSpeedEngine:
         overflow = self.loss_scale.enabled and bool(self._engine.optimizer.overflow)
         self.loss_scale.update(overflow)
         if overflow:
-            if self._offloaded is not None:
-                self._offloaded.discard_gradients()
+            if self._ours is not None:
+                self._ours.discard_gradients()
             return math.inf
-        if self._offloaded is not None:
+        if self._ours is not None:
             norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
             factor = gradient_norm.clip_factor(self._engine.optimizer, norm, self.config.optimizer.clip_norm)
-            self._offloaded.step(learning_rate, factor)
+            self._ours.step(learning_rate, factor)
         if self.config.moe.layer_kind.routed:
             self.model.context.balance.update(self._count_LE, self.model.context.placements)
         return float(self._engine.optimizer._global_grad_norm)
@@ -134,7 +137,7 @@ class DeepSpeedEngine:
 
     def training_state(self) -> OptimizerState:
         """Return the master weights and moments of the parameters; to be used between two steps only."""
-        return OptimizerState(self._engine.optimizer, self._offloaded)
+        return OptimizerState(self._engine.optimizer, self._offloaded, self._packed)
 
     def wrap_reduction(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace the function that reduces gradients by `wrap` of it; for measurements."""

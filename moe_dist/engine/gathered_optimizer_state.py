@@ -74,7 +74,7 @@ def write_whole(state: OptimizerState, parameter: nn.Parameter, whole: Mapping[s
         for kind, value in blocks.items():
             memory.write_run(cluster, name, kind, 0, value.flatten())
         return
-    parameter.copy_(whole[MASTER])
+    state.set_value(parameter, whole[MASTER])
     fragment = state.fragment(parameter)
     if fragment is not None:
         for name, value in whole.items():
@@ -83,8 +83,8 @@ def write_whole(state: OptimizerState, parameter: nn.Parameter, whole: Mapping[s
 
 @torch.no_grad()
 def restore(state: OptimizerState, parameter: nn.Parameter, value: Tensor, owned: OwnedState) -> None:
-    """Restore a parameter to `value`, and this rank's fragment of its state to an earlier copy."""
-    parameter.copy_(value)
+    """Restore a parameter to its earlier `value_of`, and this rank's fragment of its state to an earlier copy."""
+    state.set_value(parameter, value)
     fragment = state.fragment(parameter)
     if fragment is not None and owned.fragment is not None:
         for name, kept in owned.fragment.tensors.items():

@@ -16,12 +16,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.optim.adamw import adamw
+from torch import Tensor, nn
 
 from moe_dist.config import OptimizerConfig
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.engine.optimizer import UpdateRule, update_rule
+from moe_dist.engine.optimizer import UpdateRule, adamw_step, update_rule
 from moe_dist.memory.block import TensorKind
 from moe_dist.memory.expert_memory import ExpertMemory, Place
 from moe_dist.memory.offloaded_cluster import OffloadedCluster
@@ -98,6 +97,10 @@ class OffloadedAdamW:
             if cluster.has_gradient:
                 self.memory.device.drop(cluster.block(TensorKind.GRADIENT))
                 cluster.has_gradient = False
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the offloaded parameters."""
+        return self.memory.parameters()
 
     @torch.no_grad()
     def catch_up(self, cluster: OffloadedCluster) -> None:
@@ -183,13 +186,8 @@ class OffloadedAdamW:
             gradient: gradient of the run.
             step: number of updates made before.
         """
-        options, master = self._options, _master(blocks)[run]
-        adamw(
-            [master], [gradient], [blocks[TensorKind.EXP_AVG][run]], [blocks[TensorKind.EXP_AVG_SQ][run]], [],
-            [torch.tensor(float(step), device=master.device)],
-            fused=True, amsgrad=False, beta1=options.beta1, beta2=options.beta2, lr=learning_rate * rule.lr_scale,
-            weight_decay=rule.weight_decay, eps=options.epsilon, maximize=False,
-        )  # fmt: skip
+        moments = blocks[TensorKind.EXP_AVG][run], blocks[TensorKind.EXP_AVG_SQ][run]
+        adamw_step(_master(blocks)[run], gradient, moments, step, learning_rate, rule, self._options)
 
     @contextmanager
     def _blocks(self, cluster: OffloadedCluster, without: tuple[TensorKind, ...] = ()) -> Iterator[Blocks]:

@@ -4,11 +4,13 @@ from typing import Any, NamedTuple
 
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from moe_dist.config import OptimizerConfig
 from moe_dist.engine.expert_process_groups import has_experts
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 VECTORS = ("hidden_gate_NF", "hidden_bias_NH", "output_bias_ND")
 FEED_FORWARD = {"w_in_DH", "w_out_FD", "w_in", "w_out"}  # dense layers and bases; standard experts
 
@@ -46,6 +48,28 @@ def _rules(optimizer: OptimizerConfig) -> dict[str, UpdateRule]:
 def update_rule(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) -> UpdateRule:
     """Return the update rule of one parameter."""
     return _rules(optimizer)[_kind(name, parameter)]
+
+
+def adamw_step(
+    master: Tensor,
+    gradient: Tensor,
+    moments: tuple[Tensor, Tensor],
+    step: int,
+    learning_rate: float,
+    rule: UpdateRule,
+    options: OptimizerConfig,
+) -> None:
+    """Update weights and moments in place by torch's fused AdamW.
+
+    Args:
+        moments: first and second moment.
+        step: number of updates made before.
+    """
+    adamw(
+        [master], [gradient], [moments[0]], [moments[1]], [], [torch.tensor(float(step), device=master.device)],
+        fused=True, amsgrad=False, beta1=options.beta1, beta2=options.beta2, lr=learning_rate * rule.lr_scale,
+        weight_decay=rule.weight_decay, eps=options.epsilon, maximize=False,
+    )  # fmt: skip
 
 
 def build_optimizer(model: nn.Module, options: OptimizerConfig) -> torch.optim.AdamW:

@@ -15,9 +15,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from moe_dist.engine.offloaded_adamw import OffloadedAdamW
+from moe_dist.engine.optimizer import MOMENTS
+from moe_dist.engine.packed_adamw import PackedAdamW
 
 MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_NAMES = (MASTER, *MOMENTS)
 _STEP = "step"
 
@@ -39,14 +40,17 @@ class StateFragment:
 class OptimizerState:
     """Optimizer state by parameter; before the first update the moments are zero and the step is 0."""
 
-    def __init__(self, optimizer: Any, offloaded: OffloadedAdamW | None = None) -> None:
+    def __init__(
+        self, optimizer: Any, offloaded: OffloadedAdamW | None = None, packed: PackedAdamW | None = None
+    ) -> None:
         """Create missing moments, and map parameters to their master weights.
 
         Args:
             optimizer: DeepSpeed's optimizer, of any ZeRO stage that moe-dist uses.
             offloaded: optimizer of offloaded experts.
+            packed: optimizer of factors that are kept quantized.
         """
-        self._optimizer, self.offloaded = optimizer, offloaded
+        self._optimizer, self.offloaded, self._packed = optimizer, offloaded, packed
         self._adamw: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         for managed in self._managed():
             _create_missing(self._adamw.state[managed], managed)
@@ -65,14 +69,49 @@ class OptimizerState:
     def fragment(self, parameter: nn.Parameter) -> StateFragment | None:
         """Return this rank's fragment of a parameter's state.
 
-        None: other replicas own it all (ZeRO 1 and 2), or the parameter is not trained.
+        None: other replicas own it all (ZeRO 1 and 2), or the parameter is not trained. The masters of a quantized
+        factor are a dequantized copy: `set_value` changes them.
         """
         if not parameter.requires_grad:
             return None
+        if self._packed is not None and (found := self._packed.packed(parameter)) is not None:
+            slots, moments = self._packed.owned(parameter)
+            tensors = {MASTER: found[0].read(found[1], slots), **moments}
+            start = slots.start * parameter[0].numel()
+            flat = {name: tensor.view(-1) for name, tensor in tensors.items()}
+            return StateFragment(start, flat) if slots.start < slots.stop else None
         if self.divided:
             return self._partitioned(parameter)
         master = self._masters.get(parameter, parameter)
         return self._fragment(0, master, 0, master.numel())
+
+    def is_packed(self, parameter: nn.Parameter) -> bool:
+        """Return True if a parameter is a placeholder of a quantized factor."""
+        return self._packed is not None and self._packed.packed(parameter) is not None
+
+    def value_of(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter's value in its shape; of a quantized factor a copy, float32."""
+        found = None if self._packed is None else self._packed.packed(parameter)
+        return parameter.detach() if found is None else found[0].read(found[1])
+
+    @torch.no_grad()
+    def set_value(self, parameter: nn.Parameter, value: Tensor, first: int = 0) -> None:
+        """Overwrite a parameter, without its master weights; a quantized factor is rounded to the nearest codes.
+
+        Args:
+            value: new value of entries of the first dimension.
+            first: first of them.
+        """
+        found = None if self._packed is None else self._packed.packed(parameter)
+        if found is None:
+            parameter[first : first + len(value)].copy_(value)
+        else:
+            found[0].write(found[1], value, slice(first, first + len(value)))
+
+    def bytes_of(self, parameter: nn.Parameter) -> int:
+        """Return the bytes of a parameter's value on this rank, without its master weights."""
+        found = None if self._packed is None else self._packed.packed(parameter)
+        return parameter.numel() * parameter.element_size() if found is None else found[0].bytes_of(found[1])
 
     @property
     def divided(self) -> bool:
@@ -119,8 +158,9 @@ class OptimizerState:
     def steps(self, value: int) -> None:
         for counter in self._step_counters():
             counter.fill_(value)
-        if self.offloaded is not None:
-            self.offloaded.steps = value
+        for ours in (self.offloaded, self._packed):
+            if ours is not None:
+                ours.steps = value
 
     def _managed(self) -> Iterator[Tensor]:
         """Yield the tensors that AdamW itself updates."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_dist.compression import QuantizedCluster, StorageFormat
+from moe_dist.compression import StorageFormat
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.links import Links
@@ -225,8 +225,7 @@ def _fake_quantized(layers: Iterable[ClusteredMoE], quantization: StorageFormat)
 
 def _quantized(part: nn.Module, quantization: StorageFormat) -> QuantizedClusterExperts:
     assert isinstance(part, ClusteredExperts)
-    weights = part.parameter_weights()
-    return QuantizedClusterExperts(QuantizedCluster.of(weights, quantization), weights.base_in_DH.dtype, part.backend)
+    return QuantizedClusterExperts(part.quantized(quantization), next(part.parameters()).dtype, part.backend)
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,28 @@ Shapes: A rows at a shard, D hidden, F expert hidden, N experts of a cluster on 
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from moe_dist.compression import ClusterWeights, fake_quantize, init_base, init_residual
+from moe_dist.compression import (
+    ClusterWeights,
+    GroupFormat,
+    QuantizedCluster,
+    QuantizedExperts,
+    StorageFormat,
+    fake_quantize,
+    init_base,
+    init_residual,
+)
 from moe_dist.compression.initialization import V_STD
 from moe_dist.config import MoEConfig
 from moe_dist.kernels import clustered_experts
 from moe_dist.memory.offloaded_cluster import OffloadedCluster
 from moe_dist.moe.init_generator import SHARED, generator
 from moe_dist.moe.layer_context import LayerContext, LayerSizes
+from moe_dist.moe.packed_factors import PackedFactors
 from moe_dist.moe.parameter_class import ParameterClass, mark
 
 
@@ -79,9 +90,17 @@ class Residuals(nn.Module):
         self.output_bias_ND = stacked("output_bias_D")
         mark(self, ParameterClass.EXPERT)
 
+        self.packed: PackedFactors | None = None
+
     def tensors(self) -> dict[str, Tensor]:
-        """Return the parameters by their names in `ClusterWeights`."""
-        return dict(self.named_parameters())
+        """Return the values of the forward pass by their names in `ClusterWeights`."""
+        parameters: dict[str, Tensor] = dict(self.named_parameters())
+        return parameters if self.packed is None else {**parameters, **self.packed.tensors()}
+
+    def pack(self, form: GroupFormat, dtype: torch.dtype) -> PackedFactors:
+        """Keep the factors quantized from now on, and leave placeholders as parameters."""
+        self.packed = PackedFactors(dict(self.named_parameters()), form, dtype)
+        return self.packed
 
 
 class ClusteredExperts(nn.Module):
@@ -127,6 +146,14 @@ class ClusteredExperts(nn.Module):
         w_in_DH = torch.addmm(shared.w_in_DH, self.base.in_p_DR, self.base.in_q_RH)
         w_out_FD = torch.addmm(shared.w_out_FD, self.base.out_p_FR, self.base.out_q_RD)
         return ClusterWeights(w_in_DH, w_out_FD, **self.residuals.tensors())
+
+    def quantized(self, form: StorageFormat) -> QuantizedCluster:
+        """Return the cluster as it is stored; factors that are trained quantized are returned as they are."""
+        weights, packed = self.parameter_weights(), self.residuals.packed
+        made = QuantizedCluster.of(weights, form)
+        if packed is None:
+            return made
+        return replace(made, experts=QuantizedExperts(packed.factors, made.experts.vectors))
 
     def present(self) -> AbstractContextManager[None]:
         """Return a context in which the weights are on the device."""

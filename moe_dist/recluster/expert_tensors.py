@@ -37,14 +37,22 @@ class ExpertTensors:
         if (offloaded := self._offloaded(key)) is not None:
             memory, cluster, name = offloaded
             return memory.read_run(cluster, name, BlockKind(key.kind.value), start, length)
+        if self._is_packed(key):
+            flat = self._state.value_of(self._parameters[key.layer, key.local, key.name]).view(-1)
+            return flat[start : start + length].clone()
         tensor, first = self.owned(key)
-        return tensor[start - first : start - first + length].clone()
+        return tensor[start - first : start - first + length].to(self.dtype(key), copy=True)
 
     def write(self, key: TensorKey, start: int, values: Tensor) -> None:
         """Overwrite a run of elements that this rank owns."""
         if (offloaded := self._offloaded(key)) is not None:
             memory, cluster, name = offloaded
             memory.write_run(cluster, name, BlockKind(key.kind.value), start, values)
+            return
+        if self._is_packed(key):  # whole experts: each replica owns all codes
+            parameter = self._parameters[key.layer, key.local, key.name]
+            width = parameter[0].numel()
+            self._state.set_value(parameter, values.view(-1, *parameter.shape[1:]), start // width)
             return
         tensor, first = self.owned(key)
         tensor[start - first : start - first + len(values)].copy_(values)
@@ -59,6 +67,9 @@ class ExpertTensors:
         memory = self._state.offloaded.memory
         found = memory.of(self._parameters[key.layer, key.local, key.name])
         return None if found is None else (memory, *found)
+
+    def _is_packed(self, key: TensorKey) -> bool:
+        return key.kind is PieceKind.WEIGHT and self._state.is_packed(self._parameters[key.layer, key.local, key.name])
 
     def owned(self, key: TensorKey) -> tuple[Tensor, int]:
         """Return a one-dimensional view of this rank's run of a tensor, and the index of its first element."""
@@ -80,7 +91,10 @@ class ExpertTensors:
             owned = tuple(tables[rank][row] for rank in self._replicas(shared))
             for kind in self.kinds:
                 whole = ((0, parameter.numel()),) * len(owned)
-                runs[shared][TensorKey(layer, local, name, kind)] = whole if kind is PieceKind.WEIGHT else owned
+                found = whole if kind is PieceKind.WEIGHT else owned
+                if kind is PieceKind.MASTER and self._state.is_packed(parameter):
+                    found = (NOTHING,) * len(owned)  # its codes are sent as the weight
+                runs[shared][TensorKey(layer, local, name, kind)] = found
         itemsize = {kind: self._dtype(kind).itemsize for kind in self.kinds}
         return Holdings(widths[False], widths[True], itemsize, runs[False], runs[True])
 
@@ -119,7 +133,10 @@ class ExpertTensors:
         return NOTHING if fragment is None else (fragment.start, fragment.end)
 
     def _dtype(self, kind: PieceKind) -> torch.dtype:
-        return next(iter(self._parameters.values())).dtype if kind is PieceKind.WEIGHT else torch.float32
+        """Return the type in which elements are sent: dequantized factors need float32."""
+        if kind is not PieceKind.WEIGHT or any(map(self._state.is_packed, self._parameters.values())):
+            return torch.float32
+        return next(iter(self._parameters.values())).dtype
 
     @property
     def _device(self) -> torch.device:

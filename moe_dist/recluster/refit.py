@@ -114,6 +114,6 @@ class Refit:
                 continue
             for parameter in layer.clusters[local].parameters():
                 owned = OwnedState.of(state, parameter, context.mesh).copy()
-                done.undo.append(partial(restore, state, parameter, parameter.detach().clone(), owned))
+                done.undo.append(partial(restore, state, parameter, state.value_of(parameter).clone(), owned))
         done.saved += saved.values()
         return saved

@@ -84,7 +84,7 @@ def _summed_statistics(layer: ClusteredMoE, context: LayerContext) -> Activation
 
 
 def _parameter_similarity(layer: ClusteredMoE, config: RunConfig, context: LayerContext) -> Tensor:
-    """Return the similarity of the experts' parameters, from sketches that each rank computes of its own experts."""
+    """Return the similarity of the experts' residuals, from sketches that each rank computes of its own experts."""
     experts: list[int] = []
     sketches: list[Tensor] = []
     shard, block = context.mesh.at.shard, context.mesh.at.cluster
@@ -105,11 +105,9 @@ def _parameter_similarity(layer: ClusteredMoE, config: RunConfig, context: Layer
 @torch.no_grad()
 def _sketch(part: ClusteredExperts, config: RunConfig) -> Tensor:
     weights = part.weights()
-    bases = weights.base_in_DH[None], weights.base_out_FD[None]
-    if config.recluster.parameters == "residual":  # similarities of whole weights mostly reflect the base
-        bases = torch.zeros_like(bases[0]), torch.zeros_like(bases[1])
     projections = gated_projections(
-        *bases,
+        torch.zeros_like(weights.base_in_DH)[None],  # the similarity of whole weights reflects the base (ADR 26)
+        torch.zeros_like(weights.base_out_FD)[None],
         torch.zeros(weights.experts, dtype=torch.int64, device=weights.base_in_DH.device),
         weights.in_u_NDR,
         weights.in_v_NRH,

@@ -8,6 +8,7 @@ widths, and the tests count again.
 from dataclasses import dataclass, fields
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.config.layer_kinds import factor_parameters
 from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator.sizes import parameters_on_rank, tokens_on_rank
 
@@ -52,6 +53,9 @@ def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, voca
     for kind, sharing in replicas(shape).items():
         gradients += size * held[kind] / (sharing if stage >= 2 else 1)
         optimizer += (masters + MOMENTS) * held[kind] / (sharing if stage >= 1 else 1)
+    factors, codes = packed_factors(config, shape)
+    gradients += size * factors * (1 - 1 / (shape.data if stage >= 2 else 1))  # reduced whole
+    optimizer -= masters * factors / (shape.data if stage >= 1 else 1)
     tokens = tokens_on_rank(config, shape, batch)
     layers = config.model.layers
     saved = tokens * bytes_an_element(config) * saved_elements(config)
@@ -62,12 +66,27 @@ def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, voca
     return Memory(
         size * (held[ParameterClass.DENSE] + held[ParameterClass.TENSOR]),
         size * held[ParameterClass.BASE],
-        size * held[ParameterClass.EXPERT],
+        size * held[ParameterClass.EXPERT] + codes,
         gradients,
         optimizer,
         saved,
         3 * FLOAT32 * tokens * vocabulary,  # logits, their softmax, their gradient
     )
+
+
+def packed_factors(config: RunConfig, shape: WorldShape) -> tuple[int, float]:
+    """Return the factors of a rank that are trained quantized, and the bytes of their codes and scales.
+
+    A dequantized copy is in use beside the codes, from the forward to the backward pass.
+    """
+    moe, precision = config.moe, config.precision
+    if precision.residuals != "packed":
+        return 0, 0.0
+    experts = config.model.layers * (moe.clusters // shape.cluster) * (moe.experts_per_cluster // shape.shard)
+    d, f, size = config.model.hidden_size, moe.expert_hidden, precision.group_size
+    scales = 3 * moe.rank * (-(-d // size) + -(-f // size))  # components of six factors, by their long axes
+    factors = factor_parameters(d, moe)
+    return experts * factors, experts * (factors * precision.bits / 8 + 2 * scales)
 
 
 def bytes_an_element(config: RunConfig) -> float:

@@ -85,10 +85,11 @@ def model_bytes(engine: DeepSpeedEngine) -> tuple[int, int]:
     state, held, away = engine.training_state(), 0, 0
     for parameter in engine.model.parameters():
         if not state.is_offloaded(parameter):
-            held += 2 * parameter.numel() * parameter.element_size()  # the weight and its gradient
+            held += parameter.numel() * parameter.element_size() + state.bytes_of(parameter)  # gradient and weight
             fragment = state.fragment(parameter)
             tensors = {} if fragment is None else fragment.tensors
-            held += sum(t.nbytes for name, t in tensors.items() if name != MASTER or state.separate_masters)
+            masters = state.separate_masters and not state.is_packed(parameter)
+            held += sum(t.nbytes for name, t in tensors.items() if name != MASTER or masters)
     if state.offloaded is not None:
         clusters = state.offloaded.memory.clusters.values()
         away = sum(size.bytes for cluster in clusters for size in cluster.sizes().values())

@@ -32,6 +32,8 @@ DATA = DataRecord(train_checksum=1, validation_checksum=2, vocab_size=VOCABULARY
 VARIANTS = [
     *(["moe.top_clusters=2", f"world.zero_stage={stage}", "train.precision=float32"] for stage in (0, 1, 2)),
     *([f"world.zero_stage={stage}", "train.precision=bfloat16"] for stage in (0, 1, 2)),
+    ["precision.residuals=packed", "world.zero_stage=0", "train.precision=bfloat16"],
+    ["precision.residuals=packed", "world.zero_stage=2", "train.precision=float32"],
     ["moe.kind=standard", "world.zero_stage=2", "train.precision=float32", "moe.shared_expert_hidden=8"],
     ["moe.kind=dense", "world.zero_stage=1", "train.precision=float32"],
 ]
@@ -99,7 +101,7 @@ def _train_on(axes: Axes, folder: Path, more: list[str]) -> list[Half]:
         engine = _engine(axes, [*words, *more])
         with torch.no_grad():
             for parameter in engine.model.parameters():
-                parameter.fill_(torch.nan)  # whatever is not read shows
+                parameter.data = torch.full_like(parameter, torch.nan)  # whatever is not read shows
         _run_state(engine).restore(checked(folder / f"{number}"))
         halves.append(_steps(engine, HALF, HALF))
     return halves

@@ -96,9 +96,12 @@ def _weights_by_global_name(model: LanguageModel) -> dict[str, Tensor]:
             assert isinstance(moe, ClusteredMoE)
             placement = moe.placement
             cluster = placement.clusters_of_block(mesh.at.cluster)[int(local)]
-            assert isinstance(names[f"{layer}.clusters.{local}"], ClusteredExperts)
+            part = names[f"{layer}.clusters.{local}"]
+            assert isinstance(part, ClusteredExperts)
             if leaf.startswith("residuals"):
-                for expert, value in zip(placement.experts_of(cluster, mesh.at.shard), parameter, strict=True):
+                packed, own = part.residuals.packed, leaf.partition(".")[2]
+                values = parameter if packed is None or own not in packed.factors else packed.read(own)
+                for expert, value in zip(placement.experts_of(cluster, mesh.at.shard), values, strict=True):
                     held[f"{layer}.expert {expert}.{leaf}"] = value.detach()
             else:
                 held[f"{layer}.cluster {cluster}.{leaf}"] = parameter.detach()
@@ -133,6 +136,8 @@ CLUSTERED = [
     ["moe.top_clusters=1", "moe.top_k=1", "world.zero_stage=1", "moe.z_loss_weight=0.01"],
     ["moe.top_clusters=2", "moe.top_k=1", "world.zero_stage=2", "moe.z_loss_weight=0.01", "moe.overlap_chunks=3"],
     ["moe.top_clusters=1", "world.zero_stage=1", "moe.base=shared+cluster", "moe.base_rank=3"],
+    ["precision.residuals=packed", "world.zero_stage=0"],
+    ["precision.residuals=packed", "world.zero_stage=2", "moe.top_clusters=2", "model.activation_checkpointing=true"],
 ]
 OTHERS = [
     ["moe.kind=standard", "world.zero_stage=0"],

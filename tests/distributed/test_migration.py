@@ -88,6 +88,10 @@ def _relocated(axes: tuple[int, int, int], variants: list[list[str]], relocate: 
 
 STAGES = [[f"world.zero_stage={stage}"] for stage in (0, 1, 2)]
 RELOCATIONS = [*STAGES, ["moe.top_clusters=2"], ["train.precision=bfloat16"], ["model.activation_checkpointing=true"]]
+RELOCATIONS += [
+    ["precision.residuals=packed"],
+    ["precision.residuals=packed", "train.precision=bfloat16", "world.zero_stage=2"],
+]
 
 
 @pytest.mark.parametrize("axes", [(1, 2, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2)], ids=str)

@@ -46,7 +46,11 @@ VARIANTS = [
         "precision.group_size=32",
     ],
     ["precision.residuals=none", "train.precision=bfloat16"],
+    ["precision.residuals=packed", "train.precision=bfloat16", "world.zero_stage=1", "moe.top_clusters=2"],
+    ["precision.residuals=packed", "train.precision=float32", "precision.bits=8", "precision.group_size=32"],
 ]
+
+SEEN_AS_STORED = ("precision.residuals=qat", "precision.residuals=packed")
 
 
 def _engine(axes: tuple[int, int, int], words: list[str]) -> DeepSpeedEngine:
@@ -158,7 +162,7 @@ def test_what_training_sees_is_what_an_exported_file_computes_bit_by_bit(tmp_pat
     for number, words in enumerate(VARIANTS):
         for rank in range(2):
             seen, kept = trained[rank][number]
-            assert torch.equal(seen, kept) is ("precision.residuals=qat" in words), f"{words}, rank {rank}"
+            assert torch.equal(seen, kept) is (words[0] in SEEN_AS_STORED), f"{words}, rank {rank}"
             assert kept.mean().item() == pytest.approx(seen.mean().item(), rel=0.01), words
             expected = seen if "precision.residuals=none" in words else kept
             assert torch.equal(loaded[rank][number][0], expected), f"{words}, rank {rank}"
@@ -176,14 +180,19 @@ def test_what_training_sees_is_what_an_exported_file_computes_bit_by_bit(tmp_pat
         assert alone[number][1:] == (2 * loaded[0][number][1], 2 * loaded[0][number][2])
 
 
-QAT = [["train.precision=float32", "moe.top_clusters=2"], ["train.precision=bfloat16", "world.zero_stage=2"]]
+QAT = [
+    ["precision.residuals=qat", "train.precision=float32", "moe.top_clusters=2"],
+    ["precision.residuals=qat", "train.precision=bfloat16", "world.zero_stage=2"],
+    ["precision.residuals=packed", "train.precision=float32", "world.zero_stage=1"],
+    ["precision.residuals=packed", "train.precision=bfloat16", "world.zero_stage=0"],
+]
 
 
 def _moved(axes: tuple[int, int, int]) -> list[tuple[list[float], Tensor, Tensor, int]]:
     """Experts, then clusters move: losses of steps, of tokens as seen and as stored, and bytes sent."""
     found = []
     for words in QAT:
-        training = Training(axes, ["precision.residuals=qat", *words])
+        training = Training(axes, words)
         training.step()
         training.step()
         moved, crossed, _ = training.coordinator.executor.exchange(MOVES, training.sequences(1))

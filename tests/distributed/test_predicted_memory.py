@@ -11,6 +11,8 @@ from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.engine.optimizer import MOMENTS
+from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.simulator.memory import memory_of_rank
 from tests.distributed.ranks import run_ranks
@@ -43,9 +45,18 @@ def _of_variant(shape: WorldShape, words: list[str]) -> tuple[Bytes, tuple[float
     masters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     moments = [tensor for state in optimizer.state.values() for name, tensor in state.items() if "exp_avg" in name]
     kept = [tensor for tensor in (*masters, *moments) if tensor.untyped_storage().data_ptr() not in weights]
+    state = engine.training_state()
+    packed = [parameter for parameter in model.parameters() if state.is_packed(parameter)]
+    moments_of_packed = [tensor for parameter in packed for tensor in _moments(state, parameter)]
     found = memory_of_rank(config, shape, batch, VOCABULARY)
     predicted = (found.dense_weights + found.base_weights + found.expert_weights, found.optimizer)
-    return (_bytes(model.parameters()), _bytes(kept)), predicted
+    weights_and_codes = _bytes(model.parameters()) + sum(state.bytes_of(parameter) for parameter in packed)
+    return (weights_and_codes, _bytes([*kept, *moments_of_packed])), predicted
+
+
+def _moments(state: OptimizerState, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    fragment = state.fragment(parameter)
+    return [] if fragment is None else [fragment.tensors[name] for name in MOMENTS]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -57,6 +68,7 @@ VARIANTS = [
     for stage in (0, 1, 2)
     for precision in ("float32", "bfloat16")
 ]
+VARIANTS += [[*words, "precision.residuals=packed", "precision.group_size=32"] for words in VARIANTS[1::2]]
 
 
 @pytest.mark.parametrize("axes", [(2, 1, 1), (1, 1, 2)], ids=str)

@@ -11,7 +11,8 @@ from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
-from moe_dist.engine.optimizer_state import MASTER, MOMENTS, STATE_NAMES
+from moe_dist.engine.optimizer import MOMENTS
+from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES
 from moe_dist.model.language_model import LanguageModel
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import SEQUENCES, SMALL, VOCABULARY

@@ -21,16 +21,17 @@ class ReclusterConfig(Section):
         "adopt", description="adopt: a moved expert uses its new cluster's base unchanged; refit: it gets new factors"
     )
     similarity: Literal["fused", "random"] = Field("fused", description="random: a control with random similarities")
-    alpha: Fraction = Field(0.5, description="weight of parameter similarity against activation similarity")
-    parameters: Literal["effective", "residual"] = Field(
-        "residual", description="parameters that are compared: base + residual, or the residual alone"
+    alpha: Fraction = Field(
+        0.5, description="weight of the similarity of parameters (residuals) against that of activations"
     )
     router_weight: Fraction = Field(0.0, description="weight of router embeddings within activation similarity")
     load_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="penalty of unequal cluster loads")
     decay: Decay = Field(0.95, description="decay of activation averages per step")
     sketch_size: Positive = Field(64, description="rows and columns of the weight sketches that are compared")
     threshold: Annotated[float, Field(ge=0)] = Field(
-        0.02, description="smallest gain of a moved expert's mean cosine similarity to its cluster"
+        0.05,
+        description="smallest gain of a moved expert's mean similarity to its cluster, in standard deviations "
+        "of the similarity over pairs of experts",
     )
     max_moved: Annotated[float, Field(gt=0, le=1)] = Field(
         0.25, description="largest share of the experts that one round moves"

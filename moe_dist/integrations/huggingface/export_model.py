@@ -17,7 +17,7 @@ from moe_dist.checkpoint.export import BALANCE, PREFIX, quantized_format
 from moe_dist.checkpoint.file_groups import grouped_by_bytes
 from moe_dist.checkpoint.manifest import Index, read_index
 from moe_dist.checkpoint.placement_record import placement_from_record
-from moe_dist.checkpoint.quantized_tensors import is_of_cluster, quantized_tensors_of
+from moe_dist.checkpoint.quantized_tensors import dtype_to_quantize, is_of_cluster, quantized_tensors_of
 from moe_dist.checkpoint.save_and_load import read_checkpoint
 from moe_dist.checkpoint.sharded_tensor import ShardedTensor
 from moe_dist.checkpoint.trained_weights import TrainedWeights
@@ -115,8 +115,7 @@ def _units(
     stored: StorageFormat | None,
 ) -> Iterator[Unit]:
     """Yield what is written: tensors of a family, or for our own class (None) ours under our names."""
-    trained = getattr(torch, config.train.precision)
-    dtype = dtype or (torch.float32 if stored is None else trained)
+    dtype = dtype or (torch.float32 if stored is None else getattr(torch, config.train.precision))
     for link in links_of(config, vocab_size, family):
 
         def convert(value: Tensor, link: Any = link) -> Mapping[str, Tensor]:
@@ -131,7 +130,7 @@ def _units(
                 return {name: value} if stored is None else quantized_tensors_of(name, value, stored)
 
             packed = stored is not None and is_of_cluster(name)
-            yield Unit(key, tuple(record.shape), trained if packed else dtype, keep)
+            yield Unit(key, tuple(record.shape), dtype_to_quantize(name, config) if packed else dtype, keep)
 
 
 def _write_weights(

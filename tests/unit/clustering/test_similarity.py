@@ -1,5 +1,7 @@
 """The fused similarity and its parts."""
 
+from statistics import pstdev
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,10 +19,17 @@ from moe_dist.clustering import (
     sketch_weights,
     sketched_parameter_similarity,
 )
+from moe_dist.clustering.similarity import spread
 from tests.unit.clustering.examples import cosines, planted_groups, planted_vectors
 
 A, B, C = (torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in range(3))
 fractions = st.floats(0, 1)
+
+
+def off_diagonal_deviation(part_EE: torch.Tensor) -> float:
+    """By hand, over the twelve ordered pairs of four experts."""
+    pairs = [part_EE[i, j].item() for i in range(4) for j in range(4) if i != j]
+    return pstdev(pairs)
 
 
 def observed(centroid_ED: torch.Tensor) -> ActivationStatistics:
@@ -34,15 +43,20 @@ def observed(centroid_ED: torch.Tensor) -> ActivationStatistics:
 @given(alpha=fractions, rho=fractions)
 def test_parts_are_weighed_together(alpha: float, rho: float) -> None:
     found = fuse(A, B, C, alpha=alpha, router_weight=rho)
-    assert torch.allclose(found.fused_EE, alpha * A + (1 - alpha) * ((1 - rho) * B + rho * C), atol=1e-12)
+    a, b, c = (part / off_diagonal_deviation(part) for part in (A, B, C))
+    assert torch.allclose(found.fused_EE, alpha * a + (1 - alpha) * ((1 - rho) * b + rho * c), atol=1e-12)
+    scaled = fuse(A / 100, B, C, alpha=alpha, router_weight=rho)
+    assert torch.allclose(scaled.fused_EE, found.fused_EE, atol=1e-12), "how large a part is does not count"
     assert found.usable
     assert list(found.parts) == ["parameter", "centroid", "router"]
 
 
 def test_a_part_without_weight_may_be_left_out() -> None:
-    assert torch.equal(fuse(A, None, alpha=1.0).fused_EE, A)
-    assert torch.equal(fuse(None, B, alpha=0.0).fused_EE, B)
-    assert torch.equal(fuse(None, None, C, alpha=0.0, router_weight=1.0).fused_EE, C)
+    assert torch.equal(fuse(A, None, alpha=1.0).fused_EE, A / spread(A))
+    assert torch.equal(fuse(None, B, alpha=0.0).fused_EE, B / spread(B))
+    assert torch.equal(fuse(None, None, C, alpha=0.0, router_weight=1.0).fused_EE, C / spread(C))
+    equal = torch.full((3, 3), 0.5, dtype=torch.float64)
+    assert torch.equal(fuse(equal, None, alpha=1.0).fused_EE, equal), "nothing to scale"
     with pytest.raises(ValueError, match=r"centroid has weight 0\.5"):
         fuse(A, None, alpha=0.5)
     with pytest.raises(ValueError, match=r"router has weight 0\.25"):

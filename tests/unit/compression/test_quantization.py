@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_dist.compression import GroupFormat, QuantizedFactor
+from moe_dist.compression.stochastic_rounding import noise_key
 
 formats = st.builds(
     GroupFormat,
@@ -142,3 +143,35 @@ def test_parts_of_another_form_are_refused() -> None:
         packed.with_parts({**packed.parts(), "codes": packed.codes_XB.char()})
     with pytest.raises(ValueError, match="zeros: missing"):
         replace(packed, zeros_XB=packed.codes_XB).with_parts(packed.parts())
+
+
+@settings(max_examples=40)
+@given(
+    bits=st.sampled_from([4, 8]),
+    size=st.sampled_from([32, 64]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**31),
+    length=st.integers(1, 200),
+    axis=st.sampled_from([-1, -2]),
+    magnitude=st.sampled_from([0.0, 1e-5, 0.02, 300.0]),
+)
+def test_what_was_rounded_stochastically_is_quantized_to_itself(
+    bits: int, size: int, dtype: torch.dtype, seed: int, length: int, axis: int, magnitude: float
+) -> None:
+    value = drawn(seed, (3, length, 2) if axis == -2 else (3, 2, length), magnitude, 0.0)
+    form = GroupFormat(bits, size, True, dtype)
+    packed = QuantizedFactor.of(value, axis, form, [noise_key(seed, expert) for expert in range(3)])
+    again = QuantizedFactor.of(packed.unpacked(torch.float32), axis, form)
+    assert all(torch.equal(part, again.parts()[name]) for name, part in packed.parts().items())
+    assert ((packed.unpacked(torch.float32) - value).abs() <= 1.02 * step_of(packed)).all()
+    alone = QuantizedFactor.of(value[1:2], axis, form, [noise_key(seed, 1)])
+    assert torch.equal(alone.codes_XB, packed.rows(slice(1, 2)).codes_XB), "noise belongs to the expert, not its slot"
+
+
+def test_stochastic_rounding_is_right_on_average() -> None:
+    """The mean over 4,000 roundings is within five of its own standard errors; sixteen numbers and their scale."""
+    value_NL = drawn(1, (1, 1, 16), 0.02, 0.0).expand(4000, 1, 16)
+    packed = QuantizedFactor.of(value_NL, -1, GroupFormat(4, 32), [noise_key(key) for key in range(4000)])
+    error_NL = (packed.unpacked(torch.float32) - value_NL)[:, 0]
+    assert (error_NL.mean(0).abs() < 5 * error_NL.std(0) / 4000**0.5 + 1e-6).all()
+    assert error_NL.std(0).amax() > 0.2 * step_of(packed).mean()

@@ -201,6 +201,12 @@ def test_factors_in_few_bits_are_refused_where_there_are_none() -> None:
         load_config(None, ["precision.bits=3"])
 
 
+@pytest.mark.parametrize("words", ["memory.offload=true", "precision.symmetric=false", "train.precision=float16"])
+def test_what_packed_factors_cannot_do_is_refused_in_one_line(words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{words} does not work with precision\.residuals=packed: set it to \w+"):
+        load_config(None, ["precision.residuals=packed", words])
+
+
 def test_a_standard_warm_up_stores_nothing_in_few_bits() -> None:
     config = load_config(None, ["precision.residuals=qat", "moe.warmup_standard=0.5"])
     assert config.phase_after(0).precision.residuals == "none"

@@ -18,7 +18,9 @@ from moe_dist.recluster.similarity_gather import gather_similarity
 MOE = MoEConfig(experts=4, clusters=2, top_clusters=2, top_k=1, expert_hidden=8, rank=2)
 ROWS = torch.tensor([[3.0, 0, 0, 0], [0, 3, 0, 0], [3, 0, 0, 0], [0, 3, 0, 0]])
 """Two pairs of equal rows; less their mean (1.5, 1.5, 0, 0) they are opposite: cosines 1 and -1."""
-PAIRS = [[1.0, -1, 1, -1], [-1, 1, -1, 1], [1, -1, 1, -1], [-1, 1, -1, 1]]
+SPREAD = 8**0.5 / 3
+"""Standard deviation over pairs: 4 of the 12 are 1, the others -1."""
+PAIRS = [[one / SPREAD for one in row] for row in ([1.0, -1, 1, -1], [-1, 1, -1, 1], [1, -1, 1, -1], [-1, 1, -1, 1])]
 
 
 def _config(*words: str) -> RunConfig:
@@ -65,8 +67,9 @@ def test_terms_are_mixed_by_their_weights(layer: ClusteredMoE) -> None:
     layer.router.weight_ED.data = ROWS
     statistics.record_rows(0, ROWS[[0, 0, 1, 1]], torch.arange(4)[:, None], torch.ones(4, 1), torch.arange(4))
     found = gather_similarity([layer], _config("recluster.alpha=0", "recluster.router_weight=0.25"), layer.context)
-    assert found.similarity_LEE[0][0, 1] == pytest.approx(0.75 * 1 + 0.25 * -1), "tokens alike, router rows opposite"
-    assert found.similarity_LEE[0][0, 2] == pytest.approx(0.75 * -1 + 0.25 * 1), "tokens opposite, router rows alike"
+    alike_EE = found.similarity_LEE[0] * SPREAD
+    assert alike_EE[0, 1] == pytest.approx(0.75 * 1 + 0.25 * -1), "tokens alike, router rows opposite"
+    assert alike_EE[0, 2] == pytest.approx(0.75 * -1 + 0.25 * 1), "tokens opposite, router rows alike"
 
 
 def test_pairs_of_clusters_are_summed_over_ranks(layer: ClusteredMoE) -> None:
