@@ -93,7 +93,7 @@ class RunConfig(Section):
         consistency.check_packed(self.precision, self.memory, self.train)
         consistency.check_rank(self.model, self.moe, self.recluster)
         consistency.check_offload(self.memory, self.moe)
-        consistency.check_trainable(self.optimizer, self.moe, self.recluster, self.memory)
+        consistency.check_trainable(self.optimizer, self.moe, self.recluster, self.memory, self.precision)
         self.moe.layer_kind.check_layout(self.world, self.moe)
         consistency.check_recluster(self.recluster, self.moe, self.train)
         return self
