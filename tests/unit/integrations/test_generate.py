@@ -14,7 +14,7 @@ from moe_dist.config import TokenizerConfig
 from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer
 from moe_dist.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from moe_dist.errors import CheckpointError
-from moe_dist.integrations.huggingface.generate import GenerationOptions, generate
+from moe_dist.integrations.huggingface.generate import GenerationOptions, exported, generate
 from moe_dist.integrations.huggingface.sentencepiece_tokenizer import converted_files
 from tests.distributed.ranks import run_ranks
 from tests.unit.data.samples import documents_of
@@ -105,15 +105,16 @@ def test_a_run_is_served_as_it_generates(run: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = serve(run, "127.0.0.1", port, non_blocking=True)
-    try:
-        body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 6, "temperature": 0}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
-        )
-        _wait_for(port)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = json.loads(answer.read())["choices"][0]["text"]
-    finally:
-        server.kill_server()
+    with exported(run) as folder:
+        server = serve(folder, "127.0.0.1", port, non_blocking=True)
+        try:
+            body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 6, "temperature": 0}).encode()
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
+            )
+            _wait_for(port)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = json.loads(answer.read())["choices"][0]["text"]
+        finally:
+            server.kill_server()
     assert text == generate(run, PROMPTS[:1], GenerationOptions(max_tokens=6))[0]
