@@ -163,7 +163,9 @@ def _world(summary: Mapping[str, Any]) -> str:
     if None in sizes:
         return MISSING
     data, cluster, shard = sizes
-    return f"{data * cluster * shard} = data {data} x cluster {cluster} x shard {shard}"
+    tensor, context = (look_up(summary, f"world.{axis}", 1) for axis in ("tensor", "context"))
+    parts = f"; attention: tensor {tensor} x context {context}" if tensor * context > 1 else ""
+    return f"{data * cluster * shard} = data {data} x cluster {cluster} x shard {shard}{parts}"
 
 
 def _experts(summary: Mapping[str, Any]) -> str:

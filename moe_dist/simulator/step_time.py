@@ -1,6 +1,6 @@
 """Predicted time of a training step by part.
 
-    step = accumulation x layers x (attention + busiest rank's experts + all-to-all, forward and backward)
+    step = accumulation x layers x (attention and its collectives + busiest rank's experts + all-to-all, both ways)
            + accumulation x output layer + gradient reduction + optimizer + re-clustering + overhead
 
 The replicas of the expert-parallel group are independent within a step; the slowest one determines its end.
@@ -16,6 +16,7 @@ from moe_dist.config import BatchShape, RunConfig, WorldShape
 from moe_dist.config.layer_kinds import residual_parameters
 from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator import memory
+from moe_dist.simulator.attention_traffic import attention_seconds
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.popularity import Floats, balanced_clusters
@@ -109,6 +110,7 @@ def step_time(
         "attention and dense": layers * attention + batch.accumulation * passes * tokens * work.head / rate,
         "experts": layers * float(experts_D[slowest]),
         "all-to-all": layers * (1 - scenario.overlap) * float(wire_D[slowest]),
+        "attention's collectives": batch.accumulation * attention_seconds(config, shape, batch, fabric),
         "offload": layers * _offload(config, shape, fabric, scenario, attention + float(experts_D[slowest])),
         "reduction": _reduction(config, shape, batch, vocabulary, fabric),
         "optimizer": _optimizer(config, shape, vocabulary, fabric),

@@ -18,7 +18,44 @@ def _of(file: str, tests: str, *changes: tuple[str, str, str]) -> Iterator[Mutat
         yield Mutation(name, file, original, replacement, tests)
 
 
+DIVIDED = f"'{ENGINE}[(1, 2, 1, 1, 2, 1)]' '{ENGINE}[(2, 1, 1, 1, 1, 2)]'"
 MUTATIONS: tuple[Mutation, ...] = (
+    # attention divided over ranks
+    *_of(
+        "engine/deepspeed_engine.py",
+        DIVIDED,
+        ("loss of a tensor group counts once", " * self.model.context.mesh.shape.tensor * micro_loss", " * micro_loss"),
+    ),
+    *_of(
+        "moe/parameter_class.py",
+        DIVIDED,
+        (
+            "different shards are added",
+            "ParameterClass.TENSOR: GroupKind.TENSOR_DATA",
+            "ParameterClass.TENSOR: GroupKind.TENSOR",
+        ),
+    ),
+    *_of(
+        "dispatch/advantage_gate.py",
+        DIVIDED,
+        ("advantage over a part of the sequence", "    if group is not None:\n", "    if False:\n"),
+    ),
+    *_of(
+        "model/megatron_attention.py",
+        DIVIDED,
+        ("each part of a sequence starts at 0", "offset + self._part * max_seq_len", "offset"),
+        ("gradients of heads are not exchanged", "return _exchange(grad_C, ctx.group), None", "return grad_C, None"),
+    ),
+    *_of(
+        "model/language_model.py",
+        DIVIDED,
+        ("every rank takes the first part", "dim=1)[mesh.in_attention.context]", "dim=1)[0]"),
+    ),
+    *_of(
+        "checkpoint/parameter_names.py",
+        "tests/distributed/test_resume.py::test_other_numbers_of_ranks_go_on_with_the_same_losses",
+        ("shards saved at the tensor's start", "row * whole + own * part, part", "row * whole, part"),
+    ),
     # moe
     *_of(
         "moe/capacity.py",

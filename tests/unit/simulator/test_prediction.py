@@ -252,7 +252,7 @@ def test_a_plan_that_cannot_be_says_what_could() -> None:
     large = load_config(
         None,
         ["moe.kind=standard", "moe.experts=64", "model.hidden_size=4096", "moe.expert_hidden=4096", "model.layers=32",
-         "model.sequence_length=2048", "train.global_batch_size=64"],
+         "model.sequence_length=2048", "train.global_batch_size=64", "train.precision=bfloat16"],
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"^nothing fits 8 GPUs of h100 .* the least is .* GiB.*; 4 nodes would do, "):
         plan(large, _fabric(1, 8), 32000, 0.2)
