@@ -14,9 +14,9 @@ RANKS ?= 4
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo test test-fast test-cluster validate-simulator bench-nodes soak mutants fuzz checks format clean
+.PHONY: help install demo test test-fast test-cluster validate-simulator bench-nodes soak mutants fuzz checks docs format clean
 help:
-	@echo "make install | demo | test | test-fast | test-cluster | validate-simulator | bench-nodes | soak | mutants | fuzz | checks | format | clean"
+	@echo "make install | demo | test | test-fast | test-cluster | validate-simulator | bench-nodes | soak | mutants | fuzz | checks | docs | format | clean"
 
 install: $(INSTALLED)
 
@@ -71,6 +71,11 @@ checks: install
 	ruff check .
 	ruff format --check .
 	mypy
+
+docs: install  # build/docs/index.html; a link without a target fails it
+	$(PIP) --quiet --editable ".[docs]"
+	python -m moe_dist.config.reference > docs/keys.md
+	python -m sphinx -W --keep-going -q -b html docs build/docs
 
 format: install
 	ruff check --fix .

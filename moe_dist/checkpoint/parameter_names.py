@@ -16,6 +16,7 @@ from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.megatron_tensor_parallel import divided_dimension
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.hidden_slices import HiddenSlice
 from moe_dist.moe.parameter_class import ParameterClass, class_of
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts
 from moe_dist.moe.standard_moe import StandardMoE
@@ -76,16 +77,27 @@ def cluster_runs(path: str, layer: ClusteredMoE) -> Iterator[tuple[nn.Parameter,
         if isinstance(held, QuantizedClusterExperts):
             continue  # it has no parameters
         assert isinstance(held, ClusteredExperts)
+        part = held.residuals.part
         for name, parameter in held.base.named_parameters():
-            yield parameter, [NamedRun(f"{path}.cluster.{cluster}.{name}", tuple(parameter.shape))]
+            yield parameter, list(_runs_of_slice(f"{path}.cluster.{cluster}", name, tuple(parameter.shape), 0, part))
         experts = placement.experts_of(cluster, at.shard)
         for name, parameter in held.residuals.named_parameters():
             shape, one = tuple(parameter.shape[1:]), parameter[0].numel()
             leaf = name.replace("_N", "_", 1)  # without the axis over experts: in_u_NDR stacks their in_u_DR
-            yield (
-                parameter,
-                [NamedRun(f"{path}.expert.{e}.{leaf}", shape, slot * one) for slot, e in enumerate(experts)],
-            )
+            runs = (_runs_of_slice(f"{path}.expert.{e}", leaf, shape, n * one, part) for n, e in enumerate(experts))
+            yield parameter, [run for of_expert in runs for run in of_expert]
+
+
+def _runs_of_slice(owner: str, leaf: str, shape: tuple[int, ...], start: int, part: HiddenSlice) -> Iterator[NamedRun]:
+    """Yield the runs of a base's or an expert's tensor; several if it is sliced along its last dimension.
+
+    Args:
+        shape: shape of the tensor on this rank.
+        start: its first element in the parameter.
+    """
+    whole = part.whole_shape(leaf, shape)
+    for own, first, length in part.runs(leaf, shape):
+        yield NamedRun(f"{owner}.{leaf}", whole, start + own, first, None if whole == shape else length)
 
 
 def _of_standard_experts(path: str, layer: StandardMoE) -> Iterator[tuple[nn.Parameter, list[NamedRun]]]:

@@ -32,7 +32,7 @@ def placement_from_record(record: PlacementRecord, shape: WorldShape) -> ExpertP
         blocks = [cluster // per_block for cluster in range(len(record.members))]
     members = tuple(tuple(cluster) for cluster in record.members)
     try:
-        return ExpertPlacement(members, tuple(blocks), shape.cluster, shape.shard, record.version)
+        return ExpertPlacement(members, tuple(blocks), shape.cluster, shape.expert_shards, record.version)
     except (ValueError, ZeroDivisionError, IndexError) as error:
         raise CheckpointError(f"the checkpoint's placement does not fit {shape}: {error}") from error
 

@@ -127,6 +127,29 @@ def check_offload(memory: MemoryConfig, moe: MoEConfig) -> None:
         )
 
 
+def check_slices(
+    world: WorldConfig, moe: MoEConfig, precision: PrecisionConfig, memory: MemoryConfig, recluster: ReclusterConfig
+) -> None:
+    """Reject what does not work with experts that are sliced along their hidden width."""
+    if world.shard_mode != "slice" or world.shard == 1 or not moe.layer_kind.clustered:
+        return
+    width = moe.expert_hidden // world.shard
+    refused = {
+        f"recluster.period={recluster.period}": (recluster.period is not None, "null"),
+        f"moe.warmup_standard={moe.warmup_standard}": (moe.warmup_standard > 0, "0"),
+        f"moe.base={moe.base}": (moe.two_level_base, "cluster"),
+        "memory.offload=true": (memory.offload, "false"),
+        "precision.residuals=packed": (precision.residuals == "packed", "none, post or qat"),
+        f"precision.group_size={precision.group_size}": (
+            precision.residuals != "none" and width % precision.group_size > 0,
+            f"a divisor of a slice's width, {width}",
+        ),
+    }
+    for key, (wrong, right) in refused.items():
+        if wrong:
+            raise ConfigError(f"{key} does not work with world.shard_mode=slice: set it to {right}")
+
+
 def check_recluster(recluster: ReclusterConfig, moe: MoEConfig, train: TrainConfig) -> None:
     """Reject re-clustering that has nothing to move or no step to do it."""
     if recluster.period is None:

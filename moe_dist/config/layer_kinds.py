@@ -86,8 +86,8 @@ class DenseKind:
         """Return a few words for the start of a run."""
         return f"dense, width {moe.dense_width}"
 
-    def parameters(self, d: int, moe: "MoEConfig", cluster: int, shard: int) -> LayerParameters:
-        """Return the parameters of one layer on a rank of a mesh with these axes."""
+    def parameters(self, d: int, moe: "MoEConfig", cluster: int, shard: int, sliced: bool = False) -> LayerParameters:
+        """Return the parameters of one layer on a rank of a mesh with these axes (`WorldShape`)."""
         return LayerParameters(PROJECTIONS * d * moe.dense_width, 0, 0)
 
     def work(self, d: int, moe: "MoEConfig") -> LayerWork:
@@ -141,7 +141,7 @@ class StandardKind(DenseKind):
         """Return a few words for the start of a run."""
         return f"{moe.experts} standard experts, {moe.top_k} a token"
 
-    def parameters(self, d: int, moe: "MoEConfig", cluster: int, shard: int) -> LayerParameters:
+    def parameters(self, d: int, moe: "MoEConfig", cluster: int, shard: int, sliced: bool = False) -> LayerParameters:
         """Return the router and shared expert, and this rank's experts."""
         expert = moe.experts // (cluster * shard) * PROJECTIONS * d * moe.expert_hidden
         return LayerParameters(d * moe.experts + shared_expert_parameters(d, moe), 0, expert)
@@ -194,6 +194,10 @@ class ClusteredKind(StandardKind):
                 f"a cluster of {moe.experts_per_cluster} experts (moe.experts={moe.experts} / "
                 f"moe.clusters={moe.clusters}) cannot be divided over world.shard={world.shard}"
             )
+        if world.shard_mode == "slice" and moe.expert_hidden % world.shard:
+            raise ConfigError(
+                f"moe.expert_hidden={moe.expert_hidden} cannot be divided into world.shard={world.shard} slices"
+            )
 
     def units(self, moe: "MoEConfig") -> tuple[int, int]:
         """Return G and E/G."""
@@ -214,12 +218,17 @@ class ClusteredKind(StandardKind):
             f"token, rank {moe.rank}"
         )
 
-    def parameters(self, d: int, moe: "MoEConfig", cluster: int, shard: int) -> LayerParameters:
+    def parameters(self, d: int, moe: "MoEConfig", cluster: int, shard: int, sliced: bool = False) -> LayerParameters:
         """Return the router, this rank's bases, and its residuals."""
         clusters = moe.clusters // cluster
         residuals = clusters * (moe.experts_per_cluster // shard) * residual_parameters(d, moe)
         full = PROJECTIONS * d * moe.expert_hidden
         dense = d * moe.experts + shared_expert_parameters(d, moe)
+        if sliced:
+            experts = clusters * moe.experts_per_cluster
+            whole = experts * (3 * moe.rank * d + (d if moe.expert_vectors else 0))  # U of the input, V of the output
+            divided = experts * residual_parameters(d, moe) - whole
+            return LayerParameters(dense, whole, (clusters * full + divided) // shard)
         if moe.two_level_base:
             factors = moe.base_rank * (2 * d + PROJECTIONS * moe.expert_hidden)
             return LayerParameters(dense + full, clusters * factors, residuals)

@@ -30,9 +30,11 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         "run", description="name of the run and of its folder in runs_dir"
     )
-    runs_dir: PathText = "runs"
-    seed: NonNegative = 0
-    tensorboard: bool = True
+    runs_dir: PathText = Field("runs", description="folder of all runs")
+    seed: NonNegative = Field(
+        0, description="seed of initial values, of the order of sequences, and of all else that is drawn"
+    )
+    tensorboard: bool = Field(True, description="also write the metrics for TensorBoard")
     picture: bool = Field(False, description="draw the run's figures in run.png, in its folder")
     summary_copy: PathText | None = Field(
         None, description="a file that also receives summary.json; --json FILE sets it"
@@ -95,5 +97,6 @@ class RunConfig(Section):
         consistency.check_offload(self.memory, self.moe)
         consistency.check_trainable(self.optimizer, self.moe, self.recluster, self.memory, self.precision)
         self.moe.layer_kind.check_layout(self.world, self.moe)
+        consistency.check_slices(self.world, self.moe, self.precision, self.memory, self.recluster)
         consistency.check_recluster(self.recluster, self.moe, self.train)
         return self

@@ -17,6 +17,7 @@ class WorldShape:
         replicas: part of the data axis whose ranks are neighbors: replicas of a block of clusters inside of a node.
         tensor: ranks that divide attention heads, embedding and output layer; the innermost axis.
         context: parts of a sequence in attention.
+        sliced: True if the ranks of the shard axis hold slices of every expert; False: different experts.
     """
 
     data: int
@@ -25,6 +26,12 @@ class WorldShape:
     replicas: int = 1
     tensor: int = 1
     context: int = 1
+    sliced: bool = False
+
+    @property
+    def expert_shards(self) -> int:
+        """Number of parts into which the experts of a cluster are divided; 1: each rank has all of them, or slices."""
+        return 1 if self.sliced else self.shard
 
     @property
     def ranks(self) -> int:
@@ -44,7 +51,8 @@ class WorldShape:
     def __str__(self) -> str:
         near = f" ({self.replicas} replicas of a block of clusters on neighboring ranks)" if self.replicas > 1 else ""
         parts = f", tensor {self.tensor} x context {self.context}" if self.sequence_parts > 1 else ""
-        return f"data {self.data} x cluster {self.cluster} x shard {self.shard}{near}{parts}"
+        sliced = " (slices of the hidden width)" if self.sliced else ""
+        return f"data {self.data} x cluster {self.cluster} x shard {self.shard}{sliced}{near}{parts}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,8 @@ def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
         )
     if config.moe.layer_kind.clustered and world.shard_mode == "replicate":
         return WorldShape(data * world.shard, cluster, 1, world.shard, world.tensor, world.context)
-    return WorldShape(data, cluster, world.shard, 1, world.tensor, world.context)
+    sliced = config.moe.layer_kind.clustered and world.shard_mode == "slice" and world.shard > 1
+    return WorldShape(data, cluster, world.shard, 1, world.tensor, world.context, sliced)
 
 
 def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:

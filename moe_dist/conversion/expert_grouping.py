@@ -36,17 +36,24 @@ def usage_of(fit: LayerTokens, check: LayerTokens, experts: int, group: RankGrou
 
 
 def similarity_of(layer: FullExpertLayer, router_ED: Tensor, usage_E: Tensor, config: RunConfig) -> FusedSimilarity:
-    """Compute the fused similarity of weights, token centroids and router rows (`recluster.*` weights); collective."""
-    recluster = config.recluster
-    sketch_ES = gather_rows(_sketches(layer, config.seed, recluster.sketch_size), layer.group)
+    """Compute the fused similarity of weights, token centroids and router rows (`recluster.*` weights); collective.
+
+    Weights count only if all experts started from one draw (`moe.shared_init`): otherwise their hidden units are in
+    different orders, and they resemble each other by chance only (ADR 26).
+    """
+    recluster, comparable = config.recluster, config.moe.shared_init
+    parameter_EE = None
+    if comparable:
+        sketch_ES = gather_rows(_sketches(layer, config.seed, recluster.sketch_size), layer.group)
+        parameter_EE = sketched_parameter_similarity(sketch_ES)
     centroids = [torch.cat([e.fit_LD, e.check_LD]).double().sum(0).float() for e in layer.experts]
     weighted_ED = gather_rows(torch.stack(centroids), layer.group)
     statistics = ActivationStatistics(weighted_ED, usage_E.float(), torch.ones((), dtype=torch.float64), 0.0)
     return fuse(
-        sketched_parameter_similarity(sketch_ES),
+        parameter_EE,
         centroid_similarity(statistics),
         router_similarity(router_ED.detach().float()),
-        alpha=recluster.alpha,
+        alpha=recluster.alpha if comparable else 0.0,
         router_weight=recluster.router_weight,
     )
 

@@ -34,6 +34,8 @@ def _rows(cost: HopCost, moe: MoEConfig, shape: WorldShape) -> float:
         return moe.layer_kind.copies(moe) * others
     if cost.stage is Stage.ONE:
         return shape.cluster * others * _needed(moe.clusters, moe.clusters // shape.cluster, moe.top_clusters)
+    if shape.sliced:
+        return moe.top_clusters * shape.shard * others
     per_shard = moe.experts_per_cluster // shape.shard
     return moe.top_clusters * shape.shard * others * _needed(moe.experts_per_cluster, per_shard, moe.top_k)
 

@@ -1,7 +1,8 @@
 """Stage two of the dispatch: within a cluster group, each row is sent once to each shard that holds one of its experts.
 
 Every shard holds the whole base, so it computes a partial sum over the experts that it holds. The partial sums are
-added on the entry rank, which received the token in stage one and returns one vector to the token's source.
+added on the entry rank, which received the token in stage one and returns one vector to the token's source. Where
+experts are sliced along their hidden width, every row is sent to all ranks, and the partial sums are over hidden units.
 
 Shapes: R rows on the entry rank, A rows received by a shard, K chosen experts, S shards, D hidden.
 """
@@ -56,12 +57,18 @@ class ShardDispatcher:
             return ShardRows(x_RD, slot_RK, gate_RK), ShardMetadata(None, [], [], len(x_RD))
         per_shard = self.placement.slots_per_shard
         shard_RK = slot_RK.div(per_shard, rounding_mode="floor")  # -1 for an absent slot
-        self.all_to_all.observe(slot_RK, shard_RK)
-        wanted_RS = (shard_RK[:, :, None] == torch.arange(self.all_to_all.group.size, device=x_RD.device)).any(1)
+        shards = torch.arange(self.all_to_all.group.size, device=x_RD.device)
+        if self.placement.shards == 1:  # every rank has a slice of each expert
+            held_RKS = (shard_RK >= 0)[:, :, None].expand(-1, -1, len(shards))
+            self.all_to_all.observe(slot_RK.repeat(1, len(shards)), shards.repeat_interleave(slot_RK.shape[1])[None])
+        else:
+            held_RKS = shard_RK[:, :, None] == shards
+            self.all_to_all.observe(slot_RK, shard_RK)
+        wanted_RS = held_RKS.any(1)
         shard_A, row_A = wanted_RS.T.nonzero(as_tuple=True)
         count_S1 = wanted_RS.sum(0)[:, None]
         send, receive = torch.cat([count_S1, self.all_to_all.exchange_counts(count_S1)], dim=1).T.tolist()
-        here_AK = shard_RK[row_A] == shard_A[:, None]
+        here_AK = held_RKS[row_A, :, shard_A]
         slot_AK = torch.where(here_AK, slot_RK[row_A] % per_shard, ABSENT).int()  # gloo: no shorter type
         rows = ShardRows(
             self.all_to_all.exchange(x_RD[row_A], send, receive, Payload.HIDDEN),

@@ -218,7 +218,7 @@ class Mesh:
         data = [i for i in range(device_mesh.ndim) if i not in (*cluster, *shard)]
         sizes = [device_mesh.mesh.shape[axes[0]] if axes else 1 for axes in (cluster, shard)]
         ranks = device_mesh.mesh.permute(*data, *cluster, *shard).flatten().tolist()
-        shape = WorldShape(len(ranks) // (sizes[0] * sizes[1]), *sizes)
+        shape = WorldShape(len(ranks) // (sizes[0] * sizes[1]), sizes[0], sizes[1])
         return cls._over(ranks, shape)
 
     @classmethod

@@ -22,7 +22,7 @@ class Seat(NamedTuple):
 class ExpertPlacement:
     """Balanced clusters of experts on a grid of (cluster block, shard) ranks.
 
-    Slot s of every cluster is on shard s // (E/G/shards) of the cluster's block.
+    Slot s of every cluster is on shard s // (E/G/shards) of the cluster's block; if `shards` is 1, on all its ranks.
 
     Attributes:
         members: `members[c][s]` is the expert in slot s of cluster c; every cluster has E/G slots.
@@ -56,7 +56,7 @@ class ExpertPlacement:
         """Return the initial placement of a run: experts and clusters in numerical order."""
         slots, per_block = experts // clusters, clusters // shape.cluster
         members = tuple(tuple(range(c * slots, (c + 1) * slots)) for c in range(clusters))
-        return cls(members, tuple(c // per_block for c in range(clusters)), shape.cluster, shape.shard)
+        return cls(members, tuple(c // per_block for c in range(clusters)), shape.cluster, shape.expert_shards)
 
     @property
     def clusters(self) -> int:
@@ -102,7 +102,7 @@ class ExpertPlacement:
 
     def experts_of(self, cluster: int, shard: int) -> tuple[int, ...]:
         """Return the experts of a cluster that one shard holds, in the order of their slots."""
-        first = shard * self.slots_per_shard
+        first = shard % self.shards * self.slots_per_shard
         return self.members[cluster][first : first + self.slots_per_shard]
 
     def local_index(self, cluster: int) -> int:

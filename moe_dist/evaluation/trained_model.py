@@ -10,6 +10,7 @@ import torch
 from moe_dist.checkpoint.load_model import load_model
 from moe_dist.checkpoint.trained_weights import TrainedWeights, find_weights
 from moe_dist.config import MemoryConfig, ReclusterConfig, RunConfig, WorldConfig, resolve_world
+from moe_dist.config.consistency import check_slices
 from moe_dist.data import Tokenizer, open_tokenizer, prepare_data, tokenizer_in
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.init import RankInfo
@@ -96,7 +97,12 @@ def open_evaluated_model(
             "the file"
         )
     config = evaluation_config(weights.config, world, dtype, memory)
-    mesh = Mesh.create(resolve_world(config, process.ranks), process.timeout)
+    config.moe.layer_kind.check_layout(config.world, config.moe)
+    check_slices(config.world, config.moe, config.precision, memory, config.recluster)
+    shape = resolve_world(config, process.ranks)
+    if weights.stored and shape.sliced:
+        raise ConfigError(f"world.shard_mode=slice does not work with quantized experts ({run}): set it to replicate")
+    mesh = Mesh.create(shape, process.timeout)
     tokenizer = tokenizer_of(run, weights)
     with raise_on_all_ranks():
         kept = _stored_memory(run, config, mesh, process) if memory.offload else None

@@ -23,22 +23,25 @@ from moe_dist.compression.initialization import V_STD
 from moe_dist.config import MoEConfig
 from moe_dist.kernels import clustered_experts
 from moe_dist.memory.offloaded_cluster import OffloadedCluster
+from moe_dist.moe.hidden_slices import WHOLE, HiddenSlice
 from moe_dist.moe.init_generator import SHARED, generator
 from moe_dist.moe.layer_context import LayerContext, LayerSizes
 from moe_dist.moe.packed_factors import PackedFactors
-from moe_dist.moe.parameter_class import ParameterClass, mark
+from moe_dist.moe.parameter_class import ParameterClass, mark, mark_parameter
 
 
 class ClusterBase(nn.Module):
     """Base weights that the experts of a cluster share."""
 
-    def __init__(self, layer: int, cluster: int, model: LayerSizes, moe: MoEConfig, seed: int) -> None:
+    def __init__(
+        self, layer: int, cluster: int, model: LayerSizes, moe: MoEConfig, seed: int, part: HiddenSlice = WHOLE
+    ) -> None:
         super().__init__()
         draw = generator(seed, layer, "base", SHARED if moe.shared_init else cluster)
         w_in, w_out = init_base(model.hidden_size, moe.expert_hidden, model.init_std, model.output_init_std, draw)
-        self.w_in_DH = nn.Parameter(w_in)
-        self.w_out_FD = nn.Parameter(w_out)
-        mark(self, ParameterClass.BASE)
+        self.w_in_DH = nn.Parameter(part.cut("w_in_DH", w_in))
+        self.w_out_FD = nn.Parameter(part.cut("w_out_FD", w_out))
+        mark(self, ParameterClass.BASE if part.slices == 1 else ParameterClass.EXPERT)
 
 
 class SharedBase(nn.Module):
@@ -70,16 +73,27 @@ class ClusterPart(nn.Module):
 
 
 class Residuals(nn.Module):
-    """Low-rank factors and vectors of a cluster's experts on this shard, stacked by slot."""
+    """Low-rank factors and vectors of a cluster's experts on this shard, stacked by slot.
 
-    def __init__(self, layer: int, experts: tuple[int, ...], model: LayerSizes, moe: MoEConfig, seed: int) -> None:
+    Of sliced experts, tensors without a hidden dimension are replicated over the ranks of the block, as a base is.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        experts: tuple[int, ...],
+        model: LayerSizes,
+        moe: MoEConfig,
+        seed: int,
+        part: HiddenSlice = WHOLE,
+    ) -> None:
         super().__init__()
         shape = (model.hidden_size, moe.expert_hidden, moe.rank, moe.expert_vectors)
         drawn = [init_residual(*shape, generator(seed, layer, "residual", expert)) for expert in experts]
 
         def stacked(name: str) -> nn.Parameter | None:
             values = [getattr(residual, name) for residual in drawn]
-            return None if values[0] is None else nn.Parameter(torch.stack(values))
+            return None if values[0] is None else nn.Parameter(torch.stack([part.cut(name, one) for one in values]))
 
         self.in_u_NDR = stacked("in_u_DR")
         self.in_v_NRH = stacked("in_v_RH")
@@ -89,12 +103,18 @@ class Residuals(nn.Module):
         self.hidden_bias_NH = stacked("hidden_bias_H")
         self.output_bias_ND = stacked("output_bias_D")
         mark(self, ParameterClass.EXPERT)
-
+        if part.slices > 1:
+            for whole in (self.in_u_NDR, self.out_v_NRD, self.output_bias_ND):
+                if whole is not None:
+                    mark_parameter(whole, ParameterClass.BASE)
+        self.part = part
         self.packed: PackedFactors | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the values of the forward pass by their names in `ClusterWeights`."""
         parameters: dict[str, Tensor] = dict(self.named_parameters())
+        if self.part.number and "output_bias_ND" in parameters:  # one rank adds it to the sum of the slices
+            parameters["output_bias_ND"] = parameters["output_bias_ND"] * 0.0
         return parameters if self.packed is None else {**parameters, **self.packed.tensors()}
 
     def pack(self, form: GroupFormat, dtype: torch.dtype) -> PackedFactors:
@@ -121,9 +141,13 @@ class ClusteredExperts(nn.Module):
         self.backend: str = moe.backend
         self.fake_quantize_as = context.fake_quantize_as
         self._shared = (shared,)  # in a tuple, so that it is no module of this one
-        base = ClusterBase if shared is None else ClusterPart
-        self.base = base(layer, cluster, model, moe, context.seed)
-        self.residuals = Residuals(layer, experts, model, moe, context.seed)
+        mesh = context.mesh
+        part = HiddenSlice(mesh.at.shard, mesh.shape.shard) if mesh.shape.sliced else WHOLE
+        if shared is None:
+            self.base: ClusterBase | ClusterPart = ClusterBase(layer, cluster, model, moe, context.seed, part)
+        else:
+            self.base = ClusterPart(layer, cluster, model, moe, context.seed)
+        self.residuals = Residuals(layer, experts, model, moe, context.seed, part)
         self._offloaded: OffloadedCluster | None = None
         if context.memory is not None:
             local = context.placements[layer].local_index(cluster)

@@ -58,7 +58,9 @@ def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, voca
     optimizer -= masters * factors / (shape.data if stage >= 1 else 1)
     tokens = tokens_on_rank(config, shape, batch)
     layers = config.model.layers
-    saved = tokens * bytes_an_element(config) * saved_elements(config)
+    rows_of_others = config.moe.top_clusters * (shape.shard - 1 if shape.sliced else 0)
+    needed = saved_elements(config) + 2 * rows_of_others * config.model.hidden_size  # their inputs and outputs
+    saved = tokens * bytes_an_element(config) * needed
     if config.model.activation_checkpointing:
         saved += (layers - 1) * tokens * size * config.model.hidden_size  # one layer whole, of the others the input
     else:

@@ -34,7 +34,7 @@ class LayoutOption:
     def overrides(self) -> str:
         """Return the layout as overrides for `moe-dist launch`."""
         shape = self.shape
-        shard = f"world.shard={shape.shard} " + "world.shard_mode=experts " * (shape.shard > 1)
+        shard = f"world.shard={shape.shard} " + f"world.shard_mode={_mode(shape)} " * (shape.shard > 1)
         return (
             f"world.data={shape.data} world.cluster={shape.cluster} {shard}"
             f"world.zero_stage={self.zero_stage} train.micro_batch_size={self.batch.micro} "
@@ -113,12 +113,21 @@ def layouts(config: RunConfig, ranks: int) -> Iterator[LayoutOption]:
 
 def _shapes(config: RunConfig, ranks: int) -> Iterator[WorldShape]:
     clusters, shards = config.moe.layer_kind.units(config.moe)
+    sliced = config.moe.layer_kind.clustered and config.world.shard_mode == "slice"
+    if sliced:
+        shards = config.moe.expert_hidden
     for cluster in _divisors(clusters, ranks):
         for shard in _divisors(shards, ranks):
-            attention = {"tensor": config.world.tensor, "context": config.world.context}
-            shape = WorldShape(ranks // (cluster * shard), cluster, shard, **attention)
+            tensor, context = config.world.tensor, config.world.context
+            shape = WorldShape(
+                ranks // (cluster * shard), cluster, shard, 1, tensor, context, sliced=sliced and shard > 1
+            )
             if shape.ranks == ranks:
                 yield shape
+
+
+def _mode(shape: WorldShape) -> str:
+    return "slice" if shape.sliced else "experts"
 
 
 def _divisors(number: int, most: int = LARGEST_MICRO_BATCH) -> list[int]:
@@ -138,7 +147,7 @@ def settled(config: RunConfig, layout: LayoutOption) -> RunConfig:
         "data": shape.data,
         "cluster": shape.cluster,
         "shard": shape.shard,
-        "shard_mode": "experts",
+        "shard_mode": _mode(shape),
         "zero_stage": layout.zero_stage,
     }
     return config.model_copy(

@@ -11,7 +11,7 @@ def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) ->
     model, moe = config.model, config.moe
     d = model.hidden_size
     embedding = vocabulary * d * (1 if model.tie_embeddings else 2)
-    layer = moe.layer_kind.parameters(d, moe, shape.cluster, shape.shard)
+    layer = moe.layer_kind.parameters(d, moe, shape.cluster, shape.shard, shape.sliced)
     norms = _head_norms(model)
     divided = embedding + model.layers * (_attention_parameters(model) - norms)
     dense = d + model.layers * (norms + 2 * d + layer.dense)

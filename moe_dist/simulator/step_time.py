@@ -102,7 +102,8 @@ def step_time(
         _layer(config, shape, fabric, popularity_LE[i % len(popularity_LE)], scenario, tokens, draw)
         for i in range(count)
     ]
-    experts_D = passes * work.row / fabric.expert_rate * np.mean([rows_D for rows_D, _, _ in taken], axis=0)
+    row = passes * work.row / (shape.shard if shape.sliced else 1)
+    experts_D = row / fabric.expert_rate * np.mean([rows_D for rows_D, _, _ in taken], axis=0)
     wire_D = np.mean([seconds_D for _, seconds_D, _ in taken], axis=0)
     slowest = int(np.argmax(experts_D + wire_D))
     attention = passes * tokens * work.layer / rate

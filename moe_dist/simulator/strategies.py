@@ -168,5 +168,7 @@ def _two_stage(
 
 def _on_shards(moe: MoEConfig, shape: WorldShape, popularity_N: Floats, generator: np.random.Generator) -> Floats:
     """Return the share of a cluster's rows that need each of its shards."""
+    if shape.sliced:
+        return np.ones(shape.shard)
     slot_SK: Integers = sample(popularity_N / popularity_N.sum(), moe.top_k, generator, tokens=1024)
     return shares(touched(slot_SK // (moe.experts_per_cluster // shape.shard), shape.shard))

@@ -59,7 +59,7 @@ class Trained:
 
 
 def _train(axes: tuple[int, ...], variants: list[list[str]]) -> list[Trained]:
-    shape = WorldShape(*axes)
+    shape = WorldShape(*axes)  # type: ignore[arg-type]
     layout = [f"world.tensor={shape.tensor}", f"world.context={shape.context}"]
     return [_train_variant(shape, load_config(None, [*SMALL, *layout, *words])) for words in variants]
 

@@ -26,9 +26,9 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """Transformer around the MoE layers, the same for every `moe.kind`."""
 
-    layers: Positive = 2
-    hidden_size: Positive = 128
-    heads: Positive = 4
+    layers: Positive = Field(2, description="transformer layers")
+    hidden_size: Positive = Field(128, description="d: width of the residual stream")
+    heads: Positive = Field(4, description="heads of attention")
     kv_heads: Positive | None = Field(
         None, description="key/value heads (grouped-query attention); null: as many as heads"
     )
@@ -39,10 +39,13 @@ class ModelConfig(Section):
     )
     sequence_length: Positive = Field(256, description="tokens per sequence")
     tie_embeddings: bool = Field(True, description="share the token embedding's weights with the output layer")
-    rope_base: Positive = 10000
+    rope_base: Positive = Field(10000, description="base of the rotary positions' frequencies")
     rope_scaling: RopeScaling | None = Field(None, description="stretching of rotary positions; null: none")
-    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
-    init_std: Annotated[float, Field(gt=0)] = 0.02
+    norm_epsilon: Annotated[float, Field(gt=0)] = Field(1e-5, description="epsilon of all RMSNorms")
+    init_std: Annotated[float, Field(gt=0)] = Field(
+        0.02,
+        description="std of initial weights; over sqrt(2 layers) for those that add to the residual stream",
+    )
     activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
 
     @property

@@ -13,7 +13,9 @@ WireDtype = Literal["float32", "bfloat16", "float16", "int8"]
 class MoEConfig(Section):
     """Feed-forward part of every layer: clustered experts, standard experts, or one dense network."""
 
-    kind: Literal["clustered", "standard", "dense"] = "clustered"
+    kind: Literal["clustered", "standard", "dense"] = Field(
+        "clustered", description="clustered experts, standard experts, or one dense network"
+    )
     experts: Positive = Field(32, description="E: experts per layer")
     clusters: Positive = Field(4, description="G: clusters of E/G experts (clustered)")
     top_clusters: Positive = Field(1, description="m: clusters per token (clustered)")

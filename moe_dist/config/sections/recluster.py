@@ -22,7 +22,9 @@ class ReclusterConfig(Section):
     )
     similarity: Literal["fused", "random"] = Field("fused", description="random: a control with random similarities")
     alpha: Fraction = Field(
-        0.5, description="weight of the similarity of parameters (residuals) against that of activations"
+        0.5,
+        description="weight of the similarity of residuals against that of activations; after a warm-up: of "
+        "weights, if moe.shared_init",
     )
     router_weight: Fraction = Field(0.0, description="weight of router embeddings within activation similarity")
     load_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="penalty of unequal cluster loads")

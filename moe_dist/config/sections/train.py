@@ -12,7 +12,7 @@ from moe_dist.errors import ConfigError
 class OptimizerConfig(Section):
     """AdamW; no weight decay for norms, biases, vectors and embeddings."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="learning rate after the warm-up")
     trainable: Literal["all", "residuals"] = Field(
         "all",
         description="parameters that are trained: all, or experts' low-rank factors and vectors alone (clustered)",
@@ -23,17 +23,17 @@ class OptimizerConfig(Section):
     feed_forward_lr_scale: Annotated[float, Field(gt=0)] = Field(
         1.0, description="factor on the learning rate of full feed-forward matrices: bases, standard experts, dense"
     )
-    beta1: Decay = 0.9
-    beta2: Decay = 0.95
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    beta1: Decay = Field(0.9, description="decay of the first moment")
+    beta2: Decay = Field(0.95, description="decay of the second moment")
+    epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay, of matrices only")
     clip_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm to clip to; 0: no clipping")
 
 
 class TrainConfig(Section):
     """Length, batch size, precision, schedule and logging of training."""
 
-    steps: Positive = 400
+    steps: Positive = Field(400, description="optimizer steps of the run")
     global_batch_size: Positive = Field(32, description="sequences per step, over all ranks")
     micro_batch_size: Positive | None = Field(
         None, description="sequences of a micro-batch per rank; null: no accumulation"
@@ -45,14 +45,14 @@ class TrainConfig(Section):
         "bfloat16 on a GPU or a CPU with instructions for it, else float32",
     )
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="wsd: warm-up, stable, decay")
-    warmup_steps: NonNegative = 20
+    warmup_steps: NonNegative = Field(20, description="steps of linear warm-up of the learning rate")
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         0.2, description="share of the steps in the decay phase (wsd)"
     )
     final_lr_ratio: Fraction = Field(0.1, description="final learning rate, as a share of the peak")
     eval_every: NonNegative = Field(100, description="steps between evaluations; 0: only at the end")
     eval_sequences: Positive = Field(256, description="limit of validation sequences per evaluation")
-    log_every: Positive = 10
+    log_every: Positive = Field(10, description="steps between lines of metrics")
 
     @field_validator("precision")
     @classmethod

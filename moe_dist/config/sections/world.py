@@ -19,10 +19,11 @@ class WorldConfig(Section):
         None, description="blocks of clusters; null: the largest number that divides ranks and clusters"
     )
     shard: Positive = Field(1, description="neighboring ranks that share one block of clusters")
-    shard_mode: Literal["replicate", "experts"] = Field(
+    shard_mode: Literal["replicate", "experts", "slice"] = Field(
         "replicate",
-        description="ranks of a block: each holds all of its residuals, and rows stay where they are received; or "
-        "residuals are divided among them, and rows are exchanged (stage two), for residuals too large for one rank",
+        description="ranks of a block. replicate: each holds all its experts, and rows stay where they are received; "
+        "experts: residuals are divided among them, and rows are exchanged (stage two); slice: experts and their bases "
+        "are divided along the hidden width, and all ranks of the block compute every row",
     )
     tensor: Positive = Field(
         1,

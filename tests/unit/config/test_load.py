@@ -1,5 +1,6 @@
 """Where a value comes from, what is refused, and what the refusal says."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_dist.config import RunConfig, dump_config, load_config
+from moe_dist.config import RunConfig, dump_config, load_config, resolve_world
 from moe_dist.errors import ConfigError, MoeDistError
 
 Write = Callable[[str, str], Path]
@@ -199,6 +200,30 @@ def test_factors_in_few_bits_are_refused_where_there_are_none() -> None:
         load_config(None, ["precision.group_size=48"])
     with pytest.raises(ConfigError, match=r"precision\.bits=3: Input should be 4 or 8"):
         load_config(None, ["precision.bits=3"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["recluster.period=2"],
+        ["moe.warmup_standard=0.5"],
+        ["moe.base=shared+cluster"],
+        ["memory.offload=true"],
+        ["precision.residuals=packed"],
+        ["precision.group_size=128", "precision.residuals=qat"],
+    ],
+    ids=str,
+)
+def test_what_slices_cannot_do_is_refused_in_one_line(words: list[str]) -> None:
+    sliced = ["world.shard=2", "world.shard_mode=slice", "moe.expert_hidden=128"]
+    assert resolve_world(load_config(None, sliced), 4).sliced
+    assert not resolve_world(load_config(None, [*sliced, "moe.kind=standard"]), 4).sliced
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(words[0])} does not work with world\.shard_mode=slice: set it to"
+    ):
+        load_config(None, [*sliced, *words])
+    with pytest.raises(ConfigError, match=r"moe\.expert_hidden=129 cannot be divided into world\.shard=2 slices"):
+        load_config(None, [*sliced, "moe.expert_hidden=129"])
 
 
 @pytest.mark.parametrize("words", ["memory.offload=true", "precision.symmetric=false", "train.precision=float16"])

@@ -279,3 +279,15 @@ def test_a_batch_beyond_all_machines_is_planned() -> None:
     found = [layout.batch.micro for layout in planner.layouts(config, 8)]
     assert max(found) <= planner.LARGEST_MICRO_BATCH
     assert planner._divisors(2**63 - 25) == [1]  # a prime, which nothing may try to find
+
+
+def test_slices_are_planned_where_no_rank_holds_a_base() -> None:
+    """Weights of a base of 3 x 16384 x 524288 numbers are 51.5 GB; with ZeRO over 8 replicas 45 GB more, 76 GB fit."""
+    words = ["model.layers=1", "model.hidden_size=16384", "moe.expert_hidden=524288", "moe.experts=4", "moe.clusters=2"]
+    words += ["moe.top_k=1", "moe.rank=1", "train.precision=bfloat16", "train.global_batch_size=16"]
+    with pytest.raises(ConfigError, match="nothing fits 16 GPUs"):
+        plan(load_config(None, words), _fabric(2, 8), 1000, 0.2)
+    best = plan(load_config(None, [*words, "world.shard_mode=slice"]), _fabric(2, 8), 1000, 0.2).options[0]
+    assert best.fits
+    assert best.layout.shape.sliced
+    assert "world.shard_mode=slice" in best.layout.overrides
