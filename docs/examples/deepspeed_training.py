@@ -2,6 +2,8 @@
 
 Run it with `deepspeed --num_accelerators 2 docs/examples/deepspeed_training.py`, or with
 `torchrun --nproc-per-node=2 docs/examples/deepspeed_training.py`.
+
+On a CPU DeepSpeed first compiles an all-reduce of its own, which takes a minute.
 """
 
 import deepspeed

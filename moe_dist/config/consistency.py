@@ -93,7 +93,11 @@ def check_rank(model: ModelConfig, moe: MoEConfig, recluster: ReclusterConfig) -
 
 
 def check_trainable(
-    optimizer: OptimizerConfig, moe: MoEConfig, recluster: ReclusterConfig, memory: MemoryConfig
+    optimizer: OptimizerConfig,
+    moe: MoEConfig,
+    recluster: ReclusterConfig,
+    memory: MemoryConfig,
+    precision: PrecisionConfig,
 ) -> None:
     """Reject what needs full weights to change, or a master copy of them, if only residuals are trained."""
     if optimizer.trainable == "all":
@@ -103,6 +107,7 @@ def check_trainable(
         f"moe.warmup_standard={moe.warmup_standard}": moe.warmup_standard > 0,
         f"recluster.period={recluster.period}": recluster.period is not None,
         "memory.offload=true": memory.offload,
+        "precision.residuals=packed": precision.residuals == "packed",
     }
     for setting, found in refused.items():
         if found:

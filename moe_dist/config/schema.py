@@ -95,7 +95,7 @@ class RunConfig(Section):
         consistency.check_packed(self.precision, self.memory, self.train)
         consistency.check_rank(self.model, self.moe, self.recluster)
         consistency.check_offload(self.memory, self.moe)
-        consistency.check_trainable(self.optimizer, self.moe, self.recluster, self.memory)
+        consistency.check_trainable(self.optimizer, self.moe, self.recluster, self.memory, self.precision)
         self.moe.layer_kind.check_layout(self.world, self.moe)
         consistency.check_slices(self.world, self.moe, self.precision, self.memory, self.recluster)
         consistency.check_recluster(self.recluster, self.moe, self.train)

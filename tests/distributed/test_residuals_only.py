@@ -56,6 +56,7 @@ def test_what_needs_full_weights_is_refused() -> None:
         ("recluster.period=5", "recluster.period=5"),
         ("memory.offload=true", "memory.offload=true"),
         ("moe.warmup_standard=0.5", "moe.warmup_standard=0.5"),
+        ("precision.residuals=packed", "precision.residuals=packed"),
     ]:
         with pytest.raises(ConfigError, match=f"optimizer.trainable=residuals does not work with {shown}: set it to"):
             load_config(None, ["optimizer.trainable=residuals", word])

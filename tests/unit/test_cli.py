@@ -85,7 +85,7 @@ def test_it_runs_as_a_module_too() -> None:
         (["launch", "--ranks", "3", "CONFIG"], "train.global_batch_size=32 is not divisible by the 3 ranks"),
         (["launch", "--launcher", "pbs", "CONFIG"], "'pbs'"),
         (["eval"], "RUN"),
-        (["eval", "RUN", "--task", "squad"], "--task squad: give wikitext, glue or glue:TASK,TASK of cola, sst2"),
+        (["eval", "RUN", "--task", "squad"], "--task squad: give wikitext, glue, glue:TASK,TASK of cola, sst2"),
         (["eval", "RUN", "seed=4"], "'seed=4': an evaluation takes the model as it was trained"),
         (["eval", "RUN", "--ranks", "2", "--launcher", "slurm"], "submit `sbatch slurm/eval.sbatch RUN ...`"),
         (["reproduce", "--kind", "magic"], "--kind magic: use dense, standard-aux"),

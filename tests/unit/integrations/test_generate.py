@@ -3,6 +3,7 @@
 import importlib
 import json
 import socket
+import time
 import urllib.request
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from moe_dist.config import TokenizerConfig
 from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer
 from moe_dist.data.tokenizer import SentencePieceTokenizer, train_tokenizer
 from moe_dist.errors import CheckpointError
-from moe_dist.integrations.huggingface.generate import GenerationOptions, generate
+from moe_dist.integrations.huggingface.generate import GenerationOptions, exported, generate
 from moe_dist.integrations.huggingface.sentencepiece_tokenizer import converted_files
 from tests.distributed.ranks import run_ranks
 from tests.unit.data.samples import documents_of
@@ -87,6 +88,15 @@ def test_the_command_streams_or_prints_whole(run: Path, tmp_path: Path, capsys: 
         generate(tmp_path / "hf", ["x"], GenerationOptions(chat=True))
 
 
+def _wait_for(port: int) -> None:
+    for _ in range(300):
+        with socket.socket() as trial:
+            if trial.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail("the server does not listen")
+
+
 def test_a_run_is_served_as_it_generates(run: Path) -> None:
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package, reason="needs moe-dist[serve]")
@@ -95,14 +105,16 @@ def test_a_run_is_served_as_it_generates(run: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = serve(run, "127.0.0.1", port, non_blocking=True)
-    try:
-        body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 6, "temperature": 0}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = json.loads(answer.read())["choices"][0]["text"]
-    finally:
-        server.kill_server()
+    with exported(run) as folder:
+        server = serve(folder, "127.0.0.1", port, non_blocking=True)
+        try:
+            body = json.dumps({"prompt": PROMPTS[0], "max_tokens": 6, "temperature": 0}).encode()
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
+            )
+            _wait_for(port)
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = json.loads(answer.read())["choices"][0]["text"]
+        finally:
+            server.kill_server()
     assert text == generate(run, PROMPTS[:1], GenerationOptions(max_tokens=6))[0]
