@@ -61,10 +61,11 @@ def _engine(words: list[str]) -> DeepSpeedEngine:
 
 
 def _steps(engine: DeepSpeedEngine, first: int, last: int, told: Told) -> None:
-    share = SEQUENCES // engine.process.ranks
+    mesh = engine.model.context.mesh
+    share, group = SEQUENCES // mesh.shape.sequence_groups, mesh.in_attention.group
     for step in range(first, last):
         data = torch.randint(VOCABULARY, (SEQUENCES, 17), generator=torch.Generator().manual_seed(step))
-        outcome = engine.forward_backward(data[engine.process.rank * share : (engine.process.rank + 1) * share])
+        outcome = engine.forward_backward(data[group * share : (group + 1) * share])
         if step == 0:
             told.bytes_per_token_layer = _traffic(engine)
         told.losses.append(outcome.loss)
@@ -110,15 +111,17 @@ def _weights(folder: Path, number: int) -> dict[str, Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_slices_train_like_whole_experts_and_checkpoints_fit_both(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "layout"), [(2, SLICED), (4, [*SLICED, "world.tensor=2"])])
+def test_slices_train_like_whole_experts_and_checkpoints_fit_both(
+    ranks: int, layout: list[str], tmp_path: Path
+) -> None:
     whole, sliced, back, forth = (tmp_path / name for name in ("whole", "sliced", "back", "forth"))
     for folder in (whole, sliced, back, forth):
         folder.mkdir()
     (alone,) = run_ranks(_story, 1, [], whole, None, timeout=280)
-    found = run_ranks(_story, ranks, SLICED, sliced, None, timeout=280)
+    found = run_ranks(_story, ranks, layout, sliced, None, timeout=280)
     (from_slices,) = run_ranks(_story, 1, [], back, sliced, timeout=280)
-    into_slices = run_ranks(_story, ranks, SLICED, forth, whole, timeout=280)
+    into_slices = run_ranks(_story, ranks, layout, forth, whole, timeout=280)
     for number, words in enumerate(VARIANTS):  # a quantized code may turn with the last bit of a sum
         expected, rough = (
             alone[number],
