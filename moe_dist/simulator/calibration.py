@@ -131,7 +131,8 @@ def read_case(case: Case) -> Measured:
         figures = json.loads((case.run / "traffic.json").read_text(encoding="utf-8"))
         seconds = tuple(map(float, figures["timed_seconds"]))
         shape, nodes = WorldShape(**figures["world"]), len(set(figures["node_of_rank"]))
-        if any(type(size) is not int or size < 1 for size in asdict(shape).values()):
+        sizes = [size for axis, size in asdict(shape).items() if axis != "sliced"]
+        if type(shape.sliced) is not bool or any(type(size) is not int or size < 1 for size in sizes):
             raise ValueError(f"world={figures['world']} must be whole numbers of 1 or more")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         why = shortened(f"{type(error).__name__}: {error}", 300)

@@ -160,7 +160,8 @@ def _reference() -> list[Trained]:
 
 @pytest.mark.parametrize("axes", SHAPES, ids=str)
 def test_any_layout_trains_like_one_rank(axes: tuple[int, ...]) -> None:
-    ranks, variants = axes[0] * axes[1] * axes[2], VARIANTS if len(axes) < 6 else OF_DIVIDED_ATTENTION
+    ranks, half = axes[0] * axes[1] * axes[2], SHAPES.index(axes) % 2  # each variant is in every second layout
+    variants = VARIANTS[half::2] if len(axes) < 6 else OF_DIVIDED_ATTENTION
     outcomes = run_ranks(_train, ranks, axes, variants, timeout=180)
     for number, words in enumerate(variants):
         expected = _reference()[VARIANTS.index(words)]
@@ -255,8 +256,10 @@ def _train_all_plainly(variants: list[list[str]]) -> list[Trained]:
 
 
 def test_the_engine_does_what_plain_torch_does() -> None:
-    (plain,) = run_ranks(_train_all_plainly, 1, VARIANTS)
-    for words, trained, expected in zip(VARIANTS, _reference(), plain, strict=True):
+    variants = [words for words in VARIANTS if "precision.residuals=packed" not in words]
+    (plain,) = run_ranks(_train_all_plainly, 1, variants)
+    for words, expected in zip(variants, plain, strict=True):
+        trained = _reference()[VARIANTS.index(words)]
         _assert_alike(trained, expected, f"{words} against plain torch")
 
 

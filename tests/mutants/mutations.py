@@ -218,8 +218,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"'{ENGINE}[(1, 1, 2)]'",
         (
             "bases and experts reduced over each other's ranks",
-            "ParameterClass.BASE: GroupKind.BASE_DATA, ParameterClass.EXPERT: GroupKind.EXPERT_DATA",
-            "ParameterClass.BASE: GroupKind.EXPERT_DATA, ParameterClass.EXPERT: GroupKind.BASE_DATA",
+            "ParameterClass.BASE: GroupKind.BASE_DATA,\n    ParameterClass.EXPERT: GroupKind.EXPERT_DATA",
+            "ParameterClass.BASE: GroupKind.EXPERT_DATA,\n    ParameterClass.EXPERT: GroupKind.BASE_DATA",
         ),
     ),
     # dispatch
@@ -278,8 +278,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("probability of none", "return 1 - comb(total - held, chosen)", "return comb(total - held, chosen)"),
         (
             "one copy for all chosen clusters",
-            "return moe.top_clusters * shape.shard * others",
-            "return shape.shard * others",
+            "return moe.top_clusters * shape.shard * others * _needed",
+            "return shape.shard * others * _needed",
         ),
         ("worst layout advised", "better = min(", "better = max("),
     ),
@@ -731,7 +731,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "checkpoint/placement_record.py",
         f"{UNIT}/checkpoint/test_compatibility.py",
         ("clusters dealt round", "cluster // per_block for cluster", "cluster % shape.cluster for cluster"),
-        ("version lost", "shape.shard, record.version)", "shape.shard)"),
+        ("version lost", "shape.expert_shards, record.version)", "shape.expert_shards)"),
     ),
     *_of(
         "checkpoint/sharded_tensor.py",
@@ -755,7 +755,11 @@ MUTATIONS: tuple[Mutation, ...] = (
     *_of(
         "checkpoint/model_state.py",
         f"{UNIT}/checkpoint/test_model_state.py",
-        ("shards start at their parameter's start", "Shard(first - run.start, values", "Shard(first, values"),
+        (
+            "shards start at their parameter's start",
+            "Shard(run.first + first - run.start, values",
+            "Shard(run.first + first, values",
+        ),
         ("values of the fragment's start", "values[first - start : last - start]", "values[: last - first]"),
     ),
     *_of(

@@ -145,7 +145,9 @@ def test_a_divided_state_is_gathered_from_its_fragments(monkeypatch: pytest.Monk
 def test_whole_values_are_written_into_this_rank_s_fragment() -> None:
     parameter = nn.Parameter(torch.zeros(2, 2))
     fragment = StateFragment(1, {name: torch.zeros(2) for name in STATE_NAMES})
-    state: Any = SimpleNamespace(fragment=lambda _: fragment, offloaded=None)
+    state: Any = SimpleNamespace(
+        fragment=lambda _: fragment, offloaded=None, set_value=lambda held, value: held.detach().copy_(value)
+    )
     write_whole(state, parameter, {MASTER: torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
     assert parameter.tolist() == [[1, 2], [3, 4]]
     assert fragment.tensors[MASTER].tolist() == [2, 3]

@@ -66,7 +66,7 @@ def test_documents_are_computed_as_if_alone(kind: str) -> None:
     if kind == "clustered, m=1":
         return  # the gradient of a single cluster's gate is an advantage over the mean of a sequence (ADR 5)
     for name, gradient in alone.items():
-        assert torch.allclose(gradient, packed[name], rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(gradient, packed[name], rtol=1e-4, atol=1e-5), name
 
 
 def test_without_the_mask_tokens_attend_to_other_documents() -> None:
