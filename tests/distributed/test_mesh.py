@@ -21,23 +21,34 @@ def _sums_over_groups(shape: WorldShape) -> tuple[list[tuple[int, ...]], dict[st
         mesh = Mesh.create(shape, timedelta(seconds=60))
     created = [tuple(call.args[0]) for call in new_group.call_args_list]
     sums = {}
-    for kind in GroupKind:
+    for kind in mesh.groups:
         value = torch.tensor(float(2 ** dist.get_rank()))
         dist.all_reduce(value, group=mesh.group(kind).handle)
         sums[kind.value] = float(value)
     return created, sums
 
 
-@pytest.mark.parametrize("axes", SHAPES)
-def test_groups_are_created_alike_and_join_their_ranks(axes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("axes", [*SHAPES, (1, 4, 1, 1, 2, 2)])
+def test_groups_are_created_alike_and_join_their_ranks(axes: tuple[int, ...]) -> None:
     shape = WorldShape(*axes)
     outcomes = run_ranks(_sums_over_groups, shape.ranks, shape)
     layout = group_layout(shape)
     for rank, (created, sums) in enumerate(outcomes):
         assert created == [ranks for _, ranks in layout]
-        for kind in GroupKind:
+        assert set(sums) == {kind.value for kind, _ in layout}
+        for kind in {kind for kind, _ in layout}:
             (mine,) = [ranks for k, ranks in layout if k is kind and rank in ranks]
             assert sums[kind.value] == sum(2**r for r in mine)
+
+
+def test_attention_divides_neighbors_whatever_the_experts_do() -> None:
+    layout = group_layout(WorldShape(2, 2, 2, tensor=2, context=2))
+    groups = {kind: [ranks for other, ranks in layout if other is kind] for kind in GroupKind}
+    assert groups[GroupKind.TENSOR] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert groups[GroupKind.CONTEXT] == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert groups[GroupKind.SEQUENCE] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert groups[GroupKind.TENSOR_DATA] == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert not {GroupKind.TENSOR, GroupKind.SEQUENCE} & {kind for kind, _ in group_layout(WorldShape(2, 2, 2))}
 
 
 def _expert_groups(shape: WorldShape) -> tuple[list[tuple[int, ...]], tuple[tuple[int, ...], ...]]:
