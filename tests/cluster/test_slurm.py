@@ -91,7 +91,7 @@ def finished(slurm: Bed, cache: Path, tmp_path_factory: pytest.TempPathFactory) 
     assert "exit code 0" in job.log
     run = folder / "runs" / "smoke"
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["world"] == {"data": 1, "cluster": 4, "shard": 1, "replicas": 1}
+    assert summary["world"].items() >= {"data": 1, "cluster": 4, "shard": 1, "replicas": 1}.items()
     assert summary["all_to_all"]["bytes_inter_node"] > 0
     return run
 

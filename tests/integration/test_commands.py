@@ -66,7 +66,7 @@ def test_launch_trains_and_shows_its_summary(
     assert done.returncode == 0, done.stdout + done.stderr
     summary = _summary(tmp_path)
     assert json.loads(figures.read_text()) == summary
-    assert summary["world"] == {"data": 1, "cluster": ranks, "shard": 1, "replicas": 1}
+    assert summary["world"].items() >= {"data": 1, "cluster": ranks, "shard": 1, "replicas": 1}.items()
     assert summary["all_to_all"]["bytes"] > 0
     assert "perplexity" in done.stdout
     assert "Warning" not in done.stdout + done.stderr
@@ -78,7 +78,7 @@ def test_replicas_start_whatever_order_their_processes_keep_sets_in(tmp_path: Pa
     for _ in range(2):
         done = _run([*launch, "world.timeout_seconds=60", "train.steps=3", "recluster.period=1", "recluster.start=1"])
         assert done.returncode == 0, done.stdout + done.stderr
-    assert _summary(tmp_path)["world"] == {"data": 2, "cluster": 1, "shard": 1, "replicas": 1}
+    assert _summary(tmp_path)["world"].items() >= {"data": 2, "cluster": 1, "shard": 1, "replicas": 1}.items()
 
 
 def test_traffic_is_measured_and_reported(tmp_path: Path) -> None:
