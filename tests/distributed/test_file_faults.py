@@ -24,7 +24,7 @@ from tests.distributed.file_faults import NUMBERS, Fault, FileFaults
 from tests.distributed.ranks import run_ranks
 
 SMOKE = Path(__file__).parents[2] / "configs" / "test" / "smoke.yaml"
-PARTS = 6
+PARTS = 12
 
 
 def _words(folder: Path, *more: str) -> list[str]:
@@ -53,15 +53,18 @@ def _losses(folder: Path) -> Any:
 
 
 def _faults(folder: Path) -> list[Fault]:
-    """Return faults at the first or the last operation of every place, in turn, each with another error."""
+    """Return faults at the first and the last operation of every place, each with another error."""
     counts = [*_train(folder)[0].counts.items()]
     counts += [item for item in _train(folder)[0].counts.items() if item[0] not in dict(counts)]
+    found, number = [], 0
     lasting = [
         place for place in dict(counts) if place.operation in ("open", "mkdir") and place.file.startswith("runs")
     ]
-    found = [Fault(place, 1, errno.ENOSPC, lasting=True) for place in lasting]
-    for number, (place, count) in enumerate(counts):
-        found.append(Fault(place, (1, count)[number // len(NUMBERS) % 2], NUMBERS[number % len(NUMBERS)]))
+    found += [Fault(place, 1, errno.ENOSPC, lasting=True) for place in lasting]
+    for place, count in counts:
+        for nth in sorted({1, count}):
+            found.append(Fault(place, nth, NUMBERS[number % len(NUMBERS)]))
+            number += 1
     return found
 
 
