@@ -60,7 +60,8 @@ def _read_exported(model: LanguageModel, file: ExportedFile) -> None:
     for name, bias in model.context.balance.state_dict().items():
         bias.copy_(file.read(f"balance.{name}", tuple(bias.shape)))
     for parameter, runs in named_runs(model).items():
-        read = {run.name: file.read(run.name, run.shape).flatten() for run in runs}
+        shapes = {run.name: run.shape for run in runs}  # a tensor that is divided by columns has a run for each row
+        read = {name: file.read(name, shape).flatten() for name, shape in shapes.items()}
         for run in runs:
             run_of(parameter, run).copy_(read[run.name][run.first : run.first + run.length])
 

@@ -1,5 +1,7 @@
 """Checks between sections of a configuration; each raises a `ConfigError` that names keys and values."""
 
+from collections.abc import Mapping
+
 from moe_dist.config.sections.data import CorpusConfig, TokenizerConfig
 from moe_dist.config.sections.memory import MemoryConfig
 from moe_dist.config.sections.model import ModelConfig
@@ -62,9 +64,14 @@ def check_packed(precision: PrecisionConfig, memory: MemoryConfig, train: TrainC
         "precision.symmetric=false": (not precision.symmetric, "true"),
         "train.precision=float16": (train.precision == "float16", "bfloat16 or float32"),
     }
-    for key, (wrong, right) in refused.items():
-        if wrong:
-            raise ConfigError(f"{key} does not work with precision.residuals=packed: set it to {right}")
+    _reject(refused, "precision.residuals=packed")
+
+
+def _reject(refused: Mapping[str, tuple[bool, str]], beside: str) -> None:
+    """Raise for the first setting that is there, which does not work `beside` another; each has what would be right."""
+    for setting, (found, right) in refused.items():
+        if found:
+            raise ConfigError(f"{setting} does not work with {beside}: set it to {right}")
 
 
 def check_tokenizer(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> None:
@@ -145,9 +152,7 @@ def check_slices(
             f"a divisor of a slice's width, {width}",
         ),
     }
-    for key, (wrong, right) in refused.items():
-        if wrong:
-            raise ConfigError(f"{key} does not work with world.shard_mode=slice: set it to {right}")
+    _reject(refused, "world.shard_mode=slice")
 
 
 def check_recluster(recluster: ReclusterConfig, moe: MoEConfig, train: TrainConfig) -> None:

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.config import ModelConfig, WorldShape
+from moe_dist.config import ModelConfig
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.model.megatron_attention import RotaryOnDevice, SdpaCoreAttention
 from moe_dist.model.megatron_tensor_parallel import check_vocabulary, install_stand_ins, mark_shards
@@ -69,8 +69,8 @@ def build_gpt(
     vocab_size: int,
     feed_forward: FeedForwardFactory,
     seed: int,
-    recompute_context: Callable[[], AbstractContextManager[None]] = nullcontext,
-    mesh: Mesh | None = None,
+    recompute_context: Callable[[], AbstractContextManager[None]],
+    mesh: Mesh,
 ) -> nn.Module:
     """Build a GPT whose `forward(tokens, positions, attention_mask, labels=...)` returns every token's loss, [B, S].
 
@@ -80,22 +80,23 @@ def build_gpt(
         seed: seed of the initial values, the same on all ranks.
         recompute_context: context in which a layer's forward pass is recomputed (activation checkpointing).
         mesh: ranks over which attention is divided (`WorldShape.tensor`, `context`); its tokens, positions and labels
-            are then this rank's part of each sequence. None: it is not divided.
+            are then this rank's part of each sequence.
 
     Raises:
         ConfigError: the vocabulary does not divide over the tensor group.
     """
-    shape = WorldShape(1, 1, 1) if mesh is None else mesh.shape
-    check_vocabulary(vocab_size, shape.tensor)
-    if shape.tensor > 1:
+    tensor = mesh.shape.tensor
+    check_vocabulary(vocab_size, tensor)
+    if tensor > 1:
         install_stand_ins()
-    context = None if mesh is None else mesh.groups.get(GroupKind.CONTEXT)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     torch.manual_seed(seed)
-    config = _transformer_config(model, shape.tensor)
+    config = _transformer_config(model, tensor)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm == "head")
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = ModuleSpec(module=SdpaCoreAttention, params={"context": context})
+    attention.core_attention = ModuleSpec(
+        module=SdpaCoreAttention, params={"context": mesh.groups.get(GroupKind.CONTEXT)}
+    )
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
     if model.qk_norm == "head":
         attention.q_layernorm = attention.k_layernorm = _Norm
@@ -112,8 +113,8 @@ def build_gpt(
         rotary_base=model.rope_base,
         share_embeddings_and_output_weights=model.tie_embeddings,
     )
-    gpt.rotary_pos_emb = RotaryOnDevice(model, 0 if mesh is None else mesh.in_attention.context)
-    if shape.tensor > 1:
+    gpt.rotary_pos_emb = RotaryOnDevice(model, mesh.in_attention.context)
+    if tensor > 1:
         mark_shards(gpt)
     if model.activation_checkpointing:
         for layer in gpt.decoder.layers:
