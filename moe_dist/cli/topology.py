@@ -24,9 +24,11 @@ WHAT = {
     "tensor": "tensor parallelism: sequences gathered and scattered around attention",
     "context": "context parallelism: heads of attention",
     "tensor_data": "gradients of attention and embeddings",
+    "pipeline": "hidden states between pipeline stages",
+    "stage": "gradients of all else",
     "all": "gradients of all else",
 }
-OF_ATTENTION = ("tensor", "context", "tensor_data")
+OF_ATTENTION = ("tensor", "context", "tensor_data", "pipeline", "stage")
 TRAFFIC = {  # of a kind of layer, by the way in which tokens are dispatched
     "two_stage": ("stage_one", "cluster", "base_data", "expert_data", "all"),
     "flat": ("expert_parallel", "expert_data", "all"),

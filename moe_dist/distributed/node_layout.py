@@ -35,11 +35,15 @@ def nodes_of_ranks(ranks_of_node: Sequence[int]) -> tuple[int, ...]:
 
 
 def crossings(shape: WorldShape, node_of_rank: Sequence[int]) -> list[Crossing]:
-    """Return one entry for each kind of group, in the order of `GroupKind`, then one for the group of all ranks."""
+    """Return one entry for each kind of group, in the order of `GroupKind`, then one for the group of all ranks.
+
+    With pipeline stages the latter is missing: no gradients are summed over all ranks.
+    """
     groups: dict[GroupKind | None, list[tuple[int, ...]]] = {}
     for kind, ranks in group_layout(shape):
         groups.setdefault(kind, []).append(ranks)
-    groups[None] = [tuple(range(shape.ranks))]
+    if GroupKind.STAGE not in groups:
+        groups[None] = [tuple(range(shape.ranks))]
     return [_crossing(kind, members, node_of_rank) for kind, members in groups.items()]
 
 

@@ -85,7 +85,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *_of(
         "model/initial_values.py",
-        STAGES,
+        f"{UNIT}/model/test_initial_values.py",
         ("all matrices start alike", "generator(seed, 0, name, 0)", "generator(seed, 0, 'matrix', 0)"),
     ),
     *_of(
