@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
 
-from moe_dist.config import CorpusConfig
+from moe_dist.config.sections.data import SourceConfig
 from moe_dist.data.chats import ChatSource
 from moe_dist.data.documents import Document, as_documents, limit_bytes
 from moe_dist.data.files import FileSource, match_files, stdlib_source
@@ -37,7 +37,7 @@ class Source(Protocol):
 class Corpus:
     """Training source, and validation source if there is a separate one."""
 
-    config: CorpusConfig
+    config: SourceConfig
     train: Source
     validation: Source | None
 
@@ -50,8 +50,9 @@ class Corpus:
             "max_bytes": self.config.max_bytes,
         }
 
+    @cached_property
     def split(self) -> Split:
-        """Read all documents once and decide which are held out; `corpus.max_bytes` limits each source.
+        """Split after reading all documents once to decide which are held out; `max_bytes` limits each source.
 
         Raises:
             DataError: a source cannot be read, or no text is left for training or validation.
@@ -75,8 +76,11 @@ class Corpus:
         return limit_bytes(as_documents(source.texts()), self.config.max_bytes)
 
 
-def open_corpus(config: CorpusConfig) -> Corpus:
+def open_corpus(config: SourceConfig, key: str = "corpus") -> Corpus:
     """Open the sources without reading them.
+
+    Args:
+        key: name of the configuration's section, for messages.
 
     Raises:
         DataError: a path matches no file.
@@ -84,28 +88,28 @@ def open_corpus(config: CorpusConfig) -> Corpus:
     if config.kind == "stdlib":
         return Corpus(config, stdlib_source(), None)
     if config.kind == "hub":
-        return _hub_corpus(config)
+        return _hub_corpus(config, key)
     if config.kind == "megatron":
-        pairs = match_prefixes("corpus.paths", config.paths)
-        held_pairs = match_prefixes("corpus.validation_paths", config.validation_paths)
+        pairs = match_prefixes(f"{key}.paths", config.paths)
+        held_pairs = match_prefixes(f"{key}.validation_paths", config.validation_paths)
         return Corpus(config, MegatronSource(pairs), MegatronSource(held_pairs) if held_pairs else None)
-    train = match_files("corpus.paths", config.paths)
+    train = match_files(f"{key}.paths", config.paths)
     source = ChatSource if config.kind == "chat" else partial(FileSource, text_column=config.text_column)
     if not config.validation_paths:
         return Corpus(config, source(train), None)
-    held = match_files("corpus.validation_paths", config.validation_paths)
+    held = match_files(f"{key}.validation_paths", config.validation_paths)
     # a glob such as data/*.txt may match the validation file too
     held_out = {path.resolve() for path in held}
     train = tuple(path for path in train if path.resolve() not in held_out)
     if not train:
-        raise DataError("corpus.paths names only files that corpus.validation_paths names too: nothing to train on")
+        raise DataError(f"{key}.paths names only files that {key}.validation_paths names too: nothing to train on")
     return Corpus(config, source(train), source(held))
 
 
-def _hub_corpus(config: CorpusConfig) -> Corpus:
+def _hub_corpus(config: SourceConfig, key: str) -> Corpus:
     name = config.name or ""
     train = HubSource(name, config.subset, config.split, config.text_column)
     if config.validation_split is None:
         return Corpus(config, train, None)
-    held = HubSource(name, config.subset, config.validation_split, config.text_column, "corpus.validation_split")
+    held = HubSource(name, config.subset, config.validation_split, config.text_column, f"{key}.validation_split")
     return Corpus(config, train, held)

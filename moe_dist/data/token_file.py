@@ -57,7 +57,11 @@ class TokenFile:
     @property
     def plain_ids(self) -> npt.NDArray[np.integer]:
         """Ids with the complements of a chat's context undone; in memory."""
-        ids = np.asarray(self.ids)
+        return self.plain(0, len(self))
+
+    def plain(self, first: int, end: int) -> npt.NDArray[np.integer]:
+        """Return a run of these ids."""
+        ids = np.asarray(self.ids[first:end])
         return np.where(ids < 0, ~ids, ids) if ids.dtype.kind == "i" else ids
 
     @cached_property
