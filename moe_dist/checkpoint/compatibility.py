@@ -17,6 +17,7 @@ MUST_MATCH = (
     "tokenizer",
     "train.global_batch_size",
     "corpus.document_mask",
+    "corpus.packing",
     "optimizer.trainable",
 )
 """Sections and keys that decide which tensors exist, what the model computes, and which tokens come next."""
@@ -75,6 +76,11 @@ def check_same_model(manifest: Manifest, config: RunConfig) -> dict[str, tuple[A
 
 
 def _require_same_tokens(then: DataRecord, now: DataRecord, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    if then.order != now.order:
+        raise CheckpointError(
+            "the checkpoint's run read its sequences in another order, that of an earlier version: start a new "
+            "run from its weights with checkpoint.init"
+        )
     if (then.train_checksum, then.vocab_size) == (now.train_checksum, now.vocab_size):
         return
     keys = {key: pair for key, pair in changed.items() if _is_below(key, ("corpus",)) and key != "corpus.cache_dir"}

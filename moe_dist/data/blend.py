@@ -45,13 +45,13 @@ class Cycle:
     weight_K: tuple[int, ...]
 
     @cached_property
-    def first_D(self) -> Indices:
-        """Sources of the first cycle, which starts with the largest weight."""
+    def first_cycle(self) -> Indices:
+        """Sources of the first cycle [D], which starts with the largest weight."""
         return self._order(1)
 
     @cached_property
-    def later_D(self) -> Indices:
-        """Sources of every later cycle, which starts with the first source, since all are even."""
+    def later_cycle(self) -> Indices:
+        """Sources of every later cycle [D], which starts with the first source, since all are even."""
         return self._order(0)
 
     def _order(self, head_start: int) -> Indices:
@@ -71,7 +71,7 @@ class Cycle:
     def _ranks(self) -> tuple[Indices, Indices]:
         """Number of the draw of each position within its cycle, [D] of the first and of later cycles."""
         ranks = []
-        for source_D in (self.first_D, self.later_D):
+        for source_D in (self.first_cycle, self.later_cycle):
             rank_D = np.empty_like(source_D)
             for source, weight in enumerate(self.weight_K):
                 rank_D[source_D == source] = np.arange(weight)
@@ -80,23 +80,23 @@ class Cycle:
 
     def locate(self, position_n: Indices) -> tuple[Indices, Indices]:
         """Return the source of each position, and how many of its draws come before it."""
-        cycle_n, at_n = np.divmod(position_n, len(self.first_D))
+        cycle_n, at_n = np.divmod(position_n, len(self.first_cycle))
         is_first = cycle_n == 0
-        source_n = np.where(is_first, self.first_D[at_n], self.later_D[at_n])
+        source_n = np.where(is_first, self.first_cycle[at_n], self.later_cycle[at_n])
         rank_n = np.where(is_first, self._ranks[0][at_n], self._ranks[1][at_n])
         return source_n, cycle_n * np.array(self.weight_K)[source_n] + rank_n
 
     def drawn(self, positions: int) -> tuple[int, ...]:
         """Return the draws of each source in the first `positions`, [K]."""
-        cycles, rest = divmod(positions, len(self.first_D))
-        partial_K = np.bincount((self.later_D if cycles else self.first_D)[:rest], minlength=len(self.weight_K))
+        cycles, rest = divmod(positions, len(self.first_cycle))
+        partial_K = np.bincount((self.later_cycle if cycles else self.first_cycle)[:rest], minlength=len(self.weight_K))
         return tuple(cycles * weight + int(more) for weight, more in zip(self.weight_K, partial_K, strict=True))
 
     def position_of(self, source: int, draw: int) -> int:
         """Return the position of the draw number `draw` of a source."""
         cycles, rest = divmod(draw, self.weight_K[source])
-        at = np.flatnonzero((self.later_D if cycles else self.first_D) == source)[rest]
-        return cycles * len(self.first_D) + int(at)
+        at = np.flatnonzero((self.later_cycle if cycles else self.first_cycle) == source)[rest]
+        return cycles * len(self.first_cycle) + int(at)
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,7 @@ class BlendPlan:
                 break
         self._firsts = np.array([segment.first for segment in self.segments])
 
-    def _add(
-        self, first: int, weight_K: Sequence[float], end: int | None, drawn_K: tuple[int, ...]
-    ) -> tuple[int, ...]:
+    def _add(self, first: int, weight_K: Sequence[float], end: int | None, drawn_K: tuple[int, ...]) -> tuple[int, ...]:
         """Add the segments of one change of weights: a new one begins where a source runs out; return the draws."""
         while end is None or first < end:
             limits = list(zip(weight_K, self._limit_K, drawn_K, strict=True))

@@ -14,6 +14,8 @@ from moe_dist.data.blend import BlendPlan, Indices
 from moe_dist.data.permutation import Permutation
 from moe_dist.data.sequences import Sequences
 
+ORDER = 1
+"""Version of the order of sequences; raise it when an equal seed and step give others."""
 EVERYTHING = BlendPlan([(0, [1.0])], [None])
 """Plan of a single source."""
 
@@ -46,8 +48,8 @@ class SequenceLoader:
     ) -> None:
         if global_batch_size % ranks or not 0 <= rank < ranks:
             raise ValueError(f"global_batch_size={global_batch_size} cannot be divided for rank {rank} of {ranks}")
-        self.plan = plan
-        self._sources = list(sources.items())
+        self.plan, self.sources = plan, sources
+        self._numbered = list(sources.items())
         self._global_batch_size = global_batch_size
         self._rank_batch_size = global_batch_size // ranks
         self._first_row = rank * self._rank_batch_size
@@ -59,9 +61,16 @@ class SequenceLoader:
         rows: list[torch.Tensor | None] = [None] * len(source_b)
         for number in np.unique(source_b):
             at = np.flatnonzero(source_b == number)
-            for row, sequence in zip(at, self._sources[number][1].read(index_b[at]), strict=True):
+            for row, sequence in zip(at, self._numbered[number][1].read(index_b[at]), strict=True):
                 rows[row] = sequence
         return Batch(torch.stack([row for row in rows if row is not None]), torch.from_numpy(source_b))
+
+    def target_share(self, step: int) -> float:
+        """Return the share of targets among the tokens of all batches with the weights of `step`."""
+        shares = self.plan.shares(step * self._global_batch_size)
+        return sum(
+            share * sequences.target_share for share, sequences in zip(shares, self.sources.values(), strict=True)
+        )
 
     def indices(self, step: int) -> tuple[Indices, Indices]:
         """Return the source of each of its sequences and the index there, int64 [b] each."""
@@ -69,7 +78,7 @@ class SequenceLoader:
         source_b, draw_b = self.plan.locate(np.arange(start, start + self._rank_batch_size))
         index_b = np.empty_like(draw_b)
         for number in np.unique(source_b):
-            name, sequences = self._sources[number]
+            name, sequences = self._numbered[number]
             epoch_b = draw_b // len(sequences)
             for epoch in np.unique(epoch_b[source_b == number]).tolist():
                 at = (source_b == number) & (epoch_b == epoch)
@@ -83,6 +92,7 @@ class PrefetchingLoader:
 
     def __init__(self, loader: SequenceLoader, ahead: int = 2) -> None:
         self._loader, self._ahead = loader, ahead
+        self.target_share, self.plan, self.sources = loader.target_share, loader.plan, loader.sources
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._asked: dict[int, Future[Batch]] = {}
 

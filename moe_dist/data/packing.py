@@ -1,7 +1,7 @@
 """Best-fit packing: documents are put whole into sequences where they fit, with the least room left.
 
-Documents longer than a sequence are cut into whole sequences and a rest, each piece starting at the last token of the one
-before; then pieces are packed by best-fit-decreasing (Ding et al., "Fewer Truncations Improve Language Modeling",
+Documents longer than a sequence are cut into whole sequences and a rest, each piece starting at the last token of the
+one before; then pieces are packed by best-fit-decreasing (Ding et al., "Fewer Truncations Improve Language Modeling",
 arXiv 2404.10830), `WINDOW` at a time, so that memory does not grow with the corpus. The index is a file beside the
 tokens:
 
@@ -82,8 +82,8 @@ class PackedSequences:
         padding = ~self._tokens.facts.end_of_document
         rows = np.full((len(indices), self._length + 1), padding, np.int64)
         for row, index in zip(rows, indices.tolist(), strict=True):
-            at = 0
-            for first, size in self._pieces[int(self._ends[index - 1]) if index else 0 : int(self._ends[index])].tolist():
+            at, begin = 0, int(self._ends[index - 1]) if index else 0
+            for first, size in self._pieces[begin : int(self._ends[index])].tolist():
                 row[at : at + size] = self._tokens.ids[first : first + size]
                 at += size
         return torch.from_numpy(rows)

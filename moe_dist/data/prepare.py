@@ -112,9 +112,7 @@ def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedDa
         raise DataError(f"corpus.cache_dir={corpus.cache_dir} cannot be used: {error}") from error
 
 
-def _prepare(
-    cache: Path, source: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, bytes]
-) -> PreparedSource:
+def _prepare(cache: Path, source: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, bytes]) -> PreparedSource:
     folder = cache / "prepared" / _key(source, tokenizer, imported)
     ready = _open(folder)
     if ready:

@@ -16,10 +16,11 @@ Indices = npt.NDArray[np.int64]
 
 
 class Sequences(Protocol):
-    """Sequences of one source; `target_share` is the share of their targets that count for the loss."""
+    """Sequences of one source."""
 
     @property
-    def target_share(self) -> float: ...
+    def target_share(self) -> float:
+        """Share of their targets that count for the loss."""
 
     def __len__(self) -> int: ...
 

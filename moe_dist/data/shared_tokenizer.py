@@ -55,8 +55,6 @@ def _trained(shares: Sequence[tuple[Corpus, float]], config: TokenizerConfig) ->
     logger.info("training a %s tokenizer of %d pieces on all sources", config.kind, config.vocab_size)
     total = sum(share for _, share in shares)
     samples = (
-        source.split.sample(max(1, int(config.train_bytes * share / total)))
-        for source, share in shares
-        if share
+        source.split.sample(max(1, int(config.train_bytes * share / total))) for source, share in shares if share
     )
     return train_tokenizer((document.text for document in chain.from_iterable(samples)), config)

@@ -43,6 +43,8 @@ class StepOutcome:
     """Weighted router z-loss (`moe.z_loss_weight`) of all layers; not included in `loss`."""
     stop: bool
     """True if any rank was asked to stop the run after this step."""
+    total_2K: Tensor | None = None
+    """Sums of losses, nats, and of targets of each source of a blend."""
 
 
 class DeepSpeedEngine:
@@ -83,26 +85,39 @@ class DeepSpeedEngine:
         elsewhere = gradient_norm.nothing_else if self._ours is None else self._ours.finish_gradients
         gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm, elsewhere)
 
-    def forward_backward(self, sequences_BS: Tensor, stop_wanted: Callable[[], bool] = lambda: False) -> StepOutcome:
+    def forward_backward(
+        self,
+        sequences_BS: Tensor,
+        stop_wanted: Callable[[], bool] = lambda: False,
+        source_B: Tensor | None = None,
+        sources: int = 0,
+    ) -> StepOutcome:
         """Run the forward and backward passes of a step, in micro-batches; collective.
 
         Args:
             sequences_BS: this rank's share of the batch, [micro * accumulation, S+1] token ids.
             stop_wanted: returns True if this rank was asked to stop after the step; called once, at the end.
+            source_B: number of the source of each sequence, below `sources`; None: losses by source are not wanted.
         """
-        loss = torch.zeros((), device=self.process.device)
+        device = self.process.device
+        loss, total_2K = torch.zeros((), device=device), torch.zeros(2, sources, dtype=torch.float64, device=device)
         if self.loss_scale.enabled:
             self._engine.optimizer.loss_scale = self.model.context.balance.loss_scale = self.loss_scale.scale
-        for sequence_BS in sequences_BS.to(self.process.device).split(self.batch.micro):
+        source_B = torch.zeros(len(sequences_BS), dtype=torch.int64) if source_B is None else source_B
+        for sequence_BS, part_B in zip(
+            *(each.to(device).split(self.batch.micro) for each in (sequences_BS, source_B)), strict=True
+        ):
             if self._memory is not None:
                 self._memory.last_pass = self._engine.is_gradient_accumulation_boundary()
             micro_loss = self._engine(sequence_BS)
             # the ranks of a tensor group compute one loss together, and gradients are divided by all ranks
             self._engine.backward(self._missing_scale * self.model.context.mesh.shape.tensor * micro_loss)
             loss += micro_loss.detach().float() / self.batch.accumulation
+            if sources:
+                total_2K.index_add_(1, part_B, self.model.last_losses_2B)
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
-        return self._reduce_outcome(loss, stop_wanted())
+        return self._reduce_outcome(loss, total_2K, stop_wanted())
 
     def update(self, outcome: StepOutcome, learning_rate: float) -> float:
         """Clip gradients, update weights and balance biases; return the global gradient norm before clipping.
@@ -148,7 +163,7 @@ class DeepSpeedEngine:
         self._engine.destroy()
         del self._engine, self.model
 
-    def _reduce_outcome(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
+    def _reduce_outcome(self, loss: Tensor, mine_2K: Tensor, stop_wanted: bool) -> StepOutcome:
         """Sum loads, losses, non-finite losses and stop requests over the ranks, in one small all-reduce per step."""
         balance, ranks = self.model.context.balance, self.process.ranks
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
@@ -156,15 +171,20 @@ class DeepSpeedEngine:
         stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
         mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop])
         mine = torch.cat([mine, balance.router_loss_2.double()])
-        packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
+        packed = torch.cat([mine, mine_2K.flatten().nan_to_num(0, 0, 0), faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
         balance.clear_counts()
         self._count_LE = packed[-balance.count_LE.numel() :].view(balance.count_LE.shape)
-        sums, faults, counts = packed.cpu().split([len(mine), ranks, balance.count_LE.numel()])
+        sums, totals, faults, counts = packed.cpu().split(
+            [len(mine), mine_2K.numel(), ranks, balance.count_LE.numel()]
+        )
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
         loss_sum, dropped, stops, balance_loss, z_loss = sums.tolist()
-        return StepOutcome(loss_sum / ranks, broken, count_LE, dropped, balance_loss / ranks, z_loss / ranks, stops > 0)
+        mean, auxiliary = loss_sum / ranks, (balance_loss / ranks, z_loss / ranks)
+        return StepOutcome(
+            mean, broken, count_LE, dropped, *auxiliary, stops > 0, totals.view(2, -1) if len(totals) else None
+        )
 
 
 def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:

@@ -34,11 +34,13 @@ class LanguageModel(nn.Module):
     Attributes:
         context: state shared by the layers: mesh, placements, balance state, traffic ledger.
         target_share: share of the targets among the training tokens; the training loss is a mean over targets.
+        last_losses_2B: sums of losses and targets of this rank's part of each sequence of the last forward pass.
         end_of_document: token that ends each document, for `corpus.document_mask`; set by those who have the tokenizer.
     """
 
     end_of_document: int | None = None
     target_share: float = 1.0
+    last_losses_2B: Tensor
 
     def __init__(
         self,
@@ -99,7 +101,10 @@ class LanguageModel(nn.Module):
         The number of targets is taken as its mean over all training tokens, so that each target has the same weight
         in any micro-batch of any rank.
         """
-        return self.token_losses(sequence_BS).mean() / self.target_share
+        losses_BS = self.token_losses(sequence_BS)
+        targets_B = (sequence_BS[:, 1:] >= 0).sum(1) / self.context.mesh.shape.context
+        self.last_losses_2B = torch.stack([losses_BS.detach().double().sum(1), targets_B.double()])
+        return losses_BS.mean() / self.target_share
 
     def token_losses(self, sequence_BS: Tensor) -> Tensor:
         """Return the loss of every predicted token, [B, S], in nats; 0 for those that are no targets.
