@@ -146,7 +146,7 @@ class BlendPlan:
             stops = [] if end is None else [end]
             for source, (weight, limit, drawn) in enumerate(limits):
                 if limit is not None and weight and drawn < limit:
-                    stops.append(first + segment.cycle.position_of(source, limit - drawn))
+                    stops.append(first + segment.cycle.position_of(source, limit - drawn - 1) + 1)
             if not stops:
                 break
             first, drawn_K = min(stops), self._drawn(segment, min(stops))

@@ -29,7 +29,6 @@ from moe_dist.errors import DataError
 WINDOW = 1 << 20
 """Pieces that are packed together."""
 _HEADER_BYTES = 4096
-_CHUNK = 1 << 24
 Pieces = npt.NDArray[np.int64]
 
 
@@ -161,7 +160,7 @@ def _windows(tokens: TokenFile, capacity: int) -> Iterator[tuple[Indices, Pieces
     firsts: list[Indices] = []
     sizes: list[Indices] = []
     held = 0
-    for first_N, size_N in document_runs(tokens):
+    for first_N, size_N in tokens.documents():
         firsts.append(first_N)
         sizes.append(size_N)
         held += int((1 + size_N // capacity).sum())
@@ -170,17 +169,6 @@ def _windows(tokens: TokenFile, capacity: int) -> Iterator[tuple[Indices, Pieces
             firsts, sizes, held = [], [], 0
     if held:
         yield np.concatenate(sizes), _pieces(np.concatenate(firsts), np.concatenate(sizes), capacity)
-
-
-def document_runs(tokens: TokenFile) -> Iterator[tuple[Indices, Indices]]:
-    """Yield the first token and the size of documents, their ends included, [N] each, some million tokens at a time."""
-    first, stop = 0, tokens.facts.end_of_document
-    for start in range(0, len(tokens), _CHUNK):
-        end_N = start + 1 + np.flatnonzero(tokens.plain(start, start + _CHUNK) == stop)
-        if len(end_N):
-            first_N = np.concatenate([[first], end_N[:-1]]).astype(np.int64)
-            yield first_N, end_N - first_N
-            first = int(end_N[-1])
 
 
 def _pieces(first_N: Indices, size_N: Indices, capacity: int) -> Pieces:

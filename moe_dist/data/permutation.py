@@ -12,7 +12,7 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 _ROUNDS = 8
-_FEWEST_BITS = 3  # of a half: networks over fewer numbers are too few to give every order of a small set
+_FEWEST_BITS = 2  # of a half: networks over fewer numbers are too few to give every order of a small set
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # of splitmix64
 
 

@@ -175,9 +175,7 @@ class DeepSpeedEngine:
         dist.all_reduce(packed)
         balance.clear_counts()
         self._count_LE = packed[-balance.count_LE.numel() :].view(balance.count_LE.shape)
-        sums, totals, faults, counts = packed.cpu().split(
-            [len(mine), mine_2K.numel(), ranks, balance.count_LE.numel()]
-        )
+        sums, totals, faults, counts = packed.cpu().split([len(mine), mine_2K.numel(), ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
         loss_sum, dropped, stops, balance_loss, z_loss = sums.tolist()
