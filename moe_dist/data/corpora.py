@@ -1,7 +1,8 @@
 """Corpora: documents to train on and documents held out, from the `corpus.*` keys."""
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from moe_dist.data.hub import HubSource
 from moe_dist.data.megatron_files import MegatronSource, match_prefixes
 from moe_dist.data.split import Split, Survey, lowest_keys
 from moe_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -48,6 +51,7 @@ class Corpus:
             "train": self.train.fingerprint(),
             "validation": self.validation.fingerprint() if self.validation else self.config.validation_fraction,
             "max_bytes": self.config.max_bytes,
+            **({"near_duplicates": "drop"} if self.config.near_duplicates == "drop" else {}),
         }
 
     @cached_property
@@ -57,6 +61,15 @@ class Corpus:
         Raises:
             DataError: a source cannot be read, or no text is left for training or validation.
         """
+        split = self._exact_split()
+        if self.config.near_duplicates == "ignore":
+            return split
+        found, drop = split.near_duplicates(), self.config.near_duplicates == "drop"
+        shown = "are dropped" if drop else "stay: corpus.near_duplicates=drop leaves them out"
+        logger.warning("%d training documents are nearly equal to held-out ones, and %s", len(found), shown)
+        return replace(split, dropped=found) if drop else split
+
+    def _exact_split(self) -> Split:
         survey = self._survey(self.train)
         if self.validation is None:
             held = lowest_keys(survey.keys, self.config.validation_fraction)

@@ -32,6 +32,11 @@ class SourceConfig(Section):
     text_column: str = Field("text", description="text column of .jsonl, .parquet and hub data; no other is read")
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of documents held out")
     max_bytes: Positive | None = Field(None, description="limit of text per source; null: no limit")
+    near_duplicates: Literal["ignore", "report", "drop"] = Field(
+        "ignore",
+        description="what to do with training documents that are nearly equal to a held-out one: report counts them as "
+        "the text is prepared, drop leaves them out (needs moe-dist[dedup]; some milliseconds a document)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -73,7 +78,7 @@ class CorpusConfig(SourceConfig):
         description="stdlib: Python's own library source, offline; chat: conversations, with the loss on answers only; "
         "megatron: Megatron-core's tokenized files; blend: `sources`",
     )
-    sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], BlendSource] = Field(
+    sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], BlendSource] = Field(
         {}, description="named sources that are blended by weight (blend), each with the keys above"
     )
     schedule: list[WeightChange] = Field([], description="changes of the sources' weights at steps (blend)")
