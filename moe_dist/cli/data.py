@@ -1,4 +1,4 @@
-"""Commands on training text: preparation, and a look at what was prepared."""
+"""Commands on training text: preparation, a look at what was prepared, and checks of it."""
 
 import logging
 import sys
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    data = typer.Typer(help="Prepare training text, and look at it.", no_args_is_help=True)
+    data = typer.Typer(help="Prepare training text, look at it, and check it.", no_args_is_help=True)
     data.command()(prepare)
     data.command()(inspect)
+    data.command()(validate)
     app.add_typer(data, name="data")
 
 
@@ -76,6 +77,24 @@ def inspect(
         console.print(_described(report_of(tokens, sequences, length), length), markup=False, soft_wrap=True)
         for text in samples_of(tokens, tokenizer, samples, characters):
             console.print(f"  | {text!r}", markup=False, soft_wrap=True)
+
+
+def validate(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Prepared folders, or a cache_dir.")],
+    near_duplicates: Annotated[
+        bool, typer.Option(help="Also look for near-duplicates of validation text; some milliseconds a document.")
+    ] = False,
+) -> None:
+    """Check prepared text: files, ids, documents, duplicates. Exit code 1 if a folder cannot be trained on."""
+    from moe_dist.data.prepared_checks import check_folder, prepared_folders
+
+    failed = False
+    for folder in [found for path in folders for found in prepared_folders(path)]:
+        typer.echo(str(folder))
+        for finding in check_folder(folder, near_duplicates):
+            failed |= finding.level == "fail"
+            typer.echo(f"  {finding.level:4} {finding.text}")
+    raise typer.Exit(int(failed))
 
 
 def _files(data: "PreparedData") -> Iterator[tuple[str, "TokenFile"]]:

@@ -145,17 +145,22 @@ def _key(corpus: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, byte
 
 def _open(folder: Path) -> PreparedSource | None:
     """Return the finished data in `folder`; None if it is missing or damaged (which is logged)."""
-    manifest = folder / "manifest.json"
-    if not manifest.exists():
+    if not (folder / "manifest.json").exists():
         return None
     try:
-        return _open_finished(folder, manifest)
+        return open_finished(folder)
     except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("making %s again: %s", folder, error)
         return None
 
 
-def _open_finished(folder: Path, manifest: Path) -> PreparedSource:
+def open_finished(folder: Path) -> PreparedSource:
+    """Open prepared data after checking all files (about a second per gigabyte).
+
+    Raises:
+        DataError, OSError, ValueError, KeyError, TypeError: a file is missing or damaged.
+    """
+    manifest = folder / "manifest.json"
     facts = json.loads(manifest.read_text())
     model = tokenizer_in(folder)
     if model is None:
