@@ -12,10 +12,12 @@ Shapes: S tokens per sequence, which holds C = S + 1 ids; p pieces, n sequences.
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +31,7 @@ from moe_dist.errors import DataError
 WINDOW = 1 << 20
 """Pieces that are packed together."""
 _HEADER_BYTES = 4096
+_CHUNK = 1 << 22
 Pieces = npt.NDArray[np.int64]
 
 
@@ -43,6 +46,7 @@ class PackingFacts:
     tokens: int
     documents: int
     cut_documents: int
+    index_crc: int
 
     @property
     def padding(self) -> float:
@@ -93,10 +97,10 @@ def read_facts(path: Path, tokens: TokenFile, length: int) -> PackingFacts | Non
     try:
         with path.open("rb") as file:
             facts = PackingFacts(**json.loads(file.read(_HEADER_BYTES)))
-            size = file.seek(0, 2)
+            whole = _crc(file) == facts.index_crc
+            whole &= file.tell() == _HEADER_BYTES + 16 * facts.pieces + 8 * facts.sequences
     except (OSError, ValueError, TypeError):
         return None
-    whole = size == _HEADER_BYTES + 16 * facts.pieces + 8 * facts.sequences
     return facts if whole and (facts.checksum, facts.length) == (tokens.checksum, length) else None
 
 
@@ -107,7 +111,7 @@ def write_packing(path: Path, tokens: TokenFile, length: int) -> PackingFacts:
         DataError: there is no document.
     """
     documents = cut = pieces = used = sequences = 0
-    with atomic_write(path) as temporary, temporary.open("wb") as file, TemporaryFile(dir=path.parent) as ends:
+    with atomic_write(path) as temporary, temporary.open("w+b") as file, TemporaryFile(dir=path.parent) as ends:
         file.write(b" " * _HEADER_BYTES)
         for size_N, piece_P2 in _windows(tokens, length + 1):
             documents, cut = documents + len(size_N), cut + int((size_N > length + 1).sum())
@@ -119,10 +123,19 @@ def write_packing(path: Path, tokens: TokenFile, length: int) -> PackingFacts:
             raise DataError(f"{tokens.path} holds no document to pack")
         ends.seek(0)
         shutil.copyfileobj(ends, file)
-        facts = PackingFacts(tokens.checksum, length, pieces, sequences, used, documents, cut)
+        file.seek(_HEADER_BYTES)
+        facts = PackingFacts(tokens.checksum, length, pieces, sequences, used, documents, cut, _crc(file))
         file.seek(0)
         file.write(json.dumps(asdict(facts)).encode().ljust(_HEADER_BYTES))
     return facts
+
+
+def _crc(file: BinaryIO) -> int:
+    """Return the CRC-32 of the rest of a file."""
+    crc = 0
+    while chunk := file.read(_CHUNK):
+        crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def pack(size_P: Indices, capacity: int) -> tuple[Indices, Indices]:

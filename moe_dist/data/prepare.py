@@ -107,17 +107,34 @@ def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedDa
         if corpus.kind == "blend" and not files:
             shares = [(source, corpus.sources[name].weight) for name, source in opened.items()]
             files = {SENTENCEPIECE_MODEL: shared_tokenizer(cache, shares, tokenizer)}
-        return PreparedData({name: _prepare(cache, source, tokenizer, files) for name, source in opened.items()})
+        return PreparedData(_prepare_all(cache, opened, tokenizer, files))
     except OSError as error:
         raise DataError(f"corpus.cache_dir={corpus.cache_dir} cannot be used: {error}") from error
 
 
-def _prepare(cache: Path, source: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, bytes]) -> PreparedSource:
+def _prepare_all(
+    cache: Path, opened: Mapping[str, Corpus], tokenizer: TokenizerConfig, imported: Mapping[str, bytes]
+) -> dict[str, PreparedSource]:
+    """Prepare each source; one that another process is preparing comes last, so that processes share the work."""
+    ready: dict[str, PreparedSource] = {}
+    for wait in (len(opened) == 1, True):
+        for name in [each for each in opened if each not in ready]:
+            if (source := _prepare(cache, opened[name], tokenizer, imported, wait)) is not None:
+                ready[name] = source
+    return {name: ready[name] for name in opened}
+
+
+def _prepare(
+    cache: Path, source: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, bytes], wait: bool
+) -> PreparedSource | None:
+    """Return a source from the cache, or prepare it; None: another process does, and `wait` is false."""
     folder = cache / "prepared" / _key(source, tokenizer, imported)
     ready = _open(folder)
     if ready:
         return ready
-    with exclusive(folder.with_suffix(".lock")):
+    with exclusive(folder.with_suffix(".lock"), wait) as held:
+        if not held:
+            return None
         ready = _open(folder)  # another process may have made it while this one waited
         if not ready:
             _make(folder, source, tokenizer, imported)

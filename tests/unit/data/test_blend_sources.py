@@ -1,6 +1,7 @@
 """Blends from configuration to batches: refusals in one line, one tokenizer for all, each source in its own place."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from moe_dist import cli
 from moe_dist.config import load_config
 from moe_dist.config.sections.data import weight_changes
 from moe_dist.data import open_batches, open_sequences, prepare_data
+from moe_dist.data.cache import exclusive
 from moe_dist.errors import ConfigError, DataError
 from tests.unit.data.samples import documents_of
 
@@ -87,6 +89,28 @@ def test_sources_share_a_tokenizer_and_are_prepared_apart(words: list[str], tmp_
         source.train.path.parent for source in prepare_data(again.corpus, config.tokenizer).sources.values()
     } == folders
     assert data.checksum("train") != data.checksum("validation")
+
+
+def test_processes_share_the_sources(words: list[str], tmp_path: Path) -> None:
+    """While another process prepares the first source, this one prepares the second, then waits for the first."""
+    config = load_config(None, words)
+    alone = prepare_data(config.corpus.model_copy(update={"cache_dir": str(tmp_path / "alone")}), config.tokenizer)
+    first, second = (tmp_path / "cache" / "prepared" / source.key for source in alone.sources.values())
+    found = []
+    with exclusive(first.with_suffix(".lock")):
+        thread = threading.Thread(target=lambda: found.append(prepare_data(config.corpus, config.tokenizer)))
+        thread.start()
+        while not (second / "manifest.json").exists():
+            thread.join(0.01)
+        thread.join(0.1)
+        assert thread.is_alive()
+        assert not first.exists()
+    thread.join(60)
+    assert found[0].checksum("train") == alone.checksum("train")
+    names = ("train.tokens", "validation.tokens", "tokenizer.model")
+    for source, other in zip(alone.sources.values(), (first, second), strict=True):
+        for name in names:
+            assert (source.train.path.parent / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_limits_end_a_blend_before_its_last_step(words: list[str]) -> None:

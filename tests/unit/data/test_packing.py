@@ -76,10 +76,12 @@ def test_an_index_is_kept_made_again_when_damaged_and_the_same_in_windows(
     monkeypatch.setattr(packing, "write_packing", None)
     first = PackedSequences(tokens, 16)
     monkeypatch.undo()
-    index.unlink()  # `first` has mapped it
-    index.write_bytes(content[:-8])
-    PackedSequences(tokens, 16)
-    assert index.read_bytes() == content
+    index.unlink()  # `first` has mapped it, and keeps the file
+    for damaged in (content[:-8], content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
+        index.unlink(missing_ok=True)
+        index.write_bytes(damaged)
+        PackedSequences(tokens, 16)
+        assert index.read_bytes() == content
     monkeypatch.setattr(packing, "WINDOW", 20)
     monkeypatch.setattr("moe_dist.data.token_file._RUN", 64)
     index.unlink()
