@@ -31,6 +31,9 @@ UNREPORTED = ("name", "runs_dir", "summary_copy", "tensorboard", "memory", "chec
 """Keys that may differ and are not reported: where the run is stored, and where its text is (its tokens are compared).
 """
 
+REPORTED = ("corpus.schedule",)
+"""Keys below `UNREPORTED` that are reported nevertheless."""
+
 
 def changed_keys(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the keys whose value in the checkpoint's configuration differs from the present one, as (then, now)."""
@@ -60,7 +63,8 @@ def check_config_compatible(manifest: Manifest, config: RunConfig, data: DataRec
     """
     changed = check_same_model(manifest, config)
     _require_same_tokens(manifest.data, data, changed)
-    return [_shown({key: pair}) for key, pair in changed.items() if not _is_below(key, UNREPORTED)]
+    told = {key: pair for key, pair in changed.items() if key in REPORTED or not _is_below(key, UNREPORTED)}
+    return [_shown({key: pair}) for key, pair in told.items()]
 
 
 def check_same_model(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
