@@ -19,7 +19,7 @@ from moe_dist.data.token_file import TokenFile
 from moe_dist.errors import DataError
 
 GIANT = 1 << 20
-"""Tokens of a document above which it is told."""
+"""Tokens of a document above which it is reported."""
 _RUN = 1 << 24
 
 
