@@ -1,7 +1,7 @@
 """Training steps on DeepSpeed: gradient accumulation, reduction by parameter class, clipping, ZeRO, AdamW."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from torch import Tensor
 
 from moe_dist.config import BatchShape, RunConfig
@@ -21,6 +22,7 @@ from moe_dist.engine.offloaded_adamw import OffloadedAdamW
 from moe_dist.engine.optimizer import build_optimizer
 from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.engine.packed_adamw import PackedAdamW
+from moe_dist.engine.stage_passes import StageGroups, StageModel, StagePasses
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.parameter_class import copies_of
 
@@ -74,13 +76,17 @@ class DeepSpeedEngine:
         self._packed = PackedAdamW(model, config) if config.precision.residuals == "packed" else None
         self._ours = self._offloaded or self._packed  # a configuration has one of them at most
         hidden = () if self._ours is None else self._ours.parameters()
-        marked = MarkedModel(model, config.moe.experts, hidden)
+        several = mesh.shape.pipeline > 1
+        marked = MarkedModel(StageModel(model) if several else model, config.moe.experts, hidden)
+        groups.mpu = StageGroups(mesh) if several else None  # DeepSpeed would keep that of an earlier engine
         self._engine, *_ = deepspeed.initialize(
             model=marked,
             optimizer=build_optimizer(marked, options),
-            config=_deepspeed_config(config, batch, process.ranks),
+            mpu=groups.mpu,
+            config=_deepspeed_config(config, batch, mesh.shape.stage_ranks),
             dist_init_required=False,
         )
+        self._stages = StagePasses(self._engine, self.model) if several else None
         self.training_state().undo_trial_step()
         elsewhere = gradient_norm.nothing_else if self._ours is None else self._ours.finish_gradients
         gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm, elsewhere)
@@ -99,25 +105,38 @@ class DeepSpeedEngine:
             stop_wanted: returns True if this rank was asked to stop after the step; called once, at the end.
             source_B: number of the source of each sequence, below `sources`; None: losses by source are not wanted.
         """
-        device = self.process.device
-        loss, total_2K = torch.zeros((), device=device), torch.zeros(2, sources, dtype=torch.float64, device=device)
+        self.model.sequence_losses.clear()
+        loss = self._passes(sequences_BS.to(self.process.device).split(self.batch.micro))
+        total_2K = self._losses_by_source(sequences_BS, source_B, sources)
+        return self._reduce_outcome(loss, total_2K, stop_wanted())
+
+    def _passes(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        """Run the forward and backward passes of a step; return this rank's mean loss."""
         if self.loss_scale.enabled:
             self._engine.optimizer.loss_scale = self.model.context.balance.loss_scale = self.loss_scale.scale
-        source_B = torch.zeros(len(sequences_BS), dtype=torch.int64) if source_B is None else source_B
-        for sequence_BS, part_B in zip(
-            *(each.to(device).split(self.batch.micro) for each in (sequences_BS, source_B)), strict=True
-        ):
+        # the ranks of a tensor group compute one loss together, and gradients are divided by all ranks
+        scale = self._missing_scale * self.model.context.mesh.shape.tensor
+        if self._stages is not None:
+            return self._stages.run(micro_batches, scale, self._applied_scale)
+        loss = torch.zeros((), device=self.process.device)
+        for sequence_BS in micro_batches:
             if self._memory is not None:
                 self._memory.last_pass = self._engine.is_gradient_accumulation_boundary()
             micro_loss = self._engine(sequence_BS)
-            # the ranks of a tensor group compute one loss together, and gradients are divided by all ranks
-            self._engine.backward(self._missing_scale * self.model.context.mesh.shape.tensor * micro_loss)
+            self._engine.backward(scale * micro_loss)
             loss += micro_loss.detach().float() / self.batch.accumulation
-            if sources:
-                total_2K.index_add_(1, part_B, self.model.last_losses_2B)
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
-        return self._reduce_outcome(loss, total_2K, stop_wanted())
+        return loss
+
+    def _losses_by_source(self, sequences_BS: Tensor, source_B: Tensor | None, sources: int) -> Tensor:
+        """Return the sums of losses and of targets of each source on this rank, float64 [2, K]."""
+        total_2K = torch.zeros(2, sources, dtype=torch.float64, device=self.process.device)
+        if source_B is not None and sources and self.model.stage.last:  # other stages have no losses
+            losses_B = torch.cat(self.model.sequence_losses)
+            targets_B = (sequences_BS[:, 1:] >= 0).sum(1).to(losses_B) / self.model.context.mesh.shape.context
+            total_2K.index_add_(1, source_B.to(losses_B.device), torch.stack([losses_B, targets_B]))
+        return total_2K
 
     def update(self, outcome: StepOutcome, learning_rate: float) -> float:
         """Clip gradients, update weights and balance biases; return the global gradient norm before clipping.
@@ -150,6 +169,11 @@ class DeepSpeedEngine:
         """Factor of the loss that DeepSpeed omits: without ZeRO its engine does not apply the loss scale."""
         return 1.0 if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer) else self.loss_scale.scale
 
+    @property
+    def _applied_scale(self) -> float:
+        """Factor by which DeepSpeed multiplies each loss before its backward pass."""
+        return self.loss_scale.scale / self._missing_scale if self.loss_scale.enabled else 1.0
+
     def training_state(self) -> OptimizerState:
         """Return the master weights and moments of the parameters; to be used between two steps only."""
         return OptimizerState(self._engine.optimizer, self._offloaded, self._packed)
@@ -161,11 +185,13 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Release the optimizer and DeepSpeed's hooks; the engine cannot be used afterwards."""
         self._engine.destroy()
+        self._stages = None
         del self._engine, self.model
 
     def _reduce_outcome(self, loss: Tensor, mine_2K: Tensor, stop_wanted: bool) -> StepOutcome:
         """Sum loads, losses, non-finite losses and stop requests over the ranks, in one small all-reduce per step."""
         balance, ranks = self.model.context.balance, self.process.ranks
+        per_stage = self.model.context.mesh.shape.stage_ranks
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
         faults[self.process.rank] = (~loss.isfinite()).double()
         stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
@@ -179,10 +205,9 @@ class DeepSpeedEngine:
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
         loss_sum, dropped, stops, balance_loss, z_loss = sums.tolist()
-        mean, auxiliary = loss_sum / ranks, (balance_loss / ranks, z_loss / ranks)
-        return StepOutcome(
-            mean, broken, count_LE, dropped, *auxiliary, stops > 0, totals.view(2, -1) if len(totals) else None
-        )
+        means = (loss_sum / per_stage, balance_loss / per_stage, z_loss / per_stage)
+        total_2K = totals.view(2, -1) if len(totals) else None
+        return StepOutcome(means[0], broken, count_LE, dropped, *means[1:], stops > 0, total_2K)
 
 
 def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:

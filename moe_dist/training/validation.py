@@ -49,7 +49,7 @@ def _totals(model: LanguageModel, sequences: Sequences, most: int, micro: int, d
     for batch in validation_batches(sequences, most, mesh.in_attention.group, mesh.shape.sequence_groups, micro):
         tokens_BS = batch.tokens.to(device)
         loss_B = model.token_losses(tokens_BS).double().sum(dim=1) * mesh.shape.context  # of its part of each
-        targets_B = (tokens_BS[:, 1:] >= 0).sum(dim=1)
+        targets_B = (tokens_BS[:, 1:] >= 0).sum(dim=1) * model.stage.last
         weight_B = batch.weight.to(loss_B)
         total += torch.stack([(loss_B * weight_B).sum(), (targets_B * weight_B).sum()])
     return total

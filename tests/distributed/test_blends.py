@@ -1,6 +1,7 @@
 """Runs on a blend of sources with packed documents: other ranks, and other weights from a checkpoint on."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def _lines(folder: Path, name: str) -> dict[int, dict[str, Any]]:
     return {line["step"]: line["train"] for line in lines if "train" in line}
 
 
+@pytest.mark.slow
 def test_a_blend_on_other_ranks_and_with_other_weights_from_a_checkpoint_on(tmp_path: Path) -> None:
     (tmp_path / "blend.yaml").write_text(CONFIG)
     (tmp_path / "words.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in documents_of(3, 80)))
@@ -60,11 +62,12 @@ def test_a_blend_on_other_ranks_and_with_other_weights_from_a_checkpoint_on(tmp_
     run_ranks(_train, 1, tmp_path, "changed", CHANGE)
     start = f"checkpoint.resume={tmp_path}/runs/plain/checkpoints/step-00000003"
     run_ranks(_train, 2, tmp_path, "resumed", CHANGE, start, "world.context=2")
+    run_ranks(_train, 2, tmp_path, "staged", CHANGE, start, "world.pipeline=2")
     run_ranks(_refused, 1, tmp_path, "refused", start, "corpus.sources.code.weight=1")
-    plain, changed, resumed = (_lines(tmp_path, name) for name in ("plain", "changed", "resumed"))
+    plain, changed, *others = (_lines(tmp_path, name) for name in ("plain", "changed", "resumed", "staged"))
     assert plain[3] == changed[3]
     assert plain[4]["loss"] != changed[4]["loss"]
-    for step in (4, 5, 6):
+    for resumed, step in product(others, (4, 5, 6)):
         assert resumed[step]["loss"] == pytest.approx(changed[step]["loss"], rel=1e-5)
         assert resumed[step]["sources"] == pytest.approx(changed[step]["sources"], rel=1e-5)
     summary = json.loads((tmp_path / "runs" / "resumed" / "summary.json").read_text())
