@@ -66,6 +66,8 @@ class Corpus:
             return split
         found, drop = split.near_duplicates(), self.config.near_duplicates == "drop"
         shown = "are dropped" if drop else "stay: corpus.near_duplicates=drop leaves them out"
+        if drop and np.isin(split.survey.keys, np.concatenate([split.held_out, found])).all():
+            raise DataError(f"{self.train} holds only near-duplicates of held-out documents: nothing to train on")
         logger.warning("%d training documents are nearly equal to held-out ones, and %s", len(found), shown)
         return replace(split, dropped=found) if drop else split
 

@@ -7,6 +7,7 @@ import pytest
 
 from moe_dist.data import near_duplicates, prepare_data
 from moe_dist.data.near_duplicates import near_duplicates as find
+from moe_dist.errors import DataError
 from tests.unit.data.samples import SMALL_TOKENIZER, documents_of, text_corpus
 
 pytest.importorskip("datasketch", reason="needs moe-dist[dedup]")
@@ -45,3 +46,8 @@ def test_they_are_reported_or_dropped(tmp_path: Path, caplog: pytest.LogCaptureF
     dropped = prepare_data(corpus.model_copy(update={"near_duplicates": "drop"}), SMALL_TOKENIZER)
     assert dropped.train.facts.documents == 59
     assert dropped.train.facts.bytes == plain.train.facts.bytes - len((tmp_path / "007.txt").read_bytes())
+    only = tmp_path / "only.txt"
+    only.write_text((tmp_path / "007.txt").read_text())
+    update = {"paths": [str(only)], "near_duplicates": "drop"}
+    with pytest.raises(DataError, match="holds only near-duplicates of held-out documents"):
+        prepare_data(corpus.model_copy(update=update), SMALL_TOKENIZER)
