@@ -45,6 +45,8 @@ class StepOutcome:
     """Weighted router z-loss (`moe.z_loss_weight`) of all layers; not included in `loss`."""
     stop: bool
     """True if any rank was asked to stop the run after this step."""
+    idle: float = 0.0
+    """Share of the passes' time in which pipeline stages computed nothing, mean over ranks; 0 for one stage."""
     total_2K: Tensor | None = None
     """Sums of losses, nats, and of targets of each source of a blend."""
 
@@ -195,7 +197,8 @@ class DeepSpeedEngine:
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
         faults[self.process.rank] = (~loss.isfinite()).double()
         stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
-        mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop])
+        idle = stop.new_tensor(self._stages.idle if self._stages is not None else 0.0)
+        mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop, idle])
         mine = torch.cat([mine, balance.router_loss_2.double()])
         packed = torch.cat([mine, mine_2K.flatten().nan_to_num(0, 0, 0), faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
@@ -204,10 +207,10 @@ class DeepSpeedEngine:
         sums, totals, faults, counts = packed.cpu().split([len(mine), mine_2K.numel(), ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
-        loss_sum, dropped, stops, balance_loss, z_loss = sums.tolist()
+        loss_sum, dropped, stops, idle_sum, balance_loss, z_loss = sums.tolist()
         means = (loss_sum / per_stage, balance_loss / per_stage, z_loss / per_stage)
         total_2K = totals.view(2, -1) if len(totals) else None
-        return StepOutcome(means[0], broken, count_LE, dropped, *means[1:], stops > 0, total_2K)
+        return StepOutcome(means[0], broken, count_LE, dropped, *means[1:], stops > 0, idle_sum / ranks, total_2K)
 
 
 def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:
