@@ -17,6 +17,7 @@ MUST_MATCH = (
     "tokenizer",
     "train.global_batch_size",
     "corpus.document_mask",
+    "corpus.packing",
     "optimizer.trainable",
 )
 """Sections and keys that decide which tensors exist, what the model computes, and which tokens come next."""
@@ -29,6 +30,9 @@ FREE = (
 UNREPORTED = ("name", "runs_dir", "summary_copy", "tensorboard", "memory", "checkpoint", "watchdog", "corpus")
 """Keys that may differ and are not reported: where the run is stored, and where its text is (its tokens are compared).
 """
+
+REPORTED = ("corpus.schedule",)
+"""Keys below `UNREPORTED` that are reported nevertheless."""
 
 
 def changed_keys(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -59,7 +63,8 @@ def check_config_compatible(manifest: Manifest, config: RunConfig, data: DataRec
     """
     changed = check_same_model(manifest, config)
     _require_same_tokens(manifest.data, data, changed)
-    return [_shown({key: pair}) for key, pair in changed.items() if not _is_below(key, UNREPORTED)]
+    told = {key: pair for key, pair in changed.items() if key in REPORTED or not _is_below(key, UNREPORTED)}
+    return [_shown({key: pair}) for key, pair in told.items()]
 
 
 def check_same_model(manifest: Manifest, config: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -75,6 +80,11 @@ def check_same_model(manifest: Manifest, config: RunConfig) -> dict[str, tuple[A
 
 
 def _require_same_tokens(then: DataRecord, now: DataRecord, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    if then.order != now.order:
+        raise CheckpointError(
+            "the checkpoint's run read its sequences in another order, that of an earlier version: start a new "
+            "run from its weights with checkpoint.init"
+        )
     if (then.train_checksum, then.vocab_size) == (now.train_checksum, now.vocab_size):
         return
     keys = {key: pair for key, pair in changed.items() if _is_below(key, ("corpus",)) and key != "corpus.cache_dir"}

@@ -66,6 +66,8 @@ class DataRecord(Record):
     vocab_size: Annotated[int, Field(ge=1)]
     next_step: NonNegative
     """Position in the data, from 0. The loader is a pure function of (seed, step)."""
+    order: NonNegative = 0
+    """Version of that function; 0: sequences shuffled by NumPy's permutation."""
 
 
 class Manifest(Record):

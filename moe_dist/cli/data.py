@@ -1,23 +1,28 @@
-"""Commands on training text: preparation, and a look at what was prepared."""
+"""Commands on training text: preparation, a look at what was prepared, and checks of it."""
 
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_dist.cli.options import Config, Overrides
 from moe_dist.config import load_config
 
+if TYPE_CHECKING:
+    from moe_dist.data import PreparedData, TokenFile
+    from moe_dist.data.inspection import TokenReport
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    data = typer.Typer(help="Prepare training text, and look at it.", no_args_is_help=True)
+    data = typer.Typer(help="Prepare training text, look at it, and check it.", no_args_is_help=True)
     data.command()(prepare)
     data.command()(inspect)
+    data.command()(validate)
     app.add_typer(data, name="data")
 
 
@@ -34,13 +39,13 @@ def prepare(
     run = load_config(config, overrides or ())
     with _shown_log():
         data = prepare_data(run.corpus, run.tokenizer)
-    for tokens in (data.train, data.validation):
+    for name, tokens in _files(data):
         facts = tokens.facts
         typer.echo(f"{tokens.path}: {facts.tokens:,} tokens of {facts.documents:,} documents, {facts.bytes:,} bytes")
         if megatron is not None:
             from moe_dist.data.megatron_files import write_megatron_files
 
-            prefix = megatron.with_name(f"{megatron.name}-{tokens.path.stem}")
+            prefix = megatron.with_name(f"{megatron.name}-{name.replace(' ', '-')}")
             write_megatron_files(tokens, prefix)
             typer.echo(f"{prefix}.bin and .idx")
 
@@ -54,28 +59,60 @@ def inspect(
     """Show token counts, lengths of documents, and decoded samples of a configuration's text."""
     from rich.console import Console
 
-    from moe_dist.data import open_tokenizer, prepare_data
+    from moe_dist.data import open_sequences, open_tokenizer, prepare_data
     from moe_dist.data.inspection import report_of, samples_of
 
     run = load_config(config, overrides or ())
     with _shown_log():
         data = prepare_data(run.corpus, run.tokenizer)
-    tokenizer, console = open_tokenizer(data.tokenizer_path), Console(highlight=False)
-    for tokens in (data.train, data.validation):
-        report = report_of(tokens, run.model.sequence_length)
-        lengths = " ".join(f"{length:,}" for length in report.lengths)
-        console.print(f"{tokens.path.stem}", style="bold", markup=False)
-        console.print(
-            f"  {report.tokens:,} tokens of {report.documents:,} documents, "
-            f"{report.bytes / max(1, report.tokens):.2f} bytes a token\n"
-            f"  tokens a document (least, quarter, half, three quarters, 95 %, most): {lengths}\n"
-            f"  {report.sequences:,} sequences of {run.model.sequence_length}; {report.cut_documents:.0%} of the "
-            "documents are in more than one",
-            markup=False,
-            soft_wrap=True,
-        )
+        sides = [open_sequences(run, data, side) for side in ("train", "validation")]
+    length, tokenizer, console = (
+        run.model.sequence_length,
+        open_tokenizer(data.tokenizer_path),
+        Console(highlight=False),
+    )
+    opened = [sequences for name in data.sources for sequences in (sides[0][name], sides[1][name])]
+    for (name, tokens), sequences in zip(_files(data), opened, strict=True):
+        console.print(name, style="bold", markup=False)
+        console.print(_described(report_of(tokens, sequences, length), length), markup=False, soft_wrap=True)
         for text in samples_of(tokens, tokenizer, samples, characters):
             console.print(f"  | {text!r}", markup=False, soft_wrap=True)
+
+
+def validate(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Prepared folders, or a cache_dir.")],
+    near_duplicates: Annotated[
+        bool, typer.Option(help="Also look for near-duplicates of validation text; some milliseconds a document.")
+    ] = False,
+) -> None:
+    """Check prepared text: files, ids, documents, duplicates. Exit code 1 if a folder cannot be trained on."""
+    from moe_dist.data.prepared_checks import check_folder, prepared_folders
+
+    failed = False
+    for folder in [found for path in folders for found in prepared_folders(path)]:
+        typer.echo(str(folder))
+        for finding in check_folder(folder, near_duplicates):
+            failed |= finding.level == "fail"
+            typer.echo(f"  {finding.level:4} {finding.text}")
+    raise typer.Exit(int(failed))
+
+
+def _files(data: "PreparedData") -> Iterator[tuple[str, "TokenFile"]]:
+    """Yield the token files with a name, such as `train`, or `web train` of a blend."""
+    for name, source in data.sources.items():
+        for tokens in (source.train, source.validation):
+            yield f"{name} {tokens.path.stem}".strip(), tokens
+
+
+def _described(report: "TokenReport", length: int) -> str:
+    lengths = " ".join(f"{length:,}" for length in report.lengths)
+    return (
+        f"  {report.tokens:,} tokens of {report.documents:,} documents, "
+        f"{report.bytes / max(1, report.tokens):.2f} bytes a token\n"
+        f"  tokens a document (least, quarter, half, three quarters, 95 %, most): {lengths}\n"
+        f"  {report.sequences:,} sequences of {length}; {report.cut_documents:.1%} of the documents are cut, "
+        f"{report.padding:.2%} is padding"
+    )
 
 
 @contextmanager

@@ -97,13 +97,14 @@ def _reject(refused: Mapping[str, tuple[bool, str]], beside: str) -> None:
 
 def check_tokenizer(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> None:
     """Require a given tokenizer for chats, which need its template, and for tokenized files."""
-    if corpus.kind == "chat" and tokenizer.kind != "hf":
-        raise ConfigError(f"corpus.kind=chat needs the chat template of tokenizer.kind=hf, not {tokenizer.kind}")
-    if corpus.kind == "megatron" and tokenizer.kind != "hf":
-        raise ConfigError(
-            f"corpus.kind=megatron needs the tokenizer that made its files: tokenizer.kind=hf and tokenizer.path, not "
-            f"{tokenizer.kind}"
-        )
+    needs = {
+        "chat": "the chat template of tokenizer.kind=hf",
+        "megatron": "the tokenizer that made its files: tokenizer.kind=hf and tokenizer.path",
+    }
+    for name, source in corpus.by_source.items():
+        if source.kind in needs and tokenizer.kind != "hf":
+            key = f"corpus.sources.{name}" if name else "corpus"
+            raise ConfigError(f"{key}.kind={source.kind} needs {needs[source.kind]}, not {tokenizer.kind}")
 
 
 def check_rank(model: ModelConfig, moe: MoEConfig, recluster: ReclusterConfig) -> None:

@@ -24,7 +24,7 @@ def keys_reference() -> str:
     parts = [HEAD, _table("", own, schema)]
     for name, section in sections:
         parts += [f"## {name}\n", f"{section.get('description', '').splitlines()[0]}\n"]
-        parts.append(_table(f"{name}.", list(section["properties"].items()), schema))
+        parts.append(_table(f"{name}.", _with_entries(section["properties"], schema), schema))
     return "\n".join(parts)
 
 
@@ -32,6 +32,22 @@ def _section(field: Schema, schema: Schema) -> Schema | None:
     """Return the definition that a key's value must have; None: it is no section."""
     reference = field.get("$ref")
     return None if reference is None else schema["$defs"][reference.rpartition("/")[2]]
+
+
+def _with_entries(fields: Schema, schema: Schema) -> list[tuple[str, Schema]]:
+    """Return keys with those of a mapping's entries that the section itself has not, such as `sources.NAME.weight`."""
+    found = []
+    for name, field in fields.items():
+        found.append((name, field))
+        entry = _entry(field, schema)
+        inner = {} if entry is None else entry["properties"]
+        found += [(f"{name}.NAME.{key}", own) for key, own in inner.items() if key not in fields]
+    return found
+
+
+def _entry(field: Schema, schema: Schema) -> Schema | None:
+    """Return the definition of the entries of a mapping of names to sections; None: it is none."""
+    return next((_section(entry, schema) for entry in field.get("patternProperties", {}).values()), None)
 
 
 def _table(prefix: str, fields: list[tuple[str, Schema]], schema: Schema) -> str:
@@ -56,6 +72,8 @@ def _values(field: Schema, schema: Schema) -> Iterator[str]:
             yield "a section of " + ", ".join(f"`{key}`" for key in inner.get("properties", {}))
         elif "enum" in option or "const" in option:
             yield ", ".join(f"`{value}`" for value in option.get("enum", [option.get("const")]))
+        elif _entry(option, schema) is not None:
+            yield "sections by name"
         elif option.get("type") == "array":
             yield "list of " + " or ".join(_values(option.get("items", {}), schema))
         else:

@@ -21,17 +21,24 @@ _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` (created if missing, never removed); wait while another process holds it."""
+def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path` (created if missing, never removed).
+
+    Args:
+        wait: wait while another process holds it; false: yield False at once then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
         except OSError as error:
             if error.errno not in _NO_LOCKS_HERE:
                 raise
             logger.warning("%s: this file system has no locks (%s); work may be repeated", path, error.strerror)
-        yield  # closing the file releases the lock
+        yield True  # closing the file releases the lock
 
 
 @contextmanager

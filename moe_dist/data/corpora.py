@@ -1,13 +1,14 @@
 """Corpora: documents to train on and documents held out, from the `corpus.*` keys."""
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
 
-from moe_dist.config import CorpusConfig
+from moe_dist.config.sections.data import SourceConfig
 from moe_dist.data.chats import ChatSource
 from moe_dist.data.documents import Document, as_documents, limit_bytes
 from moe_dist.data.files import FileSource, match_files, stdlib_source
@@ -15,6 +16,8 @@ from moe_dist.data.hub import HubSource
 from moe_dist.data.megatron_files import MegatronSource, match_prefixes
 from moe_dist.data.split import Split, Survey, lowest_keys
 from moe_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -37,7 +40,7 @@ class Source(Protocol):
 class Corpus:
     """Training source, and validation source if there is a separate one."""
 
-    config: CorpusConfig
+    config: SourceConfig
     train: Source
     validation: Source | None
 
@@ -48,14 +51,27 @@ class Corpus:
             "train": self.train.fingerprint(),
             "validation": self.validation.fingerprint() if self.validation else self.config.validation_fraction,
             "max_bytes": self.config.max_bytes,
+            **({"near_duplicates": "drop"} if self.config.near_duplicates == "drop" else {}),
         }
 
+    @cached_property
     def split(self) -> Split:
-        """Read all documents once and decide which are held out; `corpus.max_bytes` limits each source.
+        """Split after reading all documents once to decide which are held out; `max_bytes` limits each source.
 
         Raises:
             DataError: a source cannot be read, or no text is left for training or validation.
         """
+        split = self._exact_split()
+        if self.config.near_duplicates == "ignore":
+            return split
+        found, drop = split.near_duplicates(), self.config.near_duplicates == "drop"
+        shown = "are dropped" if drop else "stay: corpus.near_duplicates=drop leaves them out"
+        if drop and np.isin(split.survey.keys, np.concatenate([split.held_out, found])).all():
+            raise DataError(f"{self.train} holds only near-duplicates of held-out documents: nothing to train on")
+        logger.warning("%d training documents are nearly equal to held-out ones, and %s", len(found), shown)
+        return replace(split, dropped=found) if drop else split
+
+    def _exact_split(self) -> Split:
         survey = self._survey(self.train)
         if self.validation is None:
             held = lowest_keys(survey.keys, self.config.validation_fraction)
@@ -75,8 +91,11 @@ class Corpus:
         return limit_bytes(as_documents(source.texts()), self.config.max_bytes)
 
 
-def open_corpus(config: CorpusConfig) -> Corpus:
+def open_corpus(config: SourceConfig, key: str = "corpus") -> Corpus:
     """Open the sources without reading them.
+
+    Args:
+        key: name of the configuration's section, for messages.
 
     Raises:
         DataError: a path matches no file.
@@ -84,28 +103,28 @@ def open_corpus(config: CorpusConfig) -> Corpus:
     if config.kind == "stdlib":
         return Corpus(config, stdlib_source(), None)
     if config.kind == "hub":
-        return _hub_corpus(config)
+        return _hub_corpus(config, key)
     if config.kind == "megatron":
-        pairs = match_prefixes("corpus.paths", config.paths)
-        held_pairs = match_prefixes("corpus.validation_paths", config.validation_paths)
+        pairs = match_prefixes(f"{key}.paths", config.paths)
+        held_pairs = match_prefixes(f"{key}.validation_paths", config.validation_paths)
         return Corpus(config, MegatronSource(pairs), MegatronSource(held_pairs) if held_pairs else None)
-    train = match_files("corpus.paths", config.paths)
+    train = match_files(f"{key}.paths", config.paths)
     source = ChatSource if config.kind == "chat" else partial(FileSource, text_column=config.text_column)
     if not config.validation_paths:
         return Corpus(config, source(train), None)
-    held = match_files("corpus.validation_paths", config.validation_paths)
+    held = match_files(f"{key}.validation_paths", config.validation_paths)
     # a glob such as data/*.txt may match the validation file too
     held_out = {path.resolve() for path in held}
     train = tuple(path for path in train if path.resolve() not in held_out)
     if not train:
-        raise DataError("corpus.paths names only files that corpus.validation_paths names too: nothing to train on")
+        raise DataError(f"{key}.paths names only files that {key}.validation_paths names too: nothing to train on")
     return Corpus(config, source(train), source(held))
 
 
-def _hub_corpus(config: CorpusConfig) -> Corpus:
+def _hub_corpus(config: SourceConfig, key: str) -> Corpus:
     name = config.name or ""
     train = HubSource(name, config.subset, config.split, config.text_column)
     if config.validation_split is None:
         return Corpus(config, train, None)
-    held = HubSource(name, config.subset, config.validation_split, config.text_column, "corpus.validation_split")
+    held = HubSource(name, config.subset, config.validation_split, config.text_column, f"{key}.validation_split")
     return Corpus(config, train, held)

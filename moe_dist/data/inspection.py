@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_dist.data.packing import PackedSequences
+from moe_dist.data.sequences import Sequences
 from moe_dist.data.token_file import TokenFile
 from moe_dist.data.tokenizer import Tokenizer
 
@@ -22,8 +24,9 @@ class TokenReport:
 
     Attributes:
         lengths: tokens of a document at `QUANTILES`, its end included.
-        sequences: whole sequences of a length of the model.
+        sequences: sequences that are made of them.
         cut_documents: share of the documents that no sequence holds whole.
+        padding: share of the ids of all sequences that are padding.
     """
 
     tokens: int
@@ -32,30 +35,36 @@ class TokenReport:
     lengths: tuple[int, ...]
     sequences: int
     cut_documents: float
+    padding: float
 
 
-def report_of(tokens: TokenFile, sequence_length: int) -> TokenReport:
-    """Return the figures of a token file whose sequences follow each other without a gap."""
-    facts = tokens.facts
-    end_N = np.flatnonzero(tokens.plain_ids == facts.end_of_document)
-    length_N = np.diff(end_N, prepend=-1)
-    first_N = end_N - length_N + 1
-    cut_N = first_N // sequence_length != end_N // sequence_length
+def report_of(tokens: TokenFile, sequences: Sequences, sequence_length: int) -> TokenReport:
+    """Return the figures of a token file and of the sequences that are made of it."""
+    first_N, length_N = _documents(tokens)
+    padding, cut = 0.0, float((first_N // sequence_length != (first_N + length_N - 1) // sequence_length).mean())
+    if isinstance(sequences, PackedSequences):
+        padding, cut = sequences.facts.padding, sequences.facts.cut_documents / sequences.facts.documents
     return TokenReport(
-        tokens=facts.tokens,
-        documents=facts.documents,
-        bytes=facts.bytes,
+        tokens=tokens.facts.tokens,
+        documents=tokens.facts.documents,
+        bytes=tokens.facts.bytes,
         lengths=tuple(int(length) for length in np.quantile(length_N, QUANTILES, method="nearest")),
-        sequences=(facts.tokens - 1) // sequence_length,
-        cut_documents=float(cut_N.mean()),
+        sequences=len(sequences),
+        cut_documents=cut,
+        padding=padding,
     )
 
 
 def samples_of(tokens: TokenFile, tokenizer: Tokenizer, count: int, characters: int) -> Iterator[str]:
     """Yield the first `characters` of `count` documents, spread evenly over the file."""
-    ids = tokens.plain_ids
-    end_N = np.flatnonzero(ids == tokens.facts.end_of_document)
-    for number in np.unique(np.linspace(0, len(end_N) - 1, count).astype(int)):
-        first = int(end_N[number - 1]) + 1 if number else 0
-        text = tokenizer.decode(ids[first : min(int(end_N[number]), first + characters)].tolist())
+    first_N, length_N = _documents(tokens)
+    for number in np.unique(np.linspace(0, len(first_N) - 1, count).astype(int)):
+        first = int(first_N[number])
+        text = tokenizer.decode(tokens.plain(first, first + min(int(length_N[number]) - 1, characters)).tolist())
         yield text[:characters]
+
+
+def _documents(tokens: TokenFile) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first token and the size of every document, [N] each."""
+    first_N, length_N = (np.concatenate(parts) for parts in zip(*tokens.documents(), strict=True))
+    return first_N, length_N

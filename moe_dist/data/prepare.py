@@ -8,6 +8,7 @@ A corpus and tokenizer have one folder in the cache, named by the hash of all in
 import hashlib
 import json
 import logging
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from moe_dist.data.corpora import Corpus, open_corpus
 from moe_dist.data.encode import encode_split, interrupted_identity
 from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer, find_hf_tokenizer
 from moe_dist.data.megatron_files import TokenListEncoder
+from moe_dist.data.shared_tokenizer import shared_tokenizer
 from moe_dist.data.split import Split
 from moe_dist.data.token_file import Encoder, TokenFile, open_token_file
 from moe_dist.data.tokenizer import SENTENCEPIECE_MODEL, Tokenizer, open_tokenizer, tokenizer_in, train_tokenizer
@@ -32,7 +34,7 @@ _FORMAT = 2  # raise it when the same corpus and settings give other files
 
 
 @dataclass(frozen=True)
-class PreparedData:
+class PreparedSource:
     """Two token files and their tokenizer; an equal `key` on all ranks means equal data."""
 
     train: TokenFile
@@ -40,6 +42,52 @@ class PreparedData:
     tokenizer_path: Path
     vocab_size: int
     key: str
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Prepared sources by name, with one tokenizer; a source that is not blended has an empty name."""
+
+    sources: Mapping[str, PreparedSource]
+
+    @property
+    def _any(self) -> PreparedSource:
+        return next(iter(self.sources.values()))
+
+    @property
+    def train(self) -> TokenFile:
+        """Training tokens of the only source."""
+        return self.sources[""].train
+
+    @property
+    def validation(self) -> TokenFile:
+        """Validation tokens of the only source."""
+        return self.sources[""].validation
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """File of the tokenizer."""
+        return self._any.tokenizer_path
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding."""
+        return self._any.vocab_size
+
+    @property
+    def end_of_document(self) -> int:
+        """Token that ends each document."""
+        return self._any.train.facts.end_of_document
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of all sources."""
+        return sum(len(source.train) for source in self.sources.values())
+
+    def checksum(self, side: str) -> int:
+        """Return one checksum of the token files of a side, `train` or `validation`, of all sources."""
+        sums = {name: getattr(source, side).checksum for name, source in self.sources.items()}
+        return sums[""] if list(sums) == [""] else zlib.crc32(json.dumps(sums).encode())
 
 
 def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedData:
@@ -50,25 +98,49 @@ def prepare_data(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> PreparedDa
     Raises:
         DataError: the corpus cannot be read, the vocabulary does not fit it, or the cache cannot be written.
     """
-    source = open_corpus(corpus)
-    imported = _imported_files(tokenizer)
-    key = _key(source, tokenizer, imported)
+    named = {name: f"corpus.sources.{name}" if name else "corpus" for name in corpus.by_source}
+    opened = {name: open_corpus(source, named[name]) for name, source in corpus.by_source.items()}
     if corpus.cache_dir.startswith("~"):
         raise DataError(f"corpus.cache_dir={corpus.cache_dir}: '~' is unknown here: set HOME or give another folder")
-    folder = Path(corpus.cache_dir) / "prepared" / key
+    cache, files = Path(corpus.cache_dir), _imported_files(tokenizer)
+    try:
+        if corpus.kind == "blend" and not files:
+            shares = [(source, corpus.sources[name].weight) for name, source in opened.items()]
+            files = {SENTENCEPIECE_MODEL: shared_tokenizer(cache, shares, tokenizer)}
+        return PreparedData(_prepare_all(cache, opened, tokenizer, files))
+    except OSError as error:
+        raise DataError(f"corpus.cache_dir={corpus.cache_dir} cannot be used: {error}") from error
+
+
+def _prepare_all(
+    cache: Path, opened: Mapping[str, Corpus], tokenizer: TokenizerConfig, imported: Mapping[str, bytes]
+) -> dict[str, PreparedSource]:
+    """Prepare each source; one that another process is preparing comes last, so that processes share the work."""
+    ready: dict[str, PreparedSource] = {}
+    for wait in (len(opened) == 1, True):
+        for name in [each for each in opened if each not in ready]:
+            if (source := _prepare(cache, opened[name], tokenizer, imported, wait)) is not None:
+                ready[name] = source
+    return {name: ready[name] for name in opened}
+
+
+def _prepare(
+    cache: Path, source: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, bytes], wait: bool
+) -> PreparedSource | None:
+    """Return a source from the cache, or prepare it; None: another process does, and `wait` is false."""
+    folder = cache / "prepared" / _key(source, tokenizer, imported)
     ready = _open(folder)
     if ready:
         return ready
-    try:
-        with exclusive(folder.with_suffix(".lock")):
-            ready = _open(folder)  # another process may have made it while this one waited
-            if not ready:
-                _make(folder, source, tokenizer, imported)
-                ready = _open(folder)
-    except OSError as error:
-        raise DataError(f"corpus.cache_dir={corpus.cache_dir} cannot be used: {error}") from error
+    with exclusive(folder.with_suffix(".lock"), wait) as held:
+        if not held:
+            return None
+        ready = _open(folder)  # another process may have made it while this one waited
+        if not ready:
+            _make(folder, source, tokenizer, imported)
+            ready = _open(folder)
     if not ready:
-        raise DataError(f"corpus.cache_dir={corpus.cache_dir}: {folder} does not keep what is written to it")
+        raise DataError(f"corpus.cache_dir={cache}: {folder} does not keep what is written to it")
     return ready
 
 
@@ -88,19 +160,24 @@ def _key(corpus: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, byte
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _open(folder: Path) -> PreparedData | None:
+def _open(folder: Path) -> PreparedSource | None:
     """Return the finished data in `folder`; None if it is missing or damaged (which is logged)."""
-    manifest = folder / "manifest.json"
-    if not manifest.exists():
+    if not (folder / "manifest.json").exists():
         return None
     try:
-        return _open_finished(folder, manifest)
+        return open_finished(folder)
     except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("making %s again: %s", folder, error)
         return None
 
 
-def _open_finished(folder: Path, manifest: Path) -> PreparedData:
+def open_finished(folder: Path) -> PreparedSource:
+    """Open prepared data after checking all files (about a second per gigabyte).
+
+    Raises:
+        DataError, OSError, ValueError, KeyError, TypeError: a file is missing or damaged.
+    """
+    manifest = folder / "manifest.json"
     facts = json.loads(manifest.read_text())
     model = tokenizer_in(folder)
     if model is None:
@@ -110,14 +187,14 @@ def _open_finished(folder: Path, manifest: Path) -> PreparedData:
     train, validation = (open_token_file(folder / f"{split}.tokens") for split in ("train", "validation"))
     if [train.checksum, validation.checksum] != facts["checksums"]:
         raise DataError(f"the token files in {folder} are not those of {manifest.name}")
-    return PreparedData(train, validation, model, train.facts.vocab_size, folder.name)
+    return PreparedSource(train, validation, model, train.facts.vocab_size, folder.name)
 
 
 def _make(folder: Path, corpus: Corpus, config: TokenizerConfig, imported: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     logger.info("reading %s", corpus.train)
-    split = corpus.split()
+    split = corpus.split
     found = tokenizer_in(folder)
     if found is None or _digest(found) != interrupted_identity(folder):  # else an interrupted preparation goes on
         for name, content in (imported or {SENTENCEPIECE_MODEL: _trained(split, config)}).items():

@@ -5,12 +5,13 @@ A first pass surveys the documents, which takes 16 bytes for each; later passes 
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from moe_dist.data.documents import Document, limit_bytes
+from moe_dist.data.near_duplicates import near_duplicates
 from moe_dist.errors import DataError
 
 TRAIN, VALIDATION = "train", "validation"
@@ -44,18 +45,21 @@ class Split:
         read_validation: reads the validation source; None: part of the training source is held out.
         survey: of the training source.
         held_out: sorted keys of the documents of the training source that are not trained on.
+        dropped: sorted keys of others that are not trained on and not held out.
     """
 
     read: Callable[[], Iterator[Document]]
     read_validation: Callable[[], Iterator[Document]] | None
     survey: Survey
     held_out: Keys
+    dropped: Keys = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def documents(self) -> Iterator[tuple[str, Document]]:
         """Yield all documents with their side, TRAIN or VALIDATION."""
         for document in self.read():
-            if not self._holds_out(document):
-                yield TRAIN, document
+            if not _is_in(self.held_out, document):
+                if not _is_in(self.dropped, document):
+                    yield TRAIN, document
             elif self.read_validation is None:
                 yield VALIDATION, document
         for document in self.read_validation() if self.read_validation else ():
@@ -67,7 +71,7 @@ class Split:
 
     def sample(self, max_bytes: int) -> Iterator[Document]:
         """Yield training documents up to `max_bytes` in the order of their digests, which is unbiased."""
-        trained = ~np.isin(self.survey.keys, self.held_out)
+        trained = ~np.isin(self.survey.keys, np.concatenate([self.held_out, self.dropped]))
         keys, sizes = self.survey.keys[trained], self.survey.sizes[trained]
         order = np.argsort(keys, kind="stable")
         whole = int(np.searchsorted(np.cumsum(sizes[order]), max_bytes))  # documents before the one that is cut
@@ -75,9 +79,16 @@ class Split:
         chosen = [document for document in self.side(TRAIN) if document.key <= last]
         return limit_bytes(sorted(chosen, key=lambda document: document.digest), max_bytes)
 
-    def _holds_out(self, document: Document) -> bool:
-        at = int(np.searchsorted(self.held_out, np.uint64(document.key)))
-        return at < len(self.held_out) and int(self.held_out[at]) == document.key
+    def near_duplicates(self) -> Keys:
+        """Return the sorted keys of training documents that are nearly equal to a held-out one."""
+        held = (document.text.split() for document in self.side(VALIDATION))
+        found = near_duplicates(held, lambda: ((one.key, one.text.split()) for one in self.side(TRAIN)))
+        return np.array(sorted(found), np.uint64)
+
+
+def _is_in(keys: Keys, document: Document) -> bool:
+    at = int(np.searchsorted(keys, np.uint64(document.key)))
+    return at < len(keys) and int(keys[at]) == document.key
 
 
 def lowest_keys(keys: Keys, fraction: float) -> Keys:

@@ -23,6 +23,7 @@ from moe_dist.errors import DataError
 _MAGIC = b"moe-dist tokens 1\n"
 _HEADER_BYTES = 4096
 _CHUNK = 1 << 22
+_RUN = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,22 @@ class TokenFile:
     @property
     def plain_ids(self) -> npt.NDArray[np.integer]:
         """Ids with the complements of a chat's context undone; in memory."""
-        ids = np.asarray(self.ids)
+        return self.plain(0, len(self))
+
+    def plain(self, first: int, end: int) -> npt.NDArray[np.integer]:
+        """Return a run of these ids."""
+        ids = np.asarray(self.ids[first:end])
         return np.where(ids < 0, ~ids, ids) if ids.dtype.kind == "i" else ids
+
+    def documents(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Yield the first token and the size of documents, with their ends, [N] each, some million tokens at a time."""
+        first, stop = 0, self.facts.end_of_document
+        for start in range(0, len(self), _RUN):
+            end_N = start + 1 + np.flatnonzero(self.plain(start, start + _RUN) == stop)
+            if len(end_N):
+                first_N = np.concatenate([[first], end_N[:-1]]).astype(np.int64)
+                yield first_N, end_N - first_N
+                first = int(end_N[-1])
 
     @cached_property
     def target_share(self) -> float:

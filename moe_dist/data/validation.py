@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moe_dist.data.loader import read_sequences, sequence_count
-from moe_dist.data.token_file import TokenFile
+from moe_dist.data.sequences import Sequences
 
 
 class ValidationBatch(NamedTuple):
@@ -24,21 +23,18 @@ class ValidationBatch(NamedTuple):
 
 
 def validation_batches(
-    tokens: TokenFile, sequence_length: int, max_sequences: int, rank: int, ranks: int, batch: int
+    sequences: Sequences, max_sequences: int, rank: int, ranks: int, batch: int
 ) -> Iterator[ValidationBatch]:
-    """Yield this rank's share of at most `max_sequences` distinct sequences, spread evenly over the file.
+    """Yield this rank's share of at most `max_sequences` distinct sequences, spread evenly over the source.
 
     Every rank gets the same number of batches of the same shapes, since all take part in the model's collectives: if
     the sequences do not divide by the ranks, the last ranks are padded with sequences of weight 0.
-
-    Raises:
-        DataError: the text is shorter than one sequence (at the first batch).
     """
-    available = sequence_count(tokens, sequence_length)
+    available = len(sequences)
     count = min(max_sequences, available)
     per_rank = -(-count // ranks)
     for start in range(rank * per_rank, (rank + 1) * per_rank, batch):
         numbers = np.arange(start, min(start + batch, (rank + 1) * per_rank), dtype=np.int64)
         indices = np.where(numbers < count, numbers * available // count, 0)
         weight = torch.from_numpy((numbers < count).astype(np.float32))
-        yield ValidationBatch(read_sequences(tokens, sequence_length, indices), weight)
+        yield ValidationBatch(sequences.read(indices), weight)

@@ -17,6 +17,7 @@ class StepReport:
     Attributes:
         sequences_BS: this rank's share of the step's batch.
         upcoming: returns its share of the next batch, on which the model has not been trained.
+        waited: seconds that this rank waited for its batch; part of `seconds`.
         seconds: duration of the step; 0 until `after_step`.
     """
 
@@ -26,6 +27,7 @@ class StepReport:
     gradient_norm: float
     sequences_BS: Tensor
     upcoming: Callable[[], Tensor]
+    waited: float = 0.0
     seconds: float = 0.0
 
 
@@ -61,8 +63,8 @@ class Callback:
     def before_evaluation(self, step: int) -> None:
         """Prepare for an evaluation."""
 
-    def after_evaluation(self, step: int, loss: float) -> None:
-        """Record a validation loss, nats a token."""
+    def after_evaluation(self, step: int, loss: float, by_source: Mapping[str, float]) -> None:
+        """Record a validation loss, nats a token, and that of each source of a blend."""
 
     def end_step(self, step: int) -> None:
         """Act after a step and its evaluation, such as by saving a checkpoint."""

@@ -1,7 +1,7 @@
 """Training steps on DeepSpeed: gradient accumulation, reduction by parameter class, clipping, ZeRO, AdamW."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,8 @@ class StepOutcome:
     """True if any rank was asked to stop the run after this step."""
     idle: float = 0.0
     """Share of the passes' time in which pipeline stages computed nothing, mean over ranks; 0 for one stage."""
+    total_2K: Tensor | None = None
+    """Sums of losses, nats, and of targets of each source of a blend."""
 
 
 class DeepSpeedEngine:
@@ -91,21 +93,33 @@ class DeepSpeedEngine:
         elsewhere = gradient_norm.nothing_else if self._ours is None else self._ours.finish_gradients
         gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm, elsewhere)
 
-    def forward_backward(self, sequences_BS: Tensor, stop_wanted: Callable[[], bool] = lambda: False) -> StepOutcome:
+    def forward_backward(
+        self,
+        sequences_BS: Tensor,
+        stop_wanted: Callable[[], bool] = lambda: False,
+        source_B: Tensor | None = None,
+        sources: int = 0,
+    ) -> StepOutcome:
         """Run the forward and backward passes of a step, in micro-batches; collective.
 
         Args:
             sequences_BS: this rank's share of the batch, [micro * accumulation, S+1] token ids.
             stop_wanted: returns True if this rank was asked to stop after the step; called once, at the end.
+            source_B: number of the source of each sequence, below `sources`; None: losses by source are not wanted.
         """
+        self.model.sequence_losses.clear()
+        loss = self._passes(sequences_BS.to(self.process.device).split(self.batch.micro))
+        total_2K = self._losses_by_source(sequences_BS, source_B, sources)
+        return self._reduce_outcome(loss, total_2K, stop_wanted())
+
+    def _passes(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        """Run the forward and backward passes of a step; return this rank's mean loss."""
         if self.loss_scale.enabled:
             self._engine.optimizer.loss_scale = self.model.context.balance.loss_scale = self.loss_scale.scale
         # the ranks of a tensor group compute one loss together, and gradients are divided by all ranks
         scale = self._missing_scale * self.model.context.mesh.shape.tensor
-        micro_batches = sequences_BS.to(self.process.device).split(self.batch.micro)
         if self._stages is not None:
-            loss = self._stages.run(micro_batches, scale, self._applied_scale)
-            return self._reduce_outcome(loss, stop_wanted())
+            return self._stages.run(micro_batches, scale, self._applied_scale)
         loss = torch.zeros((), device=self.process.device)
         for sequence_BS in micro_batches:
             if self._memory is not None:
@@ -115,7 +129,16 @@ class DeepSpeedEngine:
             loss += micro_loss.detach().float() / self.batch.accumulation
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
-        return self._reduce_outcome(loss, stop_wanted())
+        return loss
+
+    def _losses_by_source(self, sequences_BS: Tensor, source_B: Tensor | None, sources: int) -> Tensor:
+        """Return the sums of losses and of targets of each source on this rank, float64 [2, K]."""
+        total_2K = torch.zeros(2, sources, dtype=torch.float64, device=self.process.device)
+        if source_B is not None and sources and self.model.stage.last:  # other stages have no losses
+            losses_B = torch.cat(self.model.sequence_losses)
+            targets_B = (sequences_BS[:, 1:] >= 0).sum(1).to(losses_B) / self.model.context.mesh.shape.context
+            total_2K.index_add_(1, source_B.to(losses_B.device), torch.stack([losses_B, targets_B]))
+        return total_2K
 
     def update(self, outcome: StepOutcome, learning_rate: float) -> float:
         """Clip gradients, update weights and balance biases; return the global gradient norm before clipping.
@@ -167,7 +190,7 @@ class DeepSpeedEngine:
         self._stages = None
         del self._engine, self.model
 
-    def _reduce_outcome(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
+    def _reduce_outcome(self, loss: Tensor, mine_2K: Tensor, stop_wanted: bool) -> StepOutcome:
         """Sum loads, losses, non-finite losses and stop requests over the ranks, in one small all-reduce per step."""
         balance, ranks = self.model.context.balance, self.process.ranks
         per_stage = self.model.context.mesh.shape.stage_ranks
@@ -177,16 +200,17 @@ class DeepSpeedEngine:
         idle = stop.new_tensor(self._stages.idle if self._stages is not None else 0.0)
         mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop, idle])
         mine = torch.cat([mine, balance.router_loss_2.double()])
-        packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
+        packed = torch.cat([mine, mine_2K.flatten().nan_to_num(0, 0, 0), faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
         balance.clear_counts()
         self._count_LE = packed[-balance.count_LE.numel() :].view(balance.count_LE.shape)
-        sums, faults, counts = packed.cpu().split([len(mine), ranks, balance.count_LE.numel()])
+        sums, totals, faults, counts = packed.cpu().split([len(mine), mine_2K.numel(), ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
         loss_sum, dropped, stops, idle_sum, balance_loss, z_loss = sums.tolist()
         means = (loss_sum / per_stage, balance_loss / per_stage, z_loss / per_stage)
-        return StepOutcome(means[0], broken, count_LE, dropped, *means[1:], stops > 0, idle_sum / ranks)
+        total_2K = totals.view(2, -1) if len(totals) else None
+        return StepOutcome(means[0], broken, count_LE, dropped, *means[1:], stops > 0, idle_sum / ranks, total_2K)
 
 
 def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def tokenizer_of(run: Path, weights: TrainedWeights) -> Tokenizer:
 
 def _prepared_again(weights: TrainedWeights) -> Path:
     data, expected = prepare_data(weights.config.corpus, weights.config.tokenizer), weights.manifest.data
-    if data.train.checksum != expected.train_checksum:
+    if data.checksum("train") != expected.train_checksum:
         raise DataError(
             f"{weights.path} has no tokenizer, and corpus.* gives other tokens than those of training: "
             f"put the tokenizer of that training into the run's folder"

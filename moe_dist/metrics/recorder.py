@@ -1,6 +1,7 @@
 """Recorder of a run on rank 0; other ranks have one that does nothing."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -47,8 +48,8 @@ class Recorder:
     def traffic(self, values: dict[str, Any]) -> None:
         """Record the traffic matrices of the whole run."""
 
-    def evaluation(self, step: int, tokens: int, loss: float) -> None:
-        """Record a validation loss."""
+    def evaluation(self, step: int, tokens: int, loss: float, sources: Mapping[str, float] | None = None) -> None:
+        """Record a validation loss, and those of a blend's sources."""
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Record the summary of a complete run."""
@@ -139,10 +140,11 @@ class RunRecorder(Recorder):
         except MoeDistError as error:
             self.note(f"warning: {error}")
 
-    def evaluation(self, step: int, tokens: int, loss: float) -> None:
-        """Append a line to `events.jsonl` and one to `metrics.jsonl`; loss in nats per token."""
-        self._folder.event("evaluation", step, tokens=tokens, loss=loss, perplexity=perplexity(loss))
-        self._folder.log(step, {"tokens": tokens, "validation": {"loss": loss, "perplexity": perplexity(loss)}})
+    def evaluation(self, step: int, tokens: int, loss: float, sources: Mapping[str, float] | None = None) -> None:
+        """Append a line to `events.jsonl` and one to `metrics.jsonl`; losses in nats per token."""
+        figures = {"loss": loss, "perplexity": perplexity(loss), **({"sources": dict(sources)} if sources else {})}
+        self._folder.event("evaluation", step, tokens=tokens, **figures)
+        self._folder.log(step, {"tokens": tokens, "validation": figures})
         self._progress.update(step, validation_loss=loss)
 
     def finish(self, summary: dict[str, Any]) -> None:

@@ -93,6 +93,9 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Pat
     table.add_row("speed", f"{_number(at('tokens_per_second'), ',.0f')} tokens/s")
     if (first := at("first_step_seconds")) is not None:
         table.add_row("time", f"{_phases(at('wall_seconds') or {})}; first step done after {first:.1f} s")
+    for name, source in (at("data.sources") or {}).items():
+        if (words := _source(source)) is not None:
+            table.add_row(f"text {name}", words)
     if (scaling := at("loss_scale")) is not None:
         skipped = f"{scaling['skipped_steps']} steps skipped, whose gradients overflowed float16"
         table.add_row("loss scale", f"{scaling['scale']:g}; {skipped}")
@@ -132,6 +135,17 @@ def _phases(seconds: Mapping[str, float | None]) -> str:
     """Return the wall time of each phase of a run."""
     known = {phase: length for phase, length in seconds.items() if length is not None}
     return f"{sum(known.values()):.1f} s: " + ", ".join(f"{phase} {length:.1f}" for phase, length in known.items())
+
+
+def _source(source: Mapping[str, Any]) -> str | None:
+    """Return the draws and the loss of a blend's source, and what packing made of it; None: nothing to tell."""
+    parts = []
+    if (loss := source.get("validation_loss")) is not None:
+        drawn = f"{_number(source.get('tokens'), ',d')} tokens, {_number(source.get('epochs'), '.2f')} epochs"
+        parts.append(f"validation loss {_number(loss, '.4f')}; {drawn}")
+    if (padding := source.get("padding")) is not None:
+        parts.append(f"padding {padding:.2%}, {_number(source.get('cut_documents'), '.1%')} of documents cut")
+    return "; ".join(parts) or None
 
 
 def _stored(summary: Mapping[str, Any]) -> str:

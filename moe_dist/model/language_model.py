@@ -38,6 +38,7 @@ class LanguageModel(nn.Module):
     Attributes:
         context: state shared by the layers: mesh, placements, balance state, traffic ledger.
         target_share: share of the targets among the training tokens; the training loss is a mean over targets.
+        sequence_losses: sums of this rank's losses of each sequence, [B] a micro-batch, of the passes of a step so far.
         stage: layers of this rank's pipeline stage.
         tied: embedding that pipeline stages share; None: one stage, or embeddings are not tied.
         end_of_document: token that ends each document, for `corpus.document_mask`; set by those who have the tokenizer.
@@ -69,6 +70,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
+        self.sequence_losses: list[Tensor] = []
         moe = config.moe
         placements, statistics, layers = [], None, config.model.layers
         if moe.layer_kind.clustered:
@@ -115,6 +117,7 @@ class LanguageModel(nn.Module):
 
     def mean_of(self, losses_BS: Tensor) -> Tensor:
         """Return the mean of `token_losses` over targets, whose number is taken as its mean over the training data."""
+        self.sequence_losses.append(losses_BS.detach().double().sum(1))
         return losses_BS.mean() / self.target_share
 
     def token_losses(self, sequence_BS: Tensor) -> Tensor:

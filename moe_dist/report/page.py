@@ -83,7 +83,11 @@ def _run(run: RunFiles, numbers: Iterator[int]) -> str:
         ("Time of a step", maps.profile(run), "With every collective synchronised."),
     )
     problems = "".join(f'<p class="problem">{escape(problem)}</p>' for problem in run.problems)
-    lists = (("Re-clusterings", tables.reclusterings(run)), ("Events", tables.other_events(run)))
+    lists = (
+        ("Sources of text", tables.sources(run)),
+        ("Re-clusterings", tables.reclusterings(run)),
+        ("Events", tables.other_events(run)),
+    )
     listed = "".join(f"<h3>{title}</h3>{content}" for title, content in lists if content)
     head = f"<h2>{escape(run.label)}</h2><p>{escape(run.status)}</p>{problems}"
     return head + _grid(figures, numbers) + listed

@@ -53,6 +53,27 @@ def _layout(run: RunFiles) -> str:
     return f"{kind}: {axes}" if axes else str(kind)
 
 
+SOURCES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("tokens", "tokens", lambda value: f"{value:,.0f}"),
+    ("epochs", "epochs", lambda value: f"{value:.2f}"),
+    ("validation loss", "validation_loss", lambda value: f"{value:.4f}"),
+    ("padding", "padding", lambda value: f"{value:.2%}"),
+    ("documents cut", "cut_documents", lambda value: f"{value:.1%}"),
+)
+
+
+def sources(run: RunFiles) -> str:
+    """Return the sources of a blend: draws, losses, packing; empty without a blend."""
+    found = look_up(run.summary, "data.sources")
+    if not isinstance(found, dict) or len(found) < 2:
+        return ""
+    rows = []
+    for name, figures in found.items():
+        values = [(number(figures, key) if isinstance(figures, dict) else None, form) for _, key, form in SOURCES]
+        rows.append([str(name), *(MISSING if value is None else form(value) for value, form in values)])
+    return table(["source", *(title for title, _, _ in SOURCES)], rows)
+
+
 RECLUSTER = (
     "step",
     "layer",

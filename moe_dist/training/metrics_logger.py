@@ -1,5 +1,6 @@
 """Metrics of a run: steps, loads and evaluations for the recorder, and their part of the summary."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.training.load_metrics import LoadRecord, last_fifth
 from moe_dist.training.offload_metrics import offload_figures, updates_behind
 from moe_dist.training.run_history import RunHistory
+from moe_dist.training.source_metrics import SourceLosses
 from moe_dist.training.summary_metrics import memory_now
 
 
@@ -23,7 +25,8 @@ class MetricsLogger(Callback):
         self, config: RunConfig, shape: WorldShape, process: RankInfo, recorder: Recorder, clock: WallClock
     ) -> None:
         self._config, self._shape, self._process, self._recorder = config, shape, process, recorder
-        self.history, self._clock = RunHistory(), clock
+        self.history, self._clock, self.waited = RunHistory(), clock, 0.0
+        self._sources = SourceLosses(tuple(config.corpus.sources))
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
 
     def attach(self, engine: DeepSpeedEngine) -> None:
@@ -50,6 +53,9 @@ class MetricsLogger(Callback):
     def after_update(self, report: StepReport) -> None:
         """Record the loads with the placement by which they were routed."""
         self._clock.first_step_ends()
+        self.waited += report.waited
+        if report.outcome.total_2K is not None:
+            self._sources.add(report.outcome.total_2K)
         if self._routed:
             outcome = report.outcome
             self.history.loads.append(self._loads.add(outcome.count_LE.numpy(), outcome.dropped, self._placements))
@@ -70,11 +76,11 @@ class MetricsLogger(Callback):
                 counts["behind"] = behind_LG
             self._recorder.load(step, counts)
 
-    def after_evaluation(self, step: int, loss: float) -> None:
+    def after_evaluation(self, step: int, loss: float, by_source: Mapping[str, float]) -> None:
         """Record the loss."""
-        tokens = step * self.tokens_per_step
-        self.history.curve.append({"step": step, "tokens": tokens, "loss": loss})
-        self._recorder.evaluation(step, tokens, loss)
+        tokens, sources = step * self.tokens_per_step, {"sources": dict(by_source)} if by_source else {}
+        self.history.curve.append({"step": step, "tokens": tokens, "loss": loss, **sources})
+        self._recorder.evaluation(step, tokens, loss, **sources)
 
     def state(self) -> dict[str, Any]:
         """Return the history."""
@@ -100,6 +106,7 @@ class MetricsLogger(Callback):
         recent, moe = self.history.step_seconds[-self._config.train.log_every :], self._config.moe
         train = {
             "loss": report.outcome.loss,
+            **({"sources": losses} if (losses := self._sources.take()) else {}),
             "learning_rate": report.learning_rate,
             "gradient_norm": report.gradient_norm,
         }
@@ -115,6 +122,7 @@ class MetricsLogger(Callback):
             "tokens": report.step * self.tokens_per_step,
             "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
             "train": train,
+            "data_wait_seconds": report.waited,
             "memory": memory_now(self._process),
         }
         if (offload := offload_figures(self._engine, self._process)) is not None:

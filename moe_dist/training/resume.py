@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from moe_dist.checkpoint.compatibility import check_config_compatible
+from moe_dist.checkpoint.compatibility import check_config_compatible, config_of
 from moe_dist.checkpoint.find import ValidCheckpoint, agreed, checked, is_checkpoint, latest_valid_checkpoint
 from moe_dist.checkpoint.manifest import DataRecord
 from moe_dist.checkpoint.store import checkpoints_of, set_aside
 from moe_dist.config import RunConfig
-from moe_dist.data import PreparedData
+from moe_dist.data import ORDER, PreparedData, blend_plan, open_sequences
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.errors import CheckpointError
 from moe_dist.metrics.recorder import Recorder, RunRecorder
@@ -70,6 +70,7 @@ def find_resumption(config: RunConfig, data: PreparedData) -> Resumption | None:
             _release(lock)
             return None
         changes = check_config_compatible(found.manifest, config.phase_after(found.manifest.step), data_record(data))
+        _check_same_draws(config_of(found.manifest), config, data, found.manifest.step)
         if found.manifest.step > config.train.steps:
             raise CheckpointError(
                 f"checkpoint {found.path} is of step {found.manifest.step}, beyond train.steps={config.train.steps}"
@@ -78,6 +79,26 @@ def find_resumption(config: RunConfig, data: PreparedData) -> Resumption | None:
         _release(lock)
         raise
     return Resumption(found, choice.run, changes, choice.skipped, lock)
+
+
+def _check_same_draws(then: RunConfig, now: RunConfig, data: PreparedData, step: int) -> None:
+    """Require that the weights of a blend up to `step` are those of the checkpoint.
+
+    Raises:
+        CheckpointError: other sequences would have been drawn, so that some would be repeated and others left out.
+    """
+    if now.corpus.kind != "blend":
+        return
+    counts = {name: len(sequences) for name, sequences in open_sequences(now, data, "train").items()}
+    position = step * now.train.global_batch_size
+    before, after = (dict(zip(counts, blend_plan(run, counts).drawn(position), strict=True)) for run in (then, now))
+    if before != after:
+        drawn, wanted = (", ".join(f"{name} {count}" for name, count in each.items()) for each in (before, after))
+        raise CheckpointError(
+            f"the checkpoint of step {step} has drawn sequences of the sources ({drawn}), the configuration would have "
+            f"drawn others ({wanted}): keep weights and limits up to there, and change weights from there on with "
+            f"corpus.schedule=[{{step: {step}, weights: {{...}}}}]"
+        )
 
 
 def open_recorder(config: RunConfig, rank: int, resumption: Resumption | None) -> Recorder:
@@ -116,10 +137,11 @@ def _record_resumption(recorder: RunRecorder, resumption: Resumption) -> None:
 def data_record(data: PreparedData) -> DataRecord:
     """Return the identity of the training tokens."""
     return DataRecord(
-        train_checksum=data.train.checksum,
-        validation_checksum=data.validation.checksum,
+        train_checksum=data.checksum("train"),
+        validation_checksum=data.checksum("validation"),
         vocab_size=data.vocab_size,
         next_step=0,
+        order=ORDER,
     )
 
 

@@ -11,6 +11,7 @@ from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import count_parameters
 from moe_dist.moe.quantized_experts import stored_sizes
 from moe_dist.training.offload_metrics import offload_figures
+from moe_dist.training.source_metrics import data_summary
 from moe_dist.training.summary_metrics import all_to_all_totals, model_bytes, peak_memory
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def description(trainer: "Trainer") -> str:
         f"{config.name}: {config.model.layers} layers of {config.model.hidden_size}, "
         f"{moe.layer_kind.describe(moe)}{warmup}; "
         f"{trainer.process.ranks} rank(s): {trainer.shape}; ZeRO {config.world.zero_stage}, {config.train.precision}, "
-        f"{len(trainer.data.train):,} tokens of {config.corpus.kind} text, {trainer.data.vocab_size} pieces"
+        f"{trainer.data.tokens:,} tokens of {config.corpus.kind} text, {trainer.data.vocab_size} pieces"
     )
 
 
@@ -47,6 +48,7 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
         "name": config.name,
         "kind": config.moe.kind,
         **found,
+        "data": data_summary(trainer),
         "loss_scale": trainer.loss_scale.figures(),
         "parameters": vars(counts),
         "all_to_all": {
@@ -106,4 +108,4 @@ def _loss_as_stored(trainer: "Trainer") -> float | None:
     if trainer.config.precision.residuals == "none":
         return None
     with trainer.model.with_quantized_experts():
-        return trainer.validation_loss()
+        return trainer.validation_loss().mean

@@ -17,7 +17,7 @@ from moe_dist.checkpoint.stateful import Stateful
 from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.console import tolerant_output
-from moe_dist.data import PreparedData, SequenceLoader, open_tokenizer, prepare_data, sequence_count
+from moe_dist.data import PrefetchingLoader, PreparedData, open_batches, open_sequences, open_tokenizer, prepare_data
 from moe_dist.dispatch.layout_advice import layout_advice
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.distributed.agreement import differing_ranks
@@ -47,7 +47,7 @@ from moe_dist.training.preemption import StopSignals
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.summary import description, run_summary
 from moe_dist.training.summary_metrics import traffic_matrices
-from moe_dist.training.validation import validation_loss
+from moe_dist.training.validation import ValidationLoss, validation_loss
 from moe_dist.training.warmup import StandardWarmup
 from moe_dist.training.watchdog import Watchdog, watched_seconds
 
@@ -141,16 +141,11 @@ class Trainer:
         self.mesh = Mesh.create(shape, process.timeout)
         self.ledger = TrafficLedger(Links.discover(process.device))
         self.loss_scale = LossScale(config.train.precision == "float16")
+        batches = open_batches(config, data, self.mesh.in_attention.group, shape.sequence_groups)
+        self.loader = PrefetchingLoader(batches)
+        self._sources = len(data.sources) if config.corpus.kind == "blend" else 0
+        self.held_out = open_sequences(config, data, "validation")
         self.build(config.phase_after(steps_done))
-        self.loader = SequenceLoader(
-            data.train,
-            config.model.sequence_length,
-            config.train.global_batch_size,
-            config.seed,
-            self.mesh.in_attention.group,
-            shape.sequence_groups,
-        )
-        sequence_count(data.validation, config.model.sequence_length)  # fails now, not at the first evaluation
         self.callbacks = self._default_callbacks()
         self._attach_all()
 
@@ -170,13 +165,12 @@ class Trainer:
                     self.ledger,
                     self.memory,
                 )
-            self.model.end_of_document = self.data.train.facts.end_of_document
-            self.model.target_share = self.data.train.target_share
+            self.model.end_of_document = self.data.end_of_document
             if config.optimizer.trainable == "residuals":
                 train_residuals_only(self.model)
             self.engine = DeepSpeedEngine(self.model, config, self.batch, self.process, self.loss_scale)
         except BaseException:
-            self.__exit__()
+            self._close_memory()
             raise
 
     def _expert_memory(self, config: RunConfig) -> ExpertMemory | None:
@@ -205,7 +199,11 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the memory tiers."""
+        """Close the memory tiers and the loader."""
+        self.loader.close()
+        self._close_memory()
+
+    def _close_memory(self) -> None:
         if self.memory is not None:
             self.memory.close()
 
@@ -226,7 +224,7 @@ class Trainer:
             callback.release()
         self.engine.close()
         del self.engine, self.model
-        self.__exit__()  # the memory of the next model uses the same folder
+        self._close_memory()  # the memory of the next model uses the same folder
         self.memory = None
 
     def replace_model(self, config: RunConfig, fill: Callable[[], None], step: int) -> None:
@@ -301,8 +299,10 @@ class Trainer:
         started = time.perf_counter()
         for callback in self.callbacks:
             callback.before_step(step)
-        sequences_BS = self.loader.batch(step - 1)
-        outcome = self.engine.forward_backward(sequences_BS, lambda: signals.wanted)
+        sequences_BS, source_B = self.loader.batch(step - 1)
+        waited = time.perf_counter() - started
+        self.model.target_share = self.loader.target_share(step - 1)
+        outcome = self.engine.forward_backward(sequences_BS, lambda: signals.wanted, source_B, self._sources)
         _stop_if_broken(step, outcome)
         if outcome.stop:
             signals.reached()
@@ -310,7 +310,9 @@ class Trainer:
         norm = self.engine.update(outcome, rate)
         if not self.loss_scale.skipped:
             _stop_if_norm_broken(step, norm)
-        report = StepReport(step, outcome, rate, norm, sequences_BS, lambda: self.loader.batch(step))
+        report = StepReport(
+            step, outcome, rate, norm, sequences_BS, lambda: self.loader.batch(step).sequences_BS, waited
+        )
         for callback in self.callbacks:
             callback.after_update(report)
         report.seconds = time.perf_counter() - started
@@ -327,14 +329,14 @@ class Trainer:
         for callback in self.callbacks:
             callback.before_evaluation(step)
         loss = self.validation_loss()
-        if not math.isfinite(loss):
-            raise TrainingError(f"step {step}: the validation loss is {loss}: the weights are no longer finite")
+        if not math.isfinite(loss.mean):
+            raise TrainingError(f"step {step}: the validation loss is {loss.mean}: the weights are no longer finite")
         for callback in self.callbacks:
-            callback.after_evaluation(step, loss)
+            callback.after_evaluation(step, loss.mean, loss.by_source)
 
-    def validation_loss(self) -> float:
+    def validation_loss(self) -> ValidationLoss:
         """Return the current validation loss, nats per token; collective."""
-        return validation_loss(self.model, self.data.validation, self.config, self.batch.micro, self.process)
+        return validation_loss(self.model, self.held_out, self.config, self.batch.micro, self.process)
 
     def _stop(self, step: int) -> None:
         for callback in self.callbacks:
@@ -361,7 +363,7 @@ def _require_same_data(data: PreparedData, process: RankInfo) -> None:
     Raises:
         DataError: the tokens differ.
     """
-    digest = hashlib.sha256(f"{data.train.checksum} {data.validation.checksum}".encode()).digest()
+    digest = hashlib.sha256(f"{data.checksum('train')} {data.checksum('validation')}".encode()).digest()
     if different := differing_ranks(int.from_bytes(digest[:7], "big"), process.device):
         raise DataError(
             f"rank {', '.join(map(str, different))} prepared other tokens than rank 0: give all nodes the same text, "

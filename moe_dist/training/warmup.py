@@ -29,7 +29,9 @@ class StandardWarmup(Callback):
             return
         trainer.logger.record_loads(report.step)
         micro, device = trainer.batch.micro, trainer.process.device
-        batches_BS = [trainer.loader.batch(report.step + ahead).to(device).split(micro) for ahead in (0, 1)]
+        batches_BS = [
+            trainer.loader.batch(report.step + ahead).sequences_BS.to(device).split(micro) for ahead in (0, 1)
+        ]
         figures = cluster_experts(trainer, batches_BS, report.step)
         trainer.logger.history.step_seconds[-1] += figures["seconds"]
         trainer.recorder.event("clustered", report.step, **figures)

@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_dist.checkpoint import save_and_load
 from moe_dist.checkpoint.store import check, checkpoints_of
 from moe_dist.config import load_config
-from moe_dist.data import SequenceLoader
+from moe_dist.data import Batch, SequenceLoader
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.errors import MoeDistError, TrainingError
 from moe_dist.metrics.run_lock import RunLock
@@ -281,7 +281,7 @@ def _train_until_it_hangs(words: list[str]) -> None:
 
     before = SequenceLoader.batch
 
-    def batch(self: SequenceLoader, step: int) -> Tensor:
+    def batch(self: SequenceLoader, step: int) -> Batch:
         if step == 3 and dist.get_rank() == 1:  # counted from 0; rounds of re-clustering read batches of other steps
             threading.Event().wait()
         return before(self, step)

@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_dist.benchmarks.collective_timer import CollectiveTimer, StepPhase, timing_collectives
 from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
+from moe_dist.data import PrefetchingLoader
 from moe_dist.dispatch import top1_dispatcher
 from moe_dist.dispatch.all_to_all import AllToAll, PendingAllToAll
 from moe_dist.dispatch.flat_dispatcher import FlatDispatcher
@@ -25,6 +26,7 @@ from moe_dist.training.metrics_logger import MetricsLogger
 
 DISPATCHERS = (Top1Dispatcher, TopMDispatcher, ShardDispatcher, FlatDispatcher)
 PARTS: dict[StepPart, list[tuple[Any, str]]] = {
+    StepPart.DATA: [(PrefetchingLoader, "batch")],
     StepPart.ROUTING: [
         (Router, "cluster_logits"),
         (Router, "local_embeddings"),

@@ -25,6 +25,7 @@ _MARKED = "moe_dist.part"  # key in a node's metadata
 class StepPart(StrEnum):
     """Part of a training step."""
 
+    DATA = "data"  # waiting for the batch
     ATTENTION = "attention"
     ROUTING = "routing"
     PERMUTE = "permute"

@@ -86,7 +86,7 @@ def _sequences(text: Sequence[str], tokenizer: Tokenizer, count: int, length: in
     """Return calibration sequences [count, length] of the first documents."""
     corpus = CorpusConfig(kind="text", paths=list(text)) if text else CorpusConfig()
     ids: list[int] = []
-    for document in tokenizer.encode_all(document.text for document in open_corpus(corpus).split().side(TRAIN)):
+    for document in tokenizer.encode_all(document.text for document in open_corpus(corpus).split.side(TRAIN)):
         ids += [*document, tokenizer.end_of_document]
         if len(ids) >= count * length:
             return torch.tensor(ids[: count * length]).view(count, length)

@@ -56,6 +56,7 @@ class ReproductionPlan:
         tokens = config.train.steps * config.train.global_batch_size * config.model.sequence_length
         corpus = config.corpus
         text = {"text": ", ".join(Path(path).name for path in corpus.paths), "hub": f"{corpus.name} {corpus.subset}"}
+        text["blend"] = ", ".join(corpus.sources)
         versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
         return [
             f"Scale {self.setting.scale.name}: {config.train.steps} steps, {tokens:,} tokens of "

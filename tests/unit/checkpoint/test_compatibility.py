@@ -24,6 +24,7 @@ from tests.unit.checkpoint.samples import DATA, manifest
         ["tokenizer.kind=unigram"],
         ["moe.top_k=1"],
         ["moe.gate_scale=2"],
+        ["corpus.packing=best_fit"],
     ],
 )
 def test_other_tensors_another_model_or_other_batches_are_refused(words: list[str]) -> None:
@@ -47,6 +48,15 @@ def test_what_may_differ_is_said(words: list[str], said: list[str]) -> None:
     here = ["train.precision=bfloat16"]  # auto is another type on another processor
     then = manifest(config=load_config(None, here))
     assert sorted(check_config_compatible(then, load_config(None, [*here, *words]), DATA)) == said
+
+
+def test_a_change_of_weights_is_said_and_another_order_refused() -> None:
+    blend = "corpus.sources={a: {}, b: {}}"
+    then, change = manifest(config=load_config(None, [blend])), "corpus.schedule=[{step: 1, weights: {a: 2}}]"
+    (said,) = check_config_compatible(then, load_config(None, [blend, change]), DATA)
+    assert said.startswith("corpus.schedule: [] -> [{'step': 1")
+    with pytest.raises(CheckpointError, match=r"^the checkpoint's run read its sequences in another order"):
+        check_config_compatible(manifest(), load_config(None), DATA.model_copy(update={"order": 1}))
 
 
 @pytest.mark.parametrize(

@@ -81,5 +81,5 @@ class Sides(NamedTuple):
 
 
 def sides_of(corpus: Corpus) -> Sides:
-    split = corpus.split()
+    split = corpus.split
     return Sides(list(split.side("train")), list(split.side("validation")))

@@ -33,10 +33,12 @@ def test_token_files_are_those_of_the_tokenizer_wherever_it_is(tmp_path: Path) -
     kept = tokenizer_in(data.tokenizer_path.parent)
     assert kept is not None
     assert open_tokenizer(kept).files() == open_tokenizer(find_hf_tokenizer(str(first))).files()
-    assert prepare_data(corpus, settings.model_copy(update={"path": str(second)})).key == data.key
+    assert (
+        prepare_data(corpus, settings.model_copy(update={"path": str(second)})).sources[""].key == data.sources[""].key
+    )
     (second / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<s>"}}))
     changed = prepare_data(corpus, settings.model_copy(update={"path": str(second)}))
-    assert changed.key != data.key
+    assert changed.sources[""].key != data.sources[""].key
     assert changed.train.facts.end_of_document == 0
 
 

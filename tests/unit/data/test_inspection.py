@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from moe_dist import cli
 from moe_dist.data.inspection import report_of, samples_of
+from moe_dist.data.sequences import ConcatenatedSequences
 from moe_dist.data.token_file import TokenFacts, TokenFile
 from moe_dist.data.tokenizer import Tokenizer
 from tests.unit.data.samples import text_corpus
@@ -28,11 +29,12 @@ def token_file(*documents: list[int]) -> TokenFile:
 
 def test_figures_of_a_token_file() -> None:
     tokens = token_file([2, 3], [4], [5, 6, 7, 8], [])  # lengths 3, 2, 5, 1; in sequences of 4: 0, 0-1, 1-2, 2
-    report = report_of(tokens, 4)
+    report = report_of(tokens, ConcatenatedSequences(tokens, 4), 4)
     assert (report.tokens, report.documents, report.bytes) == (11, 4, 40)
     assert (report.lengths[0], report.lengths[-1]) == (1, 5)
     assert report.sequences == 2
     assert report.cut_documents == 2 / 4
+    assert report.padding == 0
 
 
 def test_samples_are_whole_beginnings_of_documents() -> None:

@@ -1,14 +1,17 @@
 """Megatron-core's tokenized files: read as a corpus, written from one, by its own classes on the other side."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from moe_dist.config import CorpusConfig, TokenizerConfig, load_config
 from moe_dist.data import open_tokenizer, prepare_data
+from moe_dist.data.blend import BlendPlan
 from moe_dist.data.hf_tokenizer import find_hf_tokenizer
 from moe_dist.data.megatron_files import match_prefixes, write_megatron_files
+from moe_dist.data.sequences import ConcatenatedSequences
 from moe_dist.errors import ConfigError, DataError
 from tests.unit.data.samples import documents_of, hf_tokenizer, text_corpus
 
@@ -89,3 +92,66 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
         load_config(None, ["corpus.kind=megatron", "corpus.paths=a"])
     with pytest.raises(ConfigError, match=r"corpus\.max_bytes=5 would cut documents of corpus\.kind=megatron"):
         load_config(None, ["corpus.kind=megatron", "corpus.paths=a", "corpus.max_bytes=5"])
+
+
+def test_samples_are_those_of_megatrons_gpt_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both shuffles of Megatron-core's class off, sample i there is sequence i here, token for token."""
+    from megatron.core.datasets import gpt_dataset
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    def in_order(documents: np.ndarray, epochs: int, *_: object) -> np.ndarray:
+        return np.tile(documents, epochs).astype(np.int32)
+
+    monkeypatch.setattr(gpt_dataset, "_build_document_index", in_order)
+    monkeypatch.setattr(gpt_dataset, "_build_shuffle_index", lambda size, *_: np.arange(size, dtype=np.uint32))
+    length, tokens = 16, prepare_data(text_corpus(tmp_path), settings(tmp_path)).train
+    write_megatron_files(tokens, tmp_path / "mine")
+    options = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=length,
+        blend=([str(tmp_path / "mine")], None),
+        split="100,0,0",
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        tokenizer=SimpleNamespace(eod=tokens.facts.end_of_document, pad=-1, vocab_size=320, unique_identifiers={}),
+        mid_level_dataset_surplus=0.005,
+        path_to_cache=str(tmp_path / "indices"),
+    )
+    data = IndexedDataset(str(tmp_path / "mine"))
+    documents = np.arange(len(data), dtype=np.int32)
+    theirs = GPTDataset(data, str(tmp_path / "mine"), documents, None, Split.train, options)
+    ours = ConcatenatedSequences(tokens, length)
+    assert len(theirs) == len(ours) > 20
+    for index in range(len(ours)):
+        sample, (sequence,) = theirs[index], ours.read(np.array([index]))
+        assert sample["tokens"].tolist() == sequence[:-1].tolist()
+        assert sample["labels"].tolist() == sequence[1:].tolist()
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.25, 0.25], [1, 2], [1, 1, 1], [3, 5, 7, 11], [123, 456, 421], [1, 1000]])
+def test_sources_are_those_of_megatrons_index(weights: list[float]) -> None:
+    from megatron.core.datasets import helpers_cpp
+
+    size, count = 20_000, len(weights)
+    sources, draws = np.zeros(size, np.int16), np.zeros(size, np.int64)
+    helpers_cpp.build_blending_indices(sources, draws, np.array(weights) / sum(weights), count, size, False)
+    ours = BlendPlan([(0, weights)], [None] * count).locate(np.arange(size))
+    assert np.array_equal(ours[0], sources)
+    assert np.array_equal(ours[1], draws)
+
+
+def test_ties_that_floating_point_breaks_change_no_count() -> None:
+    # 0.7 of 10 is 7, which Megatron-core's doubles miss by a rounding error and then take another source first
+    from megatron.core.datasets import helpers_cpp
+
+    weights, size = [0.7, 0.2, 0.1], 1000
+    sources, draws = np.zeros(size, np.int16), np.zeros(size, np.int64)
+    helpers_cpp.build_blending_indices(sources, draws, np.array(weights), 3, size, False)
+    plan = BlendPlan([(0, weights)], [None] * 3)
+    for position in range(size):
+        counts = np.bincount(sources[:position], minlength=3)
+        assert np.abs(counts - plan.drawn(position)).max() <= 1
+    assert plan.drawn(size) == (700, 200, 100)

@@ -69,7 +69,7 @@ def test_a_second_call_reads_the_cache_and_other_settings_do_not(
     count_trainings(monkeypatch, record)
     first = prepare_data(corpus, SMALL_TOKENIZER)
     again = prepare_data(corpus, SMALL_TOKENIZER)
-    assert (again.key, again.train.checksum) == (first.key, first.train.checksum)
+    assert (again.sources[""].key, again.train.checksum) == (first.sources[""].key, first.train.checksum)
     assert len(record.read_text().splitlines()) == 1
     others = [
         (corpus, TokenizerConfig(vocab_size=401)),
@@ -77,7 +77,7 @@ def test_a_second_call_reads_the_cache_and_other_settings_do_not(
         (corpus.model_copy(update={"validation_fraction": 0.2}), SMALL_TOKENIZER),
         (corpus.model_copy(update={"max_bytes": 20_000}), SMALL_TOKENIZER),
     ]
-    assert len({first.key, *(prepare_data(*other).key for other in others)}) == 5
+    assert len({first.sources[""].key, *(prepare_data(*other).sources[""].key for other in others)}) == 5
     assert len(record.read_text().splitlines()) == 5
 
 
@@ -129,7 +129,7 @@ def _prepare_together(corpus: CorpusConfig, start: Barrier, record: Path, result
         count_trainings(patch, record)
         start.wait(timeout=120)
         data = prepare_data(corpus, SMALL_TOKENIZER)
-        results.put((data.key, data.train.checksum, data.validation.checksum, int(data.train.ids[-1])))
+        results.put((data.sources[""].key, data.train.checksum, data.validation.checksum, int(data.train.ids[-1])))
 
 
 def test_processes_that_start_together_do_the_work_once(corpus: CorpusConfig, tmp_path: Path) -> None:
