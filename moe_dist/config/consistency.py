@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from moe_dist.config.sections.data import CorpusConfig, TokenizerConfig
+from moe_dist.config.sections.distill import DistillConfig
 from moe_dist.config.sections.memory import MemoryConfig
 from moe_dist.config.sections.model import ModelConfig
 from moe_dist.config.sections.moe import MoEConfig
@@ -153,6 +154,28 @@ def check_slices(
         ),
     }
     _reject(refused, "world.shard_mode=slice")
+
+
+def check_distill(
+    distill: DistillConfig, world: WorldConfig, moe: MoEConfig, train: TrainConfig, optimizer: OptimizerConfig
+) -> None:
+    """Reject layouts and kinds of training that do not work with a teacher."""
+    if distill.teacher is None:
+        _reject({f"distill.router_steps={distill.router_steps}": (distill.router_steps > 0, "0")}, "no distill.teacher")
+        return
+    refused = {
+        f"world.tensor={world.tensor}": (world.tensor > 1, "1"),
+        f"world.context={world.context}": (world.context > 1, "1"),
+    }
+    _reject(refused, "distill.teacher")
+    alone = distill.router_steps > 0
+    refused = {
+        f"moe.kind={moe.kind}": (alone and not moe.layer_kind.routed, "clustered or standard"),
+        f"optimizer.trainable={optimizer.trainable}": (alone and optimizer.trainable != "all", "all"),
+        f"moe.warmup_standard={moe.warmup_standard}": (alone and moe.warmup_standard > 0, "0"),
+        f"train.steps={train.steps}": (distill.router_steps > train.steps, f"at least {distill.router_steps}"),
+    }
+    _reject(refused, f"distill.router_steps={distill.router_steps}")
 
 
 def check_recluster(recluster: ReclusterConfig, moe: MoEConfig, train: TrainConfig) -> None:

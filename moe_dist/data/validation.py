@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moe_dist.data.loader import read_sequences, sequence_count
@@ -14,13 +15,14 @@ from moe_dist.data.token_file import TokenFile
 
 
 class ValidationBatch(NamedTuple):
-    """Sequences, int64 [b, S + 1], and their weights, float32 [b]: 1, or 0 for padding.
+    """Sequences, int64 [b, S + 1], their weights, float32 [b]: 1, or 0 for padding, and their indices in the file [b].
 
     mean loss = sum over ranks and batches of weight_b * loss_b / sum of weight_b, with loss_b a sequence's mean.
     """
 
     tokens: torch.Tensor
     weight: torch.Tensor
+    indices: npt.NDArray[np.int64]
 
 
 def validation_batches(
@@ -41,4 +43,4 @@ def validation_batches(
         numbers = np.arange(start, min(start + batch, (rank + 1) * per_rank), dtype=np.int64)
         indices = np.where(numbers < count, numbers * available // count, 0)
         weight = torch.from_numpy((numbers < count).astype(np.float32))
-        yield ValidationBatch(read_sequences(tokens, sequence_length, indices), weight)
+        yield ValidationBatch(read_sequences(tokens, sequence_length, indices), weight, indices)

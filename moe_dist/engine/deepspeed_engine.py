@@ -22,6 +22,7 @@ from moe_dist.engine.optimizer import build_optimizer
 from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.engine.packed_adamw import PackedAdamW
 from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.teacher_loss import TeacherTargets
 from moe_dist.moe.parameter_class import copies_of
 
 
@@ -43,10 +44,18 @@ class StepOutcome:
     """Weighted router z-loss (`moe.z_loss_weight`) of all layers; not included in `loss`."""
     stop: bool
     """True if any rank was asked to stop the run after this step."""
+    teacher_divergence: float | None = None
+    """KL divergence from the teacher at `distill.temperature`, nats a token; not in `loss`. None: no teacher."""
 
 
 class DeepSpeedEngine:
-    """Language model with its optimizer and DeepSpeed engine."""
+    """Language model with its optimizer and DeepSpeed engine.
+
+    Attributes:
+        routers_only: True if updates change routers alone; other weights keep their bits, their moments do not.
+    """
+
+    routers_only = False
 
     def __init__(
         self,
@@ -83,17 +92,24 @@ class DeepSpeedEngine:
         elsewhere = gradient_norm.nothing_else if self._ours is None else self._ours.finish_gradients
         gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm, elsewhere)
 
-    def forward_backward(self, sequences_BS: Tensor, stop_wanted: Callable[[], bool] = lambda: False) -> StepOutcome:
+    def forward_backward(
+        self,
+        sequences_BS: Tensor,
+        stop_wanted: Callable[[], bool] = lambda: False,
+        teach: Callable[[int, Tensor], TeacherTargets] | None = None,
+    ) -> StepOutcome:
         """Run the forward and backward passes of a step, in micro-batches; collective.
 
         Args:
             sequences_BS: this rank's share of the batch, [micro * accumulation, S+1] token ids.
             stop_wanted: returns True if this rank was asked to stop after the step; called once, at the end.
+            teach: returns a teacher's predictions for a micro-batch and the number of its first sequence; None: none.
         """
         loss = torch.zeros((), device=self.process.device)
         if self.loss_scale.enabled:
             self._engine.optimizer.loss_scale = self.model.context.balance.loss_scale = self.loss_scale.scale
-        for sequence_BS in sequences_BS.to(self.process.device).split(self.batch.micro):
+        for number, sequence_BS in enumerate(sequences_BS.to(self.process.device).split(self.batch.micro)):
+            self.model.teacher = None if teach is None else teach(number * self.batch.micro, sequence_BS)
             if self._memory is not None:
                 self._memory.last_pass = self._engine.is_gradient_accumulation_boundary()
             micro_loss = self._engine(sequence_BS)
@@ -102,6 +118,7 @@ class DeepSpeedEngine:
             loss += micro_loss.detach().float() / self.batch.accumulation
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
+        self.model.teacher = None
         return self._reduce_outcome(loss, stop_wanted())
 
     def update(self, outcome: StepOutcome, learning_rate: float) -> float:
@@ -114,7 +131,8 @@ class DeepSpeedEngine:
             TrainingError: gradients overflow at the smallest loss scale.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
+            kept = self.routers_only and not group["router"]
+            group["lr"] = 0.0 if kept else learning_rate * group["lr_scale"]
         self._engine.step()
         overflow = self.loss_scale.enabled and bool(self._engine.optimizer.overflow)
         self.loss_scale.update(overflow)
@@ -122,7 +140,9 @@ class DeepSpeedEngine:
             if self._ours is not None:
                 self._ours.discard_gradients()
             return math.inf
-        if self._ours is not None:
+        if self._ours is not None and self.routers_only:
+            self._ours.discard_gradients()
+        elif self._ours is not None:
             norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
             factor = gradient_norm.clip_factor(self._engine.optimizer, norm, self.config.optimizer.clip_norm)
             self._ours.step(learning_rate, factor)
@@ -154,8 +174,11 @@ class DeepSpeedEngine:
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
         faults[self.process.rank] = (~loss.isfinite()).double()
         stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
-        mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop])
-        mine = torch.cat([mine, balance.router_loss_2.double()])
+        taught_2, self.model.taught_2 = self.model.taught_2, None
+        of_text = loss if taught_2 is None else taught_2[0]
+        mine = torch.stack([of_text.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop])
+        divergence = torch.zeros_like(stop) if taught_2 is None else taught_2[1].double().nan_to_num(0, 0, 0)
+        mine = torch.cat([mine, balance.router_loss_2.double(), divergence[None]])
         packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
         balance.clear_counts()
@@ -163,8 +186,10 @@ class DeepSpeedEngine:
         sums, faults, counts = packed.cpu().split([len(mine), ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
-        loss_sum, dropped, stops, balance_loss, z_loss = sums.tolist()
-        return StepOutcome(loss_sum / ranks, broken, count_LE, dropped, balance_loss / ranks, z_loss / ranks, stops > 0)
+        loss_sum, dropped, stops, *others = sums.tolist()
+        balance_loss, z_loss, divergence_sum = (total / ranks for total in others)
+        taught = None if taught_2 is None else divergence_sum
+        return StepOutcome(loss_sum / ranks, broken, count_LE, dropped, balance_loss, z_loss, stops > 0, taught)
 
 
 def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:

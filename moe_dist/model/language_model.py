@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moe_dist.compression import StorageFormat
 from moe_dist.config import RunConfig
@@ -18,6 +19,7 @@ from moe_dist.memory.block import Block
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.model.document_mask import document_mask
 from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
+from moe_dist.model.teacher_loss import TeacherTargets, kl_divergence
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.layer_context import LayerContext
@@ -35,10 +37,14 @@ class LanguageModel(nn.Module):
         context: state shared by the layers: mesh, placements, balance state, traffic ledger.
         target_share: share of the targets among the training tokens; the training loss is a mean over targets.
         end_of_document: token that ends each document, for `corpus.document_mask`; set by those who have the tokenizer.
+        teacher: a teacher's predictions for the sequences of the next forward pass; None: there is no teacher.
+        taught_2: sums over micro-batches of the loss of the text and of the divergence from the teacher.
     """
 
     end_of_document: int | None = None
     target_share: float = 1.0
+    teacher: TeacherTargets | None = None
+    taught_2: Tensor | None = None
 
     def __init__(
         self,
@@ -97,9 +103,17 @@ class LanguageModel(nn.Module):
         """Return the mean next-token loss over [B, S+1] token ids, in nats per target.
 
         The number of targets is taken as its mean over all training tokens, so that each target has the same weight
-        in any micro-batch of any rank.
+        in any micro-batch of any rank. With a teacher, `distill.weight` of the loss is the divergence from it.
         """
-        return self.token_losses(sequence_BS).mean() / self.target_share
+        if self.teacher is None:
+            return self.token_losses(sequence_BS).mean() / self.target_share
+        logits_BSV, loss_BS = self.logits_and_losses(sequence_BS)
+        distill = self.config.distill
+        divergence_BS = kl_divergence(logits_BSV, self.teacher, distill.temperature) * (sequence_BS[:, 1:] >= 0)
+        loss_2 = torch.stack([loss_BS.mean(), divergence_BS.mean()]) / self.target_share
+        summed = loss_2.detach() / self._micro_batches
+        self.taught_2 = summed if self.taught_2 is None else self.taught_2 + summed
+        return (1 - distill.weight) * loss_2[0] + distill.weight * distill.temperature**2 * loss_2[1]
 
     def token_losses(self, sequence_BS: Tensor) -> Tensor:
         """Return the loss of every predicted token, [B, S], in nats; 0 for those that are no targets.
@@ -109,13 +123,23 @@ class LanguageModel(nn.Module):
         Args:
             sequence_BS: [B, S+1] token ids; the complement of an id (a negative number) is no target.
         """
+        tokens_BS, labels_BS, target_BS, mask = self._inputs(sequence_BS)
+        losses: Tensor = self.gpt(tokens_BS, _positions(tokens_BS), mask, labels=labels_BS)
+        return losses * target_BS
+
+    def logits_and_losses(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [B, S, V] and the result of `token_losses`; without tensor parallelism only."""
+        tokens_BS, labels_BS, target_BS, mask = self._inputs(sequence_BS)
+        logits_BSV: Tensor = self.gpt(tokens_BS, _positions(tokens_BS), mask)
+        loss_N = functional.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none")
+        return logits_BSV, loss_N.view_as(labels_BS) * target_BS
+
+    def _inputs(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return this rank's part of tokens, labels and of which of them are targets [B, S], and the mask."""
         target_BS, sequence_BS = sequence_BS[:, 1:] >= 0, torch.where(sequence_BS < 0, ~sequence_BS, sequence_BS)
         tokens_BS, labels_BS = sequence_BS[:, :-1].contiguous(), sequence_BS[:, 1:].contiguous()
         mask = self._document_mask(tokens_BS)
-        tokens_BS, labels_BS, target_BS = map(self._part_of, (tokens_BS, labels_BS, target_BS))
-        position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        losses: Tensor = self.gpt(tokens_BS, position_BS, mask, labels=labels_BS)
-        return losses * target_BS
+        return self._part_of(tokens_BS), self._part_of(labels_BS), self._part_of(target_BS), mask
 
     def _part_of(self, x_BS: Tensor) -> Tensor:
         """Return this rank's part of each sequence in attention."""
@@ -207,6 +231,10 @@ class LanguageModel(nn.Module):
         if self.context.statistics is not None:
             self.context.statistics.to(device)
         return self.to(device)
+
+
+def _positions(tokens_BS: Tensor) -> Tensor:
+    return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
 
 
 @contextmanager

@@ -105,6 +105,8 @@ class MetricsLogger(Callback):
         }
         if (scaling := self._engine.loss_scale.figures()) is not None:
             train |= {"loss_scale": scaling["scale"], "skipped_steps": scaling["skipped_steps"]}
+        if report.outcome.teacher_divergence is not None:
+            train["teacher_divergence"] = report.outcome.teacher_divergence
         if moe.balance == "aux_loss":
             train["balance_loss"] = report.outcome.balance_loss
         if moe.z_loss_weight:

@@ -32,6 +32,7 @@ LEVELS = [
     {"conversion"},
     {"checkpoint"},
     {"recluster", "evaluation"},
+    {"distillation"},
     {"training", "integrations"},
     {"simulator", "doctor", "report"},
     {"benchmarks"},

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_dist.checkpoint.export import BALANCE, PREFIX, quantized_format
 from moe_dist.checkpoint.file_groups import grouped_by_bytes
 from moe_dist.checkpoint.manifest import Index, read_index
+from moe_dist.checkpoint.new_folder import new_folder, require_space
 from moe_dist.checkpoint.placement_record import placement_from_record
 from moe_dist.checkpoint.quantized_tensors import dtype_to_quantize, is_of_cluster, quantized_tensors_of
 from moe_dist.checkpoint.save_and_load import read_checkpoint
@@ -32,7 +33,6 @@ from moe_dist.integrations.huggingface.sentencepiece_tokenizer import converted_
 from moe_dist.integrations.huggingface.source_folder import CONFIG, INDEX, WEIGHTS
 from moe_dist.integrations.huggingface.tensor_links import links_of
 from moe_dist.integrations.huggingface.transformers_library import require_transformers
-from moe_dist.integrations.huggingface.write_run import new_folder, require_space
 
 LARGEST_FILE = 4 << 30
 """Target size of one file of weights, and so of the memory that an export takes, bytes."""

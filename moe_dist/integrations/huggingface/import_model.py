@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from moe_dist.checkpoint.new_folder import new_folder
 from moe_dist.config import RunConfig, load_config
 from moe_dist.data import Tokenizer, open_tokenizer
 from moe_dist.data.hf_tokenizer import find_hf_tokenizer
@@ -17,7 +18,7 @@ from moe_dist.integrations.huggingface.imported_tensors import ConvertedModel, I
 from moe_dist.integrations.huggingface.own_format import own_sections, own_tensors, read_routing_state
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from moe_dist.integrations.huggingface.tensor_links import links_of
-from moe_dist.integrations.huggingface.write_run import new_folder, write_run
+from moe_dist.integrations.huggingface.write_run import write_run
 
 LEARNING_RATE = 1e-4
 """Default of an imported run: far below that of random weights."""
