@@ -20,6 +20,7 @@ from tests.distributed.test_training import SMOKE
 
 pytestmark = pytest.mark.timeout(300)
 LIVE = ["distill.teacher={0}/runs/teacher", "distill.weight=0.7", "distill.temperature=2"]
+ROUTERS = [*LIVE, "distill.router_steps=2", "train.final_lr_ratio=1"]
 STORED = [*LIVE[1:], "distill.teacher={0}/stored"]
 ALL_TOKENS = 512
 
@@ -50,10 +51,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher of standard experts, and what it predicts."""
     folder = tmp_path_factory.mktemp("distillation")
     standard = ["moe.kind=standard", "optimizer.learning_rate=0.02", "train.precision=float32"]
-    run_ranks(_runs, 1, folder, {"teacher": standard, "none": []})
-    live = {"live": LIVE, "routers": [*LIVE, "distill.router_steps=2"]}
-    run_ranks(_runs, 1, folder, {**live, "micro": [*LIVE, "train.micro_batch_size=4"]})
-    run_ranks(_runs, 2, folder, {"live-2": LIVE, "stored-2": STORED}, ALL_TOKENS)
+    still = [*LIVE, "optimizer.learning_rate=1e-12", "train.steps=1"]
+    micro = [*LIVE, "train.micro_batch_size=4"]
+    taught = {"live": LIVE, "routers": ROUTERS, "micro": micro, "still": still}
+    run_ranks(_runs, 1, folder, {"teacher": standard, "none": [], **taught})
+    both = [*ROUTERS, "train.steps=2"]
+    routers = {"routers-2": both, "routers-zero-2": [*both, "world.zero_stage=2"]}
+    run_ranks(_runs, 2, folder, {"live-2": LIVE, "stored-2": STORED, **routers}, ALL_TOKENS)
     return folder
 
 
@@ -83,16 +87,13 @@ def test_the_teacher_pulls_and_its_loss_is_that_of_its_run(folder: Path) -> None
     loss = _summary(folder, "teacher")["validation"]["loss"]
     assert [told[when]["teacher_loss"] for when in ("before", "after")] == pytest.approx([loss, loss], rel=1e-5)
     assert told["after"]["loss"] == pytest.approx(_summary(folder, "live")["validation"]["loss"], rel=1e-5)
-    assert told["after"]["divergence"] < told["before"]["divergence"] - 0.01
+    assert told["after"]["divergence"] < 0.9 * told["before"]["divergence"]
     assert "teacher" not in _summary(folder, "none")
 
 
 def test_routers_alone_keep_all_other_bits(folder: Path) -> None:
     from safetensors.torch import load_file
 
-    run_ranks(_runs, 1, folder, {"still": [*LIVE, "optimizer.learning_rate=1e-12", "train.steps=1"]})
-    both = [*LIVE, "distill.router_steps=2", "train.steps=2"]
-    run_ranks(_runs, 2, folder, {"routers-2": both, "routers-zero-2": [*both, "world.zero_stage=2"]})
     weights = {}
     for name in ("still", "routers-2", "routers-zero-2", "routers"):
         export_weights(find_weights(folder / "runs" / name), folder / f"{name}.safetensors")
