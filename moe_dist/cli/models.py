@@ -32,6 +32,10 @@ def import_(
         typer.Option(help="Calibration text of a compression, as corpus.paths. Default: Python's library source."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=256, help="Calibration tokens of a compression.")] = 32768,
+    keep: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, help="Compress a mixture to this share of its expert parameters, by moe.rank."),
+    ] = None,
 ) -> None:
     """Write a Hugging Face model as a run: as it is, or with moe.kind=clustered or standard upcycled or compressed."""
     target = new_folder_name(output)
@@ -41,7 +45,8 @@ def import_(
     from moe_dist.integrations.huggingface.import_model import ImportOptions, import_model
 
     try:
-        done = import_model(source, target, overrides or (), ImportOptions(noise, tuple(text or ()), tokens))
+        options = ImportOptions(noise, tuple(text or ()), tokens, keep)
+        done = import_model(source, target, overrides or (), options)
     finally:
         shutdown()  # of a compression
     moe = done.config.moe

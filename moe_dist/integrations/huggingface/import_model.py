@@ -12,6 +12,7 @@ from moe_dist.data import Tokenizer, open_tokenizer
 from moe_dist.data.hf_tokenizer import find_hf_tokenizer
 from moe_dist.errors import ConfigError
 from moe_dist.integrations.huggingface.compress_mixture import compressed
+from moe_dist.integrations.huggingface.expert_budget import words_within_budget
 from moe_dist.integrations.huggingface.families import OUR_ARCHITECTURE, OUR_MODEL_TYPE, family_of
 from moe_dist.integrations.huggingface.gguf_file import as_folder
 from moe_dist.integrations.huggingface.imported_tensors import ConvertedModel, ImportedModel, copied, upcycled
@@ -34,11 +35,14 @@ class ImportOptions:
         noise: noise on the copies of a dense network as standard experts, as a share of each matrix's deviation.
         text: files of calibration text for a compression; empty: the library source of Python.
         tokens: number of calibration tokens.
+        keep: share of a mixture's expert parameters to compress it to, by the rank of the residuals; None: as
+            configured.
     """
 
     noise: float = 0.01
     text: tuple[str, ...] = ()
     tokens: int = 32768
+    keep: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def import_model(source: Path, target: Path, words: Sequence[str], options: Impo
     with new_folder(target) as folder, as_folder(source, folder.parent) as found:
         checkpoint = SourceFolder(found)
         tokenizer = open_tokenizer(find_hf_tokenizer(str(found)))
-        plain, config = _configurations(checkpoint, target.absolute(), words)
+        plain, config = _configurations(checkpoint, target.absolute(), words, options.keep)
         config.tokenizer.embedding_rows(tokenizer.vocab_size)
         links = list(links_of(plain.config, plain.vocab_size, plain.family))
         checkpoint.require({name: shape for link in links for name, shape in link.theirs.items()})
@@ -81,7 +85,9 @@ def import_model(source: Path, target: Path, words: Sequence[str], options: Impo
     return ImportedRun(config, architecture, parameters, model.output_errors)
 
 
-def _configurations(checkpoint: SourceFolder, run: Path, words: Sequence[str]) -> tuple[ImportedModel, RunConfig]:
+def _configurations(
+    checkpoint: SourceFolder, run: Path, words: Sequence[str], keep: float | None
+) -> tuple[ImportedModel, RunConfig]:
     """Return the model as it is, and the configuration of the run.
 
     Raises:
@@ -100,7 +106,8 @@ def _configurations(checkpoint: SourceFolder, run: Path, words: Sequence[str]) -
         "checkpoint": {"init": str(run)},
         **(own_sections(hf) if family is None else family.sections(hf)),
     }
-    plain, config = load_config(None, (), tree), load_config(None, words, tree)
+    plain = load_config(None, (), tree)
+    config = load_config(None, words if keep is None else words_within_budget(plain, words, keep), tree)
     _require_same_model(plain, config)
     return ImportedModel(plain, family, hf["vocab_size"]), config
 
