@@ -22,6 +22,10 @@ def standard_steps(moe: MoEConfig, train: TrainConfig) -> int:
 def check_attention_layout(world: WorldConfig, model: ModelConfig) -> None:
     """Reject a model that does not divide over the ranks of attention."""
     tensor, parts = world.tensor, world.tensor * world.context
+    if parts > 1 and model.latent is not None:
+        raise ConfigError(
+            f"world.tensor={tensor} x world.context={world.context} does not work with model.latent: leave both at 1"
+        )
     over_both = f"world.tensor={tensor} x world.context={world.context}"
     for key, size, number, over in (
         ("model.heads", model.heads, parts, over_both),
@@ -35,6 +39,18 @@ def check_attention_layout(world: WorldConfig, model: ModelConfig) -> None:
             f"model.qk_norm=width does not work with world.tensor={tensor}, which divides the heads that it normalizes "
             "together: use world.context instead"
         )
+
+
+def check_dense_layers(model: ModelConfig, moe: MoEConfig, memory: MemoryConfig) -> None:
+    """Require at least one layer of experts after leading dense layers."""
+    if not moe.dense_layers:
+        return
+    if not moe.layer_kind.routed or moe.dense_layers >= model.layers:
+        raise ConfigError(
+            f"moe.dense_layers={moe.dense_layers} leaves no layer of experts: must be < model.layers={model.layers}, "
+            "and 0 with moe.kind=dense"
+        )
+    _reject({"memory.offload=true": (memory.offload, "false")}, f"moe.dense_layers={moe.dense_layers}")
 
 
 def check_warmup(moe: MoEConfig, train: TrainConfig) -> None:

@@ -55,6 +55,11 @@ class RunConfig(Section):
     watchdog: WatchdogConfig = WatchdogConfig()
 
     @property
+    def moe_layers(self) -> int:
+        """Layers that are of `moe.kind`, after the leading dense ones."""
+        return self.model.layers - self.moe.dense_layers
+
+    @property
     def standard_steps(self) -> int:
         """Steps of the standard warm-up before the experts are clustered; 0: no warm-up."""
         return consistency.standard_steps(self.moe, self.train)
@@ -91,6 +96,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
         consistency.check_attention_layout(self.world, self.model)
+        consistency.check_dense_layers(self.model, self.moe, self.memory)
         consistency.check_warmup(self.moe, self.train)
         consistency.check_tokenizer(self.corpus, self.tokenizer)
         consistency.check_precision(self.precision, self.moe)

@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         moe = config.moe
-        placements, statistics, layers = [], None, config.model.layers
+        placements, statistics, layers = [], None, config.moe_layers
         if moe.layer_kind.clustered:
             placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] * layers
         if config.recluster.period is not None:
@@ -158,8 +158,10 @@ class LanguageModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, ClusteredMoE)]
 
     def _feed_forward(self, layer: int) -> nn.Module:
-        make, config = LAYER_KINDS[self.config.moe.kind], self.config
-        return make(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
+        config, first = self.config, self.config.moe.dense_layers
+        make = LAYER_KINDS[config.moe.kind if layer >= first else "dense"]
+        number = layer - first if layer >= first else layer  # of the layers of experts, or of the dense ones
+        return make(number, config.model, config.moe, self.context, 1 / self._micro_batches)
 
     def describe_block(self, block: Block) -> str:
         """Return a description of the cluster of a memory block, for messages."""
@@ -278,7 +280,7 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
     expert = held[ParameterClass.EXPERT] * shape.cluster * shape.shard
     shared = sum(p.numel() for layer in model.clustered_layers() for p in _parameters_of(layer.shared_base))
     moe = config.moe
-    standard = config.model.layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
+    standard = config.moe_layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
     return ParameterCounts(dense + base + expert, shared + base + expert, standard)
 
 

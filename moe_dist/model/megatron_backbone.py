@@ -6,6 +6,7 @@ Megatron-core expects CUDA in several places, each replaced for other devices: r
 """
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -17,13 +18,14 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config import ModelConfig
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.model.megatron_attention import RotaryOnDevice, SdpaCoreAttention
+from moe_dist.model.megatron_latent_attention import LatentNorm, install_stand_in, latent_keys, replace_rotary
 from moe_dist.model.megatron_tensor_parallel import check_vocabulary, install_stand_ins, mark_shards
 
 FeedForwardFactory = Callable[[int], nn.Module]
@@ -87,39 +89,56 @@ def build_gpt(
     """
     tensor = mesh.shape.tensor
     check_vocabulary(vocab_size, tensor)
-    if tensor > 1:
+    if tensor > 1 or model.latent is not None:
         install_stand_ins()
+    if model.latent is not None:
+        install_stand_in()
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     torch.manual_seed(seed)
-    config = _transformer_config(model, tensor)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm == "head")
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = ModuleSpec(
-        module=SdpaCoreAttention, params={"context": mesh.groups.get(GroupKind.CONTEXT)}
-    )
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
-    if model.qk_norm == "head":
-        attention.q_layernorm = attention.k_layernorm = _Norm
-    if model.qk_norm == "width":
-        attention.q_layernorm = ModuleSpec(module=_NormOfAllHeads, params={"heads": model.heads})
-        attention.k_layernorm = ModuleSpec(module=_NormOfAllHeads, params={"heads": model.kv_heads or model.heads})
-    spec.submodules.mlp = ModuleSpec(module=_FeedForward, params={"factory": feed_forward})
     gpt = GPTModel(
-        config=config,
-        transformer_layer_spec=TransformerBlockSubmodules([spec] * model.layers, layer_norm=_Norm),
+        config=_transformer_config(model, tensor),
+        transformer_layer_spec=TransformerBlockSubmodules(
+            [_layer_spec(model, feed_forward, mesh)] * model.layers, layer_norm=_Norm
+        ),
         vocab_size=vocab_size,
         max_sequence_length=model.sequence_length,
         position_embedding_type="rope",
         rotary_base=model.rope_base,
         share_embeddings_and_output_weights=model.tie_embeddings,
     )
-    gpt.rotary_pos_emb = RotaryOnDevice(model, mesh.in_attention.context)
+    if model.latent is not None:
+        replace_rotary(gpt, model)
+    else:
+        gpt.rotary_pos_emb = RotaryOnDevice(model, mesh.in_attention.context)
     if tensor > 1:
         mark_shards(gpt)
     if model.activation_checkpointing:
         for layer in gpt.decoder.layers:
             _recompute_in_backward(layer, recompute_context)
     return cast(nn.Module, gpt)
+
+
+def _layer_spec(model: ModelConfig, feed_forward: FeedForwardFactory, mesh: Mesh) -> ModuleSpec:
+    """Return the modules of a layer."""
+    latent = model.latent is not None
+    spec = get_gpt_layer_local_spec(
+        normalization="RMSNorm", qk_layernorm=model.qk_norm == "head", multi_latent_attention=latent
+    )
+    attention = spec.submodules.self_attention.submodules
+    core: dict[str, Any] = {"context": mesh.groups.get(GroupKind.CONTEXT)}
+    if not latent and model.rope_scaling is not None:
+        core["softmax_scale"] = model.rope_scaling.rotation_scale**2 / math.sqrt(model.head_width)
+    attention.core_attention = ModuleSpec(module=SdpaCoreAttention, params=core)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
+    if latent:
+        attention.q_layernorm = attention.kv_layernorm = LatentNorm
+    if model.qk_norm == "head":
+        attention.q_layernorm = attention.k_layernorm = _Norm
+    if model.qk_norm == "width":
+        attention.q_layernorm = ModuleSpec(module=_NormOfAllHeads, params={"heads": model.heads})
+        attention.k_layernorm = ModuleSpec(module=_NormOfAllHeads, params={"heads": model.kv_heads or model.heads})
+    spec.submodules.mlp = ModuleSpec(module=_FeedForward, params={"factory": feed_forward})
+    return spec
 
 
 def hidden_states(gpt: nn.Module, tokens_BS: Tensor) -> Tensor:
@@ -137,13 +156,16 @@ def hidden_states(gpt: nn.Module, tokens_BS: Tensor) -> Tensor:
 def run_layer(gpt: nn.Module, layer: int, hidden_SBD: Tensor) -> Tensor:
     """Return the output of one layer of a `build_gpt` model for the hidden states before it, [S, B, D]."""
     stage = cast(Any, gpt)
-    rotary = stage.rotary_pos_emb(hidden_SBD.shape[0])
+    plain = not stage.config.multi_latent_attention  # in which each layer has rotary positions of its own
+    rotary = stage.rotary_pos_emb(hidden_SBD.shape[0]) if plain else None
     output_SBD, _ = stage.decoder.layers[layer](hidden_SBD, attention_mask=None, rotary_pos_emb=rotary)
     return cast(Tensor, output_SBD)
 
 
 def _transformer_config(model: ModelConfig, tensor_parallel: int) -> TransformerConfig:
-    return TransformerConfig(
+    make, latent = (TransformerConfig, {}) if model.latent is None else (MLATransformerConfig, latent_keys(model))
+    return make(
+        **latent,
         tensor_model_parallel_size=tensor_parallel,
         sequence_parallel=tensor_parallel > 1,
         num_layers=model.layers,

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from moe_dist.config import BatchShape, ModelConfig, RunConfig, WorldShape
+from moe_dist.errors import ConfigError
 from moe_dist.moe.parameter_class import ParameterClass
 
 
 def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) -> dict[ParameterClass, int]:
     """Number of parameters of each class on one rank."""
+    _require_known(config)
     model, moe = config.model, config.moe
     d = model.hidden_size
     embedding = vocabulary * d * (1 if model.tie_embeddings else 2)
@@ -23,6 +25,13 @@ def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) ->
         ParameterClass.BASE: model.layers * layer.base,
         ParameterClass.EXPERT: model.layers * layer.expert,
     }
+
+
+def _require_known(config: RunConfig) -> None:
+    """Reject models whose layers differ from each other, or whose attention is not a plain one."""
+    for key, found in (("model.latent", config.model.latent), ("moe.dense_layers", config.moe.dense_layers)):
+        if found:
+            raise ConfigError(f"{key} is not known to predictions of memory and time: leave it out")
 
 
 def _attention_parameters(model: ModelConfig) -> int:
@@ -66,6 +75,7 @@ class TokenWork:
 
 def work_of(config: RunConfig, vocabulary: int) -> TokenWork:
     """Return the FLOPs of a token; multiply and add count as two, a causal row attends to half the sequence."""
+    _require_known(config)
     model, moe = config.model, config.moe
     d = model.hidden_size
     layer = 2.0 * _attention_parameters(model) + 2 * model.sequence_length * model.heads * model.head_width

@@ -29,7 +29,7 @@ class MetricsLogger(Callback):
     def attach(self, engine: DeepSpeedEngine) -> None:
         """Count loads by this model's placements from now on."""
         self._engine = engine
-        moe, layers = engine.model.config.moe, self._config.model.layers
+        moe, layers = engine.model.config.moe, self._config.moe_layers
         copies = moe.layer_kind.copies(moe)
         self._loads = LoadRecord(moe.experts, self._shape, self.tokens_per_step * layers * copies)
         self._routed, self._placements = moe.layer_kind.routed, engine.model.context.placements

@@ -24,6 +24,9 @@ class MoEConfig(Section):
     )
     expert_hidden: Positive = Field(256, description="f: hidden width of an expert, and of a cluster's base")
     dense_hidden: Positive | None = Field(None, description="hidden width of `dense`; null: top_k * expert_hidden")
+    dense_layers: NonNegative = Field(
+        0, description="leading layers with a dense network of dense_hidden in the place of experts"
+    )
     rank: Positive = Field(4, description="r: rank of an expert's residual (clustered)")
     base: Literal["cluster", "shared+cluster"] = Field(
         "cluster",
