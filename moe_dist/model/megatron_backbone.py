@@ -125,10 +125,9 @@ def _layer_spec(model: ModelConfig, feed_forward: FeedForwardFactory, mesh: Mesh
         normalization="RMSNorm", qk_layernorm=model.qk_norm == "head", multi_latent_attention=latent
     )
     attention = spec.submodules.self_attention.submodules
-    core: dict[str, Any] = {"context": mesh.groups.get(GroupKind.CONTEXT)}
-    if not latent and model.rope_scaling is not None:
-        core["softmax_scale"] = model.rope_scaling.rotation_scale**2 / math.sqrt(model.head_width)
-    attention.core_attention = ModuleSpec(module=SdpaCoreAttention, params=core)
+    attention.core_attention = ModuleSpec(
+        module=SdpaCoreAttention, params={"context": mesh.groups.get(GroupKind.CONTEXT)}
+    )
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
     if latent:
         attention.q_layernorm = attention.kv_layernorm = LatentNorm
@@ -164,8 +163,10 @@ def run_layer(gpt: nn.Module, layer: int, hidden_SBD: Tensor) -> Tensor:
 
 def _transformer_config(model: ModelConfig, tensor_parallel: int) -> TransformerConfig:
     make, latent = (TransformerConfig, {}) if model.latent is None else (MLATransformerConfig, latent_keys(model))
+    rotated = 1.0 if model.rope_scaling is None else model.rope_scaling.rotation_scale
     return make(
         **latent,
+        softmax_scale=None if rotated == 1 or latent else rotated**2 / math.sqrt(model.head_width),
         tensor_model_parallel_size=tensor_parallel,
         sequence_parallel=tensor_parallel > 1,
         num_layers=model.layers,

@@ -48,6 +48,15 @@ class MoEConfig(Section):
         description="gates of a token sum to 1; false: they are a softmax over all experts (standard) or all of the "
         "chosen clusters (clustered)",
     )
+    score: Literal["softmax", "sigmoid"] = Field(
+        "softmax",
+        description="function of an expert's logit that gates are made of; selection biases are added to logits, "
+        "or to sigmoids",
+    )
+    groups: Positive = Field(
+        1, description="groups of neighboring experts, of which a token chooses top_groups first (standard)"
+    )
+    top_groups: Positive = Field(1, description="groups per token (standard)")
     shared_expert_hidden: NonNegative = Field(
         0, description="hidden width of an expert that computes every token; 0: none"
     )

@@ -15,7 +15,13 @@ from moe_dist.integrations.huggingface.compress_mixture import compressed
 from moe_dist.integrations.huggingface.expert_budget import words_within_budget
 from moe_dist.integrations.huggingface.families import OUR_ARCHITECTURE, OUR_MODEL_TYPE, family_of
 from moe_dist.integrations.huggingface.gguf_file import as_folder
-from moe_dist.integrations.huggingface.imported_tensors import ConvertedModel, ImportedModel, copied, upcycled
+from moe_dist.integrations.huggingface.imported_tensors import (
+    ConvertedModel,
+    ImportedModel,
+    copied,
+    selection_biases,
+    upcycled,
+)
 from moe_dist.integrations.huggingface.own_format import own_sections, own_tensors, read_routing_state
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from moe_dist.integrations.huggingface.tensor_links import links_of
@@ -125,11 +131,12 @@ def _require_same_model(plain: RunConfig, config: RunConfig) -> None:
 
 def _fixed(plain: RunConfig, config: RunConfig) -> Sequence[str]:
     """Return the keys of `moe` that an import cannot change."""
-    always = ("expert_hidden", "dense_hidden", "gate_scale", "normalize_gates")
+    always = ("expert_hidden", "dense_hidden", "dense_layers", "score", "gate_scale", "normalize_gates")
     shared = ("shared_expert_hidden", "shared_expert_gate")
     if plain.moe.kind == config.moe.kind:
         routed = ("experts", "top_k", "clusters", "top_clusters", "rank", "base", "base_rank", "expert_vectors")
-        return (*always, *shared, *(routed if plain.moe.layer_kind.routed else ()))
+        groups = ("groups", "top_groups")
+        return (*always, *shared, *(routed + groups if plain.moe.layer_kind.routed else ()))
     if plain.moe.kind == "dense":
         return (*always, *shared)
     if not config.moe.layer_kind.clustered:
@@ -144,7 +151,7 @@ def _converted(
     if plain.config.moe.kind == config.moe.kind:
         tensors = copied(links_of(plain.config, plain.vocab_size, plain.family), checkpoint)
         if plain.family is not None:
-            return ConvertedModel(tensors)
+            return ConvertedModel(tensors, biases=selection_biases(plain, checkpoint))
         placements, biases = read_routing_state(config, checkpoint)
         return ConvertedModel(tensors | own_tensors(config, checkpoint), placements, biases=biases)
     if plain.family is None:

@@ -70,8 +70,8 @@ def routing_state(
     """Return selection biases, and members of clusters, by their exported names."""
     state: dict[str, Tensor] = {}
     members = [torch.tensor(placement.members) for placement in placements]
-    for layer in range(config.model.layers if config.moe.layer_kind.routed else 0):
-        prefix = f"model.layers.{layer}.mlp."
+    for layer in range(config.moe_layers if config.moe.layer_kind.routed else 0):
+        prefix = f"model.layers.{config.moe.dense_layers + layer}.mlp."
         state[f"{prefix}expert_bias_E"] = biases["expert_bias_LE"][layer].clone()
         if members:
             state[f"{prefix}cluster_bias_G"] = biases["cluster_bias_LG"][layer].clone()
@@ -116,11 +116,11 @@ def read_routing_state(config: RunConfig, source: SourceFolder) -> tuple[list[Ex
     Raises:
         CheckpointError: a tensor is missing, or clusters do not hold each expert once.
     """
-    moe, layers = config.moe, config.model.layers
+    moe, layers = config.moe, config.moe_layers
     expert_bias_LE, cluster_bias_LG = torch.zeros(layers, moe.experts), torch.zeros(layers, moe.clusters)
     placements = []
     for layer in range(layers if moe.layer_kind.routed else 0):
-        prefix = f"model.layers.{layer}.mlp."
+        prefix = f"model.layers.{moe.dense_layers + layer}.mlp."
         expert_bias_LE[layer] = source.tensor(f"{prefix}expert_bias_E")
         if moe.layer_kind.clustered:
             cluster_bias_LG[layer] = source.tensor(f"{prefix}cluster_bias_G")

@@ -62,6 +62,6 @@ def _written_when_read(tensor: LazyTensor) -> ShardedTensor:
 
 
 def _biases(config: RunConfig, known: Mapping[str, Tensor]) -> State:
-    layers, moe = config.model.layers, config.moe
+    layers, moe = config.moe_layers, config.moe
     zero = {"cluster_bias_LG": torch.zeros(layers, moe.clusters), "expert_bias_LE": torch.zeros(layers, moe.experts)}
     return {f"part/balance/{name}": ShardedTensor.whole(bias) for name, bias in {**zero, **known}.items()}
