@@ -118,4 +118,6 @@ def _latent_section(hf: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _latent_keys(model: ModelConfig) -> dict[str, Any]:
     latent = model.latent
-    return {} if latent is None else {theirs: getattr(latent, ours) for ours, theirs in _LATENT.items()}
+    if latent is None:
+        return {}
+    return {theirs: getattr(latent, ours) for ours, theirs in _LATENT.items()} | {"rope_interleave": True}
