@@ -19,7 +19,8 @@ def register(app: typer.Typer) -> None:
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors, or a .gguf file.")
+        Path,
+        typer.Argument(metavar="MODEL", help="Folder of config.json and safetensors, .gguf file, or name on the hub."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Folder of the run to write.")],
     overrides: Overrides = None,
@@ -39,7 +40,7 @@ def import_(
 ) -> None:
     """Write a Hugging Face model as a run: as it is, or with moe.kind=clustered or standard upcycled or compressed."""
     target = new_folder_name(output)
-    if not source.exists():
+    if not source.exists() and str(source).count("/") != 1:
         raise LaunchError(f"{source} does not exist: give a folder with config.json and safetensors, or a .gguf file")
     from moe_dist.distributed.init import shutdown
     from moe_dist.integrations.huggingface.import_model import ImportOptions, import_model

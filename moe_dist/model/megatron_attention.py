@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from moe_dist.config import ModelConfig
 from moe_dist.config.sections.model import RopeScaling
 from moe_dist.distributed.mesh import RankGroup
+from moe_dist.model.document_mask import window_mask
 
 
 class SdpaCoreAttention(nn.Module):
@@ -34,18 +35,24 @@ class SdpaCoreAttention(nn.Module):
     def __init__(
         self,
         config: TransformerConfig,
+        layer_number: int,
         context: RankGroup | None = None,
+        window: int | None = None,
+        window_from: int = 0,
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
         """Create the module.
 
         Args:
+            layer_number: number of the layer, counted from 1.
             context: ranks that hold the other tokens of the sequences; None: this rank has them all.
+            window, window_from: sliding window, and the first layer that has it.
             softmax_scale: factor of the logits; None: 1 / sqrt(width of a head).
         """
         super().__init__()
         self._scale = softmax_scale
+        self._window = window if layer_number > window_from else None
         self._context = context if context is not None and context.size > 1 else None
 
     def forward(
@@ -54,6 +61,7 @@ class SdpaCoreAttention(nn.Module):
         """Return [S, B, H * W]; `key` and `value` have one head for each query group."""
         if self._context is not None:
             query, key, value = (_all_tokens(x, self._context) for x in (query, *self._divisible(query, key, value)))
+        mask_B1SS = self._in_window(mask_B1SS, query)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
@@ -63,6 +71,14 @@ class SdpaCoreAttention(nn.Module):
         if self._context is not None:
             out_SBHW = _all_heads(out_SBHW, self._context)
         return out_SBHW.flatten(2)
+
+    def _in_window(self, mask_B1SS: Tensor | None, query: Tensor) -> Tensor | None:
+        """Return a mask within the sliding window, of which a shorter sequence needs none."""
+        tokens = query.shape[0]
+        if self._window is None or tokens <= self._window:
+            return mask_B1SS
+        within_SS = window_mask(tokens, self._window, query.device)
+        return within_SS[None, None] if mask_B1SS is None else mask_B1SS & within_SS
 
     def _divisible(self, query: Tensor, *grouped: Tensor) -> list[Tensor]:
         """Repeat the heads of keys and values where there are too few to be divided over the context group."""

@@ -125,9 +125,8 @@ def _layer_spec(model: ModelConfig, feed_forward: FeedForwardFactory, mesh: Mesh
         normalization="RMSNorm", qk_layernorm=model.qk_norm == "head", multi_latent_attention=latent
     )
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = ModuleSpec(
-        module=SdpaCoreAttention, params={"context": mesh.groups.get(GroupKind.CONTEXT)}
-    )
+    core = {"context": mesh.groups.get(GroupKind.CONTEXT), "window": model.window, "window_from": model.window_from}
+    attention.core_attention = ModuleSpec(module=SdpaCoreAttention, params=core)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
     if latent:
         attention.q_layernorm = attention.kv_layernorm = LatentNorm

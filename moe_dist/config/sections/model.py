@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moe_dist.config.sections.base import Positive, Section, require_divisible
+from moe_dist.config.sections.base import NonNegative, Positive, Section, require_divisible
 from moe_dist.errors import ConfigError
 
 
@@ -70,6 +70,10 @@ class ModelConfig(Section):
     qk_norm: Literal["none", "head", "width"] = Field(
         "none", description="RMSNorm of queries and keys: of each head, or of all heads together"
     )
+    window: Positive | None = Field(
+        None, description="sliding window: tokens that a token attends to, itself included; null: all earlier ones"
+    )
+    window_from: NonNegative = Field(0, description="first layer with the sliding window")
     sequence_length: Positive = Field(256, description="tokens per sequence")
     tie_embeddings: bool = Field(True, description="share the token embedding's weights with the output layer")
     rope_base: Positive = Field(10000, description="base of the rotary positions' frequencies")
@@ -97,12 +101,20 @@ class ModelConfig(Section):
         return self.head_width if self.latent is None else self.latent.rotary_dim
 
     @model_validator(mode="after")
+    def _check_window(self) -> Self:
+        if self.window_from and (self.window is None or self.window_from >= self.layers):
+            raise ConfigError(
+                f"model.window_from={self.window_from} needs model.window, and must be < model.layers={self.layers}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_latent(self) -> Self:
         if self.latent is None:
             return self
         if self.latent.rotary_dim % 2:
             raise ConfigError(f"model.latent.rotary_dim={self.latent.rotary_dim} is odd: must be even")
-        plain = {"kv_heads": None, "head_dim": None, "qkv_bias": False, "qk_norm": "none"}
+        plain = {"window": None, "kv_heads": None, "head_dim": None, "qkv_bias": False, "qk_norm": "none"}
         for key, value in plain.items():
             if getattr(self, key) != value:
                 raise ConfigError(f"model.{key}={getattr(self, key)} does not work with model.latent: leave it out")

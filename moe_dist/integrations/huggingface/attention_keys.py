@@ -37,6 +37,26 @@ def attention_section(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def window_section(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of `model` for a sliding window.
+
+    Raises:
+        ConfigError: its layers are not those from one on.
+    """
+    layers, window = hf["num_hidden_layers"], hf.get("sliding_window")
+    if window is None or not hf.get("use_sliding_window", True):
+        return {}
+    kinds = hf.get("layer_types") or ["sliding_attention"] * layers
+    first = next((number for number, kind in enumerate(kinds) if kind == "sliding_attention"), layers)
+    if first == layers:
+        return {}
+    if kinds != ["full_attention"] * first + ["sliding_attention"] * (layers - first):
+        raise ConfigError(
+            "config.json: layer_types is not supported: a sliding window must be in all layers from one on"
+        )
+    return {"window": window, "window_from": first}
+
+
 def attention_keys(model: ModelConfig) -> dict[str, Any]:
     """Return the keys of config.json for those of `model`."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rope_base)}

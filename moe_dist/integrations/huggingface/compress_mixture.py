@@ -68,9 +68,7 @@ def compressed(
         ConfigError: the rank is larger than the experts.
         DataError: the text has fewer tokens.
     """
-    largest = min(config.model.hidden_size, config.moe.expert_hidden)
-    if config.moe.rank > largest:
-        raise ConfigError(f"moe.rank={config.moe.rank} is more than the width of the experts: must be <= {largest}")
+    _require_ranks(config)
     length = min(config.model.sequence_length, max(2, tokens // 16))
     sequence_NS = _sequences(text, tokenizer, max(2, tokens // length), length)
     kept = copied(links_of(plain.config, plain.vocab_size, plain.family), source)
@@ -82,6 +80,13 @@ def compressed(
         placements.append(replace(layer.placement, version=0))
         errors.append(layer.figures[:, 0].tolist())
     return ConvertedModel(tensors, placements, errors, biases)
+
+
+def _require_ranks(config: RunConfig) -> None:
+    moe, largest = config.moe, min(config.model.hidden_size, config.moe.expert_hidden)
+    for key, rank in {"rank": moe.rank, **({"base_rank": moe.base_rank} if moe.two_level_base else {})}.items():
+        if rank > largest:
+            raise ConfigError(f"moe.{key}={rank} is more than the width of the experts: must be <= {largest}")
 
 
 def _sequences(text: Sequence[str], tokenizer: Tokenizer, count: int, length: int) -> Tensor:
@@ -159,6 +164,9 @@ def _compressed_layer(
 
 def _tensors_of(prefix: str, layer: CompressedLayer) -> Tensors:
     tensors: Tensors = {}
+    if layer.shared is not None:
+        shared = vars(layer.shared)
+        tensors |= {f"{prefix}shared_base.{name}": LazyTensor.of(value) for name, value in shared.items()}
     for cluster in layer.clusters:
         for name, states in cluster.base.items():
             tensors[f"{prefix}cluster.{cluster.number}.{name}"] = LazyTensor.of(states[MASTER])

@@ -17,18 +17,17 @@ OUR_MODEL_TYPE = "moe_dist"
 
 
 _NO_BIASES = {"attention_bias": False, "mlp_bias": False}
-_NO_WINDOW = {"use_sliding_window": False}
-_EVERY_LAYER = {**_NO_WINDOW, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_EVERY_LAYER = {"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 FAMILIES = (
     Family("LlamaForCausalLM", "llama", fixed=_NO_BIASES),
-    Family("MistralForCausalLM", "mistral", fixed={"sliding_window": None}),
-    Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, fixed=_NO_WINDOW),
-    Family("Qwen3ForCausalLM", "qwen3", qk_norm="head", fixed={**_NO_WINDOW, "attention_bias": False}),
+    Family("MistralForCausalLM", "mistral", window="all"),
+    Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, window="from"),
+    Family("Qwen3ForCausalLM", "qwen3", qk_norm="head", window="from", fixed={"attention_bias": False}),
     Family(
         "MixtralForCausalLM",
         "mixtral",
-        fixed={"sliding_window": None},
+        window="all",
         experts=ExpertNames("block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", "intermediate_size"),
     ),
     Family(

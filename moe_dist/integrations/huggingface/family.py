@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moe_dist.config import RunConfig
+from moe_dist.config import ModelConfig, RunConfig
 from moe_dist.errors import ConfigError
-from moe_dist.integrations.huggingface.attention_keys import attention_keys, attention_section
+from moe_dist.integrations.huggingface.attention_keys import attention_keys, attention_section, window_section
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """Names of most networks' gate, up and output projections."""
@@ -35,6 +35,7 @@ class Family:
     """Models of one class of transformers.
 
     Attributes:
+        window: layers that may have a sliding window: none, all alike, or those from one on.
         fixed: keys that must have one value, since other values change the function in a way that we don't have.
         experts: names of a mixture's parts; None: a dense model.
         shared_expert: name of the expert that computes every token; None: there is none.
@@ -45,6 +46,7 @@ class Family:
     model_type: str
     qk_norm: Literal["none", "head", "width"] = "none"
     qkv_bias: bool = False
+    window: Literal["none", "all", "from"] = "none"
     fixed: Mapping[str, Any] = field(default_factory=dict)
     experts: ExpertNames | None = None
     shared_expert: str | None = None
@@ -65,7 +67,18 @@ class Family:
                     f"config.json: {key}={hf[key]!r} of a {self.architecture} is not supported: only {value!r}"
                 )
         model = attention_section(hf) | {"qk_norm": self.qk_norm, "qkv_bias": self.qkv_bias}
+        if self.window != "none":
+            model |= window_section(hf)
         return {"model": model, "moe": self._moe_section(hf)}
+
+    def _window_keys(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the keys of the sliding window, None where there is none."""
+        if self.window == "none":
+            return {}
+        keys: dict[str, Any] = {"sliding_window": model.window}
+        if self.window == "from":
+            keys |= {"use_sliding_window": model.window is not None, "max_window_layers": model.window_from}
+        return keys
 
     def _moe_section(self, hf: Mapping[str, Any]) -> dict[str, Any]:
         if self.experts is None:
@@ -93,9 +106,10 @@ class Family:
         model, moe = config.model, config.moe
         if (model.qk_norm, model.qkv_bias) != (self.qk_norm, self.qkv_bias) or moe.layer_kind.clustered:
             return None
-        if model.latent is not None:
+        windows = {"none": model.window is None, "all": model.window_from == 0, "from": True}
+        if model.latent is not None or not windows[self.window]:
             return None
-        keys = {**attention_keys(model), "hidden_act": "silu", **self.fixed}
+        keys = {**attention_keys(model), "hidden_act": "silu", **self.fixed, **self._window_keys(model)}
         if self.experts is None:
             return None if moe.layer_kind.routed else {**keys, "intermediate_size": moe.dense_width}
         shared = (moe.shared_expert_hidden > 0, moe.shared_expert_gate)

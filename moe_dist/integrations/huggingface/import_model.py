@@ -15,6 +15,7 @@ from moe_dist.integrations.huggingface.compress_mixture import compressed
 from moe_dist.integrations.huggingface.expert_budget import words_within_budget
 from moe_dist.integrations.huggingface.families import OUR_ARCHITECTURE, OUR_MODEL_TYPE, family_of
 from moe_dist.integrations.huggingface.gguf_file import as_folder
+from moe_dist.integrations.huggingface.hub_model import hub_folder, is_hub_name
 from moe_dist.integrations.huggingface.imported_tensors import (
     ConvertedModel,
     ImportedModel,
@@ -71,12 +72,14 @@ def import_model(source: Path, target: Path, words: Sequence[str], options: Impo
     With moe.kind=clustered or standard a dense model is upcycled, and with moe.kind=clustered a mixture is compressed.
 
     Args:
-        source: folder of config.json and safetensors, or a GGUF file.
+        source: folder of config.json and safetensors, a GGUF file, or a model's name on the Hugging Face hub.
         words: `key.sub=value` settings.
 
     Raises:
         MoeDistError: one line; nothing is left at `target`.
     """
+    if is_hub_name(source):
+        source = hub_folder(str(source))
     with new_folder(target) as folder, as_folder(source, folder.parent) as found:
         checkpoint = SourceFolder(found)
         tokenizer = open_tokenizer(find_hf_tokenizer(str(found)))
@@ -158,10 +161,10 @@ def _converted(
         raise ConfigError(
             f"moe.kind={config.moe.kind}: the model is {plain.config.moe.kind} and of our own class: leave it out"
         )
-    if config.moe.layer_kind.clustered and config.moe.two_level_base:
-        raise ConfigError(f"moe.base={config.moe.base} cannot be filled by an import yet: use moe.base=cluster")
     if plain.config.moe.layer_kind.routed:
         return compressed(config, plain, checkpoint, tokenizer, options.text, options.tokens)
+    if config.moe.two_level_base:
+        raise ConfigError(f"moe.base={config.moe.base} compresses a mixture, but the model is dense: use cluster")
     if config.moe.kind == "standard" and config.moe.top_k == 1:
         raise ConfigError("moe.top_k=1 with moe.kind=standard scales a copy by its probability: must be >= 2")
     return upcycled(config, plain, checkpoint, options.noise)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralModel
 
 FACTORS = {"in_u_DR": -2, "in_v_RH": -1, "out_u_FR": -2, "out_v_RD": -1}
 """Low-rank factors of an expert, and their long axis, along which groups of quantized numbers run."""
@@ -47,6 +47,8 @@ class MoeDistForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     def __init__(self, config: MoeDistConfig) -> None:
         super().__init__(config)
+        if config.section("model").get("window") is not None:
+            self.model = MistralModel(config)  # Llama's with a sliding window
         for number, layer in enumerate(self.model.layers):
             layer.mlp = _feed_forward(config, number)
             if config.section("model").get("latent") is None:

@@ -31,10 +31,16 @@ _PARTS = ("codes", "scales", "zeros")
 
 def own_keys(config: RunConfig, quantized: bool) -> dict[str, Any]:
     """Return the keys of config.json for our own class."""
+    if config.model.window_from:
+        raise CheckpointError(
+            f"model.window_from={config.model.window_from}: {OUR_ARCHITECTURE} has sliding windows in all layers or "
+            "none: this run cannot be exported for transformers"
+        )
     sections = {name: getattr(config, name).model_dump(mode="json") for name in ("model", "moe", "precision")}
     sections["moe"]["dense_hidden"] = config.moe.dense_width
     module = MODELING.stem
     return attention_keys(config.model) | {
+        "sliding_window": config.model.window,
         "intermediate_size": 1,  # of the network of Llama that ours replaces
         "moe_dist": {**sections, "quantized": quantized},
         "auto_map": {

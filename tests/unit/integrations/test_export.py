@@ -42,6 +42,7 @@ KINDS: dict[str, tuple[str, list[str]]] = {
         OURS, ["moe.kind=standard", "moe.score=sigmoid", "moe.groups=4", "moe.top_groups=2", "model.qkv_bias=true"],
     ),
     "clustered, latent attention": (OURS, [*LATENT, "moe.score=sigmoid", "moe.dense_layers=1", "moe.dense_hidden=20"]),
+    "clustered, window": (OURS, ["model.window=6"]),
     "clustered, shared": (
         OURS, ["moe.shared_expert_hidden=12", "moe.shared_expert_gate=true", "model.qk_norm=width"],
     ),

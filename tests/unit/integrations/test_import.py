@@ -10,8 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe_dist.config import load_config
 from moe_dist.errors import CheckpointError, ConfigError, MoeDistError
+from moe_dist.integrations.huggingface.expert_budget import words_within_budget
+from moe_dist.integrations.huggingface.families import family_of
 from moe_dist.integrations.huggingface.import_model import ImportOptions, import_model
+from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from tests.distributed.ranks import run_ranks
 from tests.unit.data.samples import documents_of
 
@@ -69,6 +73,7 @@ def test_the_error_of_a_compressed_mixture_falls_with_the_rank(tmp_path: Path, n
     words = ["moe.kind=clustered", "moe.clusters=1", "moe.backend=masked"]
     ranks = (1, width // 2, width)
     cases = {tmp_path / f"rank-{rank}": [*words, f"moe.rank={rank}"] for rank in ranks}
+    cases[tmp_path / "shared"] = [*words, f"moe.rank={width}", "moe.base=shared+cluster", "moe.base_rank=3"]
     cases[tmp_path / "two"] = ["moe.kind=clustered", "moe.clusters=2", f"moe.rank={width}"]
     ((errors, logits),) = run_ranks(_compress_and_compare, 1, tmp_path / "hf", cases)
     means = [sum(map(sum, layers)) / (8 * len(layers)) for layers in errors]
@@ -76,8 +81,9 @@ def test_the_error_of_a_compressed_mixture_falls_with_the_rank(tmp_path: Path, n
     assert means[0] > 1.5 * means[1] > 1000 * means[2], means
     assert min(found[:2]) > 100 * found[2], found
     assert found[2] < 1e-4, found
-    assert means[3] < 1e-4, "two clusters compute each expert exactly; tokens choose within one of them"
-    assert bool(logits[3].isfinite().all())
+    assert found[3] < 1e-4, "a base of two levels and residuals of full rank are exact too"
+    assert means[4] < 1e-4, "two clusters compute each expert exactly; tokens choose within one of them"
+    assert bool(logits[4].isfinite().all())
 
 
 def test_sharded_files_give_the_same_run(tmp_path: Path) -> None:
@@ -158,3 +164,40 @@ def test_an_existing_run_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(CheckpointError, match="run exists already"):
         _import(tmp_path / "hf", tmp_path / "run")
+
+
+def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    cached = tmp_path / "cache" / "models--someone--tiny"
+    model = published(cached / "snapshots" / "abc", "Llama")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    run = _import(Path("someone/tiny"), tmp_path / "run")
+    (found,) = run_ranks(our_logits, 1, [run])
+    assert relative(found[0], their_logits(model)) < 1e-4
+    with pytest.raises(CheckpointError, match="someone/other is no folder, and the Hugging Face") as caught:
+        _import(Path("someone/other"), tmp_path / "other")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_share_of_the_experts_parameters_chooses_the_rank(tmp_path: Path) -> None:
+    """Of 8 experts of 3 x 32 x 24: one base, and for each expert 168 a rank and 104 of its vectors."""
+    published(tmp_path / "hf", "Mixtral")
+    checkpoint = SourceFolder(tmp_path / "hf")
+    for keep, words, rank in ((0.5, [], 4), (0.5, ["moe.clusters=2", "moe.expert_vectors=false"], 3), (1.0, [], 11)):
+        plain = load_config(None, (), family_of(checkpoint.hf).sections(checkpoint.hf))
+        chosen = load_config(None, words_within_budget(plain, words, keep), plain.model_dump())
+        assert (chosen.moe.kind, chosen.moe.rank, chosen.moe.top_k) == ("clustered", rank, 2)
+        clusters, vectors = chosen.moe.clusters, 104 * chosen.moe.expert_vectors
+        sizes = [clusters * 2304 + 8 * (168 * one + vectors) for one in (rank, rank + 1)]
+        assert sizes[0] <= keep * 8 * 2304 < sizes[1]
+    for words, keep, match in (
+        (["moe.rank=3"], 0.5, "--keep 0.5 chooses moe.rank: leave one of them out"),
+        (["moe.clusters=8"], 0.5, "--keep 0.5 is 9,216 parameters of a layer, but moe.clusters=8 bases"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            words_within_budget(plain, words, keep)
