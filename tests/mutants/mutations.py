@@ -189,12 +189,12 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{UNIT}/moe/test_standard_routing.py",
         (
             "bias enters the gates",
-            "logits_TE.gather(-1, expert_TK).softmax(dim=-1)",
-            "(logits_TE + bias_E).gather(-1, expert_TK).softmax(dim=-1)",
+            "scoring.log_gates(logits_TE).gather(-1, expert_TK).softmax(dim=-1)",
+            "scoring.log_gates(logits_TE + bias_E).gather(-1, expert_TK).softmax(dim=-1)",
         ),
         (
             "gates over all experts",
-            "logits_TE.gather(-1, expert_TK).softmax(dim=-1)",
+            "scoring.log_gates(logits_TE).gather(-1, expert_TK).softmax(dim=-1)",
             "logits_TE.softmax(dim=-1).gather(-1, expert_TK)",
         ),
     ),
@@ -777,6 +777,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("read from the stored shard's start", "[start : start + length]", "[:length]"),
         ("tensors with holes written", "if sum(length for _, length, _ in chunks) != record.numel:", "if False:"),
     ),
+    *_of(
+        "model/teacher_loss.py",
+        f"{UNIT}/model/test_teacher_loss.py",
+        ("teacher and model exchanged", "kl_div(log_prob_BSV, expected,", "kl_div(expected, log_prob_BSV,"),
+        ("temperature of the model left out", "logits_BSV.float() / temperature", "logits_BSV.float()"),
+        ("named tokens counted in the rest", "log_prob_BSV.scatter(-1, token_BSK, _LEAST)", "log_prob_BSV"),
+    ),
     # engine
     *_of(
         "engine/gradient_norm.py",
@@ -797,15 +804,15 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{UNIT}/engine/test_reductions.py",
         ("sum of the ranks' losses", "StepOutcome(loss_sum / ranks", "StepOutcome(loss_sum"),
         ("a loss that is not finite on rank 0", "faults[self.process.rank] = ", "faults[0] = "),
-        ("a fault spreads into the loss", "loss.double().nan_to_num(0, 0, 0)", "loss.double()"),
+        ("a fault spreads into the loss", "of_text.double().nan_to_num(0, 0, 0)", "of_text.double()"),
         ("loads of this rank alone", "        dist.all_reduce(packed)\n", ""),
         ("counts never cleared", "        balance.clear_counts()\n", ""),
-        ("all ranks have to ask for the stop", "stops > 0)", "stops >= ranks)"),
-        ("sum of router losses", "balance_loss / ranks", "balance_loss"),
+        ("all ranks have to ask for the stop", "stops > 0, taught)", "stops >= ranks, taught)"),
+        ("sum of router losses", "(total / ranks for total in others)", "others"),
         (
             "losses exchanged",
-            "loss_sum, dropped, stops, balance_loss, z_loss = sums",
-            "loss_sum, dropped, stops, z_loss, balance_loss = sums",
+            "balance_loss, z_loss, divergence_sum = (",
+            "z_loss, balance_loss, divergence_sum = (",
         ),
     ),
     *_of(
