@@ -76,12 +76,16 @@ def _map(config: RunConfig, shape: WorldShape, nodes: Sequence[Node], node_of_ra
 
     divided = shape.sequence_parts > 1
     of_attention = ("sequences", "context", "tensor") if divided else ()
-    table = Table("node", "rank", "data", "cluster", "shard", *of_attention, "holds", box=None, pad_edge=False)
+    of_pipeline = ("stage",) if shape.pipeline > 1 else ()
+    axes = (*of_pipeline, "data", "cluster", "shard", *of_attention)
+    table = Table("node", "rank", *axes, "holds", box=None, pad_edge=False)
     before = None
     for rank, node in enumerate(node_of_rank):
         at = coordinates_of(shape, rank)
         name = nodes[node].host or str(node)
-        numbers = (rank, at.data, at.cluster, at.shard, *(attention_coordinates(shape, rank) if divided else ()))
+        stage = (rank // shape.stage_ranks,) if of_pipeline else ()
+        in_attention = attention_coordinates(shape, rank) if divided else ()
+        numbers = (rank, *stage, at.data, at.cluster, at.shard, *in_attention)
         held = _holds(config, shape, at.cluster, at.shard)
         table.add_row(name if node != before else "", *map(str, numbers), held)
         before = node

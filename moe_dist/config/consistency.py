@@ -53,6 +53,34 @@ def check_dense_layers(model: ModelConfig, moe: MoEConfig, memory: MemoryConfig)
     _reject({"memory.offload=true": (memory.offload, "false")}, f"moe.dense_layers={moe.dense_layers}")
 
 
+def check_pipeline(world: WorldConfig, model: ModelConfig, memory: MemoryConfig, moe: MoEConfig) -> None:
+    """Reject layers that do not divide over pipeline stages, and what does not work with stages."""
+    stages, chunks = world.pipeline, world.virtual_pipeline
+    if chunks > 1 and stages == 1:
+        raise ConfigError(f"world.virtual_pipeline={chunks} needs world.pipeline > 1")
+    if model.layers % (stages * chunks):
+        of_chunks = f" x world.virtual_pipeline={chunks}" if chunks > 1 else ""
+        raise ConfigError(
+            f"model.layers={model.layers} is not divisible by world.pipeline={stages}{of_chunks}: change one of them"
+        )
+    if stages > 1 and memory.offload:
+        raise ConfigError(
+            f"memory.offload=true does not work with world.pipeline={stages}: set one of them to its default"
+        )
+    for key, found in (
+        ("model.latent", model.latent is not None),
+        (f"model.window_from={model.window_from}", model.window_from > 0),
+        (f"moe.dense_layers={moe.dense_layers}", moe.dense_layers > 0),
+    ):
+        if stages > 1 and found:
+            raise ConfigError(f"{key} does not work with world.pipeline={stages}: set world.pipeline to 1")
+    if stages > 1 and moe.warmup_standard:
+        raise ConfigError(
+            f"moe.warmup_standard={moe.warmup_standard} does not work with world.pipeline={stages}: set one of them to "
+            "its default"
+        )
+
+
 def check_warmup(moe: MoEConfig, train: TrainConfig) -> None:
     """Require at least one step before and after the end of a standard warm-up."""
     steps = standard_steps(moe, train)
@@ -182,6 +210,7 @@ def check_distill(
     refused = {
         f"world.tensor={world.tensor}": (world.tensor > 1, "1"),
         f"world.context={world.context}": (world.context > 1, "1"),
+        f"world.pipeline={world.pipeline}": (world.pipeline > 1, "1"),
     }
     _reject(refused, "distill.teacher")
     alone = distill.router_steps > 0

@@ -9,7 +9,8 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class WorldShape:
-    """Sizes of the mesh axes: data x cluster x shard for experts, sequence groups x context x tensor for attention.
+    """Sizes of the mesh axes: in each pipeline stage data x cluster x shard for experts, and for attention sequence
+    groups x context x tensor.
 
     The ranks of a *sequence group* are neighbors and hold parts of the same sequences.
 
@@ -18,6 +19,8 @@ class WorldShape:
         tensor: ranks that divide attention heads, embedding and output layer; the innermost axis.
         context: parts of a sequence in attention.
         sliced: True if the ranks of the shard axis hold slices of every expert; False: different experts.
+        pipeline: stages, each of which holds a part of the layers; the outermost axis.
+        chunks: runs of consecutive layers that a stage holds.
     """
 
     data: int
@@ -27,6 +30,8 @@ class WorldShape:
     tensor: int = 1
     context: int = 1
     sliced: bool = False
+    pipeline: int = 1
+    chunks: int = 1
 
     @property
     def expert_shards(self) -> int:
@@ -36,6 +41,11 @@ class WorldShape:
     @property
     def ranks(self) -> int:
         """Number of ranks of the job."""
+        return self.stage_ranks * self.pipeline
+
+    @property
+    def stage_ranks(self) -> int:
+        """Number of ranks of a pipeline stage, which all hold the same layers."""
         return self.data * self.cluster * self.shard
 
     @property
@@ -46,13 +56,15 @@ class WorldShape:
     @property
     def sequence_groups(self) -> int:
         """Number of groups of ranks over which the sequences of a batch are divided."""
-        return self.ranks // self.sequence_parts
+        return self.stage_ranks // self.sequence_parts
 
     def __str__(self) -> str:
         near = f" ({self.replicas} replicas of a block of clusters on neighboring ranks)" if self.replicas > 1 else ""
         parts = f", tensor {self.tensor} x context {self.context}" if self.sequence_parts > 1 else ""
         sliced = " (slices of the hidden width)" if self.sliced else ""
-        return f"data {self.data} x cluster {self.cluster} x shard {self.shard}{sliced}{near}{parts}"
+        stages = f"pipeline {self.pipeline} x " if self.pipeline > 1 else ""
+        chunks = f", {self.chunks} chunks of layers a stage" if self.chunks > 1 else ""
+        return f"{stages}data {self.data} x cluster {self.cluster} x shard {self.shard}{sliced}{near}{parts}{chunks}"
 
 
 @dataclass(frozen=True)
@@ -67,30 +79,37 @@ def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
     """Resolve `world.data|cluster|shard` for a number of ranks; axes that are null are filled in.
 
     Raises:
-        ConfigError: the product of the axes is not `ranks`, or `world.tensor` x `world.context` does not divide it.
+        ConfigError: the product of the axes is not `ranks`, or the axes of attention do not divide a stage's ranks.
     """
     world = config.world
-    if ranks % (world.tensor * world.context):
+    if ranks % world.pipeline:
+        raise ConfigError(f"world.pipeline={world.pipeline} does not divide the number of ranks ({ranks})")
+    of_stage, stages = ranks // world.pipeline, "" if world.pipeline == 1 else f" / world.pipeline={world.pipeline}"
+    if of_stage % (world.tensor * world.context):
         raise ConfigError(
-            f"world.tensor={world.tensor} x world.context={world.context} does not divide the number of ranks ({ranks})"
+            f"world.tensor={world.tensor} x world.context={world.context} does not divide the number of ranks "
+            f"({ranks}{stages})"
         )
-    if ranks % world.shard:
-        raise ConfigError(f"world.shard={world.shard} does not divide the number of ranks ({ranks})")
-    per_shard = ranks // world.shard
+    if of_stage % world.shard:
+        raise ConfigError(f"world.shard={world.shard} does not divide the number of ranks ({ranks}{stages})")
+    per_shard = of_stage // world.shard
     cluster = world.cluster
     if cluster is None:
         units = config.moe.layer_kind.cluster_units(config.moe, world.shard)
         cluster = gcd(units, per_shard if world.data is None else max(per_shard // world.data, 1))
     data = world.data if world.data is not None else max(per_shard // cluster, 1)
-    if data * cluster * world.shard != ranks:
+    if data * cluster * world.shard != of_stage:
+        of_pipeline = f"world.pipeline={world.pipeline} x " if world.pipeline > 1 else ""
         raise ConfigError(
-            f"world.data={data} x world.cluster={cluster} x world.shard={world.shard} = {data * cluster * world.shard} "
+            f"{of_pipeline}world.data={data} x world.cluster={cluster} x world.shard={world.shard} = "
+            f"{world.pipeline * data * cluster * world.shard} "
             f"ranks, but {ranks} were started: start that many or change one of these keys"
         )
+    attention, layers = (world.tensor, world.context), (world.pipeline, world.virtual_pipeline)
     if config.moe.layer_kind.clustered and world.shard_mode == "replicate":
-        return WorldShape(data * world.shard, cluster, 1, world.shard, world.tensor, world.context)
+        return WorldShape(data * world.shard, cluster, 1, world.shard, *attention, False, *layers)
     sliced = config.moe.layer_kind.clustered and world.shard_mode == "slice" and world.shard > 1
-    return WorldShape(data, cluster, world.shard, 1, world.tensor, world.context, sliced)
+    return WorldShape(data, cluster, world.shard, 1, *attention, sliced, *layers)
 
 
 def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:
@@ -99,7 +118,8 @@ def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:
     Raises:
         ConfigError: it does not divide.
     """
-    train, parts = config.train, config.world.tensor * config.world.context
+    train, world = config.train, config.world
+    parts = world.tensor * world.context * world.pipeline
     groups, by = ranks // parts, "" if parts == 1 else f" / {parts} ranks that share a sequence"
     if train.global_batch_size % groups:
         raise ConfigError(
@@ -112,4 +132,10 @@ def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:
             f"train.global_batch_size={train.global_batch_size} / {ranks} ranks{by} = {per_rank} sequences a rank, "
             f"not divisible by train.micro_batch_size={micro}"
         )
-    return BatchShape(micro, per_rank // micro)
+    accumulation = per_rank // micro
+    if world.virtual_pipeline > 1 and accumulation % world.pipeline:
+        raise ConfigError(
+            f"{accumulation} micro-batches a step are not divisible by world.pipeline={world.pipeline}, as stages of "
+            f"world.virtual_pipeline={world.virtual_pipeline} need: change train.micro_batch_size"
+        )
+    return BatchShape(micro, accumulation)

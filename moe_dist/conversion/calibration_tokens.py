@@ -45,7 +45,7 @@ def mean_loss(model: LanguageModel, batches_BS: Sequence[Tensor]) -> float:
         losses = torch.stack([model(batch_BS).double() for batch_BS in batches_BS])
     mean = losses.mean()
     dist.all_reduce(mean)
-    return float(mean) / dist.get_world_size()
+    return float(mean) / model.context.mesh.shape.stage_ranks
 
 
 def sample_tokens(model: LanguageModel, batches_BS: Sequence[Tensor]) -> tuple[list[LayerTokens], float]:

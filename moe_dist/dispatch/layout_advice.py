@@ -71,5 +71,5 @@ def layout_advice(config: RunConfig, shape: WorldShape) -> str | None:
 
 def _alternatives(moe: MoEConfig, shape: WorldShape) -> list[WorldShape]:
     """Return layouts of as many ranks without a shard axis, with more than one block of clusters where possible."""
-    blocks = [n for n in range(1, moe.clusters + 1) if moe.clusters % n == 0 and shape.ranks % n == 0]
-    return [WorldShape(shape.ranks // n, n, 1) for n in blocks[1:] or blocks]
+    blocks = [n for n in range(1, moe.clusters + 1) if moe.clusters % n == 0 and shape.stage_ranks % n == 0]
+    return [WorldShape(shape.stage_ranks // n, n, 1) for n in blocks[1:] or blocks]

@@ -1,12 +1,13 @@
-"""The mesh of ranks and its process groups: data x cluster x shard of experts, and the layout of attention.
+"""The mesh of ranks and its process groups: pipeline stages, their layout of experts, and their layout of attention.
 
-Ranks are numbered with the shard axis innermost, so that a cluster group is a run of neighboring ranks and fits in a
-node: rank = (data * clusters + cluster) * shards + shard. Where the ranks of a block are replicas
-(`world.shard_mode=replicate`), they are the innermost part of the data axis instead.
+Ranks are numbered stage by stage: rank = stage * ranks of a stage + position. Positions in a stage are numbered with
+the shard axis innermost, so that a cluster group is a run of neighboring ranks and fits in a node: position =
+(data * clusters + cluster) * shards + shard. Where the ranks of a block are replicas (`world.shard_mode=replicate`),
+they are the innermost part of the data axis instead.
 
-Attention has a layout of its own over the same ranks (parallel folding): rank = (sequence group * contexts + context) *
-tensors + tensor. The ranks of a sequence group hold parts of the same sequences; MoE layers see only that each rank has
-other tokens.
+Attention has a layout of its own over the same ranks (parallel folding): position = (sequence group * contexts +
+context) * tensors + tensor. The ranks of a sequence group hold parts of the same sequences; MoE layers see only that
+each rank has other tokens.
 """
 
 from collections.abc import Callable
@@ -35,26 +36,29 @@ class GroupKind(StrEnum):
     CONTEXT = "context"  # same sequences and tensor index: divide sequences in attention
     SEQUENCE = "sequence"  # same sequences: tensor x context
     TENSOR_DATA = "tensor_data"  # same tensor index: replicas of the same tensor-parallel shards
+    STAGE = "stage"  # same pipeline stage: the ranks that hold the same layers
+    PIPELINE = "pipeline"  # same position in all stages: the ranks that together hold all layers
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Position of a rank in the mesh."""
+    """Position of a rank in the layout of experts of its pipeline stage."""
 
     data: int
     cluster: int
     shard: int
 
 
-def rank_at(shape: WorldShape, at: Coordinates) -> int:
-    """Return the rank at a position in the mesh."""
+def rank_at(shape: WorldShape, at: Coordinates, stage: int = 0) -> int:
+    """Return the rank at a position of a pipeline stage."""
     outer, inner = divmod(at.data, shape.replicas)
-    return ((outer * shape.cluster + at.cluster) * shape.replicas + inner) * shape.shard + at.shard
+    position = ((outer * shape.cluster + at.cluster) * shape.replicas + inner) * shape.shard + at.shard
+    return stage * shape.stage_ranks + position
 
 
 def coordinates_of(shape: WorldShape, rank: int) -> Coordinates:
-    """Return the position of a rank in the mesh."""
-    rest, shard = divmod(rank, shape.shard)
+    """Return the position of a rank in the layout of experts of its pipeline stage."""
+    rest, shard = divmod(rank % shape.stage_ranks, shape.shard)
     rest, inner = divmod(rest, shape.replicas)
     outer, cluster = divmod(rest, shape.cluster)
     return Coordinates(outer * shape.replicas + inner, cluster, shard)
@@ -78,8 +82,8 @@ class AttentionCoordinates(NamedTuple):
 
 
 def attention_coordinates(shape: WorldShape, rank: int) -> AttentionCoordinates:
-    """Return the position of a rank in the layout of attention."""
-    rest, tensor = divmod(rank, shape.tensor)
+    """Return the position of a rank in the layout of attention of its pipeline stage."""
+    rest, tensor = divmod(rank % shape.stage_ranks, shape.tensor)
     return AttentionCoordinates(*divmod(rest, shape.context), tensor)
 
 
@@ -94,13 +98,20 @@ _COMMON_OF_ATTENTION: dict[GroupKind, Callable[[AttentionCoordinates], tuple[int
 def group_layout(shape: WorldShape) -> list[tuple[GroupKind, tuple[int, ...]]]:
     """Return every group of the mesh, in the order in which all ranks must create them.
 
-    The groups of attention exist only if sequences are divided among ranks.
+    The groups of attention exist only if sequences are divided among ranks, those of the pipeline only if layers are.
     """
-    ranks = range(shape.ranks)
-    keys = {kind: [common(coordinates_of(shape, rank)) for rank in ranks] for kind, common in _COMMON.items()}
+    ranks, per_stage = range(shape.ranks), shape.stage_ranks
+    keys = {
+        kind: [(rank // per_stage, *common(coordinates_of(shape, rank))) for rank in ranks]
+        for kind, common in _COMMON.items()
+    }
     if shape.sequence_parts > 1:
-        places = [attention_coordinates(shape, rank) for rank in ranks]
-        keys |= {kind: [common(at) for at in places] for kind, common in _COMMON_OF_ATTENTION.items()}
+        places = [(rank // per_stage, attention_coordinates(shape, rank)) for rank in ranks]
+        for kind, common_of in _COMMON_OF_ATTENTION.items():
+            keys[kind] = [(stage, *common_of(at)) for stage, at in places]
+    if shape.pipeline > 1:
+        keys[GroupKind.STAGE] = [(rank // per_stage,) for rank in ranks]
+        keys[GroupKind.PIPELINE] = [(rank % per_stage,) for rank in ranks]
     layout = []
     for kind, key_of_rank in keys.items():
         members: dict[tuple[int, ...], list[int]] = {}
@@ -150,6 +161,17 @@ class Mesh:
     def in_attention(self) -> AttentionCoordinates:
         """Position of this rank in the layout of attention."""
         return attention_coordinates(self.shape, self.rank)
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage of this rank."""
+        return self.rank // self.shape.stage_ranks
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """Process group of the ranks that hold the same layers; None: all ranks."""
+        group = self.groups.get(GroupKind.STAGE)
+        return None if group is None else group.handle
 
     @property
     def sequence_group(self) -> RankGroup | None:

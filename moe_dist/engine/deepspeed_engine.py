@@ -9,6 +9,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from torch import Tensor
 
 from moe_dist.config import BatchShape, RunConfig
@@ -21,6 +22,7 @@ from moe_dist.engine.offloaded_adamw import OffloadedAdamW
 from moe_dist.engine.optimizer import build_optimizer
 from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.engine.packed_adamw import PackedAdamW
+from moe_dist.engine.stage_passes import StageGroups, StageModel, StagePasses
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.teacher_loss import TeacherTargets
 from moe_dist.moe.parameter_class import copies_of
@@ -81,13 +83,17 @@ class DeepSpeedEngine:
         self._packed = PackedAdamW(model, config) if config.precision.residuals == "packed" else None
         self._ours = self._offloaded or self._packed  # a configuration has one of them at most
         hidden = () if self._ours is None else self._ours.parameters()
-        marked = MarkedModel(model, config.moe.experts, hidden)
+        several = mesh.shape.pipeline > 1
+        marked = MarkedModel(StageModel(model) if several else model, config.moe.experts, hidden)
+        groups.mpu = StageGroups(mesh) if several else None  # DeepSpeed would keep that of an earlier engine
         self._engine, *_ = deepspeed.initialize(
             model=marked,
             optimizer=build_optimizer(marked, options),
-            config=_deepspeed_config(config, batch, process.ranks),
+            mpu=groups.mpu,
+            config=_deepspeed_config(config, batch, mesh.shape.stage_ranks),
             dist_init_required=False,
         )
+        self._stages = StagePasses(self._engine, self.model) if several else None
         self.training_state().undo_trial_step()
         elsewhere = gradient_norm.nothing_else if self._ours is None else self._ours.finish_gradients
         gradient_norm.install(self._engine, lambda parameter: copies_of(parameter, mesh), options.clip_norm, elsewhere)
@@ -105,16 +111,21 @@ class DeepSpeedEngine:
             stop_wanted: returns True if this rank was asked to stop after the step; called once, at the end.
             teach: returns a teacher's predictions for a micro-batch and the number of its first sequence; None: none.
         """
-        loss = torch.zeros((), device=self.process.device)
         if self.loss_scale.enabled:
             self._engine.optimizer.loss_scale = self.model.context.balance.loss_scale = self.loss_scale.scale
-        for number, sequence_BS in enumerate(sequences_BS.to(self.process.device).split(self.batch.micro)):
+        # the ranks of a tensor group compute one loss together, and gradients are divided by all ranks
+        scale = self._missing_scale * self.model.context.mesh.shape.tensor
+        micro_batches = sequences_BS.to(self.process.device).split(self.batch.micro)
+        if self._stages is not None:
+            loss = self._stages.run(micro_batches, scale, self._applied_scale)
+            return self._reduce_outcome(loss, stop_wanted())
+        loss = torch.zeros((), device=self.process.device)
+        for number, sequence_BS in enumerate(micro_batches):
             self.model.teacher = None if teach is None else teach(number * self.batch.micro, sequence_BS)
             if self._memory is not None:
                 self._memory.last_pass = self._engine.is_gradient_accumulation_boundary()
             micro_loss = self._engine(sequence_BS)
-            # the ranks of a tensor group compute one loss together, and gradients are divided by all ranks
-            self._engine.backward(self._missing_scale * self.model.context.mesh.shape.tensor * micro_loss)
+            self._engine.backward(scale * micro_loss)
             loss += micro_loss.detach().float() / self.batch.accumulation
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
@@ -155,6 +166,11 @@ class DeepSpeedEngine:
         """Factor of the loss that DeepSpeed omits: without ZeRO its engine does not apply the loss scale."""
         return 1.0 if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer) else self.loss_scale.scale
 
+    @property
+    def _applied_scale(self) -> float:
+        """Factor by which DeepSpeed multiplies each loss before its backward pass."""
+        return self.loss_scale.scale / self._missing_scale if self.loss_scale.enabled else 1.0
+
     def training_state(self) -> OptimizerState:
         """Return the master weights and moments of the parameters; to be used between two steps only."""
         return OptimizerState(self._engine.optimizer, self._offloaded, self._packed)
@@ -166,11 +182,13 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Release the optimizer and DeepSpeed's hooks; the engine cannot be used afterwards."""
         self._engine.destroy()
+        self._stages = None
         del self._engine, self.model
 
     def _reduce_outcome(self, loss: Tensor, stop_wanted: bool) -> StepOutcome:
         """Sum loads, losses, non-finite losses and stop requests over the ranks, in one small all-reduce per step."""
         balance, ranks = self.model.context.balance, self.process.ranks
+        per_stage = self.model.context.mesh.shape.stage_ranks
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
         faults[self.process.rank] = (~loss.isfinite()).double()
         stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
@@ -187,9 +205,9 @@ class DeepSpeedEngine:
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
         loss_sum, dropped, stops, *others = sums.tolist()
-        balance_loss, z_loss, divergence_sum = (total / ranks for total in others)
+        balance_loss, z_loss, divergence_sum = (total / per_stage for total in others)
         taught = None if taught_2 is None else divergence_sum
-        return StepOutcome(loss_sum / ranks, broken, count_LE, dropped, balance_loss, z_loss, stops > 0, taught)
+        return StepOutcome(loss_sum / per_stage, broken, count_LE, dropped, balance_loss, z_loss, stops > 0, taught)
 
 
 def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:

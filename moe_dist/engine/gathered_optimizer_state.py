@@ -35,7 +35,7 @@ class OwnedState:
         """Return views of the optimizer's tensors for one parameter."""
         kind = REDUCED_OVER.get(class_of(parameter))
         group = None if kind is None else mesh.group(kind).handle
-        copies = mesh.shape.ranks if kind is None else mesh.group(kind).size
+        copies = mesh.shape.stage_ranks if kind is None else mesh.group(kind).size
         return cls(parameter.shape, state.fragment(parameter), group, state.divided and copies > 1)
 
     def copy(self) -> "OwnedState":

@@ -143,7 +143,7 @@ class OffloadedAdamW:
             copies = copies_of(parameter, self._mesh)
             if copies > 1:
                 dist.all_reduce(views[name], group=self._mesh.group(REDUCED_OVER[class_of(parameter)]).handle)
-            views[name].div_(self._mesh.shape.ranks)
+            views[name].div_(self._mesh.shape.stage_ranks)
             square += torch.linalg.vector_norm(views[name], dtype=torch.float64).square() / copies
         return square.cpu()
 

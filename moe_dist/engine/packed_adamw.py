@@ -70,7 +70,7 @@ class PackedAdamW:
             parameter.grad = None
         if self._replicas.size > 1:
             dist.all_reduce(flat, group=self._replicas.handle)
-        flat.div_(self._mesh.shape.ranks)
+        flat.div_(self._mesh.shape.stage_ranks)
         parts = flat.split([parameter.numel() for parameter in self._places])
         self._gradients = {p: part.view(p.shape) for p, part in zip(self._places, parts, strict=True)}
         square: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float64).square().cpu()

@@ -121,12 +121,12 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory:
     Capacity, balancing and re-clustering are off.
 
     Raises:
-        ConfigError: sequences are to be divided over ranks.
+        ConfigError: sequences or layers are to be divided over ranks.
     """
-    if world.tensor * world.context > 1:
+    if world.tensor * world.context * world.pipeline > 1:
         raise ConfigError(
-            f"world.tensor={world.tensor} x world.context={world.context}: an evaluation divides texts over ranks, not "
-            "sequences: leave both at 1"
+            f"world.tensor={world.tensor} x world.context={world.context} x world.pipeline={world.pipeline}: an "
+            "evaluation divides texts over ranks, not sequences or layers: leave all at 1"
         )
     moe = config.moe.model_copy(
         update={"capacity_factor": None, "wire_dtype": dtype, "balance": "none", "overlap_chunks": 1}

@@ -174,9 +174,11 @@ def _world(summary: Mapping[str, Any]) -> str:
     if None in sizes:
         return MISSING
     data, cluster, shard = sizes
-    tensor, context = (look_up(summary, f"world.{axis}", 1) for axis in ("tensor", "context"))
+    tensor, context, stages = (look_up(summary, f"world.{axis}", 1) for axis in ("tensor", "context", "pipeline"))
+    of_pipeline = f"pipeline {stages} x " if stages > 1 else ""
     parts = f"; attention: tensor {tensor} x context {context}" if tensor * context > 1 else ""
-    return f"{data * cluster * shard} = data {data} x cluster {cluster} x shard {shard}{parts}"
+    ranks = stages * data * cluster * shard
+    return f"{ranks} = {of_pipeline}data {data} x cluster {cluster} x shard {shard}{parts}"
 
 
 def _experts(summary: Mapping[str, Any]) -> str:

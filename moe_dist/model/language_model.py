@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional
 from moe_dist.compression import StorageFormat
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
+from moe_dist.distributed.agreement import gather_over_stages
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.distributed.placement import ExpertPlacement
@@ -19,6 +21,8 @@ from moe_dist.memory.block import Block
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.model.document_mask import document_mask
 from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
+from moe_dist.model.pipeline_stage import StageLayers, run_chunk
+from moe_dist.model.stage_links import StageLinks, TiedEmbedding
 from moe_dist.model.teacher_loss import TeacherTargets, kl_divergence
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
@@ -36,6 +40,8 @@ class LanguageModel(nn.Module):
     Attributes:
         context: state shared by the layers: mesh, placements, balance state, traffic ledger.
         target_share: share of the targets among the training tokens; the training loss is a mean over targets.
+        stage: layers of this rank's pipeline stage.
+        tied: embedding that pipeline stages share; None: one stage, or embeddings are not tied.
         end_of_document: token that ends each document, for `corpus.document_mask`; set by those who have the tokenizer.
         teacher: a teacher's predictions for the sequences of the next forward pass; None: there is no teacher.
         taught_2: sums over micro-batches of the loss of the text and of the divergence from the teacher.
@@ -93,11 +99,17 @@ class LanguageModel(nn.Module):
             memory.describe = self.describe_block
         self._micro_batches = micro_batches
         shape = mesh.shape
-        initialize_megatron(config.world.timeout_seconds, shape.cluster * shape.shard, shape.tensor)
+        self.stage = StageLayers.of(config.model.layers, mesh)
+        initialize_megatron(config.world.timeout_seconds, shape.cluster * shape.shard, shape.tensor, shape.pipeline)
         try:
             self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._recomputing, mesh)
         except MoeDistError as error:
             raise (memory and memory.refusal) or error from None
+        self._links = StageLinks(mesh) if shape.pipeline > 1 else None
+        self.tied: TiedEmbedding | None = None
+        if self._links is not None and config.model.tie_embeddings:
+            weight = self.gpt.embedding.word_embeddings.weight if self.stage.first else None  # type: ignore[union-attr]
+            self.tied = TiedEmbedding(self._links, cast(nn.Parameter | None, weight), self.stage.last)
 
     def forward(self, sequence_BS: Tensor) -> Tensor:
         """Return the mean next-token loss over [B, S+1] token ids, in nats per target.
@@ -106,7 +118,7 @@ class LanguageModel(nn.Module):
         in any micro-batch of any rank. With a teacher, `distill.weight` of the loss is the divergence from it.
         """
         if self.teacher is None:
-            return self.token_losses(sequence_BS).mean() / self.target_share
+            return self.mean_of(self.token_losses(sequence_BS))
         logits_BSV, loss_BS = self.logits_and_losses(sequence_BS)
         distill = self.config.distill
         divergence_BS = kl_divergence(logits_BSV, self.teacher, distill.temperature) * (sequence_BS[:, 1:] >= 0)
@@ -115,27 +127,72 @@ class LanguageModel(nn.Module):
         self.taught_2 = summed if self.taught_2 is None else self.taught_2 + summed
         return (1 - distill.weight) * loss_2[0] + distill.weight * distill.temperature**2 * loss_2[1]
 
+    def mean_of(self, losses_BS: Tensor) -> Tensor:
+        """Return the mean of `token_losses` over targets, whose number is taken as its mean over the training data."""
+        return losses_BS.mean() / self.target_share
+
     def token_losses(self, sequence_BS: Tensor) -> Tensor:
         """Return the loss of every predicted token, [B, S], in nats; 0 for those that are no targets.
 
-        With context parallelism, only those of this rank's part of each sequence.
+        With context parallelism, only those of this rank's part of each sequence. With pipeline parallelism (while
+        `evaluating` only) the ranks of the last stage return them, the others zeros. Collective over the ranks of the
+        sequences and over the stages.
 
         Args:
             sequence_BS: [B, S+1] token ids; the complement of an id (a negative number) is no target.
         """
-        tokens_BS, labels_BS, target_BS, mask = self._inputs(sequence_BS)
+        if self._links is not None:
+            return self._losses_through_stages(sequence_BS, self._links)
+        tokens_BS, labels_BS, target_BS, mask = self._divided(sequence_BS)
         losses: Tensor = self.gpt(tokens_BS, _positions(tokens_BS), mask, labels=labels_BS)
         return losses * target_BS
 
     def logits_and_losses(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits [B, S, V] and the result of `token_losses`; without tensor parallelism only."""
-        tokens_BS, labels_BS, target_BS, mask = self._inputs(sequence_BS)
+        """Return the logits [B, S, V] and the result of `token_losses`; only where neither is divided over ranks."""
+        tokens_BS, labels_BS, target_BS, mask = self._divided(sequence_BS)
         logits_BSV: Tensor = self.gpt(tokens_BS, _positions(tokens_BS), mask)
         loss_N = functional.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none")
         return logits_BSV, loss_N.view_as(labels_BS) * target_BS
 
-    def _inputs(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return this rank's part of tokens, labels and of which of them are targets [B, S], and the mask."""
+    def run_chunk(self, sequence_BS: Tensor, chunk: int, received_SBD: Tensor | None) -> Tensor:
+        """Return the hidden states after a chunk of this pipeline stage, [S, B, D], or the losses after the last.
+
+        Args:
+            sequence_BS: as in `token_losses`.
+            received_SBD: hidden states after the chunk before; None for the first.
+        """
+        tokens_BS, labels_BS, target_BS, mask = self._divided(sequence_BS)
+        weight = None if self.tied is None else self.tied.copy
+        output = run_chunk(self.gpt, self.stage, chunk, tokens_BS, labels_BS, mask, received_SBD, weight)
+        return output * target_BS if self.stage.ends(chunk) else output
+
+    def _losses_through_stages(self, sequence_BS: Tensor, links: StageLinks) -> Tensor:
+        assert not torch.is_grad_enabled(), "the passes of training are those of `run_schedule`"
+        sequences, length, shape = len(sequence_BS), sequence_BS.shape[1] - 1, self.context.mesh.shape
+        like = self._empty(length // shape.sequence_parts, sequences, self.config.model.hidden_size)
+        losses_BS = torch.zeros(sequences, length // shape.context, device=like.device)
+        for chunk in range(len(self.stage.chunks)):
+            received = None if self.stage.begins(chunk) else links.receive_from_before(like)
+            output = self.run_chunk(sequence_BS, chunk, received)
+            if self.stage.ends(chunk):
+                losses_BS = output
+            else:
+                links.send_on(output)
+        return losses_BS
+
+    def fetch_embedding(self) -> None:
+        """Copy a tied embedding to the last pipeline stage, if there are several; collective over them."""
+        if self.tied is not None:
+            rows = self.vocab_size // self.context.mesh.shape.tensor
+            self.tied.fetch(self._empty(rows, self.config.model.hidden_size))
+
+    def _empty(self, *sizes: int) -> Tensor:
+        """Return an empty tensor of the type and on the device of the hidden states."""
+        parameter = next(self.gpt.parameters())
+        return torch.empty(sizes, dtype=parameter.dtype, device=parameter.device)
+
+    def _divided(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return this rank's tokens, labels, and which of them are targets, [B, S], and the mask of attention."""
         target_BS, sequence_BS = sequence_BS[:, 1:] >= 0, torch.where(sequence_BS < 0, ~sequence_BS, sequence_BS)
         tokens_BS, labels_BS = sequence_BS[:, :-1].contiguous(), sequence_BS[:, 1:].contiguous()
         mask = self._document_mask(tokens_BS)
@@ -205,7 +262,12 @@ class LanguageModel(nn.Module):
         self.eval()
         try:
             with torch.no_grad(), self._uncounted():
+                self.fetch_embedding()
                 yield
+            if self._links is not None:
+                self._links.finish()
+            if self.tied is not None:
+                self.tied.drop()
         finally:
             ledger.recording = before
             self.train(was_training)
@@ -270,15 +332,21 @@ class ParameterCounts:
 
 
 def count_parameters(model: LanguageModel) -> ParameterCounts:
-    """Count the model's parameters from this rank's tensors: every rank holds equally many of each class."""
+    """Count the model's parameters from the tensors of this rank's position in all pipeline stages; collective.
+
+    Every rank of a stage holds equally many of each class.
+    """
     config, shape = model.config, model.context.mesh.shape
-    held = dict.fromkeys(ParameterClass, 0)
+    own = dict.fromkeys(ParameterClass, 0)
     for parameter in model.parameters():
-        held[class_of(parameter)] += parameter.numel()
+        own[class_of(parameter)] += parameter.numel()
+    shared = sum(p.numel() for layer in model.clustered_layers() for p in _parameters_of(layer.shared_base))
+    stages = gather_over_stages(model.context.mesh, (own, shared))
+    held = {kind: sum(of_stage[kind] for of_stage, _ in stages) for kind in ParameterClass}
+    shared = sum(of_stage for _, of_stage in stages)
     dense = held[ParameterClass.DENSE] + held[ParameterClass.TENSOR] * shape.tensor
     base = held[ParameterClass.BASE] * shape.cluster
     expert = held[ParameterClass.EXPERT] * shape.cluster * shape.shard
-    shared = sum(p.numel() for layer in model.clustered_layers() for p in _parameters_of(layer.shared_base))
     moe = config.moe
     standard = config.moe_layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
     return ParameterCounts(dense + base + expert, shared + base + expert, standard)

@@ -24,16 +24,20 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config import ModelConfig
 from moe_dist.distributed.mesh import GroupKind, Mesh
+from moe_dist.model.initial_values import draw_initial_values
 from moe_dist.model.megatron_attention import RotaryOnDevice, SdpaCoreAttention
 from moe_dist.model.megatron_latent_attention import LatentNorm, install_stand_in, latent_keys, replace_rotary
 from moe_dist.model.megatron_tensor_parallel import check_vocabulary, install_stand_ins, mark_shards
+from moe_dist.model.pipeline_stage import StageLayers, number_layers
 
 FeedForwardFactory = Callable[[int], nn.Module]
 """Function from a layer index, counted from 0, to a module that maps [..., hidden] to [..., hidden]."""
 
 
-def initialize_megatron(timeout_seconds: int, expert_parallel: int, tensor_parallel: int = 1) -> None:
-    """Create Megatron-core's process groups (no pipeline parallelism); collective.
+def initialize_megatron(
+    timeout_seconds: int, expert_parallel: int, tensor_parallel: int = 1, pipeline_parallel: int = 1
+) -> None:
+    """Create Megatron-core's process groups; collective.
 
     Context parallelism needs no group of Megatron-core: a part of a sequence is a whole sequence for its modules.
 
@@ -41,17 +45,21 @@ def initialize_megatron(timeout_seconds: int, expert_parallel: int, tensor_paral
         timeout_seconds: timeout of the groups' collectives.
         expert_parallel: number of consecutive ranks that together hold all experts once, as in our mesh.
         tensor_parallel: number of consecutive ranks that divide attention.
+        pipeline_parallel: number of stages, each of which is a run of consecutive ranks.
     """
+    wanted = (expert_parallel, tensor_parallel, pipeline_parallel)
     if parallel_state.model_parallel_is_initialized():
         sizes = (
             parallel_state.get_expert_model_parallel_world_size(),
             parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
         )
-        if sizes == (expert_parallel, tensor_parallel):
+        if sizes == wanted:
             return
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
         expert_model_parallel_size=expert_parallel,
         expert_tensor_parallel_size=1,
         create_gloo_process_groups=False,
@@ -76,9 +84,12 @@ def build_gpt(
 ) -> nn.Module:
     """Build a GPT whose `forward(tokens, positions, attention_mask, labels=...)` returns every token's loss, [B, S].
 
+    With pipeline parallelism only this rank's stage, whose passes are `run_chunk`. Tied embeddings are then a parameter
+    of the first stage alone, and the last one has an output layer without weight.
+
     Args:
         vocab_size: rows of the embedding.
-        feed_forward: creates the feed-forward module of each layer.
+        feed_forward: creates the feed-forward module of a layer by its number in the whole model.
         seed: seed of the initial values, the same on all ranks.
         recompute_context: context in which a layer's forward pass is recomputed (activation checkpointing).
         mesh: ranks over which attention is divided (`WorldShape.tensor`, `context`); its tokens, positions and labels
@@ -87,38 +98,43 @@ def build_gpt(
     Raises:
         ConfigError: the vocabulary does not divide over the tensor group.
     """
-    tensor = mesh.shape.tensor
+    tensor, layers = mesh.shape.tensor, StageLayers.of(model.layers, mesh)
     check_vocabulary(vocab_size, tensor)
-    if tensor > 1 or model.latent is not None:
+    if tensor > 1 or layers.stages > 1 or model.latent is not None:
         install_stand_ins()
     if model.latent is not None:
         install_stand_in()
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     torch.manual_seed(seed)
+    spec = _layer_spec(model, mesh, lambda index: feed_forward(layers.numbers[index]))
     gpt = GPTModel(
         config=_transformer_config(model, tensor),
-        transformer_layer_spec=TransformerBlockSubmodules(
-            [_layer_spec(model, feed_forward, mesh)] * model.layers, layer_norm=_Norm
-        ),
+        transformer_layer_spec=TransformerBlockSubmodules([spec] * len(layers.numbers), layer_norm=_Norm),
         vocab_size=vocab_size,
         max_sequence_length=model.sequence_length,
+        pre_process=layers.first,
+        post_process=layers.last,
         position_embedding_type="rope",
         rotary_base=model.rope_base,
-        share_embeddings_and_output_weights=model.tie_embeddings,
+        share_embeddings_and_output_weights=model.tie_embeddings and layers.stages == 1,
     )
+    number_layers(gpt, layers)
+    if model.tie_embeddings and layers.last and layers.stages > 1:
+        gpt.output_layer.weight = None
     if model.latent is not None:
         replace_rotary(gpt, model)
     else:
         gpt.rotary_pos_emb = RotaryOnDevice(model, mesh.in_attention.context)
     if tensor > 1:
         mark_shards(gpt)
+    draw_initial_values(gpt, model, seed, tensor, mesh.in_attention.tensor)
     if model.activation_checkpointing:
         for layer in gpt.decoder.layers:
             _recompute_in_backward(layer, recompute_context)
     return cast(nn.Module, gpt)
 
 
-def _layer_spec(model: ModelConfig, feed_forward: FeedForwardFactory, mesh: Mesh) -> ModuleSpec:
+def _layer_spec(model: ModelConfig, mesh: Mesh, feed_forward: FeedForwardFactory) -> ModuleSpec:
     """Return the modules of a layer."""
     latent = model.latent is not None
     spec = get_gpt_layer_local_spec(
@@ -178,7 +194,8 @@ def _transformer_config(model: ModelConfig, tensor_parallel: int) -> Transformer
         ffn_hidden_size=4 * model.hidden_size,  # size of Megatron's MLP, which ours replaces
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
-        init_method_std=model.init_std,
+        init_method=_keep,  # `draw_initial_values` draws by name, for equal values in every layout
+        output_layer_init_method=_keep,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -191,6 +208,10 @@ def _transformer_config(model: ModelConfig, tensor_parallel: int) -> Transformer
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
     )
+
+
+def _keep(value: Tensor) -> Tensor:
+    return value
 
 
 class _FeedForward(nn.Module):

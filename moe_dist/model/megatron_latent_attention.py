@@ -64,5 +64,5 @@ def latent_keys(model: ModelConfig) -> dict[str, Any]:
 
 def replace_rotary(gpt: Any, model: ModelConfig) -> None:
     """Give every layer our rotary positions."""
-    for layer in gpt.decoder.layers:
+    for layer in gpt.decoder.layers.children():
         layer.self_attention.rotary_pos_emb = LatentRotary(model)

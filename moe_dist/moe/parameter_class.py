@@ -48,4 +48,4 @@ def class_of(parameter: nn.Parameter) -> ParameterClass:
 def copies_of(parameter: nn.Parameter, mesh: Mesh) -> int:
     """Return the number of ranks that hold a replica of a parameter."""
     kind = REDUCED_OVER.get(class_of(parameter))
-    return mesh.shape.ranks if kind is None else mesh.group(kind).size
+    return mesh.shape.stage_ranks if kind is None else mesh.group(kind).size

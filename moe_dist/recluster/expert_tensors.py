@@ -96,7 +96,7 @@ class ExpertTensors:
                     found = (NOTHING,) * len(owned)  # its codes are sent as the weight
                 runs[shared][TensorKey(layer, local, name, kind)] = found
         itemsize = {kind: self._dtype(kind).itemsize for kind in self.kinds}
-        return Holdings(widths[False], widths[True], itemsize, runs[False], runs[True])
+        return Holdings(widths[False], widths[True], itemsize, runs[False], runs[True], self._mesh.stage)
 
     def _gather_runs(self) -> list[list[Run]]:
         """Gather the run of each parameter's state that each rank owns.
@@ -105,9 +105,9 @@ class ExpertTensors:
             RuntimeError: the runs differ between blocks, which migration does not support.
         """
         mine = torch.tensor([self._state_run(p) for p in self._parameters.values()], device=self._device)
-        found = [torch.empty_like(mine) for _ in range(self._mesh.shape.ranks)]
-        dist.all_gather(found, mine)
         shape = self._mesh.shape
+        found = [torch.empty_like(mine) for _ in range(shape.stage_ranks)]
+        dist.all_gather(found, mine, group=self._mesh.stage_group)
         for rank, table in enumerate(found):
             at = coordinates_of(shape, rank)
             twin = rank_at(shape, Coordinates(at.data, self._mesh.at.cluster, at.shard))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dist.distributed.agreement import gather_over_stages
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.recluster.exchange import Cycle, apply_exchanges, exchanges
@@ -121,7 +122,7 @@ class MigrationExecutor:
                 carry(plan, self._process.rank, tensors, self._process.device).settle()
                 self._switch(new)
                 crossed += plan.bytes
-        return crossed
+        return sum(gather_over_stages(self._context.mesh, crossed))
 
     def exchange(self, moves: Sequence[Move], held_BS: Tensor) -> tuple[list[Move], int, float]:
         """Move experts between clusters, except those that would raise the loss on `held_BS` too much.
@@ -129,12 +130,14 @@ class MigrationExecutor:
         Returns:
             The moves made, the bytes sent between ranks, and the relative increase of the loss on `held_BS`.
         """
+        if not moves:
+            return [], 0, 0.0
         old, tensors = list(self._context.placements), self.tensors
         plan = self._plan(after_moves(old, moves), tensors)
         arrivals = carry(plan, self._process.rank, tensors, self._process.device)
         adopt = Adopt(old, arrivals, self._switch)
         made, increase = make_guarded(moves, adopt, lambda: self._loss_of(held_BS), self._limit)
-        return made, plan.bytes, increase
+        return made, sum(gather_over_stages(self._context.mesh, plan.bytes)), increase
 
     def refit(
         self, moves: Sequence[Move], sequences_BS: Tensor, held_BS: Tensor
@@ -143,15 +146,18 @@ class MigrationExecutor:
         transition = RefitTransition(list(self._context.placements), Refit(self._engine, sequences_BS), self._switch)
         made, increase = make_guarded(moves, transition, lambda: self._loss_of(held_BS), self._limit)
         assert transition.done is not None
-        return made, transition.done, increase
+        found = gather_over_stages(self._context.mesh, (transition.done.bytes, transition.done.errors))
+        errors = {layer: of_layer for _, of_stage in found for layer, of_layer in of_stage.items()}
+        return made, RefitResult(bytes=sum(sent for sent, _ in found), errors=errors), increase
 
     def _plan(self, new: Sequence[ExpertPlacement], tensors: ExpertTensors) -> MigrationPlan:
-        shape = self._context.mesh.shape
+        """Return the pieces of this pipeline stage's layers."""
+        shape, placements = self._context.mesh.shape, self._context.placements
         pieces = [
             piece
-            for layer, (before, after) in enumerate(zip(self._context.placements, new, strict=True))
-            if after is not before
-            for piece in plan_layer(layer, before, after, shape, tensors.holdings)
+            for layer in (layer.layer for layer in self._layers)
+            if new[layer] is not placements[layer]
+            for piece in plan_layer(layer, placements[layer], new[layer], shape, tensors.holdings)
         ]
         return MigrationPlan(tuple(pieces), tensors.holdings.itemsize)
 
@@ -165,7 +171,7 @@ class MigrationExecutor:
         with self._model.evaluating():
             loss = self._model(sequences_BS.to(self._process.device)).double()
         dist.all_reduce(loss)
-        return float(loss) / self._process.ranks
+        return float(loss) / self._context.mesh.shape.stage_ranks
 
 
 def after_moves(placements: Sequence[ExpertPlacement], moves: Sequence[Move]) -> list[ExpertPlacement]:

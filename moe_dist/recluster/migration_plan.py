@@ -38,7 +38,7 @@ class TensorKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Holdings:
-    """Sizes and ownership of the tensors that every rank holds, the same on all ranks.
+    """Sizes and ownership of the tensors that every rank of a pipeline stage holds, the same on all of them.
 
     Attributes:
         residual_width: number of elements of one expert in each stacked parameter.
@@ -46,6 +46,7 @@ class Holdings:
         itemsize: bytes of an element, by kind.
         residual_runs, base_runs: run that each replica owns, by tensor key. Replicas of residuals are numbered along
             the data axis, those of a base along the data and shard axes.
+        stage: pipeline stage of these ranks.
     """
 
     residual_width: Mapping[str, int]
@@ -53,6 +54,7 @@ class Holdings:
     itemsize: Mapping[PieceKind, int]
     residual_runs: Mapping[TensorKey, tuple[Run, ...]]
     base_runs: Mapping[TensorKey, tuple[Run, ...]]
+    stage: int = 0
 
 
 class Piece(NamedTuple):
@@ -126,7 +128,7 @@ def _expert_pieces(
     layer: int, expert: int, seat: Seat, goal: Seat, shape: WorldShape, holdings: Holdings
 ) -> Iterator[Piece]:
     def rank_of(at: Seat) -> Callable[[int], int]:
-        return lambda replica: rank_at(shape, Coordinates(replica, at.block, at.shard))
+        return lambda replica: rank_at(shape, Coordinates(replica, at.block, at.shard), holdings.stage)
 
     for name, width in holdings.residual_width.items():
         for kind in holdings.itemsize:
@@ -141,7 +143,9 @@ def _base_pieces(
     layer: int, place: tuple[int, int], goal: tuple[int, int], shape: WorldShape, holdings: Holdings
 ) -> Iterator[Piece]:
     def rank_of(block: int) -> Callable[[int], int]:
-        return lambda replica: rank_at(shape, Coordinates(replica // shape.shard, block, replica % shape.shard))
+        return lambda replica: rank_at(
+            shape, Coordinates(replica // shape.shard, block, replica % shape.shard), holdings.stage
+        )
 
     for name, width in holdings.base_width.items():
         for kind in holdings.itemsize:

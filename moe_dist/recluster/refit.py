@@ -63,12 +63,15 @@ class Refit:
         at_once = engine.batch.micro
         halves = (sequences_BS[0::2], sequences_BS[1::2]) if len(sequences_BS) > 1 else (sequences_BS, sequences_BS)
         micro = [half.to(engine.process.device).split(at_once) for half in halves]
-        (self._fit, _), (self._check, _) = (sample_tokens(self._model, batches) for batches in micro)
+        numbers = [layer.layer for layer in self._model.clustered_layers()]
+        sampled = (sample_tokens(self._model, batches) for batches in micro)
+        self._fit, self._check = (dict(zip(numbers, of_layers, strict=True)) for of_layers, _ in sampled)
 
     def apply(self, new: Sequence[ExpertPlacement]) -> RefitResult:
         """Write bases and residuals of new placements, by which the layers must route afterwards; collective."""
         done = RefitResult()
-        for number, layer in enumerate(self._model.clustered_layers()):
+        for layer in self._model.clustered_layers():
+            number = layer.layer
             if clusters := changed_clusters(layer.placement, new[number]):
                 for compressed in self._rewrite(layer, new[number], clusters, done):
                     done.bytes += compressed.bytes * self._model.context.mesh.shape.data

@@ -3,8 +3,9 @@
 Shapes: L layers, E experts, G clusters, S entries of an expert's sketch, D model width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from moe_dist.clustering import (
 )
 from moe_dist.clustering.similarity import FusedSimilarity
 from moe_dist.config import RunConfig
+from moe_dist.distributed.agreement import gather_over_stages
 from moe_dist.distributed.mesh import GroupKind
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
@@ -42,25 +44,46 @@ class GatheredSimilarity:
     """Mean similarity within the current clusters by term, mean over layers."""
 
 
+class _LayerSimilarity(NamedTuple):
+    """Similarity of one layer's experts, terms that are not finite, and means within clusters by term."""
+
+    similarity_EE: npt.NDArray[np.float64]
+    broken: Sequence[str]
+    within: dict[str, float]
+
+
 def gather_similarity(layers: list[ClusteredMoE], config: RunConfig, context: LayerContext) -> GatheredSimilarity:
-    """Sum the statistics and sketches of all ranks; collective. Non-finite statistics are reset."""
+    """Sum the statistics and sketches of all ranks; collective. Non-finite statistics are reset.
+
+    Args:
+        layers: layers of this rank's pipeline stage; the result is of those of all stages.
+    """
     assert context.statistics is not None
     together = context.statistics.together_LGG.clone()
     dist.all_reduce(together)
-    fused = [_similarity(layer, config, context) for layer in layers]
-    broken = sorted({name for one in fused for name in one.not_finite})
+    strategy, found = SIMILARITIES[config.recluster.similarity], {}
+    for layer in layers:
+        fused = _similarity(layer, config, context)
+        found[layer.layer] = _LayerSimilarity(
+            strategy(fused, layer.layer, config), fused.not_finite, _within_clusters(fused, layer)
+        )
+    of_stages = gather_over_stages(context.mesh, found)
+    of_layers = [one for _, one in sorted(item for of_stage in of_stages for item in of_stage.items())]
+    broken = sorted({name for one in of_layers for name in one.broken})
     if broken:
         for statistics in context.statistics.activation:
             statistics.reset()
-    means: dict[str, float] = {}
-    if not broken:
-        for one, placement in zip(fused, context.placements, strict=True):
-            for name, part_EE in one.parts.items():
-                within = cluster_quality(part_EE.cpu().numpy(), placement.cluster_of()).similarity
-                means[name] = means.get(name, 0.0) + within / len(layers)
-    strategy = SIMILARITIES[config.recluster.similarity]
-    similarity = [strategy(one, layer, config) for layer, one in enumerate(fused)]
+    names = [] if broken else of_layers[0].within
+    means = {name: sum(one.within[name] for one in of_layers) / len(of_layers) for name in names}
+    similarity = [one.similarity_EE for one in of_layers]
     return GatheredSimilarity(similarity, list(together.cpu().double().numpy()), tuple(broken), means)
+
+
+def _within_clusters(fused: FusedSimilarity, layer: ClusteredMoE) -> dict[str, float]:
+    """Return the mean similarity within the current clusters by term; none if a term is not finite."""
+    cluster_of = layer.placement.cluster_of()
+    parts = {} if fused.not_finite else fused.parts
+    return {name: cluster_quality(part_EE.cpu().numpy(), cluster_of).similarity for name, part_EE in parts.items()}
 
 
 def _similarity(layer: ClusteredMoE, config: RunConfig, context: LayerContext) -> FusedSimilarity:
@@ -79,7 +102,7 @@ def _summed_statistics(layer: ClusteredMoE, context: LayerContext) -> Activation
     mine = context.statistics.activation[layer.layer]
     weighted_ED, mass_E = mine.weighted_ED.clone(), mine.mass_E.clone()
     for tensor in (weighted_ED, mass_E):
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=context.mesh.stage_group)
     return ActivationStatistics(weighted_ED, mass_E, mine.steps, mine.decay)
 
 

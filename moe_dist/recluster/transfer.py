@@ -63,13 +63,11 @@ class Arrivals:
 
 @torch.no_grad()
 def carry(plan: MigrationPlan, rank: int, store: TensorStore, device: torch.device) -> Arrivals:
-    """Send, receive and verify the pieces of a plan (phase one); collective unless the plan is empty.
+    """Send, receive and verify the pieces of a plan (phase one); collective over all ranks, also those without pieces.
 
     Raises:
         MigrationError: on every rank, if any rank received a damaged message.
     """
-    if not plan.pieces:
-        return Arrivals([], store)
     waiting = [(piece, _read_source(store, piece)) for piece in plan.stays(rank)]
     outgoing = {
         peer: _pack_message(store, pieces, plan.bytes_between(rank, peer), device)

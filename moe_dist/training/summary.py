@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_dist.config import RunConfig
+from moe_dist.config import RunConfig, WorldShape
 from moe_dist.config.layer_kinds import LAYER_KINDS
 from moe_dist.dispatch.layout_advice import flat_bytes
 from moe_dist.metrics import installed_versions
@@ -61,7 +61,7 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
             "model_bytes": whole,
             "offloadable_bytes": offloadable,
             "device_bytes": on_device,
-            "dense_bytes": _dense_bytes(config, counts.total - counts.expert, process.ranks),
+            "dense_bytes": _dense_bytes(config, counts.total - counts.expert, trainer.shape),
             "offload": offload,
         },
         "world": vars(trainer.shape),
@@ -88,13 +88,17 @@ def _stored_bytes(trainer: "Trainer") -> dict[str, int] | None:
     return {"expert_bytes": clusters * cluster.nbytes, "residual_bytes": clusters * cluster.experts.nbytes}
 
 
-def _dense_bytes(config: RunConfig, other_parameters: int, ranks: int) -> int:
-    """Return weights, gradients and training state of a rank of a dense model of the same active width."""
+def _dense_bytes(config: RunConfig, other_parameters: int, shape: WorldShape) -> int:
+    """Return weights, gradients and training state of a rank of a dense model of the same active width.
+
+    With pipeline stages the mean over them.
+    """
     layer = LAYER_KINDS["dense"].parameters(config.model.hidden_size, config.moe, 1, 1).dense
     size = getattr(torch, config.train.precision).itemsize
     optimizer = MOMENTS + (FLOAT32 if size < FLOAT32 else 0)
-    shares = ranks if config.world.zero_stage else 1
-    return int((other_parameters + config.model.layers * layer) * (2 * size + optimizer / shares))
+    shares = shape.stage_ranks if config.world.zero_stage else 1
+    held = (other_parameters + config.model.layers * layer) / shape.pipeline
+    return int(held * (2 * size + optimizer / shares))
 
 
 def _loss_as_stored(trainer: "Trainer") -> float | None:

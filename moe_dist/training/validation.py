@@ -23,7 +23,7 @@ def validation_loss(model: LanguageModel, tokens: TokenFile, config: RunConfig, 
         for batch in validation_batches(tokens, length, most, group, groups, micro):
             tokens_BS = batch.tokens.to(process.device)
             loss_B = model.token_losses(tokens_BS).double().sum(dim=1) * mesh.shape.context  # of its part of each
-            targets_B = (tokens_BS[:, 1:] >= 0).sum(dim=1)
+            targets_B = (tokens_BS[:, 1:] >= 0).sum(dim=1) * model.stage.last
             weight_B = batch.weight.to(loss_B)
             total += torch.stack([(loss_B * weight_B).sum(), (targets_B * weight_B).sum()])
     dist.all_reduce(total)

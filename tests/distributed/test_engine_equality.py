@@ -60,7 +60,8 @@ class Trained:
 
 def _train(axes: tuple[int, ...], variants: list[list[str]]) -> list[Trained]:
     shape = WorldShape(*axes)  # type: ignore[arg-type]
-    layout = [f"world.tensor={shape.tensor}", f"world.context={shape.context}"]
+    layout = [f"world.{axis}={getattr(shape, axis)}" for axis in ("tensor", "context", "pipeline")]
+    layout.append(f"world.virtual_pipeline={shape.chunks}")
     return [_train_variant(shape, load_config(None, [*SMALL, *layout, *words])) for words in variants]
 
 

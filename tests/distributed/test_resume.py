@@ -111,7 +111,7 @@ def _other_shape_words(folder: Path, name: str, start: Path, *more: str) -> list
 
 @pytest.mark.slow
 def test_other_numbers_of_ranks_go_on_with_the_same_losses(folder: Path) -> None:
-    """2 -> 4 -> 2 -> 1 -> 4 ranks in other layouts, from a checkpoint whose experts are scattered over the clusters."""
+    """2 -> 4 -> 2 -> 4 -> 4 ranks in other layouts, from a checkpoint whose experts are scattered over the clusters."""
     start = _straight(folder) / "checkpoints" / "step-00000003"
     run_ranks(_train, 2, _other_shape_words(folder, "same", start))
     expected = [figures["loss"] for _, figures, _, _ in _figures(folder / "runs" / "same") if figures]
@@ -119,7 +119,7 @@ def test_other_numbers_of_ranks_go_on_with_the_same_losses(folder: Path) -> None
         (4, ["world.shard=2", "world.shard_mode=experts", "world.zero_stage=1"]),
         (4, ["world.shard=2", "world.zero_stage=2", "world.tensor=2"]),
         (2, ["world.data=2", "world.zero_stage=0", "world.tensor=2"]),
-        (1, ["world.zero_stage=2"]),
+        (4, ["world.pipeline=2", "world.zero_stage=1", "train.micro_batch_size=4"]),
         (4, ["world.data=2", "world.zero_stage=1", "world.context=2"]),
     ]
     for done, (ranks, words) in enumerate(plan):

@@ -9,12 +9,14 @@ from moe_dist.errors import ConfigError
 
 
 class WorldConfig(Section):
-    """Layout of ranks: world = data x cluster x shard for experts, replicas x context x tensor for attention.
+    """Layout of ranks: pipeline stages of data x cluster x shard for experts, groups x context x tensor for attention.
 
     See docs/architecture.md.
     """
 
-    data: Positive | None = Field(None, description="replicas of the same experts; null: ranks / (cluster x shard)")
+    data: Positive | None = Field(
+        None, description="replicas of the same experts; null: ranks / (pipeline x cluster x shard)"
+    )
     cluster: Positive | None = Field(
         None, description="blocks of clusters; null: the largest number that divides ranks and clusters"
     )
@@ -32,6 +34,12 @@ class WorldConfig(Section):
     )
     context: Positive = Field(
         1, description="parts into which sequences are divided for attention too (context parallelism, Ulysses)"
+    )
+    pipeline: Positive = Field(
+        1, description="stages into which the layers are divided (pipeline parallelism); the outermost axis of ranks"
+    )
+    virtual_pipeline: Positive = Field(
+        1, description="runs of layers of each stage, which are interleaved with those of the other stages"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, gloo on the CPU")
