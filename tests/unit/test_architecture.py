@@ -215,6 +215,7 @@ def test_answers_without_torch(module: str) -> None:
         ["export", "nope", "--format", "hf", "-o", "folder"],
         ["import", "nope", "-o", "run"],
         ["generate", "nope", "--prompt", "x"],
+        ["store-logits", "no-such.yaml", "-o", "folder"],
         ["bench", "quality", "--recipe", "nope"],
     ],
     ids=" ".join,
