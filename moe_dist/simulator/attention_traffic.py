@@ -3,7 +3,8 @@
 Megatron-core gathers the tokens of a tensor group before a divided matrix and scatters sums behind one. Forward, a
 layer gathers once and scatters once; backward, it gathers twice (its input again, and the output's gradient) and
 scatters once. The embedding and the output layer together are like one more layer. Ulysses' all-to-alls send queries,
-keys, values and outputs once forward, and their gradients once backward. Sums of the cross-entropy, a few bytes a
+keys, values and outputs once forward, and their gradients once backward. With pipeline stages the first one has the two
+passes of the embedding, the last one the three of the output layer. Sums of the cross-entropy, a few bytes a
 token, are left out.
 """
 
@@ -14,6 +15,7 @@ from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import reduce_seconds
 
 FORWARD_PASSES, BACKWARD_PASSES = 2, 3
+PASSES_OF_OUTPUT_LAYER = 3
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,20 @@ class AttentionTraffic:
 
 
 def attention_traffic(config: RunConfig, shape: WorldShape, batch: BatchShape) -> AttentionTraffic:
-    """Return the bytes of the forward and backward passes of a micro-batch."""
+    """Return the bytes of the forward and backward passes of a micro-batch; with pipeline stages, of the last one."""
     model, size = config.model, 4 if config.train.precision == "float32" else 2
     tokens = batch.micro * model.sequence_length // shape.context
     forwards = 2 if model.activation_checkpointing else 1
     passes = forwards * FORWARD_PASSES + BACKWARD_PASSES
-    ends = FORWARD_PASSES + BACKWARD_PASSES
+    ends = FORWARD_PASSES + BACKWARD_PASSES if shape.pipeline == 1 else PASSES_OF_OUTPUT_LAYER
+    layers = model.layers // shape.pipeline
     keys = model.kv_heads or model.heads
     if keys // shape.tensor % shape.context:
         keys = model.heads  # they are repeated for each head of queries
     widths = 2 * (model.heads + keys) * model.head_width // shape.tensor
     return AttentionTraffic(
-        tensor=(model.layers * passes + ends) * tokens * model.hidden_size * size if shape.tensor > 1 else 0,
-        context=model.layers * (forwards + 1) * tokens * widths * size if shape.context > 1 else 0,
+        tensor=(layers * passes + ends) * tokens * model.hidden_size * size if shape.tensor > 1 else 0,
+        context=layers * (forwards + 1) * tokens * widths * size if shape.context > 1 else 0,
     )
 
 

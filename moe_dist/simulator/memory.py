@@ -36,16 +36,22 @@ class Memory:
 def replicas(shape: WorldShape) -> dict[ParameterClass, int]:
     """Return the number of ranks that share the optimizer state of each class under ZeRO."""
     return {
-        ParameterClass.DENSE: shape.ranks,
-        ParameterClass.TENSOR: shape.ranks // shape.tensor,
+        ParameterClass.DENSE: shape.stage_ranks,
+        ParameterClass.TENSOR: shape.stage_ranks // shape.tensor,
         ParameterClass.BASE: shape.data * shape.shard,
         ParameterClass.EXPERT: shape.data,
     }
 
 
 def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int) -> Memory:
-    """Predict the bytes at the peak of a step, just before the first gradients are computed."""
-    held = parameters_on_rank(config, shape, vocabulary)
+    """Predict the bytes at the peak of a step, just before the first gradients, on the fullest pipeline stage."""
+    stages = (memory_of_stage(config, shape, batch, vocabulary, stage) for stage in range(shape.pipeline))
+    return max(stages, key=lambda memory: memory.total)
+
+
+def memory_of_stage(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int, at: int) -> Memory:
+    """Predict these bytes on a rank of one pipeline stage."""
+    held = parameters_on_rank(config, shape, vocabulary, at)
     stage, half = config.world.zero_stage, config.train.precision != "float32"
     size = 2 if half else FLOAT32
     masters = FLOAT32 if half or stage > 0 else 0
@@ -57,7 +63,7 @@ def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, voca
     gradients += size * factors * (1 - 1 / (shape.data if stage >= 2 else 1))  # reduced whole
     optimizer -= masters * factors / (shape.data if stage >= 1 else 1)
     tokens = tokens_on_rank(config, shape, batch)
-    layers = config.model.layers
+    layers, last = config.model.layers // shape.pipeline, at == shape.pipeline - 1
     rows_of_others = config.moe.top_clusters * (shape.shard - 1 if shape.sliced else 0)
     needed = saved_elements(config) + 2 * rows_of_others * config.model.hidden_size  # their inputs and outputs
     saved = tokens * bytes_an_element(config) * needed
@@ -65,6 +71,8 @@ def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, voca
         saved += (layers - 1) * tokens * size * config.model.hidden_size  # one layer whole, of the others the input
     else:
         saved *= layers
+    saved *= micro_batches_in_flight(shape, batch, at)
+    copy = 2 * size * vocabulary // shape.tensor * config.model.hidden_size  # of a tied embedding, and its gradient
     return Memory(
         size * (held[ParameterClass.DENSE] + held[ParameterClass.TENSOR]),
         size * held[ParameterClass.BASE],
@@ -72,8 +80,17 @@ def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, voca
         gradients,
         optimizer,
         saved,
-        3 * FLOAT32 * tokens * vocabulary,  # logits, their softmax, their gradient
+        last * 3 * FLOAT32 * tokens * vocabulary  # logits, their softmax, their gradient
+        + (last and shape.pipeline > 1 and config.model.tie_embeddings) * copy,
     )
+
+
+def micro_batches_in_flight(shape: WorldShape, batch: BatchShape, stage: int) -> float:
+    """Return the micro-batches whose activations a stage keeps at most, as parts of its layers (1F1B, interleaved)."""
+    if shape.chunks == 1:
+        return min(batch.accumulation, shape.pipeline - stage)
+    passes = 2 * (shape.pipeline - stage - 1) + (shape.chunks - 1) * shape.pipeline + 1
+    return min(batch.accumulation * shape.chunks, passes) / shape.chunks
 
 
 def packed_factors(config: RunConfig, shape: WorldShape) -> tuple[int, float]:
@@ -84,7 +101,8 @@ def packed_factors(config: RunConfig, shape: WorldShape) -> tuple[int, float]:
     moe, precision = config.moe, config.precision
     if precision.residuals != "packed":
         return 0, 0.0
-    experts = config.model.layers * (moe.clusters // shape.cluster) * (moe.experts_per_cluster // shape.shard)
+    layers = config.model.layers // shape.pipeline
+    experts = layers * (moe.clusters // shape.cluster) * (moe.experts_per_cluster // shape.shard)
     d, f, size = config.model.hidden_size, moe.expert_hidden, precision.group_size
     scales = 3 * moe.rank * (-(-d // size) + -(-f // size))  # components of six factors, by their long axes
     factors = factor_parameters(d, moe)

@@ -95,9 +95,10 @@ def layouts(config: RunConfig, ranks: int) -> Iterator[LayoutOption]:
         ConfigError: the batch does not divide over the ranks.
     """
     batch = config.train.global_batch_size
-    parts = config.world.tensor * config.world.context
+    world = config.world
+    parts = world.tensor * world.context * world.pipeline
     if ranks % parts:
-        raise ConfigError(f"{ranks} GPUs are not divisible by world.tensor x world.context = {parts}")
+        raise ConfigError(f"{ranks} GPUs are not divisible by world.tensor x world.context x world.pipeline = {parts}")
     groups, by = ranks // parts, "" if parts == 1 else f" / {parts} that share a sequence"
     if batch % groups:
         nearest = max(1, round(batch / groups)) * groups
@@ -107,8 +108,11 @@ def layouts(config: RunConfig, ranks: int) -> Iterator[LayoutOption]:
     for shape in _shapes(config, ranks):
         for zero_stage in (0, 1, 2):
             for micro in _divisors(batch // groups):
+                accumulation = batch // groups // micro
+                if shape.chunks > 1 and accumulation % shape.pipeline:
+                    continue
                 for checkpointing in (False, True):
-                    yield LayoutOption(shape, zero_stage, BatchShape(micro, batch // groups // micro), checkpointing)
+                    yield LayoutOption(shape, zero_stage, BatchShape(micro, accumulation), checkpointing)
 
 
 def _shapes(config: RunConfig, ranks: int) -> Iterator[WorldShape]:
@@ -118,9 +122,16 @@ def _shapes(config: RunConfig, ranks: int) -> Iterator[WorldShape]:
         shards = config.moe.expert_hidden
     for cluster in _divisors(clusters, ranks):
         for shard in _divisors(shards, ranks):
-            tensor, context = config.world.tensor, config.world.context
+            world = config.world
             shape = WorldShape(
-                ranks // (cluster * shard), cluster, shard, 1, tensor, context, sliced=sliced and shard > 1
+                ranks // (cluster * shard * world.pipeline),
+                cluster,
+                shard,
+                tensor=world.tensor,
+                context=world.context,
+                sliced=sliced and shard > 1,
+                pipeline=world.pipeline,
+                chunks=world.virtual_pipeline,
             )
             if shape.ranks == ranks:
                 yield shape

@@ -7,23 +7,26 @@ from moe_dist.errors import ConfigError
 from moe_dist.moe.parameter_class import ParameterClass
 
 
-def parameters_on_rank(config: RunConfig, shape: WorldShape, vocabulary: int) -> dict[ParameterClass, int]:
-    """Number of parameters of each class on one rank."""
+def parameters_on_rank(
+    config: RunConfig, shape: WorldShape, vocabulary: int, stage: int = 0
+) -> dict[ParameterClass, int]:
+    """Return the number of parameters of each class on one rank of a pipeline stage."""
     _require_known(config)
     model, moe = config.model, config.moe
-    d = model.hidden_size
-    embedding = vocabulary * d * (1 if model.tie_embeddings else 2)
+    d, last = model.hidden_size, stage == shape.pipeline - 1
+    layers = model.layers // shape.pipeline
+    embedding = vocabulary * d * ((stage == 0) + (last and not model.tie_embeddings))
     layer = moe.layer_kind.parameters(d, moe, shape.cluster, shape.shard, shape.sliced)
     norms = _head_norms(model)
-    divided = embedding + model.layers * (_attention_parameters(model) - norms)
-    dense = d + model.layers * (norms + 2 * d + layer.dense)
+    divided = embedding + layers * (_attention_parameters(model) - norms)
+    dense = d * last + layers * (norms + 2 * d + layer.dense)
     if shape.tensor == 1:
         dense, divided = dense + divided, 0
     return {
         ParameterClass.DENSE: dense,
         ParameterClass.TENSOR: divided // shape.tensor,
-        ParameterClass.BASE: model.layers * layer.base,
-        ParameterClass.EXPERT: model.layers * layer.expert,
+        ParameterClass.BASE: layers * layer.base,
+        ParameterClass.EXPERT: layers * layer.expert,
     }
 
 

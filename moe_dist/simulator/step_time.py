@@ -1,7 +1,8 @@
 """Predicted time of a training step by part.
 
-    step = accumulation x layers x (attention and its collectives + busiest rank's experts + all-to-all, both ways)
-           + accumulation x output layer + gradient reduction + optimizer + re-clustering + overhead
+    step = accumulation x layers of a stage x (attention and its collectives + busiest rank's experts + all-to-all)
+           + accumulation x output layer + pipeline bubble and messages
+           + gradient reduction + optimizer + re-clustering + overhead
 
 The replicas of the expert-parallel group are independent within a step; the slowest one determines its end.
 
@@ -21,6 +22,7 @@ from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.popularity import Floats, balanced_clusters
 from moe_dist.simulator.sizes import parameters_on_rank, tokens_on_rank, work_of
+from moe_dist.simulator.stage_traffic import bubble, message_seconds
 from moe_dist.simulator.strategies import Demand, Strategy, demand
 
 FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and back again
@@ -96,7 +98,7 @@ def step_time(
     tokens = tokens_on_rank(config, shape, batch)
     work, rate = work_of(config, vocabulary), fabric.compute_rate
     passes = 4 if config.model.activation_checkpointing else 3  # forward once or twice, backward twice the work
-    layers = config.model.layers * batch.accumulation
+    layers = config.model.layers // shape.pipeline * batch.accumulation
     count = min(scenario.layers, config.model.layers)
     taken = [
         _layer(config, shape, fabric, popularity_LE[i % len(popularity_LE)], scenario, tokens, draw)
@@ -107,19 +109,24 @@ def step_time(
     wire_D = np.mean([seconds_D for _, seconds_D, _ in taken], axis=0)
     slowest = int(np.argmax(experts_D + wire_D))
     attention = passes * tokens * work.layer / rate
-    parts = {
+    passes_of_stage = {
         "attention and dense": layers * attention + batch.accumulation * passes * tokens * work.head / rate,
         "experts": layers * float(experts_D[slowest]),
         "all-to-all": layers * (1 - scenario.overlap) * float(wire_D[slowest]),
         "attention's collectives": batch.accumulation * attention_seconds(config, shape, batch, fabric),
         "offload": layers * _offload(config, shape, fabric, scenario, attention + float(experts_D[slowest])),
+    }
+    parts = {
+        **passes_of_stage,
+        "pipeline bubble": bubble(shape, batch) * sum(passes_of_stage.values()),
+        "pipeline messages": message_seconds(config, shape, batch, fabric),
         "reduction": _reduction(config, shape, batch, vocabulary, fabric),
         "optimizer": _optimizer(config, shape, vocabulary, fabric),
         "re-clustering": _recluster(config, shape, fabric, popularity_LE, scenario),
         "overhead": fabric.device.step_overhead * fabric.sharing,
     }
     total, inter = np.mean([volume for _, _, volume in taken], axis=0)
-    all_tokens = tokens * batch.accumulation * shape.ranks
+    all_tokens = tokens * batch.accumulation * shape.stage_ranks
     useful = 3 * work.token(config.model.layers) * all_tokens
     return StepTime(parts, all_tokens, useful, inter, total, fabric.device.flops * shape.ranks)
 
@@ -177,7 +184,7 @@ def _offload(config: RunConfig, shape: WorldShape, fabric: Fabric, scenario: Sce
     if not config.moe.layer_kind.clustered:
         return 0.0
     held = parameters_on_rank(config, shape, 0)
-    bytes_layer = 2.0 * (held[ParameterClass.BASE] + held[ParameterClass.EXPERT]) / config.model.layers
+    bytes_layer = 2.0 * (held[ParameterClass.BASE] + held[ParameterClass.EXPERT]) * shape.pipeline / config.model.layers
     return max(0.0, 2 * (1 - scenario.resident) * bytes_layer / fabric.device.host_bandwidth - compute)
 
 
@@ -204,7 +211,7 @@ def _on_node(kind: ParameterClass, shape: WorldShape, fabric: Fabric) -> int:
     """Return the number of ranks of one node that hold copies of the same parameters."""
     devices = fabric.devices_per_node
     if kind is ParameterClass.DENSE:
-        return devices
+        return min(devices, shape.stage_ranks)
     if kind is ParameterClass.TENSOR:
         return max(1, devices // shape.tensor)
     replicas = max(1, devices // (shape.cluster * shape.shard))

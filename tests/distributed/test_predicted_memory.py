@@ -14,7 +14,7 @@ from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.engine.optimizer import MOMENTS
 from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.simulator.memory import memory_of_rank
+from moe_dist.simulator.memory import memory_of_stage
 from tests.distributed.ranks import run_ranks
 
 VOCABULARY = 256
@@ -27,9 +27,9 @@ WORDS = [
 Bytes = tuple[int, int]
 
 
-def _allocated(axes: tuple[int, int, int], variants: list[list[str]]) -> list[tuple[Bytes, tuple[float, float]]]:
+def _allocated(shape: WorldShape, variants: list[list[str]]) -> list[tuple[Bytes, tuple[float, float]]]:
     """For each variant (weights, optimizer) in bytes: of the tensors there are, and predicted."""
-    return [_of_variant(WorldShape(*axes), [*WORDS, *more]) for more in variants]
+    return [_of_variant(shape, [*WORDS, f"world.pipeline={shape.pipeline}", *more]) for more in variants]
 
 
 def _of_variant(shape: WorldShape, words: list[str]) -> tuple[Bytes, tuple[float, float]]:
@@ -39,7 +39,7 @@ def _of_variant(shape: WorldShape, words: list[str]) -> tuple[Bytes, tuple[float
     mesh = Mesh.create(shape, timedelta(seconds=60))
     model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
     engine = DeepSpeedEngine(model, config, batch, process)
-    engine.update(engine.forward_backward(torch.randint(VOCABULARY, (2, 17))), 1e-3)
+    engine.update(engine.forward_backward(torch.randint(VOCABULARY, (batch.micro * batch.accumulation, 17))), 1e-3)
     optimizer = engine._engine.optimizer
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     masters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
@@ -48,7 +48,7 @@ def _of_variant(shape: WorldShape, words: list[str]) -> tuple[Bytes, tuple[float
     state = engine.training_state()
     packed = [parameter for parameter in model.parameters() if state.is_packed(parameter)]
     moments_of_packed = [tensor for parameter in packed for tensor in _moments(state, parameter)]
-    found = memory_of_rank(config, shape, batch, VOCABULARY)
+    found = memory_of_stage(config, shape, batch, VOCABULARY, mesh.stage)
     predicted = (found.dense_weights + found.base_weights + found.expert_weights, found.optimizer)
     weights_and_codes = _bytes(model.parameters()) + sum(state.bytes_of(parameter) for parameter in packed)
     return (weights_and_codes, _bytes([*kept, *moments_of_packed])), predicted
@@ -71,9 +71,12 @@ VARIANTS = [
 VARIANTS += [[*words, "precision.residuals=packed", "precision.group_size=32"] for words in VARIANTS[1::2]]
 
 
-@pytest.mark.parametrize("axes", [(2, 1, 1), (1, 1, 2)], ids=str)
-def test_weights_and_optimizer_state_are_as_predicted(axes: tuple[int, int, int]) -> None:
-    for outcomes in run_ranks(_allocated, 2, axes, VARIANTS):
+SHAPES = [WorldShape(2, 1, 1), WorldShape(1, 1, 2), WorldShape(1, 1, 1, pipeline=2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_and_optimizer_state_are_as_predicted(shape: WorldShape) -> None:
+    for outcomes in run_ranks(_allocated, 2, shape, VARIANTS):
         for words, (allocated, predicted) in zip(VARIANTS, outcomes, strict=True):
             assert predicted[0] == allocated[0], words
             assert predicted[1] == pytest.approx(allocated[1], rel=0.02), words  # ZeRO pads its partitions

@@ -24,7 +24,11 @@ MUTATIONS: tuple[Mutation, ...] = (
     *_of(
         "engine/deepspeed_engine.py",
         DIVIDED,
-        ("loss of a tensor group counts once", " * self.model.context.mesh.shape.tensor * micro_loss", " * micro_loss"),
+        (
+            "loss of a tensor group counts once",
+            "_missing_scale * self.model.context.mesh.shape.tensor",
+            "_missing_scale",
+        ),
     ),
     *_of(
         "moe/parameter_class.py",
@@ -802,13 +806,13 @@ MUTATIONS: tuple[Mutation, ...] = (
     *_of(
         "engine/deepspeed_engine.py",
         f"{UNIT}/engine/test_reductions.py",
-        ("sum of the ranks' losses", "StepOutcome(loss_sum / ranks", "StepOutcome(loss_sum"),
+        ("sum of the ranks' losses", "StepOutcome(loss_sum / per_stage", "StepOutcome(loss_sum"),
         ("a loss that is not finite on rank 0", "faults[self.process.rank] = ", "faults[0] = "),
         ("a fault spreads into the loss", "of_text.double().nan_to_num(0, 0, 0)", "of_text.double()"),
         ("loads of this rank alone", "        dist.all_reduce(packed)\n", ""),
         ("counts never cleared", "        balance.clear_counts()\n", ""),
         ("all ranks have to ask for the stop", "stops > 0, taught)", "stops >= ranks, taught)"),
-        ("sum of router losses", "(total / ranks for total in others)", "others"),
+        ("sum of router losses", "(total / per_stage for total in others)", "others"),
         (
             "losses exchanged",
             "balance_loss, z_loss, divergence_sum = (",

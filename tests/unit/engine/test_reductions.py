@@ -51,7 +51,8 @@ def _outcome(rank: int, loss: float, stop: bool) -> tuple[StepOutcome, BalanceSt
     balance.dropped_L.copy_(torch.tensor([1, 2]) * (rank + 1))
     balance.router_loss_2.copy_(torch.tensor([4.0, 8.0]) / 2**rank)
     engine: Any = DeepSpeedEngine.__new__(DeepSpeedEngine)
-    engine.model = SimpleNamespace(context=SimpleNamespace(balance=balance))
+    mesh = SimpleNamespace(shape=SimpleNamespace(stage_ranks=2))
+    engine.model = SimpleNamespace(context=SimpleNamespace(balance=balance, mesh=mesh), taught_2=None)
     engine.process = RankInfo(rank, 2, torch.device("cpu"), timedelta(seconds=1))
     outcome: StepOutcome = engine._reduce_outcome(torch.tensor(loss), stop)
     assert engine._count_LE.tolist() == outcome.count_LE.tolist(), "biases follow the same counts"

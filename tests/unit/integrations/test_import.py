@@ -197,7 +197,7 @@ def test_a_share_of_the_experts_parameters_chooses_the_rank(tmp_path: Path) -> N
         assert sizes[0] <= keep * 8 * 2304 < sizes[1]
     for words, keep, match in (
         (["moe.rank=3"], 0.5, "--keep 0.5 chooses moe.rank: leave one of them out"),
-        (["moe.clusters=8"], 0.5, "--keep 0.5 is 9,216 parameters of a layer, but moe.clusters=8 bases"),
+        (["moe.clusters=8", "moe.top_k=1"], 0.5, "--keep 0.5 is 9,216 parameters of a layer, but moe.clusters=8 bases"),
     ):
         with pytest.raises(ConfigError, match=match):
             words_within_budget(plain, words, keep)
