@@ -46,6 +46,8 @@ class StepOutcome:
     """Weighted router z-loss (`moe.z_loss_weight`) of all layers; not included in `loss`."""
     stop: bool
     """True if any rank was asked to stop the run after this step."""
+    idle: float = 0.0
+    """Share of the passes' time in which pipeline stages computed nothing, mean over ranks; 0 for one stage."""
     teacher_divergence: float | None = None
     """KL divergence from the teacher at `distill.temperature`, nats a token; not in `loss`. None: no teacher."""
 
@@ -192,11 +194,12 @@ class DeepSpeedEngine:
         faults = torch.zeros(ranks, dtype=torch.float64, device=loss.device)
         faults[self.process.rank] = (~loss.isfinite()).double()
         stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
+        idle = stop.new_tensor(self._stages.idle if self._stages is not None else 0.0)
         taught_2, self.model.taught_2 = self.model.taught_2, None
-        of_text = loss if taught_2 is None else taught_2[0]
-        mine = torch.stack([of_text.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop])
-        divergence = torch.zeros_like(stop) if taught_2 is None else taught_2[1].double().nan_to_num(0, 0, 0)
-        mine = torch.cat([mine, balance.router_loss_2.double(), divergence[None]])
+        of_text, divergence = (loss, torch.zeros_like(loss)) if taught_2 is None else taught_2
+        losses = [each.double().nan_to_num(0, 0, 0) for each in (of_text, divergence)]
+        mine = torch.stack([*losses, balance.dropped_L.sum().double(), stop, idle])
+        mine = torch.cat([mine, balance.router_loss_2.double()])
         packed = torch.cat([mine, faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
         balance.clear_counts()
@@ -204,10 +207,10 @@ class DeepSpeedEngine:
         sums, faults, counts = packed.cpu().split([len(mine), ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
-        loss_sum, dropped, stops, *others = sums.tolist()
-        balance_loss, z_loss, divergence_sum = (total / per_stage for total in others)
-        taught = None if taught_2 is None else divergence_sum
-        return StepOutcome(loss_sum / per_stage, broken, count_LE, dropped, balance_loss, z_loss, stops > 0, taught)
+        loss_sum, divergence_sum, dropped, stops, idle_sum, balance_loss, z_loss = sums.tolist()
+        means = (loss_sum / per_stage, balance_loss / per_stage, z_loss / per_stage)
+        taught = None if taught_2 is None else divergence_sum / per_stage
+        return StepOutcome(means[0], broken, count_LE, dropped, *means[1:], stops > 0, idle_sum / ranks, taught)
 
 
 def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:

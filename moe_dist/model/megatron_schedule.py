@@ -89,11 +89,11 @@ class _Chunk(nn.Module):
         received, self._received = self._received, None
         anchor = torch.zeros((), requires_grad=True)  # the first chunk has no other input that needs a gradient
         run = lambda hidden: self._forward(sequence_BS, self._number, hidden)  # noqa: E731
-        output: Tensor = _Node.apply(anchor, received, run, self._backward)  # type: ignore[no-untyped-call]
+        output: Tensor = _ChunkPass.apply(anchor, received, run, self._backward)  # type: ignore[no-untyped-call]
         return output
 
 
-class _Node(torch.autograd.Function):
+class _ChunkPass(torch.autograd.Function):
     """Forward pass of a chunk as one node, with a graph of its own inside."""
 
     @staticmethod

@@ -109,6 +109,8 @@ class MetricsLogger(Callback):
             train["teacher_divergence"] = report.outcome.teacher_divergence
         if moe.balance == "aux_loss":
             train["balance_loss"] = report.outcome.balance_loss
+        if self._shape.pipeline > 1:
+            train["pipeline_idle"] = report.outcome.idle
         if moe.z_loss_weight:
             train["z_loss"] = report.outcome.z_loss
         figures: dict[str, Any] = {

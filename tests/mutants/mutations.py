@@ -18,6 +18,10 @@ def _of(file: str, tests: str, *changes: tuple[str, str, str]) -> Iterator[Mutat
         yield Mutation(name, file, original, replacement, tests)
 
 
+PIPELINE = "tests/distributed/test_pipeline.py"
+CHUNKED = "pipeline 2 x data 2 x cluster 1 x shard 1, 2 chunks of layers a stage"
+STAGES = f"'{PIPELINE}::test_stages_train_like_one_rank[{CHUNKED}]'"
+REGROUPED = f"'{PIPELINE}::test_a_run_with_stages_regroups_and_reports_as_without[adopt]'"
 DIVIDED = f"'{ENGINE}[(1, 2, 1, 1, 2, 1)]' '{ENGINE}[(2, 1, 1, 1, 1, 2)]'"
 MUTATIONS: tuple[Mutation, ...] = (
     # attention divided over ranks
@@ -59,6 +63,58 @@ MUTATIONS: tuple[Mutation, ...] = (
         "checkpoint/parameter_names.py",
         "tests/distributed/test_resume.py::test_other_numbers_of_ranks_go_on_with_the_same_losses",
         ("shards saved at the tensor's start", "row * whole + own * part, part", "row * whole, part"),
+    ),
+    # pipeline stages
+    *_of(
+        "engine/stage_passes.py",
+        STAGES,
+        ("no gradient from the output layer to a tied embedding", "                backward(weight, gradient)\n", ""),
+        ("it counts twice", "backward(weight, gradient)\n", "backward(weight, 2 * gradient)\n"),
+        ("dense gradients over all ranks", "return self._stage.handle", "return None"),
+        ("gradients reduced before the last pass", "(self._left == 0)", "(self._left <= 1)"),
+        ("the step's loss is that of the last micro-batch", "torch.stack(losses).sum()", "losses[-1]"),
+    ),
+    *_of(
+        "model/pipeline_stage.py",
+        STAGES,
+        (
+            "chunks of a stage are neighbors",
+            "(chunk * stages + mesh.stage) * size",
+            "(mesh.stage * chunks + chunk) * size",
+        ),
+    ),
+    *_of(
+        "model/initial_values.py",
+        STAGES,
+        ("all matrices start alike", "generator(seed, 0, name, 0)", "generator(seed, 0, 'matrix', 0)"),
+    ),
+    *_of(
+        "distributed/mesh.py",
+        f"{PIPELINE}::test_groups_of_eight_ranks_by_hand",
+        (
+            "stages hold every second rank",
+            "GroupKind.STAGE] = [(rank // per_stage,)",
+            "GroupKind.STAGE] = [(rank % shape.pipeline,)",
+        ),
+    ),
+    *_of(
+        "training/validation.py",
+        REGROUPED,
+        ("targets count in each stage", " * model.stage.last", ""),
+    ),
+    *_of(
+        "recluster/similarity_gather.py",
+        REGROUPED,
+        (
+            "statistics over layers of other stages",
+            "dist.all_reduce(tensor, group=context.mesh.stage_group)",
+            "dist.all_reduce(tensor)",
+        ),
+    ),
+    *_of(
+        "recluster/migration_plan.py",
+        REGROUPED,
+        ("experts are sent to the first stage", "at.shard), holdings.stage)", "at.shard), 0)"),
     ),
     # moe
     *_of(
@@ -806,17 +862,17 @@ MUTATIONS: tuple[Mutation, ...] = (
     *_of(
         "engine/deepspeed_engine.py",
         f"{UNIT}/engine/test_reductions.py",
-        ("sum of the ranks' losses", "StepOutcome(loss_sum / per_stage", "StepOutcome(loss_sum"),
+        ("sum of the ranks' losses", "means = (loss_sum / per_stage", "means = (loss_sum"),
         ("a loss that is not finite on rank 0", "faults[self.process.rank] = ", "faults[0] = "),
-        ("a fault spreads into the loss", "of_text.double().nan_to_num(0, 0, 0)", "of_text.double()"),
+        ("a fault spreads into the loss", "each.double().nan_to_num(0, 0, 0)", "each.double()"),
         ("loads of this rank alone", "        dist.all_reduce(packed)\n", ""),
         ("counts never cleared", "        balance.clear_counts()\n", ""),
-        ("all ranks have to ask for the stop", "stops > 0, taught)", "stops >= ranks, taught)"),
-        ("sum of router losses", "(total / per_stage for total in others)", "others"),
+        ("all ranks have to ask for the stop", "stops > 0, idle_sum", "stops >= ranks, idle_sum"),
+        ("sum of router losses", "balance_loss / per_stage", "balance_loss"),
         (
             "losses exchanged",
-            "balance_loss, z_loss, divergence_sum = (",
-            "z_loss, balance_loss, divergence_sum = (",
+            "loss_sum, divergence_sum, dropped, stops, idle_sum, balance_loss, z_loss = sums",
+            "loss_sum, divergence_sum, dropped, stops, idle_sum, z_loss, balance_loss = sums",
         ),
     ),
     *_of(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_dist.config import MoEConfig, OptimizerConfig
+from moe_dist.config import MoEConfig, OptimizerConfig, WorldShape
 from moe_dist.distributed.init import RankInfo
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.engine.gathered_optimizer_state import OwnedState, write_whole
@@ -51,8 +51,9 @@ def _outcome(rank: int, loss: float, stop: bool) -> tuple[StepOutcome, BalanceSt
     balance.dropped_L.copy_(torch.tensor([1, 2]) * (rank + 1))
     balance.router_loss_2.copy_(torch.tensor([4.0, 8.0]) / 2**rank)
     engine: Any = DeepSpeedEngine.__new__(DeepSpeedEngine)
-    mesh = SimpleNamespace(shape=SimpleNamespace(stage_ranks=2))
+    mesh = SimpleNamespace(shape=WorldShape(2, 1, 1))
     engine.model = SimpleNamespace(context=SimpleNamespace(balance=balance, mesh=mesh), taught_2=None)
+    engine._stages = None
     engine.process = RankInfo(rank, 2, torch.device("cpu"), timedelta(seconds=1))
     outcome: StepOutcome = engine._reduce_outcome(torch.tensor(loss), stop)
     assert engine._count_LE.tolist() == outcome.count_LE.tolist(), "biases follow the same counts"
