@@ -31,8 +31,8 @@ def _words(folder: Path, *more: str) -> list[str]:
     return [
         f"runs_dir={folder}/runs", f"corpus.cache_dir={folder}/cache", "train.steps=4", "train.eval_every=2",
         "checkpoint.every=2", "checkpoint.keep_last=1", "corpus.max_bytes=100000", "tensorboard=true",
-        "picture=false",
-        "checkpoint.resume=auto", *more,
+        "picture=false", "checkpoint.resume=auto", "model.layers=1", "moe.experts=4", "moe.clusters=2",
+        "train.global_batch_size=2", "train.eval_sequences=2", *more,
     ]  # fmt: skip
 
 
