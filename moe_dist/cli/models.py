@@ -19,7 +19,8 @@ def register(app: typer.Typer) -> None:
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Folder with config.json and safetensors, or a .gguf file.")
+        Path,
+        typer.Argument(metavar="MODEL", help="Folder of config.json and safetensors, .gguf file, or name on the hub."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Folder of the run to write.")],
     overrides: Overrides = None,
@@ -32,16 +33,21 @@ def import_(
         typer.Option(help="Calibration text of a compression, as corpus.paths. Default: Python's library source."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=256, help="Calibration tokens of a compression.")] = 32768,
+    keep: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, help="Compress a mixture to this share of its expert parameters, by moe.rank."),
+    ] = None,
 ) -> None:
     """Write a Hugging Face model as a run: as it is, or with moe.kind=clustered or standard upcycled or compressed."""
     target = new_folder_name(output)
-    if not source.exists():
+    if not source.exists() and str(source).count("/") != 1:
         raise LaunchError(f"{source} does not exist: give a folder with config.json and safetensors, or a .gguf file")
     from moe_dist.distributed.init import shutdown
     from moe_dist.integrations.huggingface.import_model import ImportOptions, import_model
 
     try:
-        done = import_model(source, target, overrides or (), ImportOptions(noise, tuple(text or ()), tokens))
+        options = ImportOptions(noise, tuple(text or ()), tokens, keep)
+        done = import_model(source, target, overrides or (), options)
     finally:
         shutdown()  # of a compression
     moe = done.config.moe

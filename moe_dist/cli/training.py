@@ -1,19 +1,22 @@
 """Commands that train, start ranks, and check a configuration."""
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moe_dist.cli.options import Config, Json, Overrides, OwnText, Port, StartedBy, takes
 from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
+from moe_dist.distillation.spec import StoreSpec
 from moe_dist.errors import LaunchError
-from moe_dist.launch import runners
+from moe_dist.launch import environment, runners
 from moe_dist.launch.environment import split_words
-from moe_dist.launch.files import with_summary
+from moe_dist.launch.files import new_folder_name, with_summary
 from moe_dist.launch.job import DEFAULT_PORT, JobSize, Launcher, plan
 from moe_dist.launch.rank import run_rank
+from moe_dist.launch.tasks import STORE_LOGITS
 
 TEXT_ENDINGS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
 
@@ -23,6 +26,7 @@ def register(app: typer.Typer) -> None:
     app.command()(train)
     app.command()(launch)
     app.command("config")(show_config)
+    app.command("store-logits")(store_logits)
 
 
 def train(config: Config, overrides: Overrides = None, text: OwnText = None, json_file: Json = None) -> None:
@@ -49,6 +53,28 @@ def launch(
         typer.echo(runners.dry_run(job))
         return
     raise typer.Exit(runners.launch(job))
+
+
+@takes(size=JobSize, given=(StoreSpec,))
+def store_logits(
+    config: Config,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="New folder to write.")],
+    size: JobSize,
+    given: dict[str, Any],
+    overrides: Overrides = None,
+    launcher: StartedBy = Launcher.LOCAL,
+    port: Port = DEFAULT_PORT,
+) -> None:
+    """Store what distill.teacher predicts for the text of CONFIG, so that training needs no teacher in memory.
+
+    Inside a launcher (mpirun, srun, torchrun, deepspeed) this process is one of the ranks.
+    """
+    inside = environment.discover(os.environ).kind != "alone"
+    spec = StoreSpec(str(output.absolute() if inside else new_folder_name(output)), **given)
+    if inside:
+        raise typer.Exit(run_rank(config, overrides or (), STORE_LOGITS, spec))
+    job = plan(launcher, size, config, overrides or (), port)
+    raise typer.Exit(runners.launch(job.with_task(STORE_LOGITS, spec)))
 
 
 def own_text(path: Path | None) -> list[str]:

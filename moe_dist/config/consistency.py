@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from moe_dist.config.sections.data import CorpusConfig, TokenizerConfig
+from moe_dist.config.sections.distill import DistillConfig
 from moe_dist.config.sections.memory import MemoryConfig
 from moe_dist.config.sections.model import ModelConfig
 from moe_dist.config.sections.moe import MoEConfig
@@ -21,6 +22,10 @@ def standard_steps(moe: MoEConfig, train: TrainConfig) -> int:
 def check_attention_layout(world: WorldConfig, model: ModelConfig) -> None:
     """Reject a model that does not divide over the ranks of attention."""
     tensor, parts = world.tensor, world.tensor * world.context
+    if parts > 1 and model.latent is not None:
+        raise ConfigError(
+            f"world.tensor={tensor} x world.context={world.context} does not work with model.latent: leave both at 1"
+        )
     over_both = f"world.tensor={tensor} x world.context={world.context}"
     for key, size, number, over in (
         ("model.heads", model.heads, parts, over_both),
@@ -34,6 +39,18 @@ def check_attention_layout(world: WorldConfig, model: ModelConfig) -> None:
             f"model.qk_norm=width does not work with world.tensor={tensor}, which divides the heads that it normalizes "
             "together: use world.context instead"
         )
+
+
+def check_dense_layers(model: ModelConfig, moe: MoEConfig, memory: MemoryConfig) -> None:
+    """Require at least one layer of experts after leading dense layers."""
+    if not moe.dense_layers:
+        return
+    if not moe.layer_kind.routed or moe.dense_layers >= model.layers:
+        raise ConfigError(
+            f"moe.dense_layers={moe.dense_layers} leaves no layer of experts: must be < model.layers={model.layers}, "
+            "and 0 with moe.kind=dense"
+        )
+    _reject({"memory.offload=true": (memory.offload, "false")}, f"moe.dense_layers={moe.dense_layers}")
 
 
 def check_pipeline(world: WorldConfig, model: ModelConfig, memory: MemoryConfig, moe: MoEConfig) -> None:
@@ -50,6 +67,13 @@ def check_pipeline(world: WorldConfig, model: ModelConfig, memory: MemoryConfig,
         raise ConfigError(
             f"memory.offload=true does not work with world.pipeline={stages}: set one of them to its default"
         )
+    for key, found in (
+        ("model.latent", model.latent is not None),
+        (f"model.window_from={model.window_from}", model.window_from > 0),
+        (f"moe.dense_layers={moe.dense_layers}", moe.dense_layers > 0),
+    ):
+        if stages > 1 and found:
+            raise ConfigError(f"{key} does not work with world.pipeline={stages}: set world.pipeline to 1")
     if stages > 1 and moe.warmup_standard:
         raise ConfigError(
             f"moe.warmup_standard={moe.warmup_standard} does not work with world.pipeline={stages}: set one of them to "
@@ -175,6 +199,35 @@ def check_slices(
         ),
     }
     _reject(refused, "world.shard_mode=slice")
+
+
+def check_distill(
+    distill: DistillConfig,
+    corpus: CorpusConfig,
+    world: WorldConfig,
+    moe: MoEConfig,
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+) -> None:
+    """Reject data, layouts and kinds of training that do not work with a teacher."""
+    if distill.teacher is None:
+        _reject({f"distill.router_steps={distill.router_steps}": (distill.router_steps > 0, "0")}, "no distill.teacher")
+        return
+    refused = {
+        f"world.tensor={world.tensor}": (world.tensor > 1, "1"),
+        f"world.context={world.context}": (world.context > 1, "1"),
+        f"world.pipeline={world.pipeline}": (world.pipeline > 1, "1"),
+        f"corpus.kind={corpus.kind}": (corpus.kind == "blend", "that of a single source"),
+    }
+    _reject(refused, "distill.teacher")
+    alone = distill.router_steps > 0
+    refused = {
+        f"moe.kind={moe.kind}": (alone and not moe.layer_kind.routed, "clustered or standard"),
+        f"optimizer.trainable={optimizer.trainable}": (alone and optimizer.trainable != "all", "all"),
+        f"moe.warmup_standard={moe.warmup_standard}": (alone and moe.warmup_standard > 0, "0"),
+        f"train.steps={train.steps}": (distill.router_steps > train.steps, f"at least {distill.router_steps}"),
+    }
+    _reject(refused, f"distill.router_steps={distill.router_steps}")
 
 
 def check_recluster(recluster: ReclusterConfig, moe: MoEConfig, train: TrainConfig) -> None:

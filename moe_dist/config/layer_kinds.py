@@ -116,6 +116,7 @@ class StandardKind(DenseKind):
         if moe.top_k > moe.experts:
             raise ConfigError(f"moe.top_k={moe.top_k} is larger than moe.experts={moe.experts}")
         check_shared_expert(moe)
+        check_groups(moe)
 
     def check_layout(self, world: "WorldConfig", moe: "MoEConfig") -> None:
         """Require that experts divide over clusters and shards."""
@@ -178,6 +179,10 @@ class ClusteredKind(StandardKind):
             )
         if moe.top_clusters > moe.clusters:
             raise ConfigError(f"moe.top_clusters={moe.top_clusters} is larger than moe.clusters={moe.clusters}")
+        if moe.groups > 1:
+            raise ConfigError(f"moe.groups={moe.groups} works with moe.kind=standard only: clusters take their place")
+        if moe.score == "sigmoid" and not moe.normalize_gates:
+            raise ConfigError("moe.score=sigmoid works with moe.normalize_gates=true only, if experts are clustered")
         if moe.overlap_chunks not in ("auto", 1) and (key := moe.needs_whole_batches):
             raise ConfigError(
                 f"moe.overlap_chunks={moe.overlap_chunks} does not work with {key}, which needs all tokens of "
@@ -252,6 +257,22 @@ class ClusteredKind(StandardKind):
             hidden = 3.4
         saved = (2.9 + 4 * (m - 1)) * d + m * hidden * moe.expert_hidden + ROUTING_STATE + 11 * moe.rank * m * k
         return saved + 4 * moe.shared_expert_hidden
+
+
+def check_groups(moe: "MoEConfig") -> None:
+    """Require that experts divide into groups, and that those that a token chooses hold enough experts.
+
+    Raises:
+        ConfigError: names keys and values.
+    """
+    require_divisible("moe.experts", moe.experts, "moe.groups", moe.groups)
+    size = moe.experts // moe.groups
+    least = 2 if moe.score == "sigmoid" and moe.groups > 1 else 1
+    if moe.top_groups > moe.groups or moe.top_groups * size < moe.top_k or size < least:
+        raise ConfigError(
+            f"moe.top_groups={moe.top_groups} of moe.groups={moe.groups} with {size} experts each: must be at most "
+            f"moe.groups, hold moe.top_k={moe.top_k} experts, and {least} each"
+        )
 
 
 def check_shared_expert(moe: "MoEConfig") -> None:

@@ -13,6 +13,7 @@ from moe_dist.config.layer_kinds import LAYER_KINDS
 from moe_dist.config.sections.base import NonNegative, PathText, Section
 from moe_dist.config.sections.checkpoint import CheckpointConfig
 from moe_dist.config.sections.data import CorpusConfig, TokenizerConfig
+from moe_dist.config.sections.distill import DistillConfig
 from moe_dist.config.sections.memory import MemoryConfig
 from moe_dist.config.sections.model import ModelConfig
 from moe_dist.config.sections.moe import MoEConfig
@@ -47,10 +48,16 @@ class RunConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    distill: DistillConfig = DistillConfig()
     precision: PrecisionConfig = PrecisionConfig()
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers that are of `moe.kind`, after the leading dense ones."""
+        return self.model.layers - self.moe.dense_layers
 
     @property
     def standard_steps(self) -> int:
@@ -89,6 +96,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
         consistency.check_attention_layout(self.world, self.model)
+        consistency.check_dense_layers(self.model, self.moe, self.memory)
         consistency.check_pipeline(self.world, self.model, self.memory, self.moe)
         consistency.check_warmup(self.moe, self.train)
         consistency.check_tokenizer(self.corpus, self.tokenizer)
@@ -99,5 +107,6 @@ class RunConfig(Section):
         consistency.check_trainable(self.optimizer, self.moe, self.recluster, self.memory, self.precision)
         self.moe.layer_kind.check_layout(self.world, self.moe)
         consistency.check_slices(self.world, self.moe, self.precision, self.memory, self.recluster)
+        consistency.check_distill(self.distill, self.corpus, self.world, self.moe, self.train, self.optimizer)
         consistency.check_recluster(self.recluster, self.moe, self.train)
         return self

@@ -92,7 +92,8 @@ class PrefetchingLoader:
 
     def __init__(self, loader: SequenceLoader, ahead: int = 2) -> None:
         self._loader, self._ahead = loader, ahead
-        self.target_share, self.plan, self.sources = loader.target_share, loader.plan, loader.sources
+        self.target_share, self.indices = loader.target_share, loader.indices
+        self.plan, self.sources = loader.plan, loader.sources
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._asked: dict[int, Future[Batch]] = {}
 

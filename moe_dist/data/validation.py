@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moe_dist.data.sequences import Sequences
 
 
 class ValidationBatch(NamedTuple):
-    """Sequences, int64 [b, S + 1], and their weights, float32 [b]: 1, or 0 for padding.
+    """Sequences, int64 [b, S + 1], their weights, float32 [b]: 1, or 0 for padding, and their indices in the file [b].
 
     mean loss = sum over ranks and batches of weight_b * loss_b / sum of weight_b, with loss_b a sequence's mean.
     """
 
     tokens: torch.Tensor
     weight: torch.Tensor
+    indices: npt.NDArray[np.int64]
 
 
 def validation_batches(
@@ -37,4 +39,4 @@ def validation_batches(
         numbers = np.arange(start, min(start + batch, (rank + 1) * per_rank), dtype=np.int64)
         indices = np.where(numbers < count, numbers * available // count, 0)
         weight = torch.from_numpy((numbers < count).astype(np.float32))
-        yield ValidationBatch(sequences.read(indices), weight)
+        yield ValidationBatch(sequences.read(indices), weight, indices)

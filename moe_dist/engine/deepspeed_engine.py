@@ -24,6 +24,7 @@ from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.engine.packed_adamw import PackedAdamW
 from moe_dist.engine.stage_passes import StageGroups, StageModel, StagePasses
 from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.teacher_loss import TeacherTargets
 from moe_dist.moe.parameter_class import copies_of
 
 
@@ -49,10 +50,18 @@ class StepOutcome:
     """Share of the passes' time in which pipeline stages computed nothing, mean over ranks; 0 for one stage."""
     total_2K: Tensor | None = None
     """Sums of losses, nats, and of targets of each source of a blend."""
+    teacher_divergence: float | None = None
+    """KL divergence from the teacher at `distill.temperature`, nats a token; not in `loss`. None: no teacher."""
 
 
 class DeepSpeedEngine:
-    """Language model with its optimizer and DeepSpeed engine."""
+    """Language model with its optimizer and DeepSpeed engine.
+
+    Attributes:
+        routers_only: True if updates change routers alone; other weights keep their bits, their moments do not.
+    """
+
+    routers_only = False
 
     def __init__(
         self,
@@ -99,6 +108,7 @@ class DeepSpeedEngine:
         stop_wanted: Callable[[], bool] = lambda: False,
         source_B: Tensor | None = None,
         sources: int = 0,
+        teach: Callable[[int, Tensor], TeacherTargets] | None = None,
     ) -> StepOutcome:
         """Run the forward and backward passes of a step, in micro-batches; collective.
 
@@ -106,13 +116,14 @@ class DeepSpeedEngine:
             sequences_BS: this rank's share of the batch, [micro * accumulation, S+1] token ids.
             stop_wanted: returns True if this rank was asked to stop after the step; called once, at the end.
             source_B: number of the source of each sequence, below `sources`; None: losses by source are not wanted.
+            teach: returns a teacher's predictions for a micro-batch and the number of its first sequence; None: none.
         """
         self.model.sequence_losses.clear()
-        loss = self._passes(sequences_BS.to(self.process.device).split(self.batch.micro))
+        loss = self._passes(sequences_BS.to(self.process.device).split(self.batch.micro), teach)
         total_2K = self._losses_by_source(sequences_BS, source_B, sources)
         return self._reduce_outcome(loss, total_2K, stop_wanted())
 
-    def _passes(self, micro_batches: Sequence[Tensor]) -> Tensor:
+    def _passes(self, micro_batches: Sequence[Tensor], teach: Callable[[int, Tensor], TeacherTargets] | None) -> Tensor:
         """Run the forward and backward passes of a step; return this rank's mean loss."""
         if self.loss_scale.enabled:
             self._engine.optimizer.loss_scale = self.model.context.balance.loss_scale = self.loss_scale.scale
@@ -121,7 +132,8 @@ class DeepSpeedEngine:
         if self._stages is not None:
             return self._stages.run(micro_batches, scale, self._applied_scale)
         loss = torch.zeros((), device=self.process.device)
-        for sequence_BS in micro_batches:
+        for number, sequence_BS in enumerate(micro_batches):
+            self.model.teacher = None if teach is None else teach(number * self.batch.micro, sequence_BS)
             if self._memory is not None:
                 self._memory.last_pass = self._engine.is_gradient_accumulation_boundary()
             micro_loss = self._engine(sequence_BS)
@@ -129,6 +141,7 @@ class DeepSpeedEngine:
             loss += micro_loss.detach().float() / self.batch.accumulation
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
+        self.model.teacher = None
         return loss
 
     def _losses_by_source(self, sequences_BS: Tensor, source_B: Tensor | None, sources: int) -> Tensor:
@@ -150,7 +163,8 @@ class DeepSpeedEngine:
             TrainingError: gradients overflow at the smallest loss scale.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
+            kept = self.routers_only and not group["router"]
+            group["lr"] = 0.0 if kept else learning_rate * group["lr_scale"]
         self._engine.step()
         overflow = self.loss_scale.enabled and bool(self._engine.optimizer.overflow)
         self.loss_scale.update(overflow)
@@ -158,7 +172,9 @@ class DeepSpeedEngine:
             if self._ours is not None:
                 self._ours.discard_gradients()
             return math.inf
-        if self._ours is not None:
+        if self._ours is not None and self.routers_only:
+            self._ours.discard_gradients()
+        elif self._ours is not None:
             norm = torch.as_tensor(self._engine.optimizer._global_grad_norm)
             factor = gradient_norm.clip_factor(self._engine.optimizer, norm, self.config.optimizer.clip_norm)
             self._ours.step(learning_rate, factor)
@@ -198,7 +214,10 @@ class DeepSpeedEngine:
         faults[self.process.rank] = (~loss.isfinite()).double()
         stop = torch.tensor(float(stop_wanted), dtype=torch.float64, device=loss.device)
         idle = stop.new_tensor(self._stages.idle if self._stages is not None else 0.0)
-        mine = torch.stack([loss.double().nan_to_num(0, 0, 0), balance.dropped_L.sum().double(), stop, idle])
+        taught_2, self.model.taught_2 = self.model.taught_2, None
+        of_text, divergence = (loss, torch.zeros_like(loss)) if taught_2 is None else taught_2
+        losses = [each.double().nan_to_num(0, 0, 0) for each in (of_text, divergence)]
+        mine = torch.stack([*losses, balance.dropped_L.sum().double(), stop, idle])
         mine = torch.cat([mine, balance.router_loss_2.double()])
         packed = torch.cat([mine, mine_2K.flatten().nan_to_num(0, 0, 0), faults, balance.count_LE.flatten().double()])
         dist.all_reduce(packed)
@@ -207,10 +226,19 @@ class DeepSpeedEngine:
         sums, totals, faults, counts = packed.cpu().split([len(mine), mine_2K.numel(), ranks, balance.count_LE.numel()])
         broken = tuple(faults.nonzero().flatten().tolist())
         count_LE = counts.view(balance.count_LE.shape)
-        loss_sum, dropped, stops, idle_sum, balance_loss, z_loss = sums.tolist()
+        loss_sum, divergence_sum, dropped, stops, idle_sum, balance_loss, z_loss = sums.tolist()
         means = (loss_sum / per_stage, balance_loss / per_stage, z_loss / per_stage)
-        total_2K = totals.view(2, -1) if len(totals) else None
-        return StepOutcome(means[0], broken, count_LE, dropped, *means[1:], stops > 0, idle_sum / ranks, total_2K)
+        return StepOutcome(
+            means[0],
+            broken,
+            count_LE,
+            dropped,
+            *means[1:],
+            stops > 0,
+            idle=idle_sum / ranks,
+            total_2K=totals.view(2, -1) if len(totals) else None,
+            teacher_divergence=None if taught_2 is None else divergence_sum / per_stage,
+        )
 
 
 def _deepspeed_config(config: RunConfig, batch: BatchShape, ranks: int) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {
-            "name": kind,
+            "name": kind,  # which DeepSpeed replaces for experts
+            "router": kind == "router",
             "params": [parameter for name, parameter in named if _kind(name, parameter) == kind],
             **rule._asdict(),
         }

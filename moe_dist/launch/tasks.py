@@ -10,6 +10,7 @@ from typing import Any
 
 TRAIN, TRAFFIC, EVALUATE, HARNESS, DOCTOR = "train", "traffic", "evaluate", "evaluate-lm-eval", "doctor"
 BENCH_LAYER, BENCH_STEP = "bench-layer", "bench-step"
+STORE_LOGITS = "store-logits"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ TASKS = {
     ),
     BENCH_LAYER: RankTask(
         "moe_dist.benchmarks.layer.on_ranks:bench_ranks", "moe_dist.benchmarks.layer.spec:RanksBenchSpec"
+    ),
+    STORE_LOGITS: RankTask(
+        "moe_dist.distillation.store:store_logits", "moe_dist.distillation.spec:StoreSpec", needs_config=True
     ),
     EVALUATE: RankTask("moe_dist.evaluation.evaluate:run_evaluation", "moe_dist.evaluation.spec:EvalSpec"),
     HARNESS: RankTask("moe_dist.integrations.lm_eval:run_with_harness", "moe_dist.evaluation.spec:EvalSpec"),

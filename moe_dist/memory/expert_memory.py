@@ -42,7 +42,7 @@ class ExpertMemory:
         self._per_layer = clusters_per_layer
         self.recomputes, self.recomputing = config.model.activation_checkpointing, False
         self.describe: Callable[[Block], str] = lambda b: f"layer {b.layer}, cluster index {b.local}"
-        self.activity = Activity(config.model.layers, clusters_per_layer)
+        self.activity = Activity(config.moe_layers, clusters_per_layer)
         self.tiers = Tiers(config, rank, device, self.activity, lambda block: self.describe(block))
         self.device, self.state = self.tiers.device, self.tiers.below
         self.clusters: dict[Place, OffloadedCluster] = {}

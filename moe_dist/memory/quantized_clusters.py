@@ -32,7 +32,7 @@ class QuantizedClusterMemory:
         self._per_layer, self._ahead = clusters_per_layer, config.memory.prefetch
         self._known: set[Block] = set()
         self.describe: Callable[[Block], str] = lambda b: f"layer {b.layer}, cluster index {b.local}"
-        self._activity = Activity(config.model.layers, clusters_per_layer, cyclic=True)
+        self._activity = Activity(config.moe_layers, clusters_per_layer, cyclic=True)
         self.tiers = Tiers(config, rank, device, self._activity, lambda block: self.describe(block))
 
     def adopt(self, layer: int, local: int, values: Tensor) -> "QuantizedBlock":

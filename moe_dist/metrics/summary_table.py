@@ -103,6 +103,8 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Pat
     table.add_row("in experts", _experts(summary))
     if (stored := at("validation.loss_stored")) is not None:
         table.add_row("as stored", f"validation loss {_number(stored, '.4f')}; {_stored(summary)}")
+    if at("teacher.after") is not None:
+        table.add_row("teacher", _teacher(summary))
     if at("recluster.rounds"):
         table.add_row(
             "regrouping",
@@ -153,6 +155,15 @@ def _stored(summary: Mapping[str, Any]) -> str:
     stored, own = look_up(summary, "stored.expert_bytes"), look_up(summary, "parameters.expert")
     residuals = _bytes(look_up(summary, "stored.residual_bytes"))
     return f"experts take {_bytes(stored)}, of that residuals {residuals}; in float32 {_bytes(own and 4 * own)}"
+
+
+def _teacher(summary: Mapping[str, Any]) -> str:
+    """Return the teacher's loss, and the divergence from it before and after training."""
+    before, after = (look_up(summary, f"teacher.{when}") for when in ("before", "after"))
+    text = f"validation loss {after['teacher_loss']:.4f}, divergence from it {after['divergence']:.4f}"
+    if before is None:
+        return text
+    return f"{text}; before training: own loss {before['loss']:.4f}, divergence {before['divergence']:.4f}"
 
 
 def _offload(summary: Mapping[str, Any]) -> str:

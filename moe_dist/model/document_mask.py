@@ -1,10 +1,11 @@
-"""Attention inside documents only, for sequences that hold several.
+"""Masks of attention: inside documents only, for sequences that hold several, and inside a sliding window.
 
 Positions need no restart: rotary attention depends on differences of positions, and these are the same.
 
 Shapes: B sequences, S tokens.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -17,3 +18,9 @@ def document_mask(tokens_BS: Tensor, end_of_document: int) -> Tensor:
     ends_BS = (tokens_BS == end_of_document).long()
     document_BS = ends_BS.cumsum(1) - ends_BS
     return (document_BS[:, :, None] == document_BS[:, None, :]).tril()[:, None]
+
+
+def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
+    """Return which token (row) attends to which (column), bool [S, S]: the last `window` ones, itself included."""
+    within_SS = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    return within_SS.tril().triu(1 - window)

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moe_dist.compression import StorageFormat
 from moe_dist.config import RunConfig
@@ -22,6 +23,7 @@ from moe_dist.model.document_mask import document_mask
 from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
 from moe_dist.model.pipeline_stage import StageLayers, run_chunk
 from moe_dist.model.stage_links import StageLinks, TiedEmbedding
+from moe_dist.model.teacher_loss import TeacherTargets, kl_divergence
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
 from moe_dist.moe.layer_context import LayerContext
@@ -42,10 +44,14 @@ class LanguageModel(nn.Module):
         stage: layers of this rank's pipeline stage.
         tied: embedding that pipeline stages share; None: one stage, or embeddings are not tied.
         end_of_document: token that ends each document, for `corpus.document_mask`; set by those who have the tokenizer.
+        teacher: a teacher's predictions for the sequences of the next forward pass; None: there is no teacher.
+        taught_2: sums over micro-batches of the loss of the text and of the divergence from the teacher.
     """
 
     end_of_document: int | None = None
     target_share: float = 1.0
+    teacher: TeacherTargets | None = None
+    taught_2: Tensor | None = None
 
     def __init__(
         self,
@@ -72,7 +78,7 @@ class LanguageModel(nn.Module):
         self.vocab_size = vocab_size
         self.sequence_losses: list[Tensor] = []
         moe = config.moe
-        placements, statistics, layers = [], None, config.model.layers
+        placements, statistics, layers = [], None, config.moe_layers
         if moe.layer_kind.clustered:
             placements = [ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape)] * layers
         if config.recluster.period is not None:
@@ -95,7 +101,7 @@ class LanguageModel(nn.Module):
             memory.describe = self.describe_block
         self._micro_batches = micro_batches
         shape = mesh.shape
-        self.stage = StageLayers.of(layers, mesh)
+        self.stage = StageLayers.of(config.model.layers, mesh)
         initialize_megatron(config.world.timeout_seconds, shape.cluster * shape.shard, shape.tensor, shape.pipeline)
         try:
             self.gpt = build_gpt(config.model, vocab_size, self._feed_forward, config.seed, self._recomputing, mesh)
@@ -111,9 +117,17 @@ class LanguageModel(nn.Module):
         """Return the mean next-token loss over [B, S+1] token ids, in nats per target.
 
         The number of targets is taken as its mean over all training tokens, so that each target has the same weight
-        in any micro-batch of any rank.
+        in any micro-batch of any rank. With a teacher, `distill.weight` of the loss is the divergence from it.
         """
-        return self.mean_of(self.token_losses(sequence_BS))
+        if self.teacher is None:
+            return self.mean_of(self.token_losses(sequence_BS))
+        logits_BSV, loss_BS = self.logits_and_losses(sequence_BS)
+        distill = self.config.distill
+        divergence_BS = kl_divergence(logits_BSV, self.teacher, distill.temperature) * (sequence_BS[:, 1:] >= 0)
+        loss_2 = torch.stack([loss_BS.mean(), divergence_BS.mean()]) / self.target_share
+        summed = loss_2.detach() / self._micro_batches
+        self.taught_2 = summed if self.taught_2 is None else self.taught_2 + summed
+        return (1 - distill.weight) * loss_2[0] + distill.weight * distill.temperature**2 * loss_2[1]
 
     def mean_of(self, losses_BS: Tensor) -> Tensor:
         """Return the mean of `token_losses` over targets, whose number is taken as its mean over the training data."""
@@ -133,9 +147,15 @@ class LanguageModel(nn.Module):
         if self._links is not None:
             return self._losses_through_stages(sequence_BS, self._links)
         tokens_BS, labels_BS, target_BS, mask = self._divided(sequence_BS)
-        position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        losses: Tensor = self.gpt(tokens_BS, position_BS, mask, labels=labels_BS)
+        losses: Tensor = self.gpt(tokens_BS, _positions(tokens_BS), mask, labels=labels_BS)
         return losses * target_BS
+
+    def logits_and_losses(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [B, S, V] and the result of `token_losses`; only where neither is divided over ranks."""
+        tokens_BS, labels_BS, target_BS, mask = self._divided(sequence_BS)
+        logits_BSV: Tensor = self.gpt(tokens_BS, _positions(tokens_BS), mask)
+        loss_N = functional.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none")
+        return logits_BSV, loss_N.view_as(labels_BS) * target_BS
 
     def run_chunk(self, sequence_BS: Tensor, chunk: int, received_SBD: Tensor | None) -> Tensor:
         """Return the hidden states after a chunk of this pipeline stage, [S, B, D], or the losses after the last.
@@ -198,8 +218,10 @@ class LanguageModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, ClusteredMoE)]
 
     def _feed_forward(self, layer: int) -> nn.Module:
-        make, config = LAYER_KINDS[self.config.moe.kind], self.config
-        return make(layer, config.model, config.moe, self.context, 1 / self._micro_batches)
+        config, first = self.config, self.config.moe.dense_layers
+        make = LAYER_KINDS[config.moe.kind if layer >= first else "dense"]
+        number = layer - first if layer >= first else layer  # of the layers of experts, or of the dense ones
+        return make(number, config.model, config.moe, self.context, 1 / self._micro_batches)
 
     def describe_block(self, block: Block) -> str:
         """Return a description of the cluster of a memory block, for messages."""
@@ -278,6 +300,10 @@ class LanguageModel(nn.Module):
         return self.to(device)
 
 
+def _positions(tokens_BS: Tensor) -> Tensor:
+    return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+
+
 @contextmanager
 def _fake_quantized(layers: Iterable[ClusteredMoE], quantization: StorageFormat) -> Iterator[None]:
     """Fake-quantize offloaded clusters at each use: all of them in quantized form may not fit on the device."""
@@ -325,7 +351,7 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
     base = held[ParameterClass.BASE] * shape.cluster
     expert = held[ParameterClass.EXPERT] * shape.cluster * shape.shard
     moe = config.moe
-    standard = config.model.layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
+    standard = config.moe_layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
     return ParameterCounts(dense + base + expert, shared + base + expert, standard)
 
 

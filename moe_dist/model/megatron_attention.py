@@ -13,11 +13,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_find_correction_range,
+    _yarn_linear_ramp_mask,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
+from moe_dist.config.sections.model import RopeScaling
 from moe_dist.distributed.mesh import RankGroup
+from moe_dist.model.document_mask import window_mask
 
 
 class SdpaCoreAttention(nn.Module):
@@ -26,13 +32,27 @@ class SdpaCoreAttention(nn.Module):
     A mask, bool [B, 1, CS, CS], is true where a token attends, as torch's is and Megatron-core's is not.
     """
 
-    def __init__(self, config: TransformerConfig, context: RankGroup | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        context: RankGroup | None = None,
+        window: int | None = None,
+        window_from: int = 0,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
         """Create the module.
 
         Args:
+            layer_number: number of the layer, counted from 1.
             context: ranks that hold the other tokens of the sequences; None: this rank has them all.
+            window, window_from: sliding window, and the first layer that has it.
+            softmax_scale: factor of the logits; None: 1 / sqrt(width of a head).
         """
         super().__init__()
+        self._scale = softmax_scale
+        self._window = window if layer_number > window_from else None
         self._context = context if context is not None and context.size > 1 else None
 
     def forward(
@@ -41,13 +61,24 @@ class SdpaCoreAttention(nn.Module):
         """Return [S, B, H * W]; `key` and `value` have one head for each query group."""
         if self._context is not None:
             query, key, value = (_all_tokens(x, self._context) for x in (query, *self._divisible(query, key, value)))
+        mask_B1SS = self._in_window(mask_B1SS, query)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, mask_B1SS, is_causal=mask_B1SS is None, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask_B1SS, is_causal=mask_B1SS is None, scale=self._scale, enable_gqa=grouped
+        )
         out_SBHW = out.permute(2, 0, 1, 3)
         if self._context is not None:
             out_SBHW = _all_heads(out_SBHW, self._context)
         return out_SBHW.flatten(2)
+
+    def _in_window(self, mask_B1SS: Tensor | None, query: Tensor) -> Tensor | None:
+        """Return a mask within the sliding window, of which a shorter sequence needs none."""
+        tokens = query.shape[0]
+        if self._window is None or tokens <= self._window:
+            return mask_B1SS
+        within_SS = window_mask(tokens, self._window, query.device)
+        return within_SS[None, None] if mask_B1SS is None else mask_B1SS & within_SS
 
     def _divisible(self, query: Tensor, *grouped: Tensor) -> list[Tensor]:
         """Repeat the heads of keys and values where there are too few to be divided over the context group."""
@@ -97,10 +128,12 @@ class RotaryOnDevice(RotaryEmbedding):  # type: ignore[misc]
 
     def __init__(self, model: ModelConfig, part: int = 0) -> None:
         """Create the module for part number `part` of each sequence."""
-        super().__init__(model.head_width, 1.0, rotary_base=model.rope_base, use_cpu_initialization=True)
+        super().__init__(model.rotary_width, 1.0, rotary_base=model.rope_base, use_cpu_initialization=True)
         self._part, scaling = part, model.rope_scaling
         if scaling is not None and scaling.kind == "linear":
             self.inv_freq = self.inv_freq / scaling.factor
+        elif scaling is not None and scaling.kind == "yarn":
+            self.inv_freq = _yarn_frequencies(self.inv_freq, model.rope_base, scaling)
         elif scaling is not None:
             factors = (scaling.factor, scaling.low_frequency_factor, scaling.high_frequency_factor)
             self.inv_freq = self._apply_scaling(self.inv_freq, *factors, scaling.original_length)
@@ -113,3 +146,13 @@ class RotaryOnDevice(RotaryEmbedding):  # type: ignore[misc]
         """Return the angles of `max_seq_len` positions, those of this rank's part of a sequence."""
         freqs = self.get_freqs_non_repeated(max_seq_len, offset + self._part * max_seq_len)
         return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]
+
+
+def _yarn_frequencies(inv_freq: Tensor, base: int, scaling: RopeScaling) -> Tensor:
+    """Return frequencies of which the low ones are divided by the factor (YaRN, arXiv 2309.00071)."""
+    pairs = len(inv_freq)
+    rotations = (scaling.fast_rotations, scaling.slow_rotations)
+    low, high = _yarn_find_correction_range(*rotations, 2 * pairs, base, scaling.original_length)
+    kept = 1 - _yarn_linear_ramp_mask(low, high, pairs, inv_freq.device)
+    blended: Tensor = inv_freq / scaling.factor * (1 - kept) + inv_freq * kept
+    return blended

@@ -6,6 +6,7 @@ Megatron-core expects CUDA in several places, each replaced for other devices: r
 """
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -17,7 +18,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +26,7 @@ from moe_dist.config import ModelConfig
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.model.initial_values import draw_initial_values
 from moe_dist.model.megatron_attention import RotaryOnDevice, SdpaCoreAttention
+from moe_dist.model.megatron_latent_attention import LatentNorm, install_stand_in, latent_keys, replace_rotary
 from moe_dist.model.megatron_tensor_parallel import check_vocabulary, install_stand_ins, mark_shards
 from moe_dist.model.pipeline_stage import StageLayers, number_layers
 
@@ -98,8 +100,10 @@ def build_gpt(
     """
     tensor, layers = mesh.shape.tensor, StageLayers.of(model.layers, mesh)
     check_vocabulary(vocab_size, tensor)
-    if tensor > 1 or layers.stages > 1:
+    if tensor > 1 or layers.stages > 1 or model.latent is not None:
         install_stand_ins()
+    if model.latent is not None:
+        install_stand_in()
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     torch.manual_seed(seed)
     spec = _layer_spec(model, mesh, lambda index: feed_forward(layers.numbers[index]))
@@ -117,7 +121,10 @@ def build_gpt(
     number_layers(gpt, layers)
     if model.tie_embeddings and layers.last and layers.stages > 1:
         gpt.output_layer.weight = None
-    gpt.rotary_pos_emb = RotaryOnDevice(model, mesh.in_attention.context)
+    if model.latent is not None:
+        replace_rotary(gpt, model)
+    else:
+        gpt.rotary_pos_emb = RotaryOnDevice(model, mesh.in_attention.context)
     if tensor > 1:
         mark_shards(gpt)
     draw_initial_values(gpt, model, seed, tensor, mesh.in_attention.tensor)
@@ -128,12 +135,17 @@ def build_gpt(
 
 
 def _layer_spec(model: ModelConfig, mesh: Mesh, feed_forward: FeedForwardFactory) -> ModuleSpec:
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_norm == "head")
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = ModuleSpec(
-        module=SdpaCoreAttention, params={"context": mesh.groups.get(GroupKind.CONTEXT)}
+    """Return the modules of a layer."""
+    latent = model.latent is not None
+    spec = get_gpt_layer_local_spec(
+        normalization="RMSNorm", qk_layernorm=model.qk_norm == "head", multi_latent_attention=latent
     )
+    attention = spec.submodules.self_attention.submodules
+    core = {"context": mesh.groups.get(GroupKind.CONTEXT), "window": model.window, "window_from": model.window_from}
+    attention.core_attention = ModuleSpec(module=SdpaCoreAttention, params=core)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
+    if latent:
+        attention.q_layernorm = attention.kv_layernorm = LatentNorm
     if model.qk_norm == "head":
         attention.q_layernorm = attention.k_layernorm = _Norm
     if model.qk_norm == "width":
@@ -158,13 +170,18 @@ def hidden_states(gpt: nn.Module, tokens_BS: Tensor) -> Tensor:
 def run_layer(gpt: nn.Module, layer: int, hidden_SBD: Tensor) -> Tensor:
     """Return the output of one layer of a `build_gpt` model for the hidden states before it, [S, B, D]."""
     stage = cast(Any, gpt)
-    rotary = stage.rotary_pos_emb(hidden_SBD.shape[0])
+    plain = not stage.config.multi_latent_attention  # in which each layer has rotary positions of its own
+    rotary = stage.rotary_pos_emb(hidden_SBD.shape[0]) if plain else None
     output_SBD, _ = stage.decoder.layers[layer](hidden_SBD, attention_mask=None, rotary_pos_emb=rotary)
     return cast(Tensor, output_SBD)
 
 
 def _transformer_config(model: ModelConfig, tensor_parallel: int) -> TransformerConfig:
-    return TransformerConfig(
+    make, latent = (TransformerConfig, {}) if model.latent is None else (MLATransformerConfig, latent_keys(model))
+    rotated = 1.0 if model.rope_scaling is None else model.rope_scaling.rotation_scale
+    return make(
+        **latent,
+        softmax_scale=None if rotated == 1 or latent else rotated**2 / math.sqrt(model.head_width),
         tensor_model_parallel_size=tensor_parallel,
         sequence_parallel=tensor_parallel > 1,
         num_layers=model.layers,

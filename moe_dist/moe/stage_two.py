@@ -17,6 +17,7 @@ from moe_dist.moe.capacity import capacity_of, within_capacity
 from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts
+from moe_dist.moe.scoring import Scoring
 from moe_dist.moe.two_stage_routing import choose_experts, router_logits
 
 
@@ -52,7 +53,9 @@ class StageTwo:
         member_N, balance = self.member_LN[local], self.context.balance
         logits_RN = router_logits(x_RD, self.embedding_LND[local])
         bias_N = balance.expert_bias_LE[self.layer][member_N]
-        choice = choose_experts(logits_RN, bias_N, self.moe.top_k, self.only_gate, self.moe.normalize_gates)
+        choice = choose_experts(
+            logits_RN, bias_N, self.moe.top_k, self.only_gate, self.moe.normalize_gates, Scoring.of(self.moe)
+        )
         balance.count(self.layer, member_N[choice.slot_RK.flatten()])
         if self.context.statistics is not None and balance.counting:
             self.context.statistics.record_rows(self.layer, x_RD, choice.slot_RK, choice.gate_RK, member_N)

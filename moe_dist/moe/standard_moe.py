@@ -26,6 +26,7 @@ from moe_dist.moe.layer_state import load_routing_state, save_routing_state
 from moe_dist.moe.moe_layer import MoELayer
 from moe_dist.moe.parameter_class import ParameterClass, mark
 from moe_dist.moe.router import Router
+from moe_dist.moe.scoring import Scoring
 from moe_dist.moe.standalone import standalone
 from moe_dist.moe.standard_experts import StandardExperts
 from moe_dist.moe.topk_routing import FlatChoice, choose_flat
@@ -87,7 +88,7 @@ class StandardMoE(MoELayer):
     def route(self, logits_TE: Tensor) -> tuple[FlatChoice, Tensor | None]:
         """Choose the experts of each token; return the choice and keep_C, the copies within the capacity."""
         bias_E = self.balance.expert_bias_LE[self.layer]
-        choice = choose_flat(logits_TE, bias_E, self.moe.top_k, self.moe.normalize_gates)
+        choice = choose_flat(logits_TE, bias_E, self.moe.top_k, self.moe.normalize_gates, Scoring.of(self.moe))
         expert_C = choice.expert_TK.flatten()
         self.balance.count(self.layer, expert_C)
         if self.moe.capacity_factor is None:

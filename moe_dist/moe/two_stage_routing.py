@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_dist.moe.scoring import PLAIN, Scoring
+
 
 class ExpertChoice(NamedTuple):
     """Decision of stage two for the rows of one cluster."""
@@ -63,16 +65,22 @@ def single_cluster_gate(logits_TG: Tensor, cluster_T1: Tensor) -> Tensor:
 
 
 def choose_experts(
-    logits_RN: Tensor, bias_N: Tensor, top_k: int, only_gate: bool, normalize: bool = True
+    logits_RN: Tensor,
+    bias_N: Tensor,
+    top_k: int,
+    only_gate: bool,
+    normalize: bool = True,
+    scoring: Scoring = PLAIN,
 ) -> ExpertChoice:
-    """Choose the `top_k` largest of logit + bias within one cluster (stage two).
+    """Choose the `top_k` largest of score + bias within one cluster (stage two).
 
     Args:
         only_gate: True if `gate_RK` is the only source of the router's gradient (M=1). With K=1 the gate is then 1 with
             the gradient of log softmax over all experts of the cluster, since a softmax over one logit has none.
         normalize: gates are a softmax over the chosen experts; False: over all experts of the cluster.
     """
-    slot_RK = (logits_RN.detach() + bias_N).topk(top_k, dim=-1).indices
+    slot_RK = scoring.selection(logits_RN, bias_N).topk(top_k, dim=-1).indices
+    logits_RN = scoring.log_gates(logits_RN)
     if not normalize:
         return ExpertChoice(slot_RK, logits_RN.softmax(-1).gather(-1, slot_RK), logits_RN.logsumexp(-1))
     chosen_RK = logits_RN.gather(-1, slot_RK)

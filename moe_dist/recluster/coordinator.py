@@ -48,7 +48,7 @@ class Coordinator(Callback):
         self._config, self._recorder = config, recorder
         self._last_round = last_round(config.train.steps - 1, config.recluster)
         self._losses: deque[float] = deque(maxlen=AROUND)
-        self._load_LE = np.zeros((config.model.layers, config.moe.experts))
+        self._load_LE = np.zeros((config.moe_layers, config.moe.experts))
         self._open: _Round | None = None
         self.totals = {"rounds": 0, "moved_experts": 0, "bytes": 0, "seconds": 0.0}
 

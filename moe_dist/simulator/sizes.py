@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moe_dist.config import BatchShape, ModelConfig, RunConfig, WorldShape
+from moe_dist.errors import ConfigError
 from moe_dist.moe.parameter_class import ParameterClass
 
 
@@ -10,6 +11,7 @@ def parameters_on_rank(
     config: RunConfig, shape: WorldShape, vocabulary: int, stage: int = 0
 ) -> dict[ParameterClass, int]:
     """Return the number of parameters of each class on one rank of a pipeline stage."""
+    _require_known(config)
     model, moe = config.model, config.moe
     d, last = model.hidden_size, stage == shape.pipeline - 1
     layers = model.layers // shape.pipeline
@@ -26,6 +28,13 @@ def parameters_on_rank(
         ParameterClass.BASE: layers * layer.base,
         ParameterClass.EXPERT: layers * layer.expert,
     }
+
+
+def _require_known(config: RunConfig) -> None:
+    """Reject models whose layers differ from each other, or whose attention is not a plain one."""
+    for key, found in (("model.latent", config.model.latent), ("moe.dense_layers", config.moe.dense_layers)):
+        if found:
+            raise ConfigError(f"{key} is not known to predictions of memory and time: leave it out")
 
 
 def _attention_parameters(model: ModelConfig) -> int:
@@ -69,6 +78,7 @@ class TokenWork:
 
 def work_of(config: RunConfig, vocabulary: int) -> TokenWork:
     """Return the FLOPs of a token; multiply and add count as two, a causal row attends to half the sequence."""
+    _require_known(config)
     model, moe = config.model, config.moe
     d = model.hidden_size
     layer = 2.0 * _attention_parameters(model) + 2 * model.sequence_length * model.heads * model.head_width

@@ -32,7 +32,7 @@ class MetricsLogger(Callback):
     def attach(self, engine: DeepSpeedEngine) -> None:
         """Count loads by this model's placements from now on."""
         self._engine = engine
-        moe, layers = engine.model.config.moe, self._config.model.layers
+        moe, layers = engine.model.config.moe, self._config.moe_layers
         copies = moe.layer_kind.copies(moe)
         self._loads = LoadRecord(moe.experts, self._shape, self.tokens_per_step * layers * copies)
         self._routed, self._placements = moe.layer_kind.routed, engine.model.context.placements
@@ -112,6 +112,8 @@ class MetricsLogger(Callback):
         }
         if (scaling := self._engine.loss_scale.figures()) is not None:
             train |= {"loss_scale": scaling["scale"], "skipped_steps": scaling["skipped_steps"]}
+        if report.outcome.teacher_divergence is not None:
+            train["teacher_divergence"] = report.outcome.teacher_divergence
         if moe.balance == "aux_loss":
             train["balance_loss"] = report.outcome.balance_loss
         if self._shape.pipeline > 1:

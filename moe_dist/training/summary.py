@@ -52,7 +52,7 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
         "loss_scale": trainer.loss_scale.figures(),
         "parameters": vars(counts),
         "all_to_all": {
-            **all_to_all_totals(trainer.ledger, found["tokens"], config.model.layers, process),
+            **all_to_all_totals(trainer.ledger, found["tokens"], config.moe_layers, process),
             "flat_bytes_per_token_layer": _flat_bytes(trainer),
         },
         "stored": _stored_bytes(trainer),
@@ -86,7 +86,7 @@ def _stored_bytes(trainer: "Trainer") -> dict[str, int] | None:
     if config.precision.residuals == "none":
         return None
     cluster = stored_sizes(config, moe.experts_per_cluster)
-    clusters = config.model.layers * moe.clusters
+    clusters = config.moe_layers * moe.clusters
     return {"expert_bytes": clusters * cluster.nbytes, "residual_bytes": clusters * cluster.experts.nbytes}
 
 

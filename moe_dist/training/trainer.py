@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 import torch.distributed as dist
+from torch import Tensor
 
 from moe_dist.checkpoint.stateful import Stateful
 from moe_dist.checkpoint.trained_weights import find_weights
@@ -20,6 +21,7 @@ from moe_dist.console import tolerant_output
 from moe_dist.data import PrefetchingLoader, PreparedData, open_batches, open_sequences, open_tokenizer, prepare_data
 from moe_dist.dispatch.layout_advice import layout_advice
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
+from moe_dist.distillation.teacher import open_teacher
 from moe_dist.distributed.agreement import differing_ranks
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
@@ -33,6 +35,7 @@ from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.metrics.wall_clock import WallClock
 from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.teacher_loss import TeacherTargets
 from moe_dist.moe.training_step import train_residuals_only
 from moe_dist.recluster.coordinator import Coordinator
 from moe_dist.training.backend_choice import BackendChoice
@@ -47,6 +50,7 @@ from moe_dist.training.preemption import StopSignals
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
 from moe_dist.training.summary import description, run_summary
 from moe_dist.training.summary_metrics import traffic_matrices
+from moe_dist.training.teacher_comparison import TeacherComparison
 from moe_dist.training.validation import ValidationLoss, validation_loss
 from moe_dist.training.warmup import StandardWarmup
 from moe_dist.training.watchdog import Watchdog, watched_seconds
@@ -145,6 +149,7 @@ class Trainer:
         self.loader = PrefetchingLoader(batches)
         self._sources = len(data.sources) if config.corpus.kind == "blend" else 0
         self.held_out = open_sequences(config, data, "validation")
+        self.teacher = open_teacher(config, process, self.mesh, data)
         self.build(config.phase_after(steps_done))
         self.callbacks = self._default_callbacks()
         self._attach_all()
@@ -192,6 +197,7 @@ class Trainer:
             BackendChoice(config, self.shape, process, tokens, self.recorder),
             OverlapChoice(config, self.shape, self.ledger.links, process.device, tokens, self.recorder),
             StandardWarmup(self),
+            TeacherComparison(self.teacher, config, self.held_out, self.batch.micro, process, self.recorder),
             self.checkpoints,
         ]
 
@@ -302,11 +308,13 @@ class Trainer:
         sequences_BS, source_B = self.loader.batch(step - 1)
         waited = time.perf_counter() - started
         self.model.target_share = self.loader.target_share(step - 1)
-        outcome = self.engine.forward_backward(sequences_BS, lambda: signals.wanted, source_B, self._sources)
+        wanted, teach = lambda: signals.wanted, self._teaching(step)
+        outcome = self.engine.forward_backward(sequences_BS, wanted, source_B, self._sources, teach)
         _stop_if_broken(step, outcome)
         if outcome.stop:
             signals.reached()
         rate = learning_rate(step, self.config.train, self.config.optimizer.learning_rate)
+        self.engine.routers_only = step <= self.config.distill.router_steps
         norm = self.engine.update(outcome, rate)
         if not self.loss_scale.skipped:
             _stop_if_norm_broken(step, norm)
@@ -319,6 +327,13 @@ class Trainer:
         for callback in self.callbacks:
             callback.after_step(report)
         return outcome.stop
+
+    def _teaching(self, step: int) -> Callable[[int, Tensor], TeacherTargets] | None:
+        """Return the function to the teacher's predictions for a micro-batch of a step; None: there is no teacher."""
+        if (teacher := self.teacher) is None:
+            return None
+        _, index_B = self.loader.indices(step - 1)
+        return lambda first, x_BS: teacher.targets("train", index_B[first : first + len(x_BS)], x_BS)
 
     def evaluate(self, step: int) -> None:
         """Evaluate the validation loss; collective.

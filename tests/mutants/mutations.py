@@ -249,12 +249,12 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{UNIT}/moe/test_standard_routing.py",
         (
             "bias enters the gates",
-            "logits_TE.gather(-1, expert_TK).softmax(dim=-1)",
-            "(logits_TE + bias_E).gather(-1, expert_TK).softmax(dim=-1)",
+            "scoring.log_gates(logits_TE).gather(-1, expert_TK).softmax(dim=-1)",
+            "scoring.log_gates(logits_TE + bias_E).gather(-1, expert_TK).softmax(dim=-1)",
         ),
         (
             "gates over all experts",
-            "logits_TE.gather(-1, expert_TK).softmax(dim=-1)",
+            "scoring.log_gates(logits_TE).gather(-1, expert_TK).softmax(dim=-1)",
             "logits_TE.softmax(dim=-1).gather(-1, expert_TK)",
         ),
     ),
@@ -837,6 +837,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("read from the stored shard's start", "[start : start + length]", "[:length]"),
         ("tensors with holes written", "if sum(length for _, length, _ in chunks) != record.numel:", "if False:"),
     ),
+    *_of(
+        "model/teacher_loss.py",
+        f"{UNIT}/model/test_teacher_loss.py",
+        ("teacher and model exchanged", "kl_div(log_prob_BSV, expected,", "kl_div(expected, log_prob_BSV,"),
+        ("temperature of the model left out", "logits_BSV.float() / temperature", "logits_BSV.float()"),
+        ("named tokens counted in the rest", "log_prob_BSV.scatter(-1, token_BSK, _LEAST)", "log_prob_BSV"),
+    ),
     # engine
     *_of(
         "engine/gradient_norm.py",
@@ -857,15 +864,15 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{UNIT}/engine/test_reductions.py",
         ("sum of the ranks' losses", "means = (loss_sum / per_stage", "means = (loss_sum"),
         ("a loss that is not finite on rank 0", "faults[self.process.rank] = ", "faults[0] = "),
-        ("a fault spreads into the loss", "loss.double().nan_to_num(0, 0, 0)", "loss.double()"),
+        ("a fault spreads into the loss", "each.double().nan_to_num(0, 0, 0)", "each.double()"),
         ("loads of this rank alone", "        dist.all_reduce(packed)\n", ""),
         ("counts never cleared", "        balance.clear_counts()\n", ""),
-        ("all ranks have to ask for the stop", "stops > 0, idle", "stops >= ranks, idle"),
+        ("all ranks have to ask for the stop", "stops > 0, idle_sum", "stops >= ranks, idle_sum"),
         ("sum of router losses", "balance_loss / per_stage", "balance_loss"),
         (
             "losses exchanged",
-            "loss_sum, dropped, stops, idle_sum, balance_loss, z_loss = sums",
-            "loss_sum, dropped, stops, idle_sum, z_loss, balance_loss = sums",
+            "loss_sum, divergence_sum, dropped, stops, idle_sum, balance_loss, z_loss = sums",
+            "loss_sum, divergence_sum, dropped, stops, idle_sum, z_loss, balance_loss = sums",
         ),
     ),
     *_of(

@@ -20,7 +20,7 @@ PASSES = 4  # dispatch and combine, forward and backward
 
 def gather_figures(run: Trainer, observed: RoutingTrace, steps: int) -> dict[str, Any]:
     """Return the figures of the `steps` steps in the ledger (docs/metrics.md); collective."""
-    layers, tokens = run.config.model.layers, steps * run.logger.tokens_per_step
+    layers, tokens = run.config.moe_layers, steps * run.logger.tokens_per_step
     ledger = run.model.context.ledger
     axes: tuple[Sequence[Any], ...] = (range(layers), list(Stage), list(Payload), list(Direction), list(LinkKind))
     mine = torch.zeros(*(len(axis) for axis in axes), 2, dtype=torch.int64)

@@ -24,6 +24,9 @@ class MoEConfig(Section):
     )
     expert_hidden: Positive = Field(256, description="f: hidden width of an expert, and of a cluster's base")
     dense_hidden: Positive | None = Field(None, description="hidden width of `dense`; null: top_k * expert_hidden")
+    dense_layers: NonNegative = Field(
+        0, description="leading layers with a dense network of dense_hidden in the place of experts"
+    )
     rank: Positive = Field(4, description="r: rank of an expert's residual (clustered)")
     base: Literal["cluster", "shared+cluster"] = Field(
         "cluster",
@@ -45,6 +48,15 @@ class MoEConfig(Section):
         description="gates of a token sum to 1; false: they are a softmax over all experts (standard) or all of the "
         "chosen clusters (clustered)",
     )
+    score: Literal["softmax", "sigmoid"] = Field(
+        "softmax",
+        description="function of an expert's logit that gates are made of; selection biases are added to logits, "
+        "or to sigmoids",
+    )
+    groups: Positive = Field(
+        1, description="groups of neighboring experts, of which a token chooses top_groups first (standard)"
+    )
+    top_groups: Positive = Field(1, description="groups per token (standard)")
     shared_expert_hidden: NonNegative = Field(
         0, description="hidden width of an expert that computes every token; 0: none"
     )

@@ -20,12 +20,14 @@ def attention_section(hf: Mapping[str, Any]) -> dict[str, Any]:
     base = float(rope["rope_theta"])
     if not base.is_integer():
         raise ConfigError(f"config.json: rope_theta={base} is not supported: must be an integer")
+    latent = _latent_section(hf)
     return {
         "layers": hf["num_hidden_layers"],
         "hidden_size": hf["hidden_size"],
         "heads": hf["num_attention_heads"],
-        "kv_heads": hf.get("num_key_value_heads"),
-        "head_dim": hf.get("head_dim"),
+        "kv_heads": None if latent else hf.get("num_key_value_heads"),
+        "head_dim": None if latent else hf.get("head_dim"),
+        "latent": latent,
         "sequence_length": min(hf["max_position_embeddings"], LONGEST_SEQUENCE),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "rope_base": int(base),
@@ -33,6 +35,26 @@ def attention_section(hf: Mapping[str, Any]) -> dict[str, Any]:
         "norm_epsilon": hf["rms_norm_eps"],
         "init_std": hf.get("initializer_range", 0.02),
     }
+
+
+def window_section(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of `model` for a sliding window.
+
+    Raises:
+        ConfigError: its layers are not those from one on.
+    """
+    layers, window = hf["num_hidden_layers"], hf.get("sliding_window")
+    if window is None or not hf.get("use_sliding_window", True):
+        return {}
+    kinds = hf.get("layer_types") or ["sliding_attention"] * layers
+    first = next((number for number, kind in enumerate(kinds) if kind == "sliding_attention"), layers)
+    if first == layers:
+        return {}
+    if kinds != ["full_attention"] * first + ["sliding_attention"] * (layers - first):
+        raise ConfigError(
+            "config.json: layer_types is not supported: a sliding window must be in all layers from one on"
+        )
+    return {"window": window, "window_from": first}
 
 
 def attention_keys(model: ModelConfig) -> dict[str, Any]:
@@ -48,12 +70,21 @@ def attention_keys(model: ModelConfig) -> dict[str, Any]:
             "high_freq_factor": scaling.high_frequency_factor,
             "original_max_position_embeddings": scaling.original_length,
         }
+    if scaling is not None and scaling.kind == "yarn":
+        longest = max(longest, int(scaling.factor * scaling.original_length))
+        rope |= {
+            "beta_fast": scaling.fast_rotations,
+            "beta_slow": scaling.slow_rotations,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+        rope |= {key: getattr(scaling, key) for key in ("mscale", "mscale_all_dim") if getattr(scaling, key)}
     return {
         "num_hidden_layers": model.layers,
         "hidden_size": model.hidden_size,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads or model.heads,
-        "head_dim": model.head_width,
+        "head_dim": model.rotary_width,
+        **_latent_keys(model),
         "max_position_embeddings": longest,
         "tie_word_embeddings": model.tie_embeddings,
         "rope_parameters": rope,
@@ -68,8 +99,10 @@ def _scaling_section(rope: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if kind == "linear":
         return {"kind": kind, "factor": rope["factor"]}
+    if kind == "yarn":
+        return _yarn_section(rope)
     if kind != "llama3":
-        raise ConfigError(f"config.json: rope_type={kind!r} is not supported: known are default, linear, llama3")
+        raise ConfigError(f"config.json: rope_type={kind!r} is not supported: known are default, linear, llama3, yarn")
     return {
         "kind": kind,
         "factor": rope["factor"],
@@ -77,3 +110,34 @@ def _scaling_section(rope: Mapping[str, Any]) -> dict[str, Any] | None:
         "high_frequency_factor": rope["high_freq_factor"],
         "original_length": rope["original_max_position_embeddings"],
     }
+
+
+def _yarn_section(rope: Mapping[str, Any]) -> dict[str, Any]:
+    if rope.get("attention_factor") is not None or not rope.get("truncate", True):
+        raise ConfigError("config.json: rope_type='yarn' with attention_factor or truncate=false is not supported")
+    return {
+        "kind": "yarn",
+        "factor": rope["factor"],
+        "original_length": rope["original_max_position_embeddings"],
+        "fast_rotations": rope.get("beta_fast") or 32.0,
+        "slow_rotations": rope.get("beta_slow") or 1.0,
+        "mscale": rope.get("mscale") or 0.0,
+        "mscale_all_dim": rope.get("mscale_all_dim") or 0.0,
+    }
+
+
+_LATENT = {
+    "query_rank": "q_lora_rank", "kv_rank": "kv_lora_rank", "plain_dim": "qk_nope_head_dim",
+    "rotary_dim": "qk_rope_head_dim", "value_dim": "v_head_dim",
+}  # fmt: skip
+
+
+def _latent_section(hf: Mapping[str, Any]) -> dict[str, Any] | None:
+    return {ours: hf[theirs] for ours, theirs in _LATENT.items()} if "kv_lora_rank" in hf else None
+
+
+def _latent_keys(model: ModelConfig) -> dict[str, Any]:
+    latent = model.latent
+    if latent is None:
+        return {}
+    return {theirs: getattr(latent, ours) for ours, theirs in _LATENT.items()} | {"rope_interleave": True}

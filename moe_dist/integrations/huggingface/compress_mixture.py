@@ -6,7 +6,7 @@ grouped by similarity, and bases and residuals are fitted to the tokens (`conver
 Shapes: S tokens of a sequence, B sequences, D hidden, E experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -37,6 +37,7 @@ from moe_dist.integrations.huggingface.imported_tensors import (
     Tensors,
     copied,
     read_link,
+    selection_biases,
 )
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from moe_dist.integrations.huggingface.tensor_links import LAYERS, layer_links, links_of
@@ -67,19 +68,25 @@ def compressed(
         ConfigError: the rank is larger than the experts.
         DataError: the text has fewer tokens.
     """
-    largest = min(config.model.hidden_size, config.moe.expert_hidden)
-    if config.moe.rank > largest:
-        raise ConfigError(f"moe.rank={config.moe.rank} is more than the width of the experts: must be <= {largest}")
+    _require_ranks(config)
     length = min(config.model.sequence_length, max(2, tokens // 16))
     sequence_NS = _sequences(text, tokenizer, max(2, tokens // length), length)
     kept = copied(links_of(plain.config, plain.vocab_size, plain.family), source)
     tensors = {name: tensor for name, tensor in kept.items() if ".expert." not in name}
     placements, errors = [], []
-    for number, layer in enumerate(_compressed_layers(config, plain, source, sequence_NS)):
-        tensors |= _tensors_of(f"{LAYERS}.{number}.mlp.inner.", layer)
+    biases = selection_biases(plain, source)
+    for number, layer in enumerate(_compressed_layers(config, plain, source, sequence_NS, biases)):
+        tensors |= _tensors_of(f"{LAYERS}.{plain.config.moe.dense_layers + number}.mlp.inner.", layer)
         placements.append(replace(layer.placement, version=0))
         errors.append(layer.figures[:, 0].tolist())
-    return ConvertedModel(tensors, placements, errors)
+    return ConvertedModel(tensors, placements, errors, biases)
+
+
+def _require_ranks(config: RunConfig) -> None:
+    moe, largest = config.moe, min(config.model.hidden_size, config.moe.expert_hidden)
+    for key, rank in {"rank": moe.rank, **({"base_rank": moe.base_rank} if moe.two_level_base else {})}.items():
+        if rank > largest:
+            raise ConfigError(f"moe.{key}={rank} is more than the width of the experts: must be <= {largest}")
 
 
 def _sequences(text: Sequence[str], tokenizer: Tokenizer, count: int, length: int) -> Tensor:
@@ -95,25 +102,41 @@ def _sequences(text: Sequence[str], tokenizer: Tokenizer, count: int, length: in
 
 @torch.no_grad()
 def _compressed_layers(
-    config: RunConfig, plain: ImportedModel, source: SourceFolder, sequence_NS: Tensor
+    config: RunConfig, plain: ImportedModel, source: SourceFolder, sequence_NS: Tensor, biases: Mapping[str, Tensor]
 ) -> Iterator[CompressedLayer]:
     process = init_distributed(config.world)
-    one_layer = plain.config.model_copy(update={"model": plain.config.model.model_copy(update={"layers": 1})})
-    model = LanguageModel(one_layer, 1, Mesh.alone(), Links.alone()).to_device(process.device)
-    (moe,) = standard_layers(model)
     embedding_VD = source.tensor(EMBEDDING).float().to(process.device)
     hidden_SND = functional.embedding(sequence_NS.T.to(process.device), embedding_VD)
-    fit, check = (list(half.split(_ROWS, dim=1)) for half in hidden_SND.tensor_split(2, dim=1))
+    halves = [list(half.split(_ROWS, dim=1)) for half in hidden_SND.tensor_split(2, dim=1)]
+    first = plain.config.moe.dense_layers
+    for layer in range(first):
+        model = _one_layer(plain, "dense").to_device(process.device)
+        _fill(model, plain, source, layer)
+        with model.evaluating():
+            for batches in halves:
+                batches[:] = [run_layer(model.gpt, 0, hidden_SBD) for hidden_SBD in batches]
+    model = _one_layer(plain, "standard").to_device(process.device)
+    (moe,) = standard_layers(model)
     with model.evaluating():
-        for layer in range(config.model.layers):
-            _fill(model, plain, source, layer)
+        for number in range(config.moe_layers):
+            _fill(model, plain, source, first + number)
+            for name, bias in biases.items():
+                getattr(model.context.balance, name).copy_(bias[number : number + 1])
             tokens = []
-            for batches in (fit, check):
+            for batches in halves:
                 with captured_tokens(moe) as caught:
                     batches[:] = [run_layer(model.gpt, 0, hidden_SBD) for hidden_SBD in batches]
                 tokens.append(caught)
-            seeded = config.model_copy(update={"seed": config.seed + layer})
+            seeded = config.model_copy(update={"seed": config.seed + number})
             yield _compressed_layer(moe, seeded, model.context.mesh, *tokens)
+
+
+def _one_layer(plain: ImportedModel, kind: str) -> LanguageModel:
+    """Return a model of one of the original layers, leading (dense) or following ones."""
+    config = plain.config
+    moe = config.moe.model_copy(update={"kind": kind, "dense_layers": 0})
+    model = config.model.model_copy(update={"layers": 1})
+    return LanguageModel(config.model_copy(update={"model": model, "moe": moe}), 1, Mesh.alone(), Links.alone())
 
 
 def _fill(model: LanguageModel, plain: ImportedModel, source: SourceFolder, layer: int) -> None:
@@ -141,6 +164,9 @@ def _compressed_layer(
 
 def _tensors_of(prefix: str, layer: CompressedLayer) -> Tensors:
     tensors: Tensors = {}
+    if layer.shared is not None:
+        shared = vars(layer.shared)
+        tensors |= {f"{prefix}shared_base.{name}": LazyTensor.of(value) for name, value in shared.items()}
     for cluster in layer.clusters:
         for name, states in cluster.base.items():
             tensors[f"{prefix}cluster.{cluster.number}.{name}"] = LazyTensor.of(states[MASTER])

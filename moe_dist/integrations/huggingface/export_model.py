@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_dist.checkpoint.export import BALANCE, PREFIX, quantized_format
 from moe_dist.checkpoint.file_groups import grouped_by_bytes
 from moe_dist.checkpoint.manifest import Index, read_index
+from moe_dist.checkpoint.new_folder import new_folder, require_space
 from moe_dist.checkpoint.placement_record import placement_from_record
 from moe_dist.checkpoint.quantized_tensors import dtype_to_quantize, is_of_cluster, quantized_tensors_of
 from moe_dist.checkpoint.save_and_load import read_checkpoint
@@ -26,13 +27,13 @@ from moe_dist.config import RunConfig, WorldShape
 from moe_dist.data import Tokenizer
 from moe_dist.data.tokenizer import SENTENCEPIECE_MODEL
 from moe_dist.errors import CheckpointError
-from moe_dist.integrations.huggingface.families import OUR_ARCHITECTURE, OUR_MODEL_TYPE, Family, plain_family
+from moe_dist.integrations.huggingface.families import OUR_ARCHITECTURE, OUR_MODEL_TYPE, plain_family
+from moe_dist.integrations.huggingface.family import Family
 from moe_dist.integrations.huggingface.own_format import MODELING, own_keys, own_name, routing_state
 from moe_dist.integrations.huggingface.sentencepiece_tokenizer import converted_files
 from moe_dist.integrations.huggingface.source_folder import CONFIG, INDEX, WEIGHTS
 from moe_dist.integrations.huggingface.tensor_links import links_of
 from moe_dist.integrations.huggingface.transformers_library import require_transformers
-from moe_dist.integrations.huggingface.write_run import new_folder, require_space
 
 LARGEST_FILE = 4 << 30
 """Target size of one file of weights, and so of the memory that an export takes, bytes."""
@@ -86,14 +87,20 @@ def export_model(
     config, index = weights.config, read_index(weights.path)
     state = _routing_state(weights, index)
     stored = quantized_format(weights) if quantized else None
-    plain = None if stored is not None or _has_biases(state) else plain_family(config)
+    plain = None if stored is not None else plain_family(config)
+    if plain is not None and plain[0].selection_bias is not None:
+        state = _plain_biases(plain[0], state)
+    elif _has_biases(state):
+        plain = None
+    elif plain is not None:
+        state = {}
     units = list(_units(config, weights.manifest.data.vocab_size, index, plain and plain[0], dtype, stored))
     architecture, model_type = (
         (plain[0].architecture, plain[0].model_type) if plain else (OUR_ARCHITECTURE, OUR_MODEL_TYPE)
     )
     with new_folder(target) as folder:
         require_space(folder, sum(unit.nbytes() for unit in units))
-        nbytes = _write_weights(folder, weights.path, units, {} if plain else state, largest_file)
+        nbytes = _write_weights(folder, weights.path, units, state, largest_file)
         keys = plain[1] if plain else own_keys(config, quantized)
         common = _common_keys(weights, tokenizer, architecture, dtype or torch.float32)
         if plain:
@@ -172,6 +179,13 @@ def _routing_state(weights: TrainedWeights, index: Index) -> dict[str, Tensor]:
     biases = {key.removeprefix(BALANCE): room[key].shards[0].values.view(room[key].shape) for key in names}
     placements = [placement_from_record(record, WorldShape(1, 1, 1)) for record in weights.manifest.placements]
     return routing_state(weights.config, placements, biases)
+
+
+def _plain_biases(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the selection biases by the names of a class that has them."""
+    leaf = f".mlp.{family.selection_bias}"
+    biases = {name: bias for name, bias in state.items() if name.endswith(".expert_bias_E")}
+    return {name.replace(".mlp.expert_bias_E", leaf): bias for name, bias in biases.items()}
 
 
 def _has_biases(state: Mapping[str, Tensor]) -> bool:

@@ -6,18 +6,27 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from moe_dist.checkpoint.new_folder import new_folder
 from moe_dist.config import RunConfig, load_config
 from moe_dist.data import Tokenizer, open_tokenizer
 from moe_dist.data.hf_tokenizer import find_hf_tokenizer
 from moe_dist.errors import ConfigError
 from moe_dist.integrations.huggingface.compress_mixture import compressed
+from moe_dist.integrations.huggingface.expert_budget import words_within_budget
 from moe_dist.integrations.huggingface.families import OUR_ARCHITECTURE, OUR_MODEL_TYPE, family_of
 from moe_dist.integrations.huggingface.gguf_file import as_folder
-from moe_dist.integrations.huggingface.imported_tensors import ConvertedModel, ImportedModel, copied, upcycled
+from moe_dist.integrations.huggingface.hub_model import hub_folder, is_hub_name
+from moe_dist.integrations.huggingface.imported_tensors import (
+    ConvertedModel,
+    ImportedModel,
+    copied,
+    selection_biases,
+    upcycled,
+)
 from moe_dist.integrations.huggingface.own_format import own_sections, own_tensors, read_routing_state
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from moe_dist.integrations.huggingface.tensor_links import links_of
-from moe_dist.integrations.huggingface.write_run import new_folder, write_run
+from moe_dist.integrations.huggingface.write_run import write_run
 
 LEARNING_RATE = 1e-4
 """Default of an imported run: far below that of random weights."""
@@ -33,11 +42,14 @@ class ImportOptions:
         noise: noise on the copies of a dense network as standard experts, as a share of each matrix's deviation.
         text: files of calibration text for a compression; empty: the library source of Python.
         tokens: number of calibration tokens.
+        keep: share of a mixture's expert parameters to compress it to, by the rank of the residuals; None: as
+            configured.
     """
 
     noise: float = 0.01
     text: tuple[str, ...] = ()
     tokens: int = 32768
+    keep: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,16 +72,18 @@ def import_model(source: Path, target: Path, words: Sequence[str], options: Impo
     With moe.kind=clustered or standard a dense model is upcycled, and with moe.kind=clustered a mixture is compressed.
 
     Args:
-        source: folder of config.json and safetensors, or a GGUF file.
+        source: folder of config.json and safetensors, a GGUF file, or a model's name on the Hugging Face hub.
         words: `key.sub=value` settings.
 
     Raises:
         MoeDistError: one line; nothing is left at `target`.
     """
+    if is_hub_name(source):
+        source = hub_folder(str(source))
     with new_folder(target) as folder, as_folder(source, folder.parent) as found:
         checkpoint = SourceFolder(found)
         tokenizer = open_tokenizer(find_hf_tokenizer(str(found)))
-        plain, config = _configurations(checkpoint, target.absolute(), words)
+        plain, config = _configurations(checkpoint, target.absolute(), words, options.keep)
         config.tokenizer.embedding_rows(tokenizer.vocab_size)
         links = list(links_of(plain.config, plain.vocab_size, plain.family))
         checkpoint.require({name: shape for link in links for name, shape in link.theirs.items()})
@@ -80,7 +94,9 @@ def import_model(source: Path, target: Path, words: Sequence[str], options: Impo
     return ImportedRun(config, architecture, parameters, model.output_errors)
 
 
-def _configurations(checkpoint: SourceFolder, run: Path, words: Sequence[str]) -> tuple[ImportedModel, RunConfig]:
+def _configurations(
+    checkpoint: SourceFolder, run: Path, words: Sequence[str], keep: float | None
+) -> tuple[ImportedModel, RunConfig]:
     """Return the model as it is, and the configuration of the run.
 
     Raises:
@@ -99,7 +115,8 @@ def _configurations(checkpoint: SourceFolder, run: Path, words: Sequence[str]) -
         "checkpoint": {"init": str(run)},
         **(own_sections(hf) if family is None else family.sections(hf)),
     }
-    plain, config = load_config(None, (), tree), load_config(None, words, tree)
+    plain = load_config(None, (), tree)
+    config = load_config(None, words if keep is None else words_within_budget(plain, words, keep), tree)
     _require_same_model(plain, config)
     return ImportedModel(plain, family, hf["vocab_size"]), config
 
@@ -117,11 +134,12 @@ def _require_same_model(plain: RunConfig, config: RunConfig) -> None:
 
 def _fixed(plain: RunConfig, config: RunConfig) -> Sequence[str]:
     """Return the keys of `moe` that an import cannot change."""
-    always = ("expert_hidden", "dense_hidden", "gate_scale", "normalize_gates")
+    always = ("expert_hidden", "dense_hidden", "dense_layers", "score", "gate_scale", "normalize_gates")
     shared = ("shared_expert_hidden", "shared_expert_gate")
     if plain.moe.kind == config.moe.kind:
         routed = ("experts", "top_k", "clusters", "top_clusters", "rank", "base", "base_rank", "expert_vectors")
-        return (*always, *shared, *(routed if plain.moe.layer_kind.routed else ()))
+        groups = ("groups", "top_groups")
+        return (*always, *shared, *(routed + groups if plain.moe.layer_kind.routed else ()))
     if plain.moe.kind == "dense":
         return (*always, *shared)
     if not config.moe.layer_kind.clustered:
@@ -136,17 +154,17 @@ def _converted(
     if plain.config.moe.kind == config.moe.kind:
         tensors = copied(links_of(plain.config, plain.vocab_size, plain.family), checkpoint)
         if plain.family is not None:
-            return ConvertedModel(tensors)
+            return ConvertedModel(tensors, biases=selection_biases(plain, checkpoint))
         placements, biases = read_routing_state(config, checkpoint)
         return ConvertedModel(tensors | own_tensors(config, checkpoint), placements, biases=biases)
     if plain.family is None:
         raise ConfigError(
             f"moe.kind={config.moe.kind}: the model is {plain.config.moe.kind} and of our own class: leave it out"
         )
-    if config.moe.layer_kind.clustered and config.moe.two_level_base:
-        raise ConfigError(f"moe.base={config.moe.base} cannot be filled by an import yet: use moe.base=cluster")
     if plain.config.moe.layer_kind.routed:
         return compressed(config, plain, checkpoint, tokenizer, options.text, options.tokens)
+    if config.moe.two_level_base:
+        raise ConfigError(f"moe.base={config.moe.base} compresses a mixture, but the model is dense: use cluster")
     if config.moe.kind == "standard" and config.moe.top_k == 1:
         raise ConfigError("moe.top_k=1 with moe.kind=standard scales a copy by its probability: must be >= 2")
     return upcycled(config, plain, checkpoint, options.noise)

@@ -15,7 +15,7 @@ from moe_dist.compression import ClusterWeights, init_residual
 from moe_dist.config import RunConfig, WorldShape
 from moe_dist.conversion.residual_exchange import STACKED
 from moe_dist.distributed.placement import ExpertPlacement
-from moe_dist.integrations.huggingface.families import Family
+from moe_dist.integrations.huggingface.family import Family
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from moe_dist.integrations.huggingface.tensor_links import LAYERS, Shape, TensorLink, feed_forward_links, links_of
 from moe_dist.moe.init_generator import generator
@@ -64,6 +64,20 @@ class ConvertedModel(NamedTuple):
 def copied(links: Iterable[TensorLink], source: SourceFolder) -> Tensors:
     """Return parameters with the values of a checkpoint."""
     return {link.ours: LazyTensor(link.shape, partial(read_link, link, source)) for link in links}
+
+
+def selection_biases(plain: ImportedModel, source: SourceFolder) -> dict[str, Tensor]:
+    """Return the selection biases of a checkpoint by the names of `BalanceState.state_dict`; empty: it has none.
+
+    Raises:
+        CheckpointError: one has another shape.
+    """
+    if plain.family is None or plain.family.experts is None or plain.family.selection_bias is None:
+        return {}
+    moe, leaf = plain.config.moe, f"{plain.family.experts.block}.{plain.family.selection_bias}"
+    names = [f"model.layers.{layer}.{leaf}" for layer in range(moe.dense_layers, plain.config.model.layers)]
+    source.require(dict.fromkeys(names, (moe.experts,)))
+    return {"expert_bias_LE": torch.stack([source.tensor(name).float() for name in names])}
 
 
 def read_link(link: TensorLink, source: SourceFolder) -> Tensor:

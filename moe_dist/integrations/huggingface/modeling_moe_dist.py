@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralModel
 
 FACTORS = {"in_u_DR": -2, "in_v_RH": -1, "out_u_FR": -2, "out_v_RD": -1}
 """Low-rank factors of an expert, and their long axis, along which groups of quantized numbers run."""
@@ -47,9 +47,14 @@ class MoeDistForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     def __init__(self, config: MoeDistConfig) -> None:
         super().__init__(config)
-        for layer in self.model.layers:
-            layer.mlp = _feed_forward(config)
-            _extend_attention(layer.self_attn, config)
+        if config.section("model").get("window") is not None:
+            self.model = MistralModel(config)  # Llama's with a sliding window
+        for number, layer in enumerate(self.model.layers):
+            layer.mlp = _feed_forward(config, number)
+            if config.section("model").get("latent") is None:
+                _extend_attention(layer.self_attn, config)
+            else:
+                layer.self_attn = _latent_attention(config, number)
         self.post_init()
 
 
@@ -144,6 +149,19 @@ class MixtureLayer(nn.Module):
             y_TD = y_TD + cast(Tensor, self.shared(x_TD))
         return y_TD.view_as(hidden)
 
+    @property
+    def sigmoid(self) -> bool:
+        """True if scores are sigmoids of logits; False: the logits."""
+        return bool(self.moe.get("score") == "sigmoid")
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return the scores by which experts are chosen."""
+        return logits.sigmoid() if self.sigmoid else logits
+
+    def log_gates(self, logits: Tensor) -> Tensor:
+        """Return the logarithms that gates are a softmax of."""
+        return functional.logsigmoid(logits) if self.sigmoid else logits
+
     def experts(self, x_TD: Tensor) -> Tensor:
         """Return the gated sum of each token's experts."""
         raise NotImplementedError
@@ -161,10 +179,12 @@ class StandardMixture(MixtureLayer):
     def experts(self, x_TD: Tensor) -> Tensor:
         """Return the gated sum of each token's experts."""
         logits_TE = functional.linear(x_TD.float(), self.router.weight_ED.float())
-        expert_TK = (logits_TE + self.expert_bias_E).topk(self.moe["top_k"], dim=-1).indices
-        gate_TK = logits_TE.gather(-1, expert_TK).softmax(-1)
+        score_TE = self._in_best_groups(self.scores(logits_TE) + self.expert_bias_E)
+        expert_TK = score_TE.topk(self.moe["top_k"], dim=-1).indices
+        gate_TK = self.log_gates(logits_TE).gather(-1, expert_TK).softmax(-1)
         if not self.moe["normalize_gates"] or self.moe["top_k"] == 1:
-            gate_TK = logits_TE.softmax(-1).gather(-1, expert_TK)
+            all_TE = logits_TE.sigmoid() if self.sigmoid else logits_TE.softmax(-1)
+            gate_TK = all_TE.gather(-1, expert_TK)
         y_TD = torch.zeros_like(x_TD)
         for e, weights in self.expert.items():
             token_R, k_R = torch.nonzero(expert_TK == int(e), as_tuple=True)
@@ -172,6 +192,18 @@ class StandardMixture(MixtureLayer):
                 y_RD = _swiglu(x_TD[token_R] @ cast(Tensor, weights.w_in)) @ cast(Tensor, weights.w_out)
                 y_TD.index_add_(0, token_R, y_RD * gate_TK[token_R, k_R, None].to(y_RD.dtype))
         return y_TD
+
+    def _in_best_groups(self, score_TE: Tensor) -> Tensor:
+        """Return the scores with those outside of a token's best groups of experts at minus infinity."""
+        groups = self.moe.get("groups", 1)
+        if groups == 1:
+            return score_TE
+        score_TGN = score_TE.unflatten(-1, (groups, -1))
+        score_TG = score_TGN.topk(2 if self.sigmoid else 1, dim=-1).values.sum(-1)
+        chosen_TG = score_TG.topk(self.moe["top_groups"], dim=-1).indices
+        kept_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(-1, chosen_TG, True)
+        within: Tensor = score_TGN.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+        return within
 
 
 class ClusteredMixture(MixtureLayer):
@@ -222,7 +254,8 @@ class ClusteredMixture(MixtureLayer):
         """Return the output of one cluster [R, D], and the logsumexp of the logits that its gates come from [R]."""
         member_N = self.member_GN[c]
         logits_RN = functional.linear(x_RD.float(), self.router.weight_ED[member_N].float())
-        slot_RK = (logits_RN + self.expert_bias_E[member_N]).topk(self.moe["top_k"], dim=-1).indices
+        slot_RK = (self.scores(logits_RN) + self.expert_bias_E[member_N]).topk(self.moe["top_k"], dim=-1).indices
+        logits_RN = self.log_gates(logits_RN)
         considered = logits_RN.gather(-1, slot_RK) if self.moe["normalize_gates"] else logits_RN
         gate_RK = considered.softmax(-1)
         if not self.moe["normalize_gates"]:
@@ -281,9 +314,17 @@ def _residual(expert: _Weights, x_LD: Tensor, pre_LH: Tensor) -> tuple[Tensor, T
     return h_LF, y_LD if bias_D is None else y_LD + bias_D
 
 
-def _feed_forward(config: MoeDistConfig) -> nn.Module:
+def _latent_attention(config: MoeDistConfig, number: int) -> nn.Module:
+    """Return DeepSeek's attention; its sizes are keys of the configuration."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    attention: nn.Module = DeepseekV3Attention(config, number)
+    return attention
+
+
+def _feed_forward(config: MoeDistConfig, number: int) -> nn.Module:
     moe = config.section("moe")
-    if moe["kind"] == "dense":
+    if moe["kind"] == "dense" or number < moe.get("dense_layers", 0):
         return DenseNetwork(config.hidden_size, moe["dense_hidden"])
     return (ClusteredMixture if moe["kind"] == "clustered" else StandardMixture)(config)
 

@@ -31,10 +31,16 @@ _PARTS = ("codes", "scales", "zeros")
 
 def own_keys(config: RunConfig, quantized: bool) -> dict[str, Any]:
     """Return the keys of config.json for our own class."""
+    if config.model.window_from:
+        raise CheckpointError(
+            f"model.window_from={config.model.window_from}: {OUR_ARCHITECTURE} has sliding windows in all layers or "
+            "none: this run cannot be exported for transformers"
+        )
     sections = {name: getattr(config, name).model_dump(mode="json") for name in ("model", "moe", "precision")}
     sections["moe"]["dense_hidden"] = config.moe.dense_width
     module = MODELING.stem
     return attention_keys(config.model) | {
+        "sliding_window": config.model.window,
         "intermediate_size": 1,  # of the network of Llama that ours replaces
         "moe_dist": {**sections, "quantized": quantized},
         "auto_map": {
@@ -70,8 +76,8 @@ def routing_state(
     """Return selection biases, and members of clusters, by their exported names."""
     state: dict[str, Tensor] = {}
     members = [torch.tensor(placement.members) for placement in placements]
-    for layer in range(config.model.layers if config.moe.layer_kind.routed else 0):
-        prefix = f"model.layers.{layer}.mlp."
+    for layer in range(config.moe_layers if config.moe.layer_kind.routed else 0):
+        prefix = f"model.layers.{config.moe.dense_layers + layer}.mlp."
         state[f"{prefix}expert_bias_E"] = biases["expert_bias_LE"][layer].clone()
         if members:
             state[f"{prefix}cluster_bias_G"] = biases["cluster_bias_LG"][layer].clone()
@@ -116,11 +122,11 @@ def read_routing_state(config: RunConfig, source: SourceFolder) -> tuple[list[Ex
     Raises:
         CheckpointError: a tensor is missing, or clusters do not hold each expert once.
     """
-    moe, layers = config.moe, config.model.layers
+    moe, layers = config.moe, config.moe_layers
     expert_bias_LE, cluster_bias_LG = torch.zeros(layers, moe.experts), torch.zeros(layers, moe.clusters)
     placements = []
     for layer in range(layers if moe.layer_kind.routed else 0):
-        prefix = f"model.layers.{layer}.mlp."
+        prefix = f"model.layers.{moe.dense_layers + layer}.mlp."
         expert_bias_LE[layer] = source.tensor(f"{prefix}expert_bias_E")
         if moe.layer_kind.clustered:
             cluster_bias_LG[layer] = source.tensor(f"{prefix}cluster_bias_G")

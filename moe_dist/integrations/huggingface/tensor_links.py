@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import ModelConfig, RunConfig
-from moe_dist.integrations.huggingface.families import ExpertNames, Family
+from moe_dist.config.sections.model import LatentAttention
+from moe_dist.integrations.huggingface.family import ExpertNames, Family
 
 Shape = tuple[int, ...]
 LAYERS = "gpt.decoder.layers"
@@ -58,7 +59,7 @@ def feed_forward_links(config: RunConfig, family: Family, layer: int) -> Iterato
     """Yield the links of one layer's dense network, or of its router, experts and shared expert."""
     d, moe = config.model.hidden_size, config.moe
     ours, theirs = f"{LAYERS}.{layer}.mlp.inner.", f"model.layers.{layer}."
-    if family.experts is None:
+    if family.experts is None or layer < moe.dense_layers:
         yield from _swiglu(ours, "w_in_DH", "w_out_FD", _dense_names(f"{theirs}mlp."), d, moe.dense_width)
         return
     block = f"{theirs}{family.experts.block}."
@@ -66,9 +67,10 @@ def feed_forward_links(config: RunConfig, family: Family, layer: int) -> Iterato
     for expert in range(moe.experts):
         names = _expert_names(family.experts, f"{block}experts.{expert}.")
         yield from _swiglu(f"{ours}expert.{expert}.", "w_in", "w_out", names, d, moe.expert_hidden)
-    if family.shared_expert:
-        names = _dense_names(f"{block}shared_expert.")
+    if family.shared_expert is not None:
+        names = _dense_names(f"{block}{family.shared_expert}.")
         yield from _swiglu(f"{ours}shared.", "w_in_DH", "w_out_FD", names, d, moe.shared_expert_hidden)
+    if moe.shared_expert_gate:
         gate = {f"{block}shared_expert_gate.weight": (1, d)}
         yield TensorLink(f"{ours}shared.gate_D", (d,), gate, lambda t: t[0][0], lambda t: [t[None]])
 
@@ -77,6 +79,10 @@ def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorLin
     d, width = model.hidden_size, model.head_width
     queries, keys = model.heads * width, (model.kv_heads or model.heads) * width
     yield _same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", (d,))
+    yield _same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", (d,))
+    if model.latent is not None:
+        yield from _latent(model, model.latent, f"{ours}self_attention.", f"{theirs}self_attn.")
+        return
     yield _qkv(model, f"{ours}self_attention.linear_qkv", f"{theirs}self_attn", "weight", (d,))
     if model.qkv_bias:
         yield _qkv(model, f"{ours}self_attention.linear_qkv", f"{theirs}self_attn", "bias", ())
@@ -86,7 +92,23 @@ def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorLin
         for letter, size in zip("qk", sizes, strict=True):
             own, other = f"{ours}self_attention.{letter}_layernorm.weight", f"{theirs}self_attn.{letter}_norm.weight"
             yield _same(own, other, (size,))
-    yield _same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", (d,))
+
+
+def _latent(model: ModelConfig, latent: LatentAttention, ours: str, theirs: str) -> Iterator[TensorLink]:
+    """Yield the links of latent attention, whose projections have the same layout on both sides."""
+    d, heads = model.hidden_size, model.heads
+    queries = heads * (latent.plain_dim + latent.rotary_dim)
+    if latent.query_rank is None:
+        yield _same(f"{ours}linear_q_proj.weight", f"{theirs}q_proj.weight", (queries, d))
+    else:
+        yield _same(f"{ours}linear_q_down_proj.weight", f"{theirs}q_a_proj.weight", (latent.query_rank, d))
+        yield _same(f"{ours}q_layernorm.weight", f"{theirs}q_a_layernorm.weight", (latent.query_rank,))
+        yield _same(f"{ours}linear_q_up_proj.weight", f"{theirs}q_b_proj.weight", (queries, latent.query_rank))
+    down, up = latent.kv_rank + latent.rotary_dim, heads * (latent.plain_dim + latent.value_dim)
+    yield _same(f"{ours}linear_kv_down_proj.weight", f"{theirs}kv_a_proj_with_mqa.weight", (down, d))
+    yield _same(f"{ours}kv_layernorm.weight", f"{theirs}kv_a_layernorm.weight", (latent.kv_rank,))
+    yield _same(f"{ours}linear_kv_up_proj.weight", f"{theirs}kv_b_proj.weight", (up, latent.kv_rank))
+    yield _same(f"{ours}linear_proj.weight", f"{theirs}o_proj.weight", (d, heads * latent.value_dim))
 
 
 def _qkv(model: ModelConfig, ours: str, theirs: str, leaf: str, inputs: Shape) -> TensorLink:

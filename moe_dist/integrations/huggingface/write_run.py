@@ -1,55 +1,21 @@
 """Folder of an imported run: configuration, tokenizer, and final weights of step 0."""
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_dist.checkpoint.manifest import WEIGHT, DataRecord, Manifest
+from moe_dist.checkpoint.new_folder import require_space
 from moe_dist.checkpoint.placement_record import placement_to_record
 from moe_dist.checkpoint.save_and_load import write_checkpoint
 from moe_dist.checkpoint.sharded_tensor import OffloadedShard, ShardedTensor, State
 from moe_dist.checkpoint.store import FINAL
 from moe_dist.config import RunConfig, dump_config
 from moe_dist.data import Tokenizer
-from moe_dist.errors import CheckpointError
 from moe_dist.integrations.huggingface.imported_tensors import ConvertedModel, LazyTensor
 from moe_dist.metrics import installed_versions
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its name when the block ends without an error, else vanishes.
-
-    Raises:
-        CheckpointError: `target` exists, or the folder cannot be made or written.
-    """
-    if target.exists():
-        raise CheckpointError(f"{target} exists already: give another name, or remove it")
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        partial.rename(target)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def require_space(folder: Path, size: int) -> None:
-    """Check that a file system has room for some bytes.
-
-    Raises:
-        CheckpointError: it has not.
-    """
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise CheckpointError(f"{folder} has no space for {size:,} bytes: {free:,} are free")
 
 
 def write_run(
@@ -96,6 +62,6 @@ def _written_when_read(tensor: LazyTensor) -> ShardedTensor:
 
 
 def _biases(config: RunConfig, known: Mapping[str, Tensor]) -> State:
-    layers, moe = config.model.layers, config.moe
+    layers, moe = config.moe_layers, config.moe
     zero = {"cluster_bias_LG": torch.zeros(layers, moe.clusters), "expert_bias_LE": torch.zeros(layers, moe.experts)}
     return {f"part/balance/{name}": ShardedTensor.whole(bias) for name, bias in {**zero, **known}.items()}

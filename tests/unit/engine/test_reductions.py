@@ -52,7 +52,8 @@ def _outcome(rank: int, loss: float, stop: bool) -> tuple[StepOutcome, BalanceSt
     balance.router_loss_2.copy_(torch.tensor([4.0, 8.0]) / 2**rank)
     engine: Any = DeepSpeedEngine.__new__(DeepSpeedEngine)
     mesh = SimpleNamespace(shape=WorldShape(2, 1, 1))
-    engine.model, engine._stages = SimpleNamespace(context=SimpleNamespace(balance=balance, mesh=mesh)), None
+    engine.model = SimpleNamespace(context=SimpleNamespace(balance=balance, mesh=mesh), taught_2=None)
+    engine._stages = None
     engine.process = RankInfo(rank, 2, torch.device("cpu"), timedelta(seconds=1))
     outcome: StepOutcome = engine._reduce_outcome(torch.tensor(loss), stop)
     assert engine._count_LE.tolist() == outcome.count_LE.tolist(), "biases follow the same counts"

@@ -24,18 +24,41 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+    "mscale_all_dim": 0.5,
+}  # fmt: skip
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5,
+    "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+GROUPS = {"n_group": 4, "topk_group": 2}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
     "Llama with its own head width and tied embeddings": ("Llama", {"head_dim": 12, "tie_word_embeddings": True}),
     "Llama 3": ("Llama", {"rope_parameters": LLAMA3, "num_key_value_heads": 4}),
     "Llama stretched": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}),
     "Mistral": ("Mistral", {"sliding_window": None}),
+    "Mistral with a window": ("Mistral", {"sliding_window": 7}),
     "Qwen2": ("Qwen2", {}),
+    "Qwen2 with a window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "Qwen3": ("Qwen3", {"head_dim": 8}),
     "Mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "Mixtral with a window": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 5}),
     "OLMoE": ("Olmoe", EIGHT),
     "OLMoE normalized": ("Olmoe", {**EIGHT, "norm_topk_prob": True}),
     "Qwen2-MoE": ("Qwen2Moe", {**EIGHT, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 20}),
+    "Qwen3 stretched": ("Qwen3", {"head_dim": 8, "rope_parameters": {**YARN, "mscale": None, "mscale_all_dim": None}}),
+    "DeepSeek-V2": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "n_shared_experts": 2, "rope_parameters": YARN}),
+    "DeepSeek-V2 in groups": (
+        "DeepseekV2",
+        {**LATENT, **GROUPS, "q_lora_rank": 8, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0},
+    ),
+    "DeepSeek-V3": ("DeepseekV3", {**LATENT, **GROUPS, "q_lora_rank": 8, "rope_parameters": YARN}),
+    "DeepSeek-V3 ungrouped": (
+        "DeepseekV3",
+        {**LATENT, "q_lora_rank": 8, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0},
+    ),
     "Qwen3-MoE": ("Qwen3Moe", {**EIGHT, "moe_intermediate_size": 16, "head_dim": 8, "norm_topk_prob": True}),
 }
 TOKENS_BS = torch.randint(0, 300, (2, 33), generator=torch.Generator().manual_seed(1))
@@ -53,6 +76,9 @@ def published(folder: Path, name: str, **more: Any) -> nn.Module:
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases, which start at one and zero
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(folder)  # type: ignore[operator]
     hf_tokenizer(folder)
     return model

@@ -25,6 +25,13 @@ SMALL = [
     "tokenizer.kind=hf", "tokenizer.path=.", "tokenizer.vocab_size=320",
 ]  # fmt: skip
 
+LATENT = [
+    "model.kv_heads=null",
+    "model.latent={query_rank: 10, kv_rank: 12, plain_dim: 6, rotary_dim: 4, value_dim: 5}",
+    "model.rope_scaling={kind: yarn, factor: 4, original_length: 16, mscale: 0.7, mscale_all_dim: 0.5}",
+]
+"""Words of latent attention."""
+
 
 def random_runs(cases: dict[Path, list[str]]) -> list[Tensor]:
     """Write a run for each case; return the logits of its model. In a process of its own."""

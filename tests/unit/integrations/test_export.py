@@ -21,7 +21,7 @@ pytest.importorskip("transformers", reason="needs moe-dist[models]")
 import transformers
 
 from tests.unit.integrations.published import MODELS, TOKENS_BS, published, relative, their_logits
-from tests.unit.integrations.random_runs import random_runs
+from tests.unit.integrations.random_runs import LATENT, random_runs
 
 OURS = "MoeDistForCausalLM"
 STANDARD = ["moe.kind=standard", "moe.balance=aux_loss"]
@@ -38,6 +38,11 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "clustered, one expert": (OURS, ["moe.top_k=1", "moe.expert_vectors=false", "moe.gate_scale=2"]),
     "clustered, two clusters": (OURS, ["moe.clusters=4", "moe.top_clusters=2", "moe.normalize_gates=false"]),
     "clustered, one base": (OURS, ["moe.base=shared+cluster", "moe.base_rank=4", "model.qkv_bias=true"]),
+    "standard, groups of sigmoids": (
+        OURS, ["moe.kind=standard", "moe.score=sigmoid", "moe.groups=4", "moe.top_groups=2", "model.qkv_bias=true"],
+    ),
+    "clustered, latent attention": (OURS, [*LATENT, "moe.score=sigmoid", "moe.dense_layers=1", "moe.dense_hidden=20"]),
+    "clustered, window": (OURS, ["model.window=6"]),
     "clustered, shared": (
         OURS, ["moe.shared_expert_hidden=12", "moe.shared_expert_gate=true", "model.qk_norm=width"],
     ),

@@ -21,7 +21,7 @@ from tests.unit.data.samples import documents_of
 
 pytest.importorskip("transformers", reason="needs moe-dist[models]")
 
-from tests.unit.integrations.random_runs import random_runs
+from tests.unit.integrations.random_runs import LATENT, random_runs
 
 PROMPTS = ["one two", "a much longer prompt than the first"]
 
@@ -43,16 +43,17 @@ def test_a_converted_tokenizer_gives_the_same_ids(tmp_path: Path, kind: str) -> 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clustered run with random weights."""
+    """A clustered run with random weights, beside one with latent attention."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    run_ranks(random_runs, 1, {path: ["moe.top_k=1"]})
+    run_ranks(random_runs, 1, {path: ["moe.top_k=1"], path.with_name("latent"): [*LATENT, "moe.dense_layers=1"]})
     return path
 
 
-def test_a_batch_gives_what_each_prompt_gives_alone(run: Path) -> None:
+@pytest.mark.parametrize("name", ["run", "latent"])
+def test_a_batch_gives_what_each_prompt_gives_alone(run: Path, name: str) -> None:
     options = GenerationOptions(max_tokens=6)
-    alone = [generate(run, [prompt], options)[0] for prompt in PROMPTS]
-    assert generate(run, PROMPTS, options) == alone
+    alone = [generate(run.with_name(name), [prompt], options)[0] for prompt in PROMPTS]
+    assert generate(run.with_name(name), PROMPTS, options) == alone
     assert all(alone)
 
 

@@ -8,6 +8,7 @@ import torch
 from moe_dist.config import ModelConfig, MoEConfig
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.moe.layer_context import LayerContext
+from moe_dist.moe.scoring import Scoring
 from moe_dist.moe.standard_moe import StandardMoE
 from moe_dist.moe.topk_routing import choose_flat
 
@@ -57,3 +58,19 @@ def test_a_layer_is_the_gated_sum_of_its_experts(factor: float | None) -> None:
     over = sum(-count for count in left.values() if count < 0)
     assert int(context.balance.dropped_L[0]) == over
     assert (over > 0) is (factor is not None)
+
+
+def test_groups_and_sigmoids_by_hand() -> None:
+    """Two groups of two: the largest logit is in the first, the largest sum of two sigmoids in the second."""
+    logits, bias = torch.tensor([[3.0, -9.0, 1.0, 1.0]]), torch.zeros(4)
+    largest = choose_flat(logits, bias, 2, scoring=Scoring(groups=2, top_groups=1))
+    assert sorted(largest.expert_TK[0].tolist()) == [0, 1]
+    sums = choose_flat(logits, bias, 2, scoring=Scoring(sigmoid=True, groups=2, top_groups=1))
+    assert sorted(sums.expert_TK[0].tolist()) == [2, 3]
+    torch.testing.assert_close(sums.gate_TK, torch.tensor([[0.5, 0.5]]))
+    plain = choose_flat(logits, torch.tensor([0.0, 2.0, 0.0, 0.0]), 2, scoring=Scoring(sigmoid=True))
+    gates = torch.tensor([3.0, -9.0]).sigmoid()
+    assert sorted(plain.expert_TK[0].tolist()) == [0, 1], "a bias is added to sigmoids"
+    torch.testing.assert_close(plain.gate_TK.sort().values[0], (gates / gates.sum()).sort().values)
+    alone = choose_flat(logits, bias, 2, normalize=False, scoring=Scoring(sigmoid=True))
+    torch.testing.assert_close(alone.gate_TK[0, 0], torch.tensor(3.0).sigmoid())
