@@ -867,7 +867,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("a fault spreads into the loss", "each.double().nan_to_num(0, 0, 0)", "each.double()"),
         ("loads of this rank alone", "        dist.all_reduce(packed)\n", ""),
         ("counts never cleared", "        balance.clear_counts()\n", ""),
-        ("all ranks have to ask for the stop", "stops > 0, idle_sum", "stops >= ranks, idle_sum"),
+        ("all ranks have to ask for the stop", "stops > 0,", "stops >= ranks,"),
+        ("losses of sources of this rank alone", "total_2K=totals.view(2, -1)", "total_2K=mine_2K"),
         ("sum of router losses", "balance_loss / per_stage", "balance_loss"),
         (
             "losses exchanged",

@@ -55,7 +55,8 @@ def _outcome(rank: int, loss: float, stop: bool) -> tuple[StepOutcome, BalanceSt
     engine.model = SimpleNamespace(context=SimpleNamespace(balance=balance, mesh=mesh), taught_2=None)
     engine._stages = None
     engine.process = RankInfo(rank, 2, torch.device("cpu"), timedelta(seconds=1))
-    outcome: StepOutcome = engine._reduce_outcome(torch.tensor(loss), stop)
+    losses_and_targets_2K = torch.tensor([[loss, 1.0], [10.0, 5.0 * rank]], dtype=torch.float64)
+    outcome: StepOutcome = engine._reduce_outcome(torch.tensor(loss), losses_and_targets_2K, stop)
     assert engine._count_LE.tolist() == outcome.count_LE.tolist(), "biases follow the same counts"
     return outcome, balance
 
@@ -67,6 +68,8 @@ def test_a_step_s_outcome_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) 
         assert outcome.dropped == 3 + 6
         assert (outcome.balance_loss, outcome.z_loss) == (3, 6), "means of 4 and 2, of 8 and 4"
         assert outcome.broken_ranks == ()
+        assert outcome.total_2K is not None
+        assert outcome.total_2K.tolist() == [[7, 2], [20, 5]], "of two sources"
         assert outcome.stop, "one rank that was asked to stop stops all"
         assert not balance.count_LE.any(), "counts start anew in the next step"
 
