@@ -1,0 +1,1 @@
+"""Counting of the collectives of any torch program, from outside of it."""
