@@ -5,7 +5,7 @@ c10d. A kernel above the backends' counts each call, and passes it on. Other ope
 
 Bytes are those that this rank sends by the usual algorithm: rings for all-reduce, all-gather and reduce-scatter, a
 chain for broadcast and reduce, and what is addressed for all-to-all, gather, scatter and send. Each peer's share is
-kept, so that links can be told apart when the places of all ranks are known.
+kept, so that links can be distinguished when the places of all ranks are known.
 """
 
 import atexit
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     backward: bool
 
 
-class Count:
+class CallCount:
     """Number of calls, bytes to each global rank, and seconds from each call to its end."""
 
     def __init__(self) -> None:
@@ -127,12 +127,12 @@ OPERATIONS: dict[str, tuple[str, Callable[..., Sent]]] = {
 """Name of each operator's collective, and function (group size, own index, *operator's arguments) to the bytes sent."""
 
 
-class Recorder:
+class CollectiveCounter:
     """Counts of this process, written to a file of their own in the folder of `MOE_DIST_ATTACH`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._lock, self._written = folder, threading.Lock(), time.monotonic()
-        self.counts: dict[Call, Count] = {}
+        self.counts: dict[Call, CallCount] = {}
         self._groups: dict[str, tuple[int, ...]] = {}
         self._rank: int | None = None
 
@@ -150,7 +150,7 @@ class Recorder:
         sent = sent_of(len(ranks), rank, *arguments)
         call = Call(name, ranks, _call_site(), _in_backward())
         with self._lock:
-            count = self.counts.setdefault(call, Count())
+            count = self.counts.setdefault(call, CallCount())
             count.calls += 1
             for peer, size in sent.items():
                 if peer != rank:
@@ -159,7 +159,7 @@ class Recorder:
         if time.monotonic() - self._written > FLUSH_SECONDS:
             self.write()
 
-    def _add_time(self, count: Count, result: Any, started: float) -> None:
+    def _add_time(self, count: CallCount, result: Any, started: float) -> None:
         from torch.distributed.distributed_c10d import Work
 
         def done(_: Any = None) -> None:
@@ -173,7 +173,7 @@ class Recorder:
             done()
 
     def _group_of(self, arguments: tuple[Any, ...]) -> tuple[tuple[int, ...], int] | None:
-        """Return the global ranks of the call's group, and this rank's index; None: it cannot be told."""
+        """Return the global ranks of the call's group, and this rank's index; None: the call names no group."""
         import torch
         import torch.distributed as dist
 
@@ -258,7 +258,7 @@ def install() -> None:
         return
     import torch
 
-    recorder = Recorder(Path(os.environ[FOLDER]))
+    recorder = CollectiveCounter(Path(os.environ[FOLDER]))
     library = torch.library.Library("c10d", "IMPL")
     for operation in OPERATIONS:
         overloads = getattr(torch.ops.c10d, operation, None)
@@ -271,7 +271,7 @@ def install() -> None:
     atexit.register(recorder.write)
 
 
-def _counting(overload: Any, operation: str, recorder: Recorder) -> Callable[..., Any]:
+def _counting(overload: Any, operation: str, recorder: CollectiveCounter) -> Callable[..., Any]:
     import torch
 
     below = torch._C._after_autograd_keyset
