@@ -75,7 +75,8 @@ class SentenceModel(LanguageModel):
         """
         nn.Module.__init__(self)
         self.config, self.vocab_size, self.context = language.config, language.vocab_size, language.context
-        self.gpt, self.classes = language.gpt, classes
+        self.gpt, self.classes, self.sequence_losses = language.gpt, classes, []
+        self.stage, self._links, self.tied = language.stage, language._links, language.tied
         if not language.config.model.tie_embeddings:
             self.gpt.output_layer.requires_grad_(False)  # unused here
         draw = torch.Generator().manual_seed(seed)

@@ -91,5 +91,5 @@ def test_what_does_not_divide_is_refused_before_any_rank_starts(words: list[str]
 
 def test_an_evaluation_divides_texts_and_not_sequences() -> None:
     config = load_config(None, SMALL)
-    with pytest.raises(ConfigError, match=r"world\.tensor=2 x world\.context=1: an evaluation divides texts"):
+    with pytest.raises(ConfigError, match=r"world\.tensor=2 x world\.context=1 x .* an evaluation divides texts"):
         evaluation_config(config, WorldConfig(tensor=2), "float32", config.memory)
