@@ -63,22 +63,15 @@ def check_pipeline(world: WorldConfig, model: ModelConfig, memory: MemoryConfig,
         raise ConfigError(
             f"model.layers={model.layers} is not divisible by world.pipeline={stages}{of_chunks}: change one of them"
         )
-    if stages > 1 and memory.offload:
-        raise ConfigError(
-            f"memory.offload=true does not work with world.pipeline={stages}: set one of them to its default"
-        )
-    for key, found in (
-        ("model.latent", model.latent is not None),
-        (f"model.window_from={model.window_from}", model.window_from > 0),
-        (f"moe.dense_layers={moe.dense_layers}", moe.dense_layers > 0),
-    ):
-        if stages > 1 and found:
-            raise ConfigError(f"{key} does not work with world.pipeline={stages}: set world.pipeline to 1")
-    if stages > 1 and moe.warmup_standard:
-        raise ConfigError(
-            f"moe.warmup_standard={moe.warmup_standard} does not work with world.pipeline={stages}: set one of them to "
-            "its default"
-        )
+    refused = {
+        "memory.offload=true": (memory.offload, "false"),
+        "model.latent": (model.latent is not None, "null"),
+        f"model.window_from={model.window_from}": (model.window_from > 0, "0"),
+        f"moe.dense_layers={moe.dense_layers}": (moe.dense_layers > 0, "0"),
+        f"moe.warmup_standard={moe.warmup_standard}": (moe.warmup_standard > 0, "0"),
+    }
+    if stages > 1:
+        _reject(refused, f"world.pipeline={stages}")
 
 
 def check_warmup(moe: MoEConfig, train: TrainConfig) -> None:

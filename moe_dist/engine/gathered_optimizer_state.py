@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.optimizer_state import MASTER, STATE_NAMES, OptimizerState, StateFragment
 from moe_dist.memory.block import TensorKind
-from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
+from moe_dist.moe.parameter_class import REDUCED_OVER, class_of, copies_of
 
 GatheredOptimizerState = dict[str, Tensor]
 """Tensors by `STATE_NAMES`: float32, each in the parameter's shape."""
@@ -34,9 +34,9 @@ class OwnedState:
     def of(cls, state: OptimizerState, parameter: nn.Parameter, mesh: Mesh) -> "OwnedState":
         """Return views of the optimizer's tensors for one parameter."""
         kind = REDUCED_OVER.get(class_of(parameter))
-        group = None if kind is None else mesh.group(kind).handle
-        copies = mesh.shape.stage_ranks if kind is None else mesh.group(kind).size
-        return cls(parameter.shape, state.fragment(parameter), group, state.divided and copies > 1)
+        group = mesh.stage_group if kind is None else mesh.group(kind).handle
+        divided = state.divided and copies_of(parameter, mesh) > 1
+        return cls(parameter.shape, state.fragment(parameter), group, divided)
 
     def copy(self) -> "OwnedState":
         """Return a deep copy."""

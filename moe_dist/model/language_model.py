@@ -21,7 +21,7 @@ from moe_dist.memory.block import Block
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.model.document_mask import document_mask
 from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
-from moe_dist.model.pipeline_stage import StageLayers, run_chunk
+from moe_dist.model.pipeline_stage import StageLayers, positions, run_chunk
 from moe_dist.model.stage_links import StageLinks, TiedEmbedding
 from moe_dist.model.teacher_loss import TeacherTargets, kl_divergence
 from moe_dist.moe.clustered_experts import ClusteredExperts
@@ -147,13 +147,13 @@ class LanguageModel(nn.Module):
         if self._links is not None:
             return self._losses_through_stages(sequence_BS, self._links)
         tokens_BS, labels_BS, target_BS, mask = self._divided(sequence_BS)
-        losses: Tensor = self.gpt(tokens_BS, _positions(tokens_BS), mask, labels=labels_BS)
+        losses: Tensor = self.gpt(tokens_BS, positions(tokens_BS), mask, labels=labels_BS)
         return losses * target_BS
 
     def logits_and_losses(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [B, S, V] and the result of `token_losses`; only where neither is divided over ranks."""
         tokens_BS, labels_BS, target_BS, mask = self._divided(sequence_BS)
-        logits_BSV: Tensor = self.gpt(tokens_BS, _positions(tokens_BS), mask)
+        logits_BSV: Tensor = self.gpt(tokens_BS, positions(tokens_BS), mask)
         loss_N = functional.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none")
         return logits_BSV, loss_N.view_as(labels_BS) * target_BS
 
@@ -298,10 +298,6 @@ class LanguageModel(nn.Module):
         if self.context.statistics is not None:
             self.context.statistics.to(device)
         return self.to(device)
-
-
-def _positions(tokens_BS: Tensor) -> Tensor:
-    return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from moe_dist.model.initial_values import draw_initial_values
 from moe_dist.model.megatron_attention import RotaryOnDevice, SdpaCoreAttention
 from moe_dist.model.megatron_latent_attention import LatentNorm, install_stand_in, latent_keys, replace_rotary
 from moe_dist.model.megatron_tensor_parallel import check_vocabulary, install_stand_ins, mark_shards
-from moe_dist.model.pipeline_stage import StageLayers, number_layers
+from moe_dist.model.pipeline_stage import StageLayers, number_layers, positions
 
 FeedForwardFactory = Callable[[int], nn.Module]
 """Function from a layer index, counted from 0, to a module that maps [..., hidden] to [..., hidden]."""
@@ -157,11 +157,10 @@ def _layer_spec(model: ModelConfig, mesh: Mesh, feed_forward: FeedForwardFactory
 
 def hidden_states(gpt: nn.Module, tokens_BS: Tensor) -> Tensor:
     """Return the input of the output layer of a `build_gpt` model for each token, [B, S, hidden]."""
-    position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     stage = cast(Any, gpt)
     stage.post_process = False  # makes it an earlier pipeline stage, without output layer
     try:
-        hidden_SBD: Tensor = stage(tokens_BS, position_BS, None)
+        hidden_SBD: Tensor = stage(tokens_BS, positions(tokens_BS), None)
     finally:
         stage.post_process = True
     return hidden_SBD.transpose(0, 1)

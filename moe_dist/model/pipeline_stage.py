@@ -69,6 +69,11 @@ def number_layers(gpt: nn.Module, layers: StageLayers) -> None:
     block._modules.update(modules)
 
 
+def positions(tokens_BS: Tensor) -> Tensor:
+    """Return the index of each token in this rank's part of its sequence, [B, S]."""
+    return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+
+
 def run_chunk(
     gpt: nn.Module,
     layers: StageLayers,
@@ -88,8 +93,7 @@ def run_chunk(
     """
     model: Any = gpt
     if layers.begins(chunk):
-        position_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        hidden_SBD = model.embedding(input_ids=tokens_BS, position_ids=position_BS)
+        hidden_SBD = model.embedding(input_ids=tokens_BS, position_ids=positions(tokens_BS))
     else:
         assert received_SBD is not None
         hidden_SBD = received_SBD
