@@ -10,11 +10,12 @@ import typer
 from moe_dist.cli.options import Config, Json, Overrides, OwnText, Port, StartedBy, takes
 from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
 from moe_dist.distillation.spec import StoreSpec
-from moe_dist.errors import LaunchError
+from moe_dist.errors import EXIT_REFUSED, LaunchError
 from moe_dist.launch import environment, runners
 from moe_dist.launch.environment import split_words
 from moe_dist.launch.files import new_folder_name, with_summary
 from moe_dist.launch.job import DEFAULT_PORT, JobSize, Launcher, plan
+from moe_dist.launch.preflight import problems
 from moe_dist.launch.rank import run_rank
 from moe_dist.launch.tasks import STORE_LOGITS
 
@@ -99,11 +100,20 @@ def own_text(path: Path | None) -> list[str]:
 def show_config(
     config: Config,
     overrides: Overrides = None,
+    text: OwnText = None,
     ranks: Annotated[int | None, typer.Option(help="Also check that this many ranks can run it.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="List what the run lacks on this machine, instead of printing YAML.")
+    ] = False,
 ) -> None:
-    """Check a configuration and print it resolved, as YAML."""
-    resolved = load_config(config, overrides or ())
+    """Check a configuration and print it resolved, as YAML; with --check also files, folders, space and devices."""
+    resolved = load_config(config, [*own_text(text), *(overrides or ())])
     if ranks is not None:
         resolve_world(resolved, ranks)
         resolve_batch(resolved, ranks)
-    typer.echo(dump_config(resolved), nl=False)
+    if not check:
+        typer.echo(dump_config(resolved), nl=False)
+        return
+    found = problems(resolved, None if "SLURM_JOB_ID" in os.environ else ranks or 1)  # its ranks are on other nodes
+    typer.echo("\n".join(found) or f"{config}: ready to start")
+    raise typer.Exit(EXIT_REFUSED if found else 0)
