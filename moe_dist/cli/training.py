@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def train(config: Config, overrides: Overrides = None, text: OwnText = None, json_file: Json = None) -> None:
     """Train: one process alone, or as one rank inside a launcher (deepspeed, torchrun, mpirun, srun)."""
+    _keep_command()
     raise typer.Exit(run_rank(config, with_summary([*own_text(text), *(overrides or ())], json_file)))
 
 
@@ -53,6 +56,7 @@ def launch(
     if dry_run:
         typer.echo(runners.dry_run(job))
         return
+    _keep_command()
     raise typer.Exit(runners.launch(job))
 
 
@@ -76,6 +80,11 @@ def store_logits(
         raise typer.Exit(run_rank(config, overrides or (), STORE_LOGITS, spec))
     job = plan(launcher, size, config, overrides or (), port)
     raise typer.Exit(runners.launch(job.with_task(STORE_LOGITS, spec)))
+
+
+def _keep_command() -> None:
+    """Hand the command line to the ranks, which name it when they stop early."""
+    os.environ[environment.COMMAND] = shlex.join(["moe-dist", *sys.argv[1:]])
 
 
 def own_text(path: Path | None) -> list[str]:

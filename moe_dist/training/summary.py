@@ -1,4 +1,4 @@
-"""Description of a run at its start, and its summary at the end."""
+"""Summary of a run at its end."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,6 @@ if TYPE_CHECKING:
 
 FLOAT32, MOMENTS = 4, 8
 """Bytes of a float32 master weight, and of AdamW's two moments."""
-
-
-def description(trainer: "Trainer") -> str:
-    """Return one line about model, ranks, precision and data."""
-    config, moe = trainer.config, trainer.config.moe
-    warmup = f", after {config.standard_steps} steps of standard experts" if config.standard_steps else ""
-    return (
-        f"{config.name}: {config.model.layers} layers of {config.model.hidden_size}, "
-        f"{moe.layer_kind.describe(moe)}{warmup}; "
-        f"{trainer.process.ranks} rank(s): {trainer.shape}; ZeRO {config.world.zero_stage}, {config.train.precision}, "
-        f"{trainer.data.tokens:,} tokens of {config.corpus.kind} text, {trainer.data.vocab_size} pieces"
-    )
 
 
 def run_summary(trainer: "Trainer") -> dict[str, Any]:

@@ -39,6 +39,7 @@ from moe_dist.model.teacher_loss import TeacherTargets
 from moe_dist.moe.training_step import train_residuals_only
 from moe_dist.recluster.coordinator import Coordinator
 from moe_dist.training.backend_choice import BackendChoice
+from moe_dist.training.banner import banner, continuing_command, device_warning
 from moe_dist.training.checkpointing import RunCheckpoints
 from moe_dist.training.finished_run import show_if_finished
 from moe_dist.training.hang_guard import end_process
@@ -48,7 +49,7 @@ from moe_dist.training.overlap_choice import OverlapChoice
 from moe_dist.training.precision_advice import check_same_precision, precision_advice
 from moe_dist.training.preemption import StopSignals
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
-from moe_dist.training.summary import description, run_summary
+from moe_dist.training.summary import run_summary
 from moe_dist.training.summary_metrics import traffic_matrices
 from moe_dist.training.teacher_comparison import TeacherComparison
 from moe_dist.training.validation import ValidationLoss, validation_loss
@@ -95,7 +96,7 @@ def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
         shutdown()
         return False
     if process.rank == 0:
-        print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
+        print(f"{config.name}: reading text and tokenizer (corpus.kind={config.corpus.kind})", flush=True)
     check_same_precision(config, process)
     data = prepare_data(config.corpus, config.tokenizer)
     _require_same_data(data, process)
@@ -255,9 +256,14 @@ class Trainer:
 
     def start(self) -> None:
         """Prepare for the first step; collective."""
-        self.recorder.note(description(self))
         if self.process.rank == 0:
-            for advice in (layout_advice(self.config, self.shape), precision_advice(self.config, self.process.device)):
+            self.recorder.note(banner(self))
+            advices = (
+                device_warning(self),
+                layout_advice(self.config, self.shape),
+                precision_advice(self.config, self.process.device),
+            )
+            for advice in advices:
                 if advice is not None:
                     self.recorder.note(f"warning: {advice}")
         self._start_all(self.steps_done)
@@ -357,8 +363,8 @@ class Trainer:
         for callback in self.callbacks:
             callback.stop(step)
         self.recorder.note(
-            f"asked to stop: stopped after step {step}, with a checkpoint; the same command with "
-            "checkpoint.resume=auto continues"
+            f"asked to stop: stopped after step {step}, with a checkpoint; to continue:\n"
+            f"  {continuing_command(self.checkpoints.run)}"
         )
         self.recorder.event("stopped", step)
 
