@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from moe_dist.config.schema import RunConfig
+from moe_dist.config.shipped import or_shipped
 from moe_dist.config.yaml_text import parse_yaml, shortened
 from moe_dist.errors import ConfigError
 
@@ -26,7 +27,8 @@ def load_config(
     """Read, merge and validate a configuration.
 
     Args:
-        path: a YAML file; files in its `include: [other.yaml]` (relative to it) are read first. None: the defaults.
+        path: a YAML file, the user's or a shipped one (`configs/...`); files in its `include: [other.yaml]` (relative to
+            it) are read first. None: the defaults.
         overrides: `key.sub=value` words, the value in YAML syntax; the last one wins.
         below: settings over which all others win.
 
@@ -34,7 +36,7 @@ def load_config(
         ConfigError: one line that names the file or key, the value, and the remedy.
     """
     try:
-        tree = _read_with_includes(Path(path), ()) if path is not None else {}
+        tree = _read_with_includes(or_shipped(Path(path)), ()) if path is not None else {}
         tree = _merge(below or {}, tree)
         for word in overrides:
             tree = _merge(tree, _parse_override(word))

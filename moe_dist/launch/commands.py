@@ -5,12 +5,13 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 
+from moe_dist.config.shipped import shipped
 from moe_dist.errors import LaunchError
 from moe_dist.launch.environment import free_port
-from moe_dist.launch.job import RANK_SCRIPT, Job, Launcher, visible_gpus
+from moe_dist.launch.job import Job, Launcher, visible_gpus
 from moe_dist.launch.tasks import TRAIN
 
-TRAIN_SBATCH = RANK_SCRIPT.parents[2] / "slurm" / "train.sbatch"
+TRAIN_SBATCH = shipped("slurm/train.sbatch")
 
 
 def node_command(job: Job, node: int) -> list[str]:
