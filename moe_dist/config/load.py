@@ -27,8 +27,8 @@ def load_config(
     """Read, merge and validate a configuration.
 
     Args:
-        path: a YAML file, the user's or a shipped one (`configs/...`); files in its `include: [other.yaml]` (relative to
-            it) are read first. None: the defaults.
+        path: a YAML file, the user's or a shipped one (`configs/...`); files in its `include: [other.yaml]` (relative
+            to it) are read first. None: the defaults.
         overrides: `key.sub=value` words, the value in YAML syntax; the last one wins.
         below: settings over which all others win.
 
