@@ -89,7 +89,10 @@ def _require_same_tokens(then: DataRecord, now: DataRecord, changed: Mapping[str
         return
     keys = {key: pair for key, pair in changed.items() if _is_below(key, ("corpus",)) and key != "corpus.cache_dir"}
     why = _shown(keys) if keys else "the same keys, so the text itself has changed"
-    raise CheckpointError(f"the checkpoint's training tokens differ from those of corpus.*: {why}")
+    raise CheckpointError(
+        f"the checkpoint's training tokens differ from those of corpus.*: {why}; to train its weights on other text, "
+        "start a new run with checkpoint.init in place of checkpoint.resume"
+    )
 
 
 def _is_below(key: str, sections: tuple[str, ...]) -> bool:

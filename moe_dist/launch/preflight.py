@@ -3,6 +3,7 @@
 The same code answers for `launch`, `train` and `config --check`. It imports no torch, and opens nothing large.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -95,6 +96,8 @@ def _weight_problems(config: RunConfig) -> Iterator[str]:
             )
         elif folder.is_dir() and not _holds_checkpoint(folder):
             yield f"{key}={path} holds no checkpoint: give the folder of a run that has saved one, or of a checkpoint"
+        elif key == "checkpoint.resume" and _holds_weights_alone(folder):
+            yield f"{key}={path} holds weights only: start a new run from it with checkpoint.init={path}"
     teacher = config.distill.teacher
     if teacher is not None and not Path(teacher).exists():
         yield f"distill.teacher={teacher} does not exist: give the folder of a run, or of stored predictions"
@@ -105,6 +108,13 @@ def _holds_checkpoint(folder: Path) -> bool:
     return any((place / MANIFEST).is_file() for place in (folder, folder / "final")) or (
         saved.is_dir() and any(saved.glob("step-*"))
     )
+
+
+def _holds_weights_alone(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"] == "weights")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _folder_problems(config: RunConfig) -> Iterator[str]:

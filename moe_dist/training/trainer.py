@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.checkpoint.stateful import Stateful
-from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.console import tolerant_output
 from moe_dist.data import PrefetchingLoader, PreparedData, open_batches, open_sequences, open_tokenizer, prepare_data
@@ -30,7 +29,7 @@ from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.engine.loss_scale import LossScale
-from moe_dist.errors import CheckpointError, DataError, TrainingError, file_error
+from moe_dist.errors import DataError, TrainingError, file_error
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.metrics.wall_clock import WallClock
@@ -43,6 +42,7 @@ from moe_dist.training.banner import banner, continuing_command, device_warning
 from moe_dist.training.checkpointing import RunCheckpoints
 from moe_dist.training.finished_run import show_if_finished
 from moe_dist.training.hang_guard import end_process
+from moe_dist.training.initial_weights import find_initial_weights
 from moe_dist.training.learning_rate import learning_rate
 from moe_dist.training.metrics_logger import MetricsLogger
 from moe_dist.training.overlap_choice import OverlapChoice
@@ -297,11 +297,7 @@ class Trainer:
         return False
 
     def _start_from(self, run: Path) -> None:
-        weights = find_weights(run)
-        if weights.path.is_file():
-            raise CheckpointError(
-                f"checkpoint.init={run} is an exported file: give the folder of a run or a checkpoint"
-            )
+        weights = find_initial_weights(run, self.data)
         self.checkpoints.start_from(weights)
         self.recorder.note(f"starts from the weights of {weights.path}")
         self.recorder.event("initialized", 0, path=str(weights.path))

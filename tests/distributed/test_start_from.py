@@ -48,6 +48,7 @@ def test_other_models_and_files_are_refused(tmp_path: Path) -> None:
         (run, "model.hidden_size=64", "the model needs"),
         (tmp_path / "first.safetensors", "seed=1", "is an exported file"),
         (tmp_path / "none", "seed=1", "does not exist"),
+        (run, "tokenizer.vocab_size=480", "was trained with another tokenizer .*: keep the corpus of that run"),
     ):
         with pytest.raises(AssertionError, match=f"CheckpointError: .*{match}"):
             run_ranks(_train, 1, tmp_path, f"checkpoint.init={init}", "name=second", *STILL, more)

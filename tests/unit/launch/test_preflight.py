@@ -64,6 +64,11 @@ def test_weights_and_tokenizers_that_are_not_there(tmp_path: Path) -> None:
         (hf, f"tokenizer.path={tmp_path}/folder"): "tokenizer.path=HERE/folder holds no tokenizer.json: give the",
     }.items():
         assert only_problem(tmp_path, *words).startswith(line)
+    (tmp_path / "folder" / "manifest.json").write_text('{"kind": "weights"}')
+    assert only_problem(tmp_path, f"checkpoint.resume={tmp_path}/folder") == (
+        "checkpoint.resume=HERE/folder holds weights only: start a new run from it with checkpoint.init=HERE/folder"
+    )
+    (tmp_path / "folder" / "manifest.json").unlink()
     (tmp_path / "folder" / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert problems(config(tmp_path, f"checkpoint.resume={tmp_path}/folder"), 1) == []
 
