@@ -28,7 +28,7 @@ def with_text(path: Path | None, config: str | None, overrides: Sequence[str] | 
     """
     words = list(overrides or ())
     if config is not None and "=" in config and not Path(config).exists():
-        config, words = None, [config, *words]
+        words, config = [config, *words], None
     if config is None and path is None:
         raise LaunchError("CONFIG is missing: give a YAML file, such as configs/experiment/demo.yaml, or --text FILE")
     if path is None:

@@ -26,6 +26,7 @@ class MetricsLogger(Callback):
     ) -> None:
         self._config, self._shape, self._process, self._recorder = config, shape, process, recorder
         self.history, self._clock, self.waited = RunHistory(), clock, 0.0
+        self._idle: list[float] = []
         self._sources = SourceLosses(tuple(config.corpus.sources))
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
 
@@ -54,6 +55,7 @@ class MetricsLogger(Callback):
         """Record the loads with the placement by which they were routed."""
         self._clock.first_step_ends()
         self.waited += report.waited
+        self._idle.append(report.outcome.idle)
         if report.outcome.total_2K is not None:
             self._sources.add(report.outcome.total_2K)
         if self._routed:
@@ -100,6 +102,7 @@ class MetricsLogger(Callback):
             "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": history.curve},
             "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
             "load": last_fifth(history.loads),
+            "pipeline": {"idle": float(np.mean(self._idle)) if self._idle and self._shape.pipeline > 1 else None},
         }
 
     def _figures(self, report: StepReport) -> dict[str, Any]:

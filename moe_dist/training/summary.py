@@ -42,7 +42,9 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
         "all_to_all": {
             **all_to_all_totals(trainer.ledger, found["tokens"], config.moe_layers, process),
             "flat_bytes_per_token_layer": _flat_bytes(trainer),
+            "wire_dtype": config.moe.wire_dtype if config.moe.layer_kind.routed else None,
         },
+        "capacity": {"factor": config.moe.capacity_factor},
         "stored": _stored_bytes(trainer),
         "memory": {
             "peak_rss_bytes": max(peaks.rss_by_rank),
