@@ -35,8 +35,8 @@ def test_a_row_for_each_feature() -> None:
     assert rows["capacity"] == "1.25 times a uniform share; 12.20% of the copies dropped"
     assert rows["pipeline"] == "stages idle for 25.0% of their passes"
     assert rows["regrouping"] == (
-        "2 rounds moved 9 experts to other clusters (3 rejected): 120.6 KiB between ranks in 0.5 s, of that 1.0 KiB for "
-        "clusters that changed ranks"
+        "2 rounds moved 9 experts to other clusters (3 rejected): 120.6 KiB between ranks in 0.5 s, of that 1.0 KiB "
+        "for clusters that changed ranks"
     )
     assert rows["offload"] == (
         "at most 1.0 MiB of 2.0 MiB of a rank's clusters in memory; 290.0 MiB fetched, 162.0 MiB evicted; 50.0% of "
