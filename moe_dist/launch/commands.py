@@ -94,7 +94,10 @@ def sbatch(job: Job) -> list[str]:
             "--launcher slurm submits training alone: run this command inside an allocation, such as salloc's, "
             f"where srun starts its {job.ranks} ranks"
         )
-    size = [f"--nodes={len(job.nodes)}", f"--ntasks-per-node={job.nodes[0].ranks}"]
+    ranks = job.nodes[0].ranks
+    size = [f"--nodes={len(job.nodes)}", f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks * job.uses_gpus:d}"]
+    if job.threads:
+        size.append(f"--cpus-per-task={job.threads}")
     return ["sbatch", *size, *job.options, str(TRAIN_SBATCH), *job.words]
 
 

@@ -40,6 +40,7 @@ class Job:
         options: further arguments of the launcher itself.
         task: name of the task in `tasks.TASKS`.
         task_options: options of the task as JSON; empty: its defaults.
+        uses_gpus: False: the ranks use the CPU by the user's choice, so that a scheduler is asked for no GPUs.
     """
 
     launcher: Launcher
@@ -51,6 +52,7 @@ class Job:
     options: tuple[str, ...] = ()
     task: str = TRAIN
     task_options: str = ""
+    uses_gpus: bool = True
 
     @classmethod
     def here(
@@ -122,7 +124,8 @@ def plan(
     config = load_config(config_path, overrides)
     world = config.world
     nodes = machines(launcher, size, (world.data or 1) * (world.cluster or 1) * world.shard)
-    job = Job(launcher, nodes, (config_path, *overrides), world.threads, port=port, options=tuple(options))
+    words, on_gpus = (config_path, *overrides), world.backend != "gloo"
+    job = Job(launcher, nodes, words, world.threads, port=port, options=tuple(options), uses_gpus=on_gpus)
     resolve_world(config, job.ranks)
     resolve_batch(config, job.ranks)
     if not starts:

@@ -198,8 +198,19 @@ def test_slurm_submits_the_template_or_steps_into_an_allocation(config: str, mon
     job = plan(Launcher.SLURM, JobSize(nodes=2), config, ["seed=1"], options=["--partition=gpu"])
     template = str(commands.TRAIN_SBATCH)
     assert runners.dry_run(job) == shlex.join(
-        ["sbatch", "--nodes=2", "--ntasks-per-node=2", "--partition=gpu", template, config, "seed=1"]
+        [
+            "sbatch",
+            "--nodes=2",
+            "--ntasks-per-node=2",
+            "--gpus-per-node=2",
+            "--partition=gpu",
+            template,
+            config,
+            "seed=1",
+        ]
     )
+    on_cpus = plan(Launcher.SLURM, JobSize(nodes=2), config, ["world.backend=gloo", "world.threads=3"])
+    assert commands.sbatch(on_cpus)[3:5] == ["--gpus-per-node=0", "--cpus-per-task=3"]
     assert commands.TRAIN_SBATCH.is_file()
     monkeypatch.setitem(os.environ, "SLURM_JOB_ID", "7")
     assert runners.dry_run(job).startswith("srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --kill-on-bad-exit=1")
