@@ -15,14 +15,14 @@ import numpy as np
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape
 from moe_dist.config.layer_kinds import residual_parameters
+from moe_dist.model.collective_bytes import number_size, reduction_rounds
 from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator import memory
-from moe_dist.simulator.attention_traffic import attention_seconds
+from moe_dist.simulator.collective_seconds import attention_seconds, bubble, message_seconds
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.popularity import Floats, balanced_clusters
 from moe_dist.simulator.sizes import parameters_on_rank, tokens_on_rank, work_of
-from moe_dist.simulator.stage_traffic import bubble, message_seconds
 from moe_dist.simulator.strategies import Demand, Strategy, demand
 
 FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and back again
@@ -210,18 +210,8 @@ def _offload(config: RunConfig, shape: WorldShape, fabric: Fabric, scenario: Sce
     return max(0.0, 2 * (1 - scenario.resident) * bytes_layer / fabric.device.host_bandwidth - compute)
 
 
-def reduction_rounds(config: RunConfig, batch: BatchShape) -> int:
-    """Return the number of ring passes of a step's reductions, as DeepSpeed does them.
-
-    Gradients are all-reduced, which is two passes, in stage 2 for every micro-batch; ZeRO gathers weights in one more.
-    """
-    stage = config.world.zero_stage
-    return 2 * (batch.accumulation if stage == 2 else 1) + (stage > 0)
-
-
 def _reduction(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int, fabric: Fabric) -> float:
-    size = 4 if config.train.precision == "float32" else 2
-    held = parameters_on_rank(config, shape, vocabulary)
+    held, size = parameters_on_rank(config, shape, vocabulary), number_size(config)
     return reduction_rounds(config, batch) * sum(
         reduce_seconds(size * held[kind], sharing, _on_node(kind, shape, fabric), fabric)
         for kind, sharing in memory.replicas(shape).items()

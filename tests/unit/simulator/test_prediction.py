@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moe_dist.config import BatchShape, RunConfig, WorldShape, load_config
 from moe_dist.errors import ConfigError
 from moe_dist.simulator import layout_search
+from moe_dist.simulator.collective_seconds import attention_seconds
 from moe_dist.simulator.hardware import DEVICES, Fabric, device_named
 from moe_dist.simulator.layout_search import layouts
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
@@ -235,6 +236,25 @@ def test_65536_gpus_are_simulated_in_all_ways() -> None:
         assert time.tokens == 65536 * 256
         assert 0 < time.model_flops_utilisation < H100.matmul_share
     assert times["two-stage"].inter_node_bytes_per_token_layer < times["flat"].inter_node_bytes_per_token_layer / 4
+
+
+def test_seconds_of_attention_are_those_of_the_slowest_link_of_a_group() -> None:
+    config = load_config(
+        None,
+        [
+            "moe.kind=dense",
+            "model.hidden_size=64",
+            "model.layers=3",
+            "model.sequence_length=16",
+            "train.precision=float32",
+            "world.tensor=2",
+        ],
+    )
+    fabric = _fabric(2, 1)
+    one = 2 * 16 * 64 * 4 / 2 / fabric.rail_bandwidth  # two sequences of 16 tokens, half of them from the other node
+    shape = WorldShape(2, 1, 1, tensor=2)
+    assert attention_seconds(config, shape, BatchShape(2, 1), fabric) == pytest.approx((3 + 1) * 5 * one)
+    assert attention_seconds(config, WorldShape(2, 1, 1), BatchShape(2, 1), fabric) == 0
 
 
 def test_a_plan_takes_the_fastest_that_fits_and_says_why() -> None:
