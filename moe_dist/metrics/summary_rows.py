@@ -25,6 +25,8 @@ def summary_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{count_words(look_up(summary, 'parameters.total'))} total"
     yield "in experts", _experts(summary)
     yield "all-to-all", _all_to_all(summary)
+    if others := _collectives(look_up(summary, "collectives") or {}):
+        yield "other traffic", others
     yield "expert load", _load(summary)
     yield "peak memory", _memory(summary)
     yield from _features(summary)
@@ -127,6 +129,14 @@ def _all_to_all(summary: Summary) -> str:
         f"{f' (flat routing: {byte_words(flat)})' if flat else ''}, {byte_words(at('bytes'))} total, "
         f"{byte_words(at('bytes_inter_node'))} between nodes{f'; vectors sent as {wire}' if wire else ''}"
     )
+
+
+def _collectives(by_purpose: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the bytes of all ranks in a step beside the all-to-alls, by purpose; empty if there are none."""
+    sent = {purpose: volume["bytes_per_step"] for purpose, volume in by_purpose.items() if volume["bytes_per_step"]}
+    between = sum(volume["bytes_per_step_inter_node"] for volume in by_purpose.values())
+    words = ", ".join(f"{purpose} {byte_words(size)}" for purpose, size in sent.items())
+    return f"{words} a step; {byte_words(between)} of it between nodes" if sent else ""
 
 
 def _load(summary: Summary) -> str:
