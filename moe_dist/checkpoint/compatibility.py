@@ -27,7 +27,18 @@ FREE = (
     "tokenizer.train_bytes", "tokenizer.path",
 )  # fmt: skip
 """Keys below `MUST_MATCH` that may differ: they choose an implementation, or steer training."""
-UNREPORTED = ("name", "runs_dir", "summary_copy", "tensorboard", "memory", "checkpoint", "watchdog", "corpus")
+UNREPORTED = (
+    "name",
+    "runs_dir",
+    "summary_copy",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "memory",
+    "checkpoint",
+    "watchdog",
+    "corpus",
+)
 """Keys that may differ and are not reported: where the run is stored, and where its text is (its tokens are compared).
 """
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from moe_dist.config import RunConfig
@@ -47,6 +48,7 @@ def problems(config: RunConfig, ranks_here: int | None) -> list[str]:
         *_tokenizer_problems(config),
         *_weight_problems(config),
         *_folder_problems(config),
+        *_package_problems(config),
         *([] if ranks_here is None else _device_problems(config, ranks_here)),
     ]
 
@@ -151,6 +153,13 @@ def checkpoint_bytes(config: RunConfig) -> int:
     parameters = embeddings + config.moe_layers * (layer.dense + layer.base + experts)
     saves_state = 0 < checkpoint.every <= config.train.steps
     return parameters * ((FLOAT32 + MOMENTS) if saves_state else FLOAT32 * checkpoint.save_final)
+
+
+def _package_problems(config: RunConfig) -> Iterator[str]:
+    for package in ("wandb", "mlflow"):
+        project = getattr(config, package)
+        if project is not None and find_spec(package) is None:
+            yield f"{package}={project} needs the package {package}: pip install 'moe-dist[{package}]'"
 
 
 def _device_problems(config: RunConfig, ranks_here: int) -> Iterator[str]:
