@@ -91,6 +91,8 @@ def step_bytes(
         context = {rank: batch.accumulation * traffic.context / (len(others) + 1) for rank in others}
     reduction: Sent = {}
     for kind, numbers in held.items():
+        if not numbers:
+            continue  # a class that no parameter has may have no group: TENSOR without world.tensor
         offloaded = config.memory.offload and kind in OF_EXPERTS  # all-reduced once, after all micro-batches
         around = (2 if offloaded else reduction_rounds(config, batch)) * numbers * number_size(config)
         _add(reduction, _ring(_reduced_over(kind, mesh), mesh.rank, around))
