@@ -30,7 +30,7 @@ FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and b
 OPTIMIZER_BYTES = 32  # read and written for a parameter: gradient, master, two moments
 TRAINING_STATE_BYTES = 14  # of a moved parameter: weight in 16 bits, master and two moments in 32
 LayerLoad = tuple[Floats, Floats, tuple[float, float]]
-"""Of one layer: rows_D, seconds_D of its exchanges, and bytes per token, all and between nodes."""
+"""Load of one layer: rows_D, seconds_D of its exchanges, and bytes per token, all and between nodes."""
 KnownLayers = dict[tuple[int | bool, ...], list[LayerLoad]]
 """Loads of the distinct layers by the shape of the groups and the tokens of a rank."""
 
