@@ -158,6 +158,7 @@ SUMMARY: dict[str, str] = {
     "`world.tensor`, `world.context`": (
         "ranks that divide attention and sequences; R / (pipeline x tensor x context) groups divide the batch"
     ),
+    "`device`": "device of rank 0, which stands for all: name, and on a CPU the threads of a rank",
     "`seed`": "`seed` of the configuration",
     "`versions`": (
         "of `python`, `moe-dist`, `torch`, `deepspeed` and `megatron-core`; `null` where one is not installed"

@@ -23,7 +23,7 @@ def banner(trainer: "Trainer") -> str:
     rows = {
         "model": f"{config.model.layers} layers of {config.model.hidden_size}, {moe.layer_kind.describe(moe)}{warmup}",
         "ranks": f"{trainer.process.ranks} on {nodes} node(s): {trainer.shape}",
-        "devices": f"{_device(trainer.process.device)}; {config.train.precision}, {dist.get_backend()}, "
+        "devices": f"{device_words(trainer.process.device)}; {config.train.precision}, {dist.get_backend()}, "
         f"ZeRO {config.world.zero_stage}",
         "text": f"{data.tokens:,} tokens (corpus.kind={config.corpus.kind}), {data.vocab_size} pieces",
         "folder": _folder(trainer),
@@ -31,8 +31,8 @@ def banner(trainer: "Trainer") -> str:
     return "\n".join([config.name, *(f"  {name:<8} {words}" for name, words in rows.items())])
 
 
-def _device(device: torch.device) -> str:
-    """Return the device of rank 0, which stands for all."""
+def device_words(device: torch.device) -> str:
+    """Return the name of a rank's device, and on a CPU its threads."""
     if device.type == "cuda":
         return f"a GPU for each rank, {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()

@@ -10,6 +10,7 @@ from moe_dist.dispatch.layout_advice import flat_bytes
 from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import count_parameters
 from moe_dist.moe.quantized_experts import stored_sizes
+from moe_dist.training.banner import device_words
 from moe_dist.training.offload_metrics import offload_figures
 from moe_dist.training.source_metrics import data_summary
 from moe_dist.training.summary_metrics import all_to_all_totals, collective_totals, model_bytes, peak_memory
@@ -60,6 +61,7 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
             "offload": offload,
         },
         "world": vars(trainer.shape),
+        "device": device_words(process.device),
         "seed": config.seed,
         "versions": installed_versions(),
     }
