@@ -90,9 +90,7 @@ def step_bytes(
         others = [rank for rank in mesh.group(GroupKind.CONTEXT).ranks if rank != mesh.rank]
         context = {rank: batch.accumulation * traffic.context / (len(others) + 1) for rank in others}
     reduction: Sent = {}
-    for kind, numbers in held.items():
-        if not numbers:
-            continue  # a class that no parameter has may have no group: TENSOR without world.tensor
+    for kind, numbers in ((kind, numbers) for kind, numbers in held.items() if numbers):
         offloaded = config.memory.offload and kind in OF_EXPERTS  # all-reduced once, after all micro-batches
         around = (2 if offloaded else reduction_rounds(config, batch)) * numbers * number_size(config)
         _add(reduction, _ring(_reduced_over(kind, mesh), mesh.rank, around))

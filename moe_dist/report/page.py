@@ -20,7 +20,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 0 12px 48px;
        max-width: 1280px; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2em; border-top: 1px solid #ccc; padding-top: .8em; }
-h3 { font-size: 1rem; margin: 1.4em 0 .3em; } section h3 { margin-top: 0; } h1, h2, td, th, p { overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 1.4em 0 .3em; } section h3 { margin-top: 0; }
+h1, h2, td, th, p { overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 24px; }
 .grid > section { min-width: 0; overflow: hidden; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; } th, td { text-align: left; padding: .25em .8em .25em 0;

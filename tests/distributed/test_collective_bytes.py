@@ -61,7 +61,7 @@ def _of_case(words: list[str], counter: CollectiveCounter) -> Outcome:
     counted = Counter[int]()
     for count in counter.counts.values():
         counted.update(count.to_rank)
-    held = Counter[ParameterClass]()
+    held = dict.fromkeys(ParameterClass, 0)
     for parameter in model.parameters():
         held[class_of(parameter)] += parameter.numel()
     parts = step_bytes(config, mesh, batch, VOCABULARY, held)
