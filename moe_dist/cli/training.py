@@ -10,7 +10,7 @@ import typer
 
 from moe_dist.cli.options import Config, ConfigOrText, Json, Overrides, OwnText, Port, StartedBy, takes
 from moe_dist.cli.own_text import with_text
-from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
+from moe_dist.config import dump_config, load_config, resolve_batch, with_sizes
 from moe_dist.distillation.spec import StoreSpec
 from moe_dist.errors import EXIT_REFUSED
 from moe_dist.launch import environment, runners
@@ -103,7 +103,7 @@ def show_config(
     path, words = with_text(text, config, overrides)
     resolved = load_config(path, words)
     if ranks is not None:
-        resolve_world(resolved, ranks)
+        resolved = with_sizes(resolved, ranks)
         resolve_batch(resolved, ranks)
     if not check:
         typer.echo(dump_config(resolved), nl=False)
