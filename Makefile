@@ -78,7 +78,7 @@ bench-nodes: install
 	tests/cluster/install.sh
 	python -m tests.cluster.bench_nodes $(BENCH_NODES)
 
-soak: install  # disturbs training 300 times: an hour or two; SOAK="--events 20 --seed 3" for others
+soak: install  # disturbs training 300 times: an hour or two; SOAK="--events 20 --seed 3 world.pipeline=2" for others
 	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)
 
 mutants: install  # mutations of core glue that some test must notice: half an hour or so on two cores
