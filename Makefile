@@ -14,9 +14,9 @@ RANKS ?= 4
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo test test-fast test-gpu gpu-wheels test-cluster validate-simulator bench-nodes soak mutants fuzz checks docs format clean
+.PHONY: help install demo test test-fast test-gpu gpu-wheels test-cluster validate-simulator bench-nodes resume-pairs soak mutants fuzz checks docs format clean
 help:
-	@echo "make install | demo | test | test-fast | test-gpu | gpu-wheels | test-cluster | validate-simulator | bench-nodes | soak | mutants | fuzz | checks | docs | format | clean"
+	@echo "make install | demo | test | test-fast | test-gpu | gpu-wheels | test-cluster | validate-simulator | bench-nodes | resume-pairs | soak | mutants | fuzz | checks | docs | format | clean"
 
 install: $(INSTALLED)
 
@@ -78,7 +78,10 @@ bench-nodes: install
 	tests/cluster/install.sh
 	python -m tests.cluster.bench_nodes $(BENCH_NODES)
 
-soak: install  # disturbs training 300 times: an hour or two; SOAK="--events 20 --seed 3" for others
+resume-pairs: install  # checkpoints of each of four layouts in each other one: ten minutes
+	OMP_NUM_THREADS=1 python -W ignore -m tests.soak.resume_pairs
+
+soak: install  # disturbs training 300 times: an hour or two; SOAK="--events 20 --seed 3 world.pipeline=2" for others
 	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)
 
 mutants: install  # mutations of core glue that some test must notice: half an hour or so on two cores

@@ -18,6 +18,7 @@ class RecipeKind:
         words: additional overrides.
         needs: sections of the configuration that a version without the capability lacks.
         beside: kinds that are run whenever this one is asked for.
+        shared: width of the shared expert over that of an expert; None: the model's own.
     """
 
     name: str
@@ -27,6 +28,7 @@ class RecipeKind:
     words: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    shared: float | None = None
 
     @property
     def is_available(self) -> bool:
@@ -45,7 +47,7 @@ KINDS = {
         RecipeKind(DENSE, "dense", DENSE, words=_SLOWER),
         RecipeKind(CLASSIC, "standard-aux", CLASSIC),
         RecipeKind(STRONG, "standard-bias", STRONG, words=_SLOWER),
-        RecipeKind(PAPER, "paper", PAPER, online=True, beside=(DENSE, *BASELINES)),
+        RecipeKind(PAPER, "paper", PAPER, online=True, beside=(DENSE, *BASELINES), shared=1.5),
         RecipeKind("clustered-cheap", "cheap", "clustered-cheap"),
         RecipeKind("clustered-fixed", "good", "clustered-fixed"),
         RecipeKind(OURS, "good", "clustered-fixed", online=True),
