@@ -100,6 +100,7 @@ checks: install
 docs: install  # build/docs/index.html; a link without a target fails it
 	$(PIP) --quiet --editable ".[docs]"
 	python -m moe_dist.config.reference > docs/keys.md
+	python -m moe_dist.metrics.reference docs/metrics.md
 	python -m sphinx -W --keep-going -q -b html docs build/docs
 
 format: install

@@ -5,6 +5,7 @@ The names below are imported when first used: `import moe_dist` itself imports n
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
 
 if TYPE_CHECKING:
     from moe_dist.checkpoint.load_model import load_model as load_model
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moe_dist.recluster.coordinator import Coordinator as Coordinator
 
 __version__ = "0.1.0"
+LIBRARIES = r"(torch|torchao|megatron|deepspeed|apex|transformers)\b"
 
 _HOME = {
     "ClusteredMoE": "moe.clustered_moe",
@@ -57,7 +59,9 @@ def __getattr__(name: str) -> Any:
     """
     if name not in _HOME:
         raise AttributeError(f"module 'moe_dist' has no attribute {name!r}")
-    return getattr(import_module(f"moe_dist.{_HOME[name]}"), name)
+    with catch_warnings():  # of libraries that are imported for the first time, for their own developers
+        filterwarnings("ignore", module=LIBRARIES)
+        return getattr(import_module(f"moe_dist.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

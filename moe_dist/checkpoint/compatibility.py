@@ -27,7 +27,18 @@ FREE = (
     "tokenizer.train_bytes", "tokenizer.path",
 )  # fmt: skip
 """Keys below `MUST_MATCH` that may differ: they choose an implementation, or steer training."""
-UNREPORTED = ("name", "runs_dir", "summary_copy", "tensorboard", "memory", "checkpoint", "watchdog", "corpus")
+UNREPORTED = (
+    "name",
+    "runs_dir",
+    "summary_copy",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "memory",
+    "checkpoint",
+    "watchdog",
+    "corpus",
+)
 """Keys that may differ and are not reported: where the run is stored, and where its text is (its tokens are compared).
 """
 
@@ -89,7 +100,10 @@ def _require_same_tokens(then: DataRecord, now: DataRecord, changed: Mapping[str
         return
     keys = {key: pair for key, pair in changed.items() if _is_below(key, ("corpus",)) and key != "corpus.cache_dir"}
     why = _shown(keys) if keys else "the same keys, so the text itself has changed"
-    raise CheckpointError(f"the checkpoint's training tokens differ from those of corpus.*: {why}")
+    raise CheckpointError(
+        f"the checkpoint's training tokens differ from those of corpus.*: {why}; to train its weights on other text, "
+        "start a new run with checkpoint.init in place of checkpoint.resume"
+    )
 
 
 def _is_below(key: str, sections: tuple[str, ...]) -> bool:

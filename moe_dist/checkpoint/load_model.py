@@ -1,5 +1,8 @@
 """Loading of a trained model on any number of ranks."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
 from moe_dist.checkpoint.exported import ExportedFile, open_exported
@@ -10,8 +13,10 @@ from moe_dist.checkpoint.placement_record import adopt_placements
 from moe_dist.checkpoint.quantized_tensors import read_quantized_cluster
 from moe_dist.checkpoint.save_and_load import read_checkpoint
 from moe_dist.checkpoint.stateful import allocate_like, load_state
-from moe_dist.checkpoint.trained_weights import TrainedWeights
+from moe_dist.checkpoint.trained_weights import TrainedWeights, find_weights
+from moe_dist.config import RunConfig, WorldConfig, resolve_world
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
+from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.memory.quantized_clusters import QuantizedClusterMemory
@@ -20,18 +25,25 @@ from moe_dist.moe.quantized_experts import QuantizedClusterExperts, stored_sizes
 
 
 def load_model(
-    weights: TrainedWeights,
-    mesh: Mesh,
-    links: Links,
-    device: torch.device,
+    weights: TrainedWeights | str | Path,
+    mesh: Mesh | None = None,
+    links: Links | None = None,
+    device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     memory: QuantizedClusterMemory | None = None,
 ) -> LanguageModel:
     """Load a trained model, laid out over the ranks of `mesh`; their number may differ from training. Collective.
 
+    `load_model("runs/demo")` is enough: under torchrun it uses all ranks, else this process.
+
     Clusters that are quantized in an exported file stay quantized in memory, and cannot be trained.
 
     Args:
+        weights: what `find_weights` has found, or the folder of a run or a checkpoint, or an exported file.
+        mesh: None: all ranks, laid out as a run of that number of ranks would be. A process without torch.distributed
+            initializes it, for itself or as a rank of its launcher.
+        links: None: as found between the ranks.
+        device: None: this rank's GPU if there is one, else the CPU.
         dtype: type of the weights; None: the run's `train.precision`.
         memory: tiers for quantized clusters; None: keep them on the device.
 
@@ -40,6 +52,14 @@ def load_model(
         ConfigError: the experts do not divide over the mesh, or a memory budget is too small for a cluster.
         OffloadError: a memory tier fails.
     """
+    if not isinstance(weights, TrainedWeights):
+        weights = find_weights(Path(weights))
+    if mesh is None or device is None or links is None:
+        process = init_distributed(weights.config.world)
+        if mesh is None:
+            weights = replace(weights, config=_on_any_ranks(weights.config))
+            mesh = Mesh.over_world(resolve_world(weights.config, process.ranks))
+        device, links = device or process.device, links or Links.discover(process.device)
     model = LanguageModel(weights.config, weights.manifest.data.vocab_size, mesh, links, quantized=weights.stored)
     model = model.to_device(device).to(dtype or getattr(torch, weights.config.train.precision))
     adopt_placements(model, weights.manifest)
@@ -54,6 +74,11 @@ def load_model(
     read_checkpoint(weights.path, {**weights_of(model), **room})
     load_state(parts, room, weights.manifest)
     return model
+
+
+def _on_any_ranks(config: RunConfig) -> RunConfig:
+    """Return the configuration without the layout that it was trained with."""
+    return config.model_copy(update={"world": WorldConfig(backend=config.world.backend)})
 
 
 def _read_exported(model: LanguageModel, file: ExportedFile) -> None:

@@ -51,7 +51,7 @@ class RunState:
         """
         manifest = found.manifest
         if manifest.kind != "training":
-            raise CheckpointError(f"{found.path} holds weights only: training cannot resume from it")
+            raise CheckpointError(f"{found.path} holds weights only: start a new run from it with checkpoint.init")
         self._read(found.path, manifest, self._parts, STATE_NAMES)
         self._engine.training_state().steps = manifest.updates
 

@@ -35,5 +35,5 @@ def doctor(
     if config is None:
         job = Job(launcher, machines(launcher, size, ranks_wanted=2), (), port=port)
     else:
-        job = plan(launcher, size, config, overrides or (), port)
+        job = plan(launcher, size, config, overrides or (), port, starts=False)
     raise typer.Exit(runners.launch(job.with_task(DOCTOR)))

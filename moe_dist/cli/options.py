@@ -24,9 +24,18 @@ Json = Annotated[
     ),
 ]
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/experiment/demo.yaml.")]
+ConfigOrText = Annotated[
+    str | None,
+    typer.Argument(metavar="[CONFIG]", help="YAML file, such as configs/experiment/demo.yaml; not needed with --text."),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over CONFIG.")]
 OwnText = Annotated[
-    Path | None, typer.Option("--text", metavar="FILE|FOLDER", help="Train on this text instead of CONFIG's corpus.")
+    Path | None,
+    typer.Option(
+        "--text",
+        metavar="FILE|FOLDER",
+        help="Train on this text instead of CONFIG's corpus; without CONFIG, sizes are chosen to fit it.",
+    ),
 ]
 TrainedRun = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo, or a checkpoint.")]
 StartedBy = Annotated[Launcher, typer.Option(help="Program that starts the ranks.")]

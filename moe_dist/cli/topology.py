@@ -50,7 +50,7 @@ def topology(
     """Show which node, clusters and experts each rank has, and which traffic stays inside nodes."""
     # As under SLURM, machines need not be named.
     launcher = Launcher.SLURM if size.hostfile is None else Launcher.LOCAL
-    job = plan(launcher, size, config, overrides or ())
+    job = plan(launcher, size, config, overrides or (), starts=False)
     resolved = load_config(config, overrides or ())
     shape = resolve_world(resolved, job.ranks)
     from moe_dist.distributed.node_layout import crossings, nodes_of_ranks

@@ -1,24 +1,25 @@
 """Commands that train, start ranks, and check a configuration."""
 
-import json
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moe_dist.cli.options import Config, Json, Overrides, OwnText, Port, StartedBy, takes
-from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world
+from moe_dist.cli.options import Config, ConfigOrText, Json, Overrides, OwnText, Port, StartedBy, takes
+from moe_dist.cli.own_text import with_text
+from moe_dist.config import dump_config, load_config, resolve_batch, with_sizes
 from moe_dist.distillation.spec import StoreSpec
-from moe_dist.errors import LaunchError
+from moe_dist.errors import EXIT_REFUSED
 from moe_dist.launch import environment, runners
 from moe_dist.launch.environment import split_words
 from moe_dist.launch.files import new_folder_name, with_summary
 from moe_dist.launch.job import DEFAULT_PORT, JobSize, Launcher, plan
+from moe_dist.launch.preflight import problems
 from moe_dist.launch.rank import run_rank
 from moe_dist.launch.tasks import STORE_LOGITS
-
-TEXT_ENDINGS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
 
 
 def register(app: typer.Typer) -> None:
@@ -29,15 +30,19 @@ def register(app: typer.Typer) -> None:
     app.command("store-logits")(store_logits)
 
 
-def train(config: Config, overrides: Overrides = None, text: OwnText = None, json_file: Json = None) -> None:
+def train(
+    config: ConfigOrText = None, overrides: Overrides = None, text: OwnText = None, json_file: Json = None
+) -> None:
     """Train: one process alone, or as one rank inside a launcher (deepspeed, torchrun, mpirun, srun)."""
-    raise typer.Exit(run_rank(config, with_summary([*own_text(text), *(overrides or ())], json_file)))
+    _keep_command()
+    path, words = with_text(text, config, overrides)
+    raise typer.Exit(run_rank(path, with_summary(words, json_file)))
 
 
 @takes(size=JobSize)
 def launch(
-    config: Config,
     size: JobSize,
+    config: ConfigOrText = None,
     overrides: Overrides = None,
     text: OwnText = None,
     launcher: StartedBy = Launcher.DEEPSPEED,
@@ -47,11 +52,14 @@ def launch(
     json_file: Json = None,
 ) -> None:
     """Start ranks here or on several machines; when one fails all stop, and the last line names it and its error."""
-    words = with_summary([*own_text(text), *(overrides or ())], json_file)
-    job = plan(launcher, size, config, words, port, split_words("--launcher-args", launcher_args))
+    path, words = with_text(text, config, overrides)
+    job = plan(
+        launcher, size, path, with_summary(words, json_file), port, split_words("--launcher-args", launcher_args)
+    )
     if dry_run:
         typer.echo(runners.dry_run(job))
         return
+    _keep_command()
     raise typer.Exit(runners.launch(job))
 
 
@@ -77,33 +85,29 @@ def store_logits(
     raise typer.Exit(runners.launch(job.with_task(STORE_LOGITS, spec)))
 
 
-def own_text(path: Path | None) -> list[str]:
-    """Return the overrides that make a file, or all text files of a folder, the corpus; none for None.
-
-    Raises:
-        LaunchError: there is no such path, or the folder holds no text.
-    """
-    if path is None:
-        return []
-    path = path.expanduser().absolute()
-    if not path.exists():
-        raise LaunchError(f"--text {path}: no such file or folder")
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(TEXT_ENDINGS))
-    if not files:
-        raise LaunchError(f"--text {path}: the folder holds no file that ends in {' '.join(TEXT_ENDINGS)}")
-    return ["corpus.kind=text", f"corpus.paths={json.dumps([str(file) for file in files])}"]
+def _keep_command() -> None:
+    """Hand the command line to the ranks, which name it when they stop early."""
+    os.environ[environment.COMMAND] = shlex.join(["moe-dist", *sys.argv[1:]])
 
 
 def show_config(
-    config: Config,
+    config: ConfigOrText = None,
     overrides: Overrides = None,
+    text: OwnText = None,
     ranks: Annotated[int | None, typer.Option(help="Also check that this many ranks can run it.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="List what the run lacks on this machine, instead of printing YAML.")
+    ] = False,
 ) -> None:
-    """Check a configuration and print it resolved, as YAML."""
-    resolved = load_config(config, overrides or ())
+    """Check a configuration and print it resolved, as YAML; with --check also files, folders, space and devices."""
+    path, words = with_text(text, config, overrides)
+    resolved = load_config(path, words)
     if ranks is not None:
-        resolve_world(resolved, ranks)
+        resolved = with_sizes(resolved, ranks)
         resolve_batch(resolved, ranks)
-    typer.echo(dump_config(resolved), nl=False)
+    if not check:
+        typer.echo(dump_config(resolved), nl=False)
+        return
+    found = problems(resolved, None if "SLURM_JOB_ID" in os.environ else ranks or 1)  # its ranks are on other nodes
+    typer.echo("\n".join(found) or f"{path}: ready to start")
+    raise typer.Exit(EXIT_REFUSED if found else 0)

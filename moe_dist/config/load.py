@@ -13,10 +13,26 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from moe_dist.config.schema import RunConfig
+from moe_dist.config.shipped import or_shipped
 from moe_dist.config.yaml_text import parse_yaml, shortened
 from moe_dist.errors import ConfigError
 
 INCLUDE = "include"
+OTHER_NAMES = {
+    "lr": "optimizer.learning_rate",
+    "batch_size": "train.global_batch_size",
+    "max_steps": "train.steps",
+    "train_iters": "train.steps",
+    "num_layers": "model.layers",
+    "n_layers": "model.layers",
+    "num_attention_heads": "model.heads",
+    "seq_length": "model.sequence_length",
+    "seq_len": "model.sequence_length",
+    "num_experts": "moe.experts",
+    "dtype": "train.precision",
+    "init_from": "checkpoint.init",
+}
+"""Names of other programs -> keys."""
 _KEY = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
@@ -26,7 +42,8 @@ def load_config(
     """Read, merge and validate a configuration.
 
     Args:
-        path: a YAML file; files in its `include: [other.yaml]` (relative to it) are read first. None: the defaults.
+        path: a YAML file, the user's or a shipped one (`configs/...`); files in its `include: [other.yaml]` (relative
+            to it) are read first. None: the defaults.
         overrides: `key.sub=value` words, the value in YAML syntax; the last one wins.
         below: settings over which all others win.
 
@@ -34,7 +51,7 @@ def load_config(
         ConfigError: one line that names the file or key, the value, and the remedy.
     """
     try:
-        tree = _read_with_includes(Path(path), ()) if path is not None else {}
+        tree = _read_with_includes(or_shipped(Path(path)), ()) if path is not None else {}
         tree = _merge(below or {}, tree)
         for word in overrides:
             tree = _merge(tree, _parse_override(word))
@@ -132,6 +149,8 @@ def _reject_unknown_keys(tree: Mapping[str, Any]) -> None:
 
 def _suggestion(key: str, valid: Sequence[str]) -> str:
     leaf = key.rpartition(".")[2]
+    if leaf in OTHER_NAMES:
+        return f"did you mean {OTHER_NAMES[leaf]!r}?"
     same_leaf = [name for name in valid if name.rpartition(".")[2] == leaf]
     nearest = same_leaf or difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
     return f"did you mean {nearest[0]!r}?"

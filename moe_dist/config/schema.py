@@ -36,6 +36,12 @@ class RunConfig(Section):
         0, description="seed of initial values, of the order of sequences, and of all else that is drawn"
     )
     tensorboard: bool = Field(True, description="also write the metrics for TensorBoard")
+    wandb: str | None = Field(
+        None, description="project of Weights & Biases that also receives the figures; WANDB_MODE=offline works"
+    )
+    mlflow: str | None = Field(
+        None, description="experiment of MLflow that also receives the figures, by default in the run's folder"
+    )
     picture: bool = Field(False, description="draw the run's figures in run.png, in its folder")
     summary_copy: PathText | None = Field(
         None, description="a file that also receives summary.json; --json FILE sets it"

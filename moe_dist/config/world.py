@@ -139,3 +139,14 @@ def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:
             f"world.virtual_pipeline={world.virtual_pipeline} need: change train.micro_batch_size"
         )
     return BatchShape(micro, accumulation)
+
+
+def with_sizes(config: RunConfig, ranks: int) -> RunConfig:
+    """Return the configuration with the sizes of `world` that it has on this number of ranks.
+
+    Raises:
+        ConfigError: the ranks do not fit it.
+    """
+    world, cluster = config.world, resolve_world(config, ranks).cluster
+    sizes = {"cluster": cluster, "data": ranks // (world.pipeline * cluster * world.shard)}
+    return config.model_copy(update={"world": world.model_copy(update=sizes)})

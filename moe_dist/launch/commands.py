@@ -5,12 +5,13 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 
+from moe_dist.config.shipped import shipped
 from moe_dist.errors import LaunchError
 from moe_dist.launch.environment import free_port
-from moe_dist.launch.job import RANK_SCRIPT, Job, Launcher, visible_gpus
+from moe_dist.launch.job import Job, Launcher, visible_gpus
 from moe_dist.launch.tasks import TRAIN
 
-TRAIN_SBATCH = RANK_SCRIPT.parents[2] / "slurm" / "train.sbatch"
+TRAIN_SBATCH = shipped("slurm/train.sbatch")
 
 
 def node_command(job: Job, node: int) -> list[str]:
@@ -93,7 +94,10 @@ def sbatch(job: Job) -> list[str]:
             "--launcher slurm submits training alone: run this command inside an allocation, such as salloc's, "
             f"where srun starts its {job.ranks} ranks"
         )
-    size = [f"--nodes={len(job.nodes)}", f"--ntasks-per-node={job.nodes[0].ranks}"]
+    ranks = job.nodes[0].ranks
+    size = [f"--nodes={len(job.nodes)}", f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks * job.uses_gpus:d}"]
+    if job.threads:
+        size.append(f"--cpus-per-task={job.threads}")
     return ["sbatch", *size, *job.options, str(TRAIN_SBATCH), *job.words]
 
 

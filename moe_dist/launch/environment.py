@@ -19,6 +19,8 @@ Kind = Literal["alone", "local", "deepspeed", "torchrun", "environment", "mpi", 
 
 INIT_METHOD = "MOE_DIST_INIT_METHOD"
 STARTER = "MOE_DIST_STARTER"
+COMMAND = "MOE_DIST_COMMAND"
+"""Variable with the command line that the user typed, to be shown where a run stops early."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MOST_DIGITS = 18

@@ -11,6 +11,7 @@ from moe_dist.config.machine import has_gpu
 from moe_dist.errors import LaunchError
 from moe_dist.launch.hostfile import THIS_MACHINE, Node, read_hostfile, take
 from moe_dist.launch.options import option, to_json
+from moe_dist.launch.preflight import require_free_port, require_ready
 from moe_dist.launch.tasks import TRAIN
 
 RANK_SCRIPT = Path(__file__).with_name("rank.py")
@@ -39,6 +40,7 @@ class Job:
         options: further arguments of the launcher itself.
         task: name of the task in `tasks.TASKS`.
         task_options: options of the task as JSON; empty: its defaults.
+        uses_gpus: False: the ranks use the CPU by the user's choice, so that a scheduler is asked for no GPUs.
     """
 
     launcher: Launcher
@@ -50,6 +52,7 @@ class Job:
     options: tuple[str, ...] = ()
     task: str = TRAIN
     task_options: str = ""
+    uses_gpus: bool = True
 
     @classmethod
     def here(
@@ -107,23 +110,29 @@ def plan(
     overrides: Sequence[str],
     port: int = DEFAULT_PORT,
     options: Sequence[str] = (),
+    starts: bool = True,
 ) -> Job:
     """Check the configuration against the number of ranks and return the job to start.
 
+    Args:
+        starts: also check what the job needs from this machine (`preflight.py`); False: it is only described.
+
     Raises:
-        ConfigError: the configuration cannot work, or not with that many ranks.
-        LaunchError: sizes contradict each other, machines are not named, or there are more ranks than visible GPUs.
+        ConfigError: the configuration cannot work, not with that many ranks, or not on this machine.
+        LaunchError: sizes contradict each other, machines are not named, or the rendezvous port is taken.
     """
     config = load_config(config_path, overrides)
     world = config.world
     nodes = machines(launcher, size, (world.data or 1) * (world.cluster or 1) * world.shard)
-    job = Job(launcher, nodes, (config_path, *overrides), world.threads, port=port, options=tuple(options))
-    gpus = visible_gpus() if job.is_here and world.backend != "gloo" else []
-    if 0 < len(gpus) < job.ranks:
-        listed = ",".join(gpus)
-        raise LaunchError(f"{job.ranks} ranks are more than the {len(gpus)} GPUs of CUDA_VISIBLE_DEVICES={listed}")
+    words, on_gpus = (config_path, *overrides), world.backend != "gloo"
+    job = Job(launcher, nodes, words, world.threads, port=port, options=tuple(options), uses_gpus=on_gpus)
     resolve_world(config, job.ranks)
     resolve_batch(config, job.ranks)
+    if not starts:
+        return job
+    require_ready(config, job.ranks if job.is_here else None)
+    if not job.is_here and launcher is not Launcher.SLURM:
+        require_free_port(nodes[0].host, port)
     return job
 
 

@@ -22,6 +22,7 @@ from moe_dist.errors import EXIT_STOPPED, ConfigError, LaunchError, file_error
 from moe_dist.launch import environment, faults, rendezvous
 from moe_dist.launch.files import with_summary, writable
 from moe_dist.launch.options import from_json
+from moe_dist.launch.preflight import require_ready
 from moe_dist.launch.processes import end_now
 from moe_dist.launch.tasks import TASKS, TRAIN, resolve
 
@@ -82,6 +83,8 @@ def _accepted_config(
     config = load_config(config_path, overrides)
     resolve_world(config, place.world_size)
     resolve_batch(config, place.world_size)
+    if config_path is not None and place.local_rank == 0:  # the launcher's check was of its own machine
+        require_ready(config, place.local_world_size)
     rendezvous.resolve(place, os.environ)
     if place.rank == 0 and place.world_size > 1:
         print(rendezvous.describe(place, os.environ), flush=True)

@@ -12,6 +12,7 @@ from moe_dist.errors import MoeDistError
 from moe_dist.metrics import Progress, RunFolder, render_summary
 from moe_dist.metrics.run_lock import RunLock
 from moe_dist.metrics.run_picture import write_picture
+from moe_dist.metrics.trackers import Trackers
 
 
 class Recorder:
@@ -88,6 +89,7 @@ class RunRecorder(Recorder):
         else:
             self._folder = RunFolder.reopen(run, step, dump_config(config), lock=lock, **options)
         self._picture = config.picture
+        self._trackers = Trackers(config, self._folder.path, self._progress.note)
 
     def __enter__(self) -> Self:
         self._folder.__enter__()
@@ -99,6 +101,7 @@ class RunRecorder(Recorder):
     ) -> None:
         try:
             self._progress.__exit__(kind, error, trace)
+            self._trackers.finish(None)
         finally:
             self._folder.__exit__(kind, error, trace)
 
@@ -122,6 +125,7 @@ class RunRecorder(Recorder):
     def step(self, step: int, values: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`, and update TensorBoard and the progress display."""
         self._folder.log(step, values)
+        self._trackers.log(step, values)
         self._progress.update(
             step,
             loss=values["train"]["loss"],
@@ -145,6 +149,7 @@ class RunRecorder(Recorder):
         figures = {"loss": loss, "perplexity": perplexity(loss), **({"sources": dict(sources)} if sources else {})}
         self._folder.event("evaluation", step, tokens=tokens, **figures)
         self._folder.log(step, {"tokens": tokens, "validation": figures})
+        self._trackers.log(step, {"tokens": tokens, "validation": figures})
         self._progress.update(step, validation_loss=loss)
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -153,6 +158,7 @@ class RunRecorder(Recorder):
         picture = write_picture(self._folder.path, summary) if self._picture else None
         render_summary(summary, self._console, self._folder.path, picture)
         self._folder.write_summary(summary)
+        self._trackers.finish(summary)
         self._folder.event("finished", summary["steps"])
 
 

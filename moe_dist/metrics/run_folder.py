@@ -14,6 +14,7 @@ Lines are written whole and at once, so that the folder of a run that is interru
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from moe_dist.errors import ConfigError
+from moe_dist.errors import EXIT_REFUSED, ConfigError, MoeDistError
 from moe_dist.metrics.append_file import AppendFile
 from moe_dist.metrics.json_text import strict_json, write_json
 from moe_dist.metrics.run_lock import RunLock
@@ -69,7 +70,7 @@ class RunFolder:
         self._events = AppendFile(path / "events.jsonl", b"" if step is None else _first_line(path / "events.jsonl"))
         self._loads = AppendFile(path / "load.jsonl")
         self._board = open_board(path, step) if tensorboard else None
-        self._last_step = step or 0
+        self._last_step, self._is_new = step or 0, step is None
         self._foreign = False
         self._trouble: str | None = None
         self._append(self._metrics, b"")
@@ -199,9 +200,17 @@ class RunFolder:
     ) -> None:
         if isinstance(error, KeyboardInterrupt):
             self.event("interrupted", self._last_step)
+        elif self._is_refused(error):
+            self.close()
+            shutil.rmtree(self.path, ignore_errors=True)  # a refusal leaves nothing behind
+            return
         elif error is not None:
             self.event("failed", self._last_step, error=f"{type(error).__name__}: {error}")
         self.close()
+
+    def _is_refused(self, error: BaseException | None) -> bool:
+        refused = isinstance(error, MoeDistError) and error.exit_code == EXIT_REFUSED
+        return refused and self._is_new and not self._last_step and not self._foreign
 
     def _files(self) -> list[AppendFile]:
         return [self._metrics, self._events, self._loads, *([] if self._board is None else [self._board])]

@@ -50,7 +50,8 @@ class Coordinator(Callback):
         self._losses: deque[float] = deque(maxlen=AROUND)
         self._load_LE = np.zeros((config.moe_layers, config.moe.experts))
         self._open: _Round | None = None
-        self.totals = {"rounds": 0, "moved_experts": 0, "bytes": 0, "seconds": 0.0}
+        names = ("rounds", "moved_experts", "rejected_experts", "bytes", "relocation_bytes")
+        self.totals: dict[str, float] = {**dict.fromkeys(names, 0), "seconds": 0.0}
 
     def attach(self, engine: DeepSpeedEngine) -> None:
         """Re-cluster the experts of this engine's model from now on."""
@@ -83,7 +84,7 @@ class Coordinator(Callback):
         """Restore the state of `state_dict`."""
         self._load_LE = state["load_LE"].numpy()
         self._losses = deque(state["losses"], maxlen=AROUND)
-        self.totals = dict(state["totals"])
+        self.totals |= state["totals"]
         self._open = None if state["open"] is None else _Round(**state["open"])
 
     def start(self, step: int) -> None:
@@ -156,11 +157,13 @@ class Coordinator(Callback):
         }
         self._open = _Round(fields, step)
         self.totals["rounds"] += 1
-        for name in ("moved_experts", "bytes", "seconds"):
+        self.totals["rejected_experts"] += fields["dropped_experts"]
+        for name in ("moved_experts", "bytes", "relocation_bytes", "seconds"):
             self.totals[name] += fields[name]
         self._recorder.note(
             f"step {step}: {fields['moved_experts']} experts change clusters, {fields['dropped_experts']} rejected; "
-            f"{fields['bytes']:,} bytes in {fields['seconds']:.2f} s"
+            f"{fields['bytes']:,} bytes{f' ({relocated:,} for clusters that change ranks)' if relocated else ''} in "
+            f"{fields['seconds']:.2f} s"
         )
 
     def _decide(self, gathered: GatheredSimilarity) -> list[LayerDecision]:

@@ -54,6 +54,16 @@ def balance(runs: Sequence[RunFiles]) -> go.Figure | None:
     return _one_line_a_run(runs, "load.cv2", "cv² of expert loads", {"type": "log"})
 
 
+def learning_rate(runs: Sequence[RunFiles]) -> go.Figure | None:
+    """Draw the learning rate against steps; None if no run has logged it."""
+    return _one_line_a_run(runs, "train.learning_rate", "learning rate", {"rangemode": "tozero"})
+
+
+def gradient_norm(runs: Sequence[RunFiles]) -> go.Figure | None:
+    """Draw the global gradient norm against steps; None if no run has logged it."""
+    return _one_line_a_run(runs, "train.gradient_norm", "gradient norm", {"rangemode": "tozero"})
+
+
 def _one_line_a_run(runs: Sequence[RunFiles], key: str, title: str, axis: dict[str, str]) -> go.Figure | None:
     made = figure("step", title)
     made.update_yaxes(**axis)

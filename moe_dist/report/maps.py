@@ -11,7 +11,7 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 
 from moe_dist.report.read import Line, RunFiles, number, series
-from moe_dist.report.style import chooser, figure
+from moe_dist.report.style import categories, chooser, figure
 
 MOST_COLUMNS = 120
 MOST_CELLS = 200_000
@@ -91,19 +91,19 @@ def _some_layers(layers: int, most: int) -> list[int]:
 
 
 BALANCE = (
-    ("load.max_over_mean", "experts"),
-    ("load.cluster.max_over_mean", "clusters"),
-    ("load.rank.max_over_mean", "ranks"),
+    ("load.max_over_mean", "experts", "solid"),
+    ("load.rank.max_over_mean", "ranks", "solid"),
+    ("load.cluster.max_over_mean", "clusters", "dash"),  # drawn last: often equal to the ranks'
 )
 
 
 def balance(run: RunFiles) -> go.Figure | None:
     """Draw busiest over mean of experts, clusters and ranks, and the dropped share."""
     made = figure("step", "busiest / mean")
-    for key, name in BALANCE:
+    for key, name, dash in BALANCE:
         x, y = series(run.loads, "step", key)
         if x:
-            made.add_scatter(x=x, y=y, name=name, mode="lines")
+            made.add_scatter(x=x, y=y, name=name, mode="lines", line={"dash": dash, "width": 2})
     x, y = series(run.loads, "step", "load.dropped")
     if any(y):
         made.add_scatter(x=x, y=y, name="dropped share (right)", mode="lines", yaxis="y2", line={"dash": "dot"})
@@ -121,12 +121,15 @@ def membership(run: RunFiles) -> go.Figure | None:
     for index, states in enumerate(history[layer] for layer in sorted(history)):
         steps = [step for step, _ in states]
         experts = max(len(cluster_E) for _, cluster_E in states)
+        clusters = 1 + max(max(cluster_E) for _, cluster_E in states)
         made.add_heatmap(
             x=[*steps, max(run.last_step, steps[-1] + 1)],  # edges: a state holds until the next
             y=list(range(experts)),
             z=[[cluster_E[e] if e < len(cluster_E) else None for _, cluster_E in states] for e in range(experts)],
-            colorscale="Portland",
-            colorbar={"thickness": 10, "title": {"text": "cluster"}},
+            colorscale=categories(clusters),
+            zmin=-0.5,
+            zmax=clusters - 0.5,
+            colorbar={"thickness": 10, "title": {"text": "cluster"}, "dtick": max(1, clusters // 16), "tick0": 0},
             visible=index == 0,
             hovertemplate="from step %{x}, expert %{y}: cluster %{z}<extra></extra>",
         )

@@ -10,21 +10,33 @@ from plotly.offline import get_plotlyjs
 
 from moe_dist import __version__
 from moe_dist.errors import MoeDistError
-from moe_dist.report import curves, maps, tables
+from moe_dist.report import curves, head, maps, tables
 from moe_dist.report.read import RunFiles
 
 # The page loads nothing from the network; its figures need only its own scripts and styles.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 STYLE = """
-:root { color-scheme: light; }
+:root { color-scheme: light; --soft: #5f6b7a; --line: #e1e5ea; --own: #2f6fde; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 0 12px 48px;
        max-width: 1280px; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2em; border-top: 1px solid #ccc; padding-top: .8em; }
-h3 { font-size: 1rem; margin: 0 0 .3em; } h1, h2, td, th, p { overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 1.4em 0 .3em; } section h3 { margin-top: 0; }
+h1, h2, td, th, p { overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 24px; }
 .grid > section { min-width: 0; overflow: hidden; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; } th, td { text-align: left; padding: .25em .8em .25em 0;
         border-bottom: 1px solid #e5e5e5; vertical-align: top; min-width: 4.5em; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 16px;
+         margin: 1em 0 2em; }
+article { border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; min-width: 0; }
+article h2 { border: 0; margin: 0 0 .3em; padding: 0; } article p { margin: 0; color: var(--soft); font-size: .82rem; }
+.big { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 8px; margin-top: 14px; }
+.big b { display: block; font-size: 1.55rem; font-weight: 650; color: var(--own); font-variant-numeric: tabular-nums; }
+.big span { display: block; color: var(--soft); font-size: .76rem; line-height: 1.3; }
+td { font-variant-numeric: tabular-nums; } details { margin: 1em 0; } summary { cursor: pointer; color: var(--soft); }
+@media (max-width: 480px) { .big b { font-size: 1.2rem; } article { padding: 12px; } }
+@media print { body { max-width: none; } .grid { grid-template-columns: 1fr 1fr; }
+               section, article, tr { break-inside: avoid; } details:not([open]) { display: none; } }
 .problem { color: #a00; } .note { color: #666; font-size: .87rem; margin: .2em 0 0; }
 """
 
@@ -69,8 +81,11 @@ def _together(runs: Sequence[RunFiles], numbers: Iterator[int]) -> str:
         ("Throughput", curves.throughput(runs), ""),
         ("Memory", curves.memory(runs), "At each logged step."),
         ("Balance of the experts", curves.balance(runs), "0 would be perfect."),
+        ("Learning rate", curves.learning_rate(runs), ""),
+        ("Gradient norm", curves.gradient_norm(runs), "Before clipping."),
     )
-    return tables.comparison(runs) + _grid(figures, numbers)
+    compared = f"<h2>Side by side</h2>{tables.comparison(runs)}" if len(runs) > 1 else ""
+    return head.cards(runs) + _grid(figures, numbers) + compared + head.differences(runs)
 
 
 def _run(run: RunFiles, numbers: Iterator[int]) -> str:
@@ -89,8 +104,8 @@ def _run(run: RunFiles, numbers: Iterator[int]) -> str:
         ("Events", tables.other_events(run)),
     )
     listed = "".join(f"<h3>{title}</h3>{content}" for title, content in lists if content)
-    head = f"<h2>{escape(run.label)}</h2><p>{escape(run.status)}</p>{problems}"
-    return head + _grid(figures, numbers) + listed
+    title = f"<h2>{escape(run.label)}</h2><p>{escape(run.status)}</p>{problems}"
+    return title + head.at_work(run) + _grid(figures, numbers) + listed + head.configuration(run)
 
 
 def _grid(figures: Sequence[tuple[str, go.Figure | None, str]], numbers: Iterator[int]) -> str:

@@ -32,6 +32,17 @@ def color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
+def categories(count: int) -> list[tuple[float, str]]:
+    """Return a color scale of `count` steps, one color for each number from 0 on."""
+    edges = [(index / count, (index + 1) / count, _category(index)) for index in range(count)]
+    return [(edge, name) for low, high, name in edges for edge in (low, high)]
+
+
+def _category(index: int) -> str:
+    """Return a color by the golden angle, so that neighbors differ; lightness alternates."""
+    return f"hsl({index * 137.5 % 360:.0f}, 62%, {(46, 66, 34)[index % 3]}%)"
+
+
 def chooser(labels: list[str]) -> list[dict[str, Any]]:
     """Return a drop-down that shows one of the figure's traces at a time."""
     return [

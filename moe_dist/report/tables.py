@@ -8,7 +8,11 @@ from moe_dist.metrics.summary import look_up
 from moe_dist.report.read import RunFiles, number
 
 MISSING = "-"
+FEW_NUMBERS = 6
+"""Numbers up to which a list is shown as it is."""
 MOST_EVENTS = 200
+MOST_COLUMNS = 8
+"""Runs up to which each has a column of the comparison."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -37,13 +41,19 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def comparison(runs: Sequence[RunFiles]) -> str:
-    """Return one row per figure, one column per run; figures that no run has are left out."""
+    """Return one row per figure, one column per run, or for many runs one row per run; figures that no run has are left
+    out.
+    """
     rows = [["ended", *(run.status for run in runs)], ["layout", *(_layout(run) for run in runs)]]
     for title, key, form in FIGURES:
         values = [number(run.summary, key) for run in runs]
         if any(value is not None for value in values):
             rows.append([title, *(MISSING if value is None else form(value) for value in values)])
-    return table(["", *(run.label for run in runs)], rows)
+    names = [run.label for run in runs]
+    if len(runs) <= MOST_COLUMNS:
+        return table(["", *names], rows)
+    columns = [[row[index + 1] for row in rows] for index in range(len(runs))]
+    return table(["", *(row[0] for row in rows)], [[name, *cells] for name, cells in zip(names, columns, strict=True)])
 
 
 def _layout(run: RunFiles) -> str:
@@ -117,5 +127,30 @@ def _text(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, list) and (numbers := _numbers(value)):
+        return f"{len(numbers):,} numbers from {min(numbers):.4g} to {max(numbers):.4g}"
     text = str(value)
     return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    """Return the numbers of nested lists; nothing if there are a few only, or anything else is among them."""
+    found: list[float] = []
+    for value in values:
+        if isinstance(value, list):
+            inner = _numbers_of(value)
+            if inner is None:
+                return []
+            found += inner
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append(value)
+        else:
+            return []
+    return found if len(found) > FEW_NUMBERS else []
+
+
+def _numbers_of(values: list[Any]) -> list[float] | None:
+    plain = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return list(values) if plain else None

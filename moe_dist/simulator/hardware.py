@@ -6,6 +6,7 @@ Figures are the vendors' for one direction; `matmul_share` and `link_share` are 
 import math
 from dataclasses import dataclass
 
+from moe_dist.config.device_peaks import PEAK_FLOPS
 from moe_dist.errors import ConfigError
 
 TERA, GIGA = 1e12, 1e9
@@ -46,12 +47,12 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("v100", 125 * TERA, 32 * GIGA, 0.9 * TERA, 150 * GIGA, 12.5 * GIGA, 12 * GIGA),
-        Device("a100", 312 * TERA, 80 * GIGA, 2.0 * TERA, 300 * GIGA, 25 * GIGA, 25 * GIGA),
-        Device("h100", 989 * TERA, 80 * GIGA, 3.35 * TERA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
-        Device("h200", 989 * TERA, 141 * GIGA, 4.8 * TERA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
-        Device("b200", 2250 * TERA, 180 * GIGA, 8.0 * TERA, 900 * GIGA, 50 * GIGA, 50 * GIGA),
-        Device("mi300x", 1307 * TERA, 192 * GIGA, 5.3 * TERA, 448 * GIGA, 50 * GIGA, 50 * GIGA),
+        Device("v100", PEAK_FLOPS["v100"], 32 * GIGA, 0.9 * TERA, 150 * GIGA, 12.5 * GIGA, 12 * GIGA),
+        Device("a100", PEAK_FLOPS["a100"], 80 * GIGA, 2.0 * TERA, 300 * GIGA, 25 * GIGA, 25 * GIGA),
+        Device("h100", PEAK_FLOPS["h100"], 80 * GIGA, 3.35 * TERA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
+        Device("h200", PEAK_FLOPS["h200"], 141 * GIGA, 4.8 * TERA, 450 * GIGA, 50 * GIGA, 50 * GIGA),
+        Device("b200", PEAK_FLOPS["b200"], 180 * GIGA, 8.0 * TERA, 900 * GIGA, 50 * GIGA, 50 * GIGA),
+        Device("mi300x", PEAK_FLOPS["mi300x"], 192 * GIGA, 5.3 * TERA, 448 * GIGA, 50 * GIGA, 50 * GIGA),
     )
 }
 

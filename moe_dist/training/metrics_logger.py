@@ -11,6 +11,7 @@ from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.metrics.recorder import Recorder, perplexity
 from moe_dist.metrics.wall_clock import WallClock
+from moe_dist.training.flops_share import flops_share
 from moe_dist.training.load_metrics import LoadRecord, last_fifth
 from moe_dist.training.offload_metrics import offload_figures, updates_behind
 from moe_dist.training.run_history import RunHistory
@@ -26,12 +27,14 @@ class MetricsLogger(Callback):
     ) -> None:
         self._config, self._shape, self._process, self._recorder = config, shape, process, recorder
         self.history, self._clock, self.waited = RunHistory(), clock, 0.0
+        self._idle: list[float] = []
         self._sources = SourceLosses(tuple(config.corpus.sources))
         self.tokens_per_step = config.train.global_batch_size * config.model.sequence_length
 
     def attach(self, engine: DeepSpeedEngine) -> None:
         """Count loads by this model's placements from now on."""
         self._engine = engine
+        self._flops_share = flops_share(engine.model.config, engine.model.vocab_size, self._process.device)
         moe, layers = engine.model.config.moe, self._config.moe_layers
         copies = moe.layer_kind.copies(moe)
         self._loads = LoadRecord(moe.experts, self._shape, self.tokens_per_step * layers * copies)
@@ -54,6 +57,7 @@ class MetricsLogger(Callback):
         """Record the loads with the placement by which they were routed."""
         self._clock.first_step_ends()
         self.waited += report.waited
+        self._idle.append(report.outcome.idle)
         if report.outcome.total_2K is not None:
             self._sources.add(report.outcome.total_2K)
         if self._routed:
@@ -98,9 +102,18 @@ class MetricsLogger(Callback):
             "first_step_seconds": self._clock.first_step,
             "wall_seconds": self._clock.seconds(),
             "validation": {"loss": loss, "perplexity": perplexity(loss), "curve": history.curve},
-            "tokens_per_second": self.tokens_per_step * len(timed) / sum(timed),
+            **self._speed(self.tokens_per_step * len(timed) / sum(timed)),
             "load": last_fifth(history.loads),
+            "pipeline": {"idle": float(np.mean(self._idle)) if self._idle and self._shape.pipeline > 1 else None},
         }
+
+    def _speed(self, tokens_per_second: float) -> dict[str, float]:
+        """Return the speed of all devices and of each, and the share of their peak where that is known."""
+        each = tokens_per_second / self._process.ranks
+        figures = {"tokens_per_second": tokens_per_second, "tokens_per_second_per_device": each}
+        if self._flops_share is not None:
+            figures["model_flops_utilization"] = each * self._flops_share
+        return figures
 
     def _figures(self, report: StepReport) -> dict[str, Any]:
         recent, moe = self.history.step_seconds[-self._config.train.log_every :], self._config.moe
@@ -122,7 +135,7 @@ class MetricsLogger(Callback):
             train["z_loss"] = report.outcome.z_loss
         figures: dict[str, Any] = {
             "tokens": report.step * self.tokens_per_step,
-            "tokens_per_second": self.tokens_per_step / float(np.mean(recent)),
+            **self._speed(self.tokens_per_step / float(np.mean(recent))),
             "train": train,
             "data_wait_seconds": report.waited,
             "memory": memory_now(self._process),

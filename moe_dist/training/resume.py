@@ -11,7 +11,7 @@ import torch.distributed as dist
 from moe_dist.checkpoint.compatibility import check_config_compatible, config_of
 from moe_dist.checkpoint.find import ValidCheckpoint, agreed, checked, is_checkpoint, latest_valid_checkpoint
 from moe_dist.checkpoint.manifest import DataRecord
-from moe_dist.checkpoint.store import checkpoints_of, set_aside
+from moe_dist.checkpoint.store import checkpoints_of, set_aside, step_of
 from moe_dist.config import RunConfig
 from moe_dist.data import ORDER, PreparedData, blend_plan, open_sequences
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
@@ -32,6 +32,7 @@ class Resumption:
         run: folder of the run that resumes; None: a new run branches off.
         changes: keys that differ from the checkpoint's configuration, as `key: then -> now`.
         skipped: newer runs of the name that have no checkpoint.
+        behind: other runs of the name that have not got as far, with their last steps.
         lock: lock of the run's folder, on rank 0.
     """
 
@@ -39,6 +40,7 @@ class Resumption:
     run: Path | None
     changes: list[str]
     skipped: tuple[Path, ...] = ()
+    behind: tuple[tuple[Path, int], ...] = ()
     lock: RunLock | None = None
 
     @property
@@ -49,10 +51,16 @@ class Resumption:
 
 @dataclass(frozen=True)
 class _RunChoice:
-    """Run that `checkpoint.resume` selects, and newer runs of the name that have nothing to resume from."""
+    """Run that `checkpoint.resume` selects.
+
+    Attributes:
+        skipped: newer runs of the name that have nothing to resume from.
+        behind: other runs of the name that have not got as far, with their last steps.
+    """
 
     run: Path | None = None
     skipped: tuple[Path, ...] = ()
+    behind: tuple[tuple[Path, int], ...] = ()
 
 
 def find_resumption(config: RunConfig, data: PreparedData) -> Resumption | None:
@@ -78,7 +86,7 @@ def find_resumption(config: RunConfig, data: PreparedData) -> Resumption | None:
     except BaseException:
         _release(lock)
         raise
-    return Resumption(found, choice.run, changes, choice.skipped, lock)
+    return Resumption(found, choice.run, changes, choice.skipped, choice.behind, lock)
 
 
 def _check_same_draws(then: RunConfig, now: RunConfig, data: PreparedData, step: int) -> None:
@@ -128,6 +136,9 @@ def _record_resumption(recorder: RunRecorder, resumption: Resumption) -> None:
     if resumption.skipped:
         names = ", ".join(str(path) for path in resumption.skipped)
         recorder.note(f"no checkpoint in {names}: resumes the run before, {resumption.run}")
+    if resumption.behind:
+        others = ", ".join(f"{path} (step {step})" for path, step in resumption.behind)
+        recorder.note(f"resumes {resumption.run}, the run of this name that got furthest; not as far: {others}")
     changes = f"; changed: {', '.join(resumption.changes)}" if resumption.changes else ""
     recorder.note(f"resumes after step {step} from {found.path}{changes}")
     skipped = [str(path) for path in resumption.skipped]
@@ -161,9 +172,20 @@ def _choose_run(config: RunConfig) -> _RunChoice:
     if resume not in WORDS:
         path = Path(resume)
         return _RunChoice(agreed(path if checkpoints_of(path) and not is_checkpoint(path) else None))
-    runs = agreed(_runs_to_choose_from(config))
-    resumable = agreed(next((path for path in runs if _has_state(path)), None))
-    return _RunChoice(resumable, tuple(runs[: runs.index(resumable)] if resumable is not None else runs))
+    return agreed(_choose_of_name(config))
+
+
+def _choose_of_name(config: RunConfig) -> _RunChoice:
+    """Choose among the runs of the name: for `auto` the one that got furthest, for a restarted job its newest."""
+    runs = _runs_to_choose_from(config)
+    steps = {run: step for run in runs if (step := last_step(run)) is not None}
+    if not steps:
+        return _RunChoice(None, tuple(runs))
+    by_age = config.checkpoint.resume == "requeued"
+    run = next(iter(steps)) if by_age else max(steps, key=lambda run: steps[run])  # the newest of those as far
+    newer = runs[: runs.index(run)]
+    behind = tuple((other, step) for other, step in steps.items() if other != run)
+    return _RunChoice(run, tuple(path for path in newer if path not in steps), () if by_age else behind)
 
 
 def _lock(choice: _RunChoice) -> RunLock | None:
@@ -171,7 +193,7 @@ def _lock(choice: _RunChoice) -> RunLock | None:
     lock = None
     with raise_on_all_ranks():
         if not dist.is_initialized() or dist.get_rank() == 0:
-            for path in choice.skipped:
+            for path in (*choice.skipped, *(path for path, _ in choice.behind)):
                 RunLock(path).release()
             if choice.run is not None:
                 lock = RunLock(choice.run)
@@ -209,9 +231,16 @@ def _runs_to_choose_from(config: RunConfig) -> list[Path]:
     return [path for path in numbered if _is_run_of(path, config.name, job)]
 
 
-def _has_state(run: Path) -> bool:
-    """Return True if a run has a checkpoint, or has finished."""
-    return bool(checkpoints_of(run)) or (run / "summary.json").exists()
+def last_step(run: Path) -> int | None:
+    """Return the last step that a run has saved or finished; None: there is nothing to resume from."""
+    steps = [step_of(path) for path in checkpoints_of(run)]
+    try:
+        steps.append(int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"]))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError):
+        steps.append(0)  # it has finished, whenever that was
+    return max(steps, default=None)
 
 
 def _started_again() -> bool:

@@ -1,4 +1,4 @@
-"""Description of a run at its start, and its summary at the end."""
+"""Summary of a run at its end."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from moe_dist.dispatch.layout_advice import flat_bytes
 from moe_dist.metrics import installed_versions
 from moe_dist.model.language_model import count_parameters
 from moe_dist.moe.quantized_experts import stored_sizes
+from moe_dist.training.banner import device_words
 from moe_dist.training.offload_metrics import offload_figures
 from moe_dist.training.source_metrics import data_summary
 from moe_dist.training.summary_metrics import all_to_all_totals, collective_totals, model_bytes, peak_memory
@@ -19,18 +20,6 @@ if TYPE_CHECKING:
 
 FLOAT32, MOMENTS = 4, 8
 """Bytes of a float32 master weight, and of AdamW's two moments."""
-
-
-def description(trainer: "Trainer") -> str:
-    """Return one line about model, ranks, precision and data."""
-    config, moe = trainer.config, trainer.config.moe
-    warmup = f", after {config.standard_steps} steps of standard experts" if config.standard_steps else ""
-    return (
-        f"{config.name}: {config.model.layers} layers of {config.model.hidden_size}, "
-        f"{moe.layer_kind.describe(moe)}{warmup}; "
-        f"{trainer.process.ranks} rank(s): {trainer.shape}; ZeRO {config.world.zero_stage}, {config.train.precision}, "
-        f"{trainer.data.tokens:,} tokens of {config.corpus.kind} text, {trainer.data.vocab_size} pieces"
-    )
 
 
 def run_summary(trainer: "Trainer") -> dict[str, Any]:
@@ -54,7 +43,9 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
         "all_to_all": {
             **all_to_all_totals(trainer.ledger, found["tokens"], config.moe_layers, process),
             "flat_bytes_per_token_layer": _flat_bytes(trainer),
+            "wire_dtype": config.moe.wire_dtype if config.moe.layer_kind.routed else None,
         },
+        "capacity": {"factor": config.moe.capacity_factor},
         "collectives": collective_totals(
             config, trainer.model, trainer.batch, trainer.data.vocab_size, trainer.ledger.links, process
         ),
@@ -70,6 +61,7 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
             "offload": offload,
         },
         "world": vars(trainer.shape),
+        "device": device_words(process.device),
         "seed": config.seed,
         "versions": installed_versions(),
     }

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.checkpoint.stateful import Stateful
-from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
 from moe_dist.console import tolerant_output
 from moe_dist.data import PrefetchingLoader, PreparedData, open_batches, open_sequences, open_tokenizer, prepare_data
@@ -30,7 +29,7 @@ from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.engine.callback import Callback, StepReport
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from moe_dist.engine.loss_scale import LossScale
-from moe_dist.errors import CheckpointError, DataError, TrainingError, file_error
+from moe_dist.errors import DataError, TrainingError, file_error
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.metrics.wall_clock import WallClock
@@ -39,16 +38,18 @@ from moe_dist.model.teacher_loss import TeacherTargets
 from moe_dist.moe.training_step import train_residuals_only
 from moe_dist.recluster.coordinator import Coordinator
 from moe_dist.training.backend_choice import BackendChoice
+from moe_dist.training.banner import banner, continuing_command, device_warning
 from moe_dist.training.checkpointing import RunCheckpoints
 from moe_dist.training.finished_run import show_if_finished
 from moe_dist.training.hang_guard import end_process
+from moe_dist.training.initial_weights import find_initial_weights
 from moe_dist.training.learning_rate import learning_rate
 from moe_dist.training.metrics_logger import MetricsLogger
 from moe_dist.training.overlap_choice import OverlapChoice
 from moe_dist.training.precision_advice import check_same_precision, precision_advice
 from moe_dist.training.preemption import StopSignals
 from moe_dist.training.resume import Resumption, data_record, find_resumption, open_recorder
-from moe_dist.training.summary import description, run_summary
+from moe_dist.training.summary import run_summary
 from moe_dist.training.summary_metrics import traffic_matrices
 from moe_dist.training.teacher_comparison import TeacherComparison
 from moe_dist.training.validation import ValidationLoss, validation_loss
@@ -95,7 +96,7 @@ def _train(config: RunConfig, give_up: Callable[[Exception], None]) -> bool:
         shutdown()
         return False
     if process.rank == 0:
-        print(f"{config.name}: reading the {config.corpus.kind} text and its tokenizer", flush=True)
+        print(f"{config.name}: reading text and tokenizer (corpus.kind={config.corpus.kind})", flush=True)
     check_same_precision(config, process)
     data = prepare_data(config.corpus, config.tokenizer)
     _require_same_data(data, process)
@@ -255,9 +256,14 @@ class Trainer:
 
     def start(self) -> None:
         """Prepare for the first step; collective."""
-        self.recorder.note(description(self))
         if self.process.rank == 0:
-            for advice in (layout_advice(self.config, self.shape), precision_advice(self.config, self.process.device)):
+            self.recorder.note(banner(self))
+            advices = (
+                device_warning(self),
+                layout_advice(self.config, self.shape),
+                precision_advice(self.config, self.process.device),
+            )
+            for advice in advices:
                 if advice is not None:
                     self.recorder.note(f"warning: {advice}")
         self._start_all(self.steps_done)
@@ -291,11 +297,7 @@ class Trainer:
         return False
 
     def _start_from(self, run: Path) -> None:
-        weights = find_weights(run)
-        if weights.path.is_file():
-            raise CheckpointError(
-                f"checkpoint.init={run} is an exported file: give the folder of a run or a checkpoint"
-            )
+        weights = find_initial_weights(run, self.data)
         self.checkpoints.start_from(weights)
         self.recorder.note(f"starts from the weights of {weights.path}")
         self.recorder.event("initialized", 0, path=str(weights.path))
@@ -357,8 +359,8 @@ class Trainer:
         for callback in self.callbacks:
             callback.stop(step)
         self.recorder.note(
-            f"asked to stop: stopped after step {step}, with a checkpoint; the same command with "
-            "checkpoint.resume=auto continues"
+            f"asked to stop: stopped after step {step}, with a checkpoint; to continue:\n"
+            f"  {continuing_command(self.checkpoints.run)}"
         )
         self.recorder.event("stopped", step)
 

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +15,32 @@ from moe_dist.engine.callback import Callback, StepReport
 if TYPE_CHECKING:
     from moe_dist.training.trainer import Trainer
 
+CONVERSION = ("seconds", "bytes", "loss_before", "loss_after", "output_error", "output_error_largest")
+"""Figures of the event `clustered` that the summary shows."""
+
 
 class StandardWarmup(Callback):
     """Callback that replaces the standard model by a clustered one at the end of the standard warm-up."""
 
     def __init__(self, trainer: "Trainer") -> None:
         self._trainer = trainer
+        self._conversion: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Return the conversion as a part of checkpoints."""
+        return {"warmup": self}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the figures of the conversion; empty before it."""
+        return self._conversion
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Restore the figures of a conversion."""
+        self._conversion = dict(state)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of the conversion, if there was one."""
+        return {"conversion": self._conversion or None}
 
     def after_step(self, report: StepReport) -> None:
         """Convert the experts after the warm-up's last step, calibrated on tokens of the next two batches."""
@@ -35,6 +55,12 @@ class StandardWarmup(Callback):
         figures = cluster_experts(trainer, batches_BS, report.step)
         trainer.logger.history.step_seconds[-1] += figures["seconds"]
         trainer.recorder.event("clustered", report.step, **figures)
+        self._conversion = {"step": report.step, **{name: figures[name] for name in CONVERSION}}
+        trainer.recorder.note(
+            f"step {report.step}: standard experts become {trainer.config.moe.clusters} clusters; outputs change by "
+            f"{figures['output_error']:.2f} (largest {figures['output_error_largest']:.2f}), the loss from "
+            f"{figures['loss_before']:.4f} to {figures['loss_after']:.4f}"
+        )
 
 
 def cluster_experts(trainer: "Trainer", batches_BS: Sequence[Sequence[Tensor]], step: int) -> dict[str, Any]:

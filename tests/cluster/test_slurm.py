@@ -15,6 +15,7 @@ from tests.cluster.services import SLURM_PROGRAMS, start_slurm, start_slurmd
 CONFIG = "configs/test/smoke.yaml"
 LIMIT = 400.0  # a guard against hangs; the cores may be shared
 STEPS = 30
+SIZE = ("--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1")  # of the bed's nodes
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VENV": ""}  # ranks take the Python that PATH names
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
@@ -25,7 +26,7 @@ class Job:
 
     def __init__(self, bed: Bed, folder: Path, *words: str | Path) -> None:
         self._bed, self._log = bed, folder / "log"
-        options = ("--parsable", f"--chdir={ROOT}", f"--output={self._log}", "--time=10")
+        options = ("--parsable", f"--chdir={ROOT}", f"--output={self._log}", "--time=10", *SIZE)
         self.number = bed.head.run("sbatch", *options, *words, env=ENVIRONMENT).strip()
 
     @property

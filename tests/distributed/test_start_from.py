@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_dist import load_model
 from moe_dist.checkpoint.export import export_weights
 from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import load_config
@@ -20,6 +21,12 @@ def _train(folder: Path, *words: str) -> None:
     train(load_config(SMOKE, [*own, "train.warmup_steps=0", "moe.wire_dtype=float32", *words]))
 
 
+def _train_and_load(folder: Path, *words: str) -> int:
+    """Train, and return the parameters of another run's model, which needs nothing but its folder."""
+    _train(folder, *words)
+    return sum(parameter.numel() for parameter in load_model(folder / "runs" / "first").parameters())
+
+
 def _loss(folder: Path, name: str) -> float:
     loss: float = json.loads((folder / "runs" / name / "summary.json").read_text())["validation"]["loss"]
     return loss
@@ -33,11 +40,13 @@ def test_training_starts_from_the_weights_of_a_run(tmp_path: Path, precision: st
     words = [f"train.precision={precision}", "moe.kind=clustered"]
     run_ranks(_train, 2, tmp_path, "name=first", "train.steps=4", *words)
     init = f"checkpoint.init={tmp_path}/runs/first"
-    run_ranks(_train, 1, tmp_path, "name=second", init, *STILL, *words)
+    (parameters,) = run_ranks(_train_and_load, 1, tmp_path, "name=second", init, *STILL, *words)
     run_ranks(_train, 1, tmp_path, "name=other", *STILL, *words)
     expected, found, random = (_loss(tmp_path, name) for name in ("first", "second", "other"))
     assert found == pytest.approx(expected, rel=1e-5 if precision == "float32" else 1e-3)
     assert random > expected + 0.01
+    summary = json.loads((tmp_path / "runs" / "first" / "summary.json").read_text())
+    assert parameters == summary["parameters"]["total"]  # laid out over two ranks when it was trained
 
 
 def test_other_models_and_files_are_refused(tmp_path: Path) -> None:
@@ -48,6 +57,7 @@ def test_other_models_and_files_are_refused(tmp_path: Path) -> None:
         (run, "model.hidden_size=64", "the model needs"),
         (tmp_path / "first.safetensors", "seed=1", "is an exported file"),
         (tmp_path / "none", "seed=1", "does not exist"),
+        (run, "tokenizer.vocab_size=480", "was trained with another tokenizer .*: keep the corpus of that run"),
     ):
         with pytest.raises(AssertionError, match=f"CheckpointError: .*{match}"):
             run_ranks(_train, 1, tmp_path, f"checkpoint.init={init}", "name=second", *STILL, more)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from moe_dist.metrics import missing_keys
+from moe_dist.metrics.reference import undefined
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs" / "test" / "smoke.yaml")
@@ -43,6 +44,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 def _summary(folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((folder / "runs" / "smoke" / "summary.json").read_text())
     assert missing_keys(summary) == []
+    assert undefined("summary.json", summary) == []
+    for file in ("metrics.jsonl", "load.jsonl"):
+        for line in (folder / "runs" / "smoke" / file).read_text().splitlines():
+            assert undefined(file, json.loads(line)) == []
     return summary
 
 

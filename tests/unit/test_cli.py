@@ -101,6 +101,7 @@ def test_it_runs_as_a_module_too() -> None:
         (["doctor", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["launch", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["config", "CONFIG", "moe.expert=3"], "did you mean 'moe.experts'?"),
+        (["config", "CONFIG", "train.lr=3"], "did you mean 'optimizer.learning_rate'?"),
         (["config", "CONFIG", "--ranks", "5"], "divisible by the 5 ranks"),
         (["train", "CONFIG", "moe.top_k=99"], "moe.top_k=99"),
         (["train", "CONFIG", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json"),
@@ -161,7 +162,15 @@ def test_config_prints_yaml_that_loads_again(moe_dist: Any, config: str, tmp_pat
     code, out, _ = moe_dist("config", config, "train.steps=50", "--ranks", "4")
     (tmp_path / "resolved.yaml").write_text(out)
     assert code == 0
-    assert load_config(tmp_path / "resolved.yaml") == load_config(config, ["train.steps=50"])
+    sizes = ["world.data=1", "world.cluster=4"]
+    assert load_config(tmp_path / "resolved.yaml") == load_config(config, ["train.steps=50", *sizes])
+
+
+def test_config_lists_what_a_run_lacks(moe_dist: Any, config: str, tmp_path: Path) -> None:
+    words = [f"runs_dir={tmp_path}", f"corpus.cache_dir={tmp_path}"]
+    assert moe_dist("config", config, *words, "--check") == (0, f"{config}: ready to start\n", "")
+    code, out, _ = moe_dist("config", config, *words, "corpus.paths=none.txt", "checkpoint.init=/nowhere", "--check")
+    assert (code, len(out.splitlines())) == (2, 2)
 
 
 def test_launch_shows_its_command(moe_dist: Any, config: str) -> None:

@@ -1,13 +1,14 @@
-"""`--text` of `train` and `launch`."""
+"""`--text` of `train`, `launch` and `config`."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from moe_dist.cli.training import own_text
+from moe_dist.cli.own_text import corpus_words, files_of, fitting_words, with_text
 from moe_dist.config import load_config
 from moe_dist.errors import LaunchError
+from moe_dist.launch.preflight import problems
 
 MY_TEXT = Path(__file__).parents[2] / "configs" / "experiment" / "my-text.yaml"
 
@@ -17,18 +18,50 @@ def test_a_file_or_the_texts_of_a_folder_become_the_corpus(tmp_path: Path) -> No
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     names = ["a.jsonl", "b.txt", "deep [er]/c.txt.gz"]
-    assert own_text(tmp_path) == [
-        "corpus.kind=text",
-        f"corpus.paths={json.dumps([str(tmp_path / name) for name in names])}",
-    ]
-    corpus = load_config(MY_TEXT, own_text(tmp_path / "b.txt")).corpus
-    assert (corpus.kind, corpus.paths) == ("text", [str(tmp_path / "b.txt")])
-    assert load_config(MY_TEXT, own_text(tmp_path)).corpus.paths == [str(tmp_path / name) for name in names]
-    assert own_text(None) == []
+    given = f"corpus.paths={json.dumps([str(tmp_path / name) for name in names])}"
+    assert with_text(tmp_path, "my.yaml", ["seed=1"]) == ("my.yaml", ["corpus.kind=text", given, "seed=1"])
+    corpus = load_config(MY_TEXT, corpus_words(files_of(tmp_path))).corpus
+    assert (corpus.kind, corpus.paths) == ("text", [str(tmp_path / name) for name in names])
+    assert with_text(None, "my.yaml", None) == ("my.yaml", [])
+
+
+def test_conversations_are_recognized(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
+    assert corpus_words(files_of(tmp_path))[0] == "corpus.kind=chat"
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
+    assert corpus_words(files_of(tmp_path))[0] == "corpus.kind=text"
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "vocabulary", "steps"), [(10, 320, 100), (2000, 8192, 325), (90_000, 8192, 5000)]
+)
+def test_without_a_configuration_sizes_fit_the_text(
+    tmp_path: Path, kilobytes: int, vocabulary: int, steps: int
+) -> None:
+    """2,000 kB: 20,000 pieces would be a piece a hundred bytes; four passes of 3 bytes a token, 8,192 tokens a step."""
+    text = tmp_path / "mine.txt"
+    text.write_bytes(b"".join(b"word%d stands here\n" % number for number in range(5000))[: 1000 * min(kilobytes, 90)])
+    with text.open("ab") as file:
+        file.truncate(1000 * kilobytes)
+    path, words = with_text(text, None, [f"runs_dir={tmp_path}", f"corpus.cache_dir={tmp_path}"])
+    config = load_config(path, words)
+    assert config.name == "my-text"
+    assert abs(config.tokenizer.vocab_size - vocabulary) <= 2 * 35
+    assert config.train.steps == steps
+    assert problems(config, 1) == []
+
+
+def test_settings_win_over_what_fits(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("some words\n" * 9999)
+    path, words = with_text(tmp_path, "train.steps=7", ["train.warmup_steps=1"])
+    assert load_config(path, words).train.steps == 7
+    assert any(word.startswith("tokenizer.vocab_size=") for word in fitting_words(files_of(tmp_path)))
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"--text .*nowhere: no such file or folder"):
-        own_text(tmp_path / "nowhere")
+        with_text(tmp_path / "nowhere", None, None)
     with pytest.raises(LaunchError, match=r"the folder holds no file that ends in \.txt"):
-        own_text(tmp_path)
+        with_text(tmp_path, None, None)
+    with pytest.raises(LaunchError, match="CONFIG is missing: give a YAML file"):
+        with_text(None, None, None)

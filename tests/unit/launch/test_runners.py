@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.errors import ConfigError, LaunchError
-from moe_dist.launch import commands, runners
+from moe_dist.launch import commands, environment, runners
 from moe_dist.launch import job as jobs
 from moe_dist.launch.commands import node_command
 from moe_dist.launch.environment import free_port
@@ -60,7 +60,8 @@ def test_what_cannot_run_is_refused_before_anything_starts(
 
 @pytest.fixture
 def gpus_2_and_5(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "has_gpu", lambda: True)
+    for module in (jobs, environment):
+        monkeypatch.setattr(module, "has_gpu", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
 
@@ -82,7 +83,7 @@ def test_deepspeed_takes_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("gpus_2_and_5")
 def test_more_ranks_than_visible_gpus_are_refused(config: str) -> None:
-    with pytest.raises(LaunchError, match="4 ranks are more than the 2 GPUs of CUDA_VISIBLE_DEVICES=2,5"):
+    with pytest.raises(ConfigError, match="4 ranks are more than the 2 GPUs of CUDA_VISIBLE_DEVICES=2,5"):
         plan(Launcher.DEEPSPEED, JobSize(4), config, [])
     assert plan(Launcher.DEEPSPEED, JobSize(4), config, ["world.backend=gloo"]).ranks == 4
 
@@ -197,8 +198,19 @@ def test_slurm_submits_the_template_or_steps_into_an_allocation(config: str, mon
     job = plan(Launcher.SLURM, JobSize(nodes=2), config, ["seed=1"], options=["--partition=gpu"])
     template = str(commands.TRAIN_SBATCH)
     assert runners.dry_run(job) == shlex.join(
-        ["sbatch", "--nodes=2", "--ntasks-per-node=2", "--partition=gpu", template, config, "seed=1"]
+        [
+            "sbatch",
+            "--nodes=2",
+            "--ntasks-per-node=2",
+            "--gpus-per-node=2",
+            "--partition=gpu",
+            template,
+            config,
+            "seed=1",
+        ]
     )
+    on_cpus = plan(Launcher.SLURM, JobSize(nodes=2), config, ["world.backend=gloo", "world.threads=3"])
+    assert commands.sbatch(on_cpus)[3:5] == ["--gpus-per-node=0", "--cpus-per-task=3"]
     assert commands.TRAIN_SBATCH.is_file()
     monkeypatch.setitem(os.environ, "SLURM_JOB_ID", "7")
     assert runners.dry_run(job).startswith("srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --kill-on-bad-exit=1")

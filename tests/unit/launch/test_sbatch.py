@@ -110,5 +110,5 @@ def test_the_environment_is_found_from_any_folder(tmp_path: Path) -> None:
         _, err = child.communicate(timeout=LIMIT)
     assert (child.returncode, err) == (0, "")
     python = tmp_path / "own" / "bin" / "python"
-    calls = [f"{python} -m moe_dist config CONFIG --ranks 2", f"{python} -u -m moe_dist.launch.rank CONFIG"]
+    calls = [f"{python} -m moe_dist config CONFIG --ranks 2 --check", f"{python} -u -m moe_dist.launch.rank CONFIG"]
     assert (tmp_path / "calls").read_text().splitlines() == calls

@@ -31,7 +31,7 @@ def _metrics(step: int) -> dict[str, Any]:
         "step": step,
         "tokens": step * 100,
         "tokens_per_second": 1000 + step,
-        "train": {"loss": 5.0 / step},
+        "train": {"loss": 5.0 / step, "learning_rate": 1e-3, "gradient_norm": 0.5},
         "memory": {"rss_bytes_max": 10**9, "rss_bytes_min": 9 * 10**8, "device_bytes_max": 0},
         "load": {"cv2": 0.1},
     }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.report import curves, maps, page, read_runs, tables, write_report
+from moe_dist.report import curves, head, maps, page, read_runs, style, tables, write_report
 from tests.unit.report.example import EXPERTS, LAYERS, STEPS, write_run
 
 FILES = ("config.yaml", "metrics.jsonl", "load.jsonl", "events.jsonl", "summary.json", "traffic.json", "profile.json")
@@ -26,7 +26,7 @@ def test_a_whole_run_has_every_figure_and_runs_are_compared(tmp_path: Path) -> N
     runs = read_runs([write_run(tmp_path / "a" / "demo"), write_run(tmp_path / "b" / "demo")])
     assert [run.label for run in runs] == ["a/demo", "b/demo"]
     html = page.page(runs)
-    assert _figures(html) == 4 + 2 * 6
+    assert _figures(html) == 6 + 2 * 6
     assert "finished at step 40" in html
     assert "12,345" in html
     figure = curves.loss(runs)
@@ -149,3 +149,34 @@ def test_a_figure_that_is_missing_is_a_dash(tmp_path: Path) -> None:
     rows = re.findall(r"<tr>(.*?)</tr>", tables.comparison(read_runs([whole, broken])))
     (loss,) = [row for row in rows if "validation loss" in row]
     assert loss == "<td>validation loss</td><td>3.4012</td><td>-</td>"
+
+
+def test_the_head_has_identity_three_figures_and_what_differs(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    (second / "config.yaml").write_text("moe: {kind: clustered, rank: 8}\nname: other\n")
+    html = page.page(read_runs([first, second]))
+    cards = html.partition('<div class="cards">')[2].partition('<div class="grid">')[0]
+    assert re.findall(r"<b>(.+?)</b>", cards) == 2 * ["3.4012", "14,321", "768"]
+    assert "python 3.11.7" in cards
+    differ = html.partition("Where the configurations differ")[2].partition("<h2>")[0]
+    assert re.findall(r"<td>(.+?)</td>", differ) == ["moe.rank", "-", "8"]
+    assert "<h3>At work</h3>" in html
+    assert "2 rounds moved 9 experts" in html
+
+
+def test_many_runs_are_rows_and_have_no_cards(tmp_path: Path) -> None:
+    one = read_runs([write_run(tmp_path / "run")])
+    assert tables.comparison(one * 100).count("<tr>") == 101  # with the head
+    assert head.cards(one * 100) == ""
+
+
+def test_clusters_have_colors_of_their_own_and_events_are_readable(tmp_path: Path) -> None:
+    scale = style.categories(3)
+    assert [edge for edge, _ in scale] == pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1])
+    assert len({color for _, color in style.categories(8)}) == 8
+    folder = write_run(tmp_path / "demo")
+    event = {"event": "clustered", "step": 4, "output_errors": [[0.25] * 24, [0.5] * 24], "parts": {"inputs": 0.125}}
+    with (folder / "events.jsonl").open("a") as events:
+        events.write(json.dumps(event) + "\n")
+    shown = tables.other_events(*read_runs([folder]))
+    assert "output_errors: 48 numbers from 0.25 to 0.5, parts: inputs 0.125" in shown

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape, load_config
+from moe_dist.config.token_work import work_of
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Coordinates, Mesh, RankGroup, group_layout, rank_at
 from moe_dist.model import language_model
@@ -15,7 +16,7 @@ from moe_dist.model import megatron_backbone as megatron_gpt
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.moe.parameter_class import ParameterClass, class_of
 from moe_dist.simulator.memory import bytes_an_element, memory_of_rank, replicas, saved_elements
-from moe_dist.simulator.sizes import parameters_on_rank, work_of
+from moe_dist.simulator.sizes import parameters_on_rank
 from tests.distributed.ranks import run_ranks
 
 VOCABULARY = 96

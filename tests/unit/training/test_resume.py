@@ -58,8 +58,17 @@ def test_auto_passes_over_runs_without_a_checkpoint(tmp_path: Path) -> None:
     choice = resume._choose_run(load_config(None, [f"runs_dir={tmp_path}", "name=a", "checkpoint.resume=auto"]))
     assert choice.run == tmp_path / "a-2"
     assert [path.name for path in choice.skipped] == ["a-4", "a-3"]
-    (tmp_path / "a-3" / "summary.json").write_text("{}")  # it has finished
+    assert choice.behind == ((tmp_path / "a", 1),)
+
+
+def test_auto_takes_the_run_that_got_furthest(tmp_path: Path) -> None:
+    for name, steps in (("a", (1, 7)), ("a-2", (1, 3)), ("a-3", ())):
+        folder(tmp_path, name, steps=steps)
+    assert chosen(tmp_path, "auto") == "a"
+    (tmp_path / "a-3" / "summary.json").write_text('{"steps": 7}')  # as far as the first, and newer
     assert chosen(tmp_path, "auto") == "a-3"
+    (tmp_path / "a-3" / "summary.json").write_text("{}")
+    assert chosen(tmp_path, "auto") == "a"
 
 
 def test_auto_without_any_checkpoint_starts_anew(tmp_path: Path) -> None:
@@ -72,13 +81,16 @@ def test_auto_without_any_checkpoint_starts_anew(tmp_path: Path) -> None:
 
 def test_what_was_passed_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"runs_dir={tmp_path}", "name=a", "checkpoint.resume=auto", "tensorboard=false"]
-    first, second = folder(tmp_path, "a"), folder(tmp_path, "a-2", steps=())
+    first, second, third = folder(tmp_path, "a"), folder(tmp_path, "a-2", steps=()), tmp_path / "a-1"
     manifest = read_manifest(saved(tmp_path / "other", 3)[0])
     found = ValidCheckpoint(step_folder(first, 3), manifest)
-    with resume.open_recorder(load_config(None, words), 0, resume.Resumption(found, first, [], (second,))):
+    with resume.open_recorder(
+        load_config(None, words), 0, resume.Resumption(found, first, [], (second,), ((third, 2),))
+    ):
         pass
     said = " ".join(capsys.readouterr().out.split())
     assert f"no checkpoint in {second}: resumes the run before, {first}" in said
+    assert f"resumes {first}, the run of this name that got furthest; not as far: {third} (step 2)" in said
     event = json.loads((first / "events.jsonl").read_text().splitlines()[-1])
     assert (event["event"], event["step"], event["skipped"]) == ("resumed", 3, [str(second)])
     with resume.open_recorder(load_config(None, words), 0, None) as recorder:
