@@ -1,7 +1,7 @@
 """Token ids of one split of a corpus in a memory-mapped file.
 
 Layout: a header block of 4096 bytes (magic, then JSON, then spaces), then the ids as little-endian uint16 or uint32, or
-int32 if some are complements of ids that are no targets (`chats.py`).
+int32 if some are marked, as in chats (`chats.py`).
 Every document is followed by one end-of-document token. The header holds a CRC-32 over its other facts and all ids.
 """
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from moe_dist.data.cache import atomic_write
 from moe_dist.errors import DataError
+from moe_dist.model.document_mask import INSIDE
 
 _MAGIC = b"moe-dist tokens 1\n"
 _HEADER_BYTES = 4096
@@ -57,19 +58,24 @@ class TokenFile:
 
     @property
     def plain_ids(self) -> npt.NDArray[np.integer]:
-        """Ids with the complements of a chat's context undone; in memory."""
+        """Ids without the marks of a chat; in memory."""
         return self.plain(0, len(self))
 
     def plain(self, first: int, end: int) -> npt.NDArray[np.integer]:
         """Return a run of these ids."""
+        codes = self._codes(first, end)
+        return codes & (INSIDE - 1) if codes.dtype.kind == "i" else codes
+
+    def _codes(self, first: int, end: int) -> npt.NDArray[np.integer]:
+        """Return a run of ids, of which those that end a part of a document are not the end-of-document token."""
         ids = np.asarray(self.ids[first:end])
-        return np.where(ids < 0, ~ids, ids) if ids.dtype.kind == "i" else ids
+        return np.maximum(ids, ~ids) if ids.dtype.kind == "i" else ids
 
     def documents(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """Yield the first token and the size of documents, with their ends, [N] each, some million tokens at a time."""
         first, stop = 0, self.facts.end_of_document
         for start in range(0, len(self), _RUN):
-            end_N = start + 1 + np.flatnonzero(self.plain(start, start + _RUN) == stop)
+            end_N = start + 1 + np.flatnonzero(self._codes(start, start + _RUN) == stop)
             if len(end_N):
                 first_N = np.concatenate([[first], end_N[:-1]]).astype(np.int64)
                 yield first_N, end_N - first_N

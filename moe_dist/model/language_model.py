@@ -19,7 +19,7 @@ from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.errors import MoeDistError
 from moe_dist.memory.block import Block
 from moe_dist.memory.expert_memory import ExpertMemory
-from moe_dist.model.document_mask import document_mask
+from moe_dist.model.document_mask import INSIDE, document_mask
 from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
 from moe_dist.model.pipeline_stage import StageLayers, positions, run_chunk
 from moe_dist.model.stage_links import StageLinks, TiedEmbedding
@@ -196,9 +196,9 @@ class LanguageModel(nn.Module):
 
     def _divided(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return this rank's tokens, labels, and which of them are targets, [B, S], and the mask of attention."""
-        target_BS, sequence_BS = sequence_BS[:, 1:] >= 0, torch.where(sequence_BS < 0, ~sequence_BS, sequence_BS)
-        tokens_BS, labels_BS = sequence_BS[:, :-1].contiguous(), sequence_BS[:, 1:].contiguous()
-        mask = self._document_mask(tokens_BS)
+        target_BS, code_BS = sequence_BS[:, 1:] >= 0, torch.maximum(sequence_BS, ~sequence_BS)
+        mask, token_BS = self._document_mask(code_BS[:, :-1]), code_BS & (INSIDE - 1)
+        tokens_BS, labels_BS = token_BS[:, :-1].contiguous(), token_BS[:, 1:].contiguous()
         return self._part_of(tokens_BS), self._part_of(labels_BS), self._part_of(target_BS), mask
 
     def _part_of(self, x_BS: Tensor) -> Tensor:
