@@ -10,6 +10,7 @@ import torch.distributed as dist
 from moe_dist.config import WorldConfig
 from moe_dist.errors import LaunchError
 
+_PLACE = (("WORLD_SIZE", "1"), ("RANK", "0"))
 INIT_METHOD = "MOE_DIST_INIT_METHOD"
 """Environment variable with torch's init_method; `moe-dist launch` sets it to a file, since a port may be taken."""
 
@@ -24,13 +25,16 @@ class RankInfo:
     timeout: timedelta
 
 
-def init_distributed(world: WorldConfig) -> RankInfo:
+def init_distributed(world: WorldConfig, alone: bool = False) -> RankInfo:
     """Initialize the default process group from the launcher's environment, or for a single process.
+
+    Args:
+        alone: make a group of this process alone, also inside a job of several ranks.
 
     Raises:
         LaunchError: there is no GPU for this rank, or the other ranks cannot be reached.
     """
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    ranks, rank = (1, 0) if alone else (int(os.environ.get(key, default)) for key, default in _PLACE)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(world.backend, local_rank)
     if device.type == "cpu":
@@ -38,7 +42,7 @@ def init_distributed(world: WorldConfig) -> RankInfo:
     backend = world.backend if world.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
     timeout = timedelta(seconds=world.timeout_seconds)
     if not dist.is_initialized():
-        _init_process_group(backend, rank, ranks, timeout)
+        _init_process_group(backend, rank, ranks, timeout, alone)
     return RankInfo(dist.get_rank(), dist.get_world_size(), device, timeout)
 
 
@@ -82,8 +86,8 @@ def _set_threads(wanted: int, ranks: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_node))
 
 
-def _init_process_group(backend: str, rank: int, ranks: int, timeout: timedelta) -> None:
-    if ranks == 1 and "MASTER_PORT" not in os.environ:
+def _init_process_group(backend: str, rank: int, ranks: int, timeout: timedelta, alone: bool) -> None:
+    if alone or (ranks == 1 and "MASTER_PORT" not in os.environ):
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return

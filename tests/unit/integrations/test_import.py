@@ -14,7 +14,8 @@ from moe_dist.config import load_config
 from moe_dist.errors import CheckpointError, ConfigError, MoeDistError
 from moe_dist.integrations.huggingface.expert_budget import words_within_budget
 from moe_dist.integrations.huggingface.families import family_of
-from moe_dist.integrations.huggingface.import_model import ImportOptions, import_model
+from moe_dist.integrations.huggingface.import_model import import_model
+from moe_dist.integrations.huggingface.import_spec import ImportOptions
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from tests.distributed.ranks import run_ranks
 from tests.unit.data.samples import documents_of
