@@ -44,7 +44,7 @@ from moe_dist.integrations.huggingface.imported_tensors import (
     read_link,
     selection_biases,
 )
-from moe_dist.integrations.huggingface.layer_store import LayerStore, StoredLayer
+from moe_dist.integrations.huggingface.layer_store import LayerStore
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from moe_dist.integrations.huggingface.tensor_links import LAYERS, layer_links, links_of
 from moe_dist.model.language_model import LanguageModel
@@ -175,10 +175,9 @@ def _walk(
                     tokens.append(caught)
                 if free:
                     seeded = config.model_copy(update={"seed": config.seed + number})
-                    layer = _compressed_layer(moe, seeded, model.context.mesh, *tokens)
-                    tensors = _tensors_of(f"{LAYERS}.{first + number}.mlp.inner.", layer)
-                    errors = layer.figures[:, 0].tolist()
-                    store.write(number, tensors, StoredLayer({}, layer.placement.members, errors))
+                    made = _compressed_layer(moe, seeded, model.context.mesh, *tokens)
+                    tensors = _tensors_of(f"{LAYERS}.{first + number}.mlp.inner.", made)
+                    store.write(number, tensors, made.placement.members, made.figures[:, 0].tolist())
 
 
 def _one_layer(plain: ImportedModel, kind: str) -> LanguageModel:

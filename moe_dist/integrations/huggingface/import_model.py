@@ -54,13 +54,14 @@ class ImportedRun:
 
 def import_on_ranks(config: RunConfig | None, spec: ImportSpec) -> None:
     """Import a model as one of the ranks of a job, and print what came out; they share the layers of a compression."""
-    rank = int(os.environ.get("RANK", "0"))
+    wanted = spec.source, spec.target, spec.words, spec.options
     try:
-        done = import_model(spec.source, spec.target, spec.words, spec.options, rank)
+        if int(os.environ.get("RANK", "0")):
+            help_import(*wanted)
+            return
+        done = import_model(*wanted)
     finally:
         shutdown()  # of a compression
-    if done is None:
-        return
     moe = done.config.moe
     print(f"{spec.target}: {done.architecture}, {done.parameters:,} parameters, {moe.layer_kind.describe(moe)}")
     for layer, errors in enumerate(done.output_errors):
@@ -68,9 +69,7 @@ def import_on_ranks(config: RunConfig | None, spec: ImportSpec) -> None:
         print(f"layer {layer}: relative error of the experts' outputs {mean:.3f}, largest {max(errors):.3f}")
 
 
-def import_model(
-    source: Path, target: Path, words: Sequence[str], options: ImportOptions, rank: int = 0
-) -> ImportedRun | None:
+def import_model(source: Path, target: Path, words: Sequence[str], options: ImportOptions) -> ImportedRun:
     """Write a checkpoint as the run `target`, with the configuration of its family and changes by `words`.
 
     With moe.kind=clustered or standard a dense model is upcycled, and with moe.kind=clustered a mixture is compressed.
@@ -78,19 +77,12 @@ def import_model(
     Args:
         source: folder of config.json and safetensors, a GGUF file, or a model's name on the Hugging Face hub.
         words: `key.sub=value` settings.
-        rank: rank of this process; all but the first only compress layers, and return None.
 
     Raises:
         MoeDistError: one line; nothing is left at `target`, nor beside it.
     """
-    if is_hub_name(source):
-        source = hub_folder(str(source))
-    if rank:
-        if source.suffix != ".gguf":  # of a dense model, which has no layers to compress
-            _help(SourceFolder(source), target, words, options)
-        return None
     try:
-        with new_folder(target) as folder, as_folder(source, folder.parent) as found:
+        with new_folder(target) as folder, as_folder(_local(source), folder.parent) as found:
             done = _import_into(folder, found, target, words, options)
     except MoeDistError:
         remove_store(target)
@@ -109,8 +101,15 @@ def _import_into(folder: Path, found: Path, target: Path, words: Sequence[str], 
     return ImportedRun(config, architecture, parameters, model.output_errors)
 
 
-def _help(checkpoint: SourceFolder, target: Path, words: Sequence[str], options: ImportOptions) -> None:
-    """Compress layers that no other process compresses."""
+def _local(source: Path) -> Path:
+    return hub_folder(str(source)) if is_hub_name(source) else source
+
+
+def help_import(source: Path, target: Path, words: Sequence[str], options: ImportOptions) -> None:
+    """Compress layers that `import_model`, in another process, has not begun; arguments as there."""
+    if source.suffix == ".gguf":
+        return  # of a dense model
+    checkpoint = SourceFolder(_local(source))
     tokenizer, plain, config = _opened(checkpoint, target, words, options)
     if _is_compression(plain, config):
         calibration = Calibration(options.text, options.tokens)

@@ -61,9 +61,11 @@ class LayerStore:
         with exclusive(self._path(layer, "lock")):
             pass
 
-    def write(self, layer: int, tensors: Mapping[str, Tensor], facts: StoredLayer) -> None:
-        """Store a layer."""
-        metadata = {"identity": self._identity, "facts": json.dumps([facts.members, facts.errors])}
+    def write(
+        self, layer: int, tensors: Mapping[str, Tensor], members: Sequence[Sequence[int]], errors: Sequence[float]
+    ) -> None:
+        """Store a layer; arguments as in `StoredLayer`."""
+        metadata = {"identity": self._identity, "facts": json.dumps([members, errors])}
         copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         with atomic_write(self._path(layer, "safetensors")) as path:
             save_file(copies, path, metadata)
