@@ -122,8 +122,9 @@ class LanguageModel(nn.Module):
         if self.teacher is None:
             return self.mean_of(self.token_losses(sequence_BS))
         logits_BSV, loss_BS = self.logits_and_losses(sequence_BS)
-        distill = self.config.distill
-        divergence_BS = kl_divergence(logits_BSV, self.teacher, distill.temperature) * (sequence_BS[:, 1:] >= 0)
+        self.sequence_losses.append(loss_BS.detach().double().sum(1))
+        distill, target_BS = self.config.distill, self.targets_of(sequence_BS)
+        divergence_BS = kl_divergence(logits_BSV, self.teacher, distill.temperature) * target_BS
         loss_2 = torch.stack([loss_BS.mean(), divergence_BS.mean()]) / self.target_share
         summed = loss_2.detach() / self._micro_batches
         self.taught_2 = summed if self.taught_2 is None else self.taught_2 + summed
@@ -151,11 +152,15 @@ class LanguageModel(nn.Module):
         return losses * target_BS
 
     def logits_and_losses(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits [B, S, V] and the result of `token_losses`; only where neither is divided over ranks."""
+        """Return the logits [B, S, V] and the result of `token_losses`; only where the vocabulary is not divided."""
         tokens_BS, labels_BS, target_BS, mask = self._divided(sequence_BS)
         logits_BSV: Tensor = self.gpt(tokens_BS, positions(tokens_BS), mask)
         loss_N = functional.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none")
         return logits_BSV, loss_N.view_as(labels_BS) * target_BS
+
+    def targets_of(self, sequence_BS: Tensor) -> Tensor:
+        """Return which tokens of this rank's part of sequences [B, S + 1] are targets, bool [B, S]."""
+        return self._part_of(sequence_BS[:, 1:] >= 0)
 
     def run_chunk(self, sequence_BS: Tensor, chunk: int, received_SBD: Tensor | None) -> Tensor:
         """Return the hidden states after a chunk of this pipeline stage, [S, B, D], or the losses after the last.
