@@ -91,7 +91,7 @@ def live_teacher(config: RunConfig, process: RankInfo, mesh: Mesh, data: Prepare
     if weights.stored:
         raise ConfigError(f"distill.teacher={folder} is an exported file with quantized experts: give its run")
     _require_same_tokens(folder, weights, data)
-    whole = config.world.model_copy(update={"context": 1})  # unlike an evaluation's, its sequences are divided by `mesh`
+    whole = config.world.model_copy(update={"context": 1})  # `mesh` divides its sequences
     own = evaluation_config(weights.config, whole, config.train.precision, MemoryConfig())
     _require_layout(folder, own, mesh)
     weights = TrainedWeights(weights.path, weights.manifest, own.model_copy(update={"corpus": config.corpus}))
