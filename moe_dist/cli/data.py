@@ -86,14 +86,16 @@ def validate(
     ] = False,
 ) -> None:
     """Check prepared text: files, ids, documents, duplicates. Exit code 1 if a folder cannot be trained on."""
-    from moe_dist.data.prepared_checks import check_folder, prepared_folders
+    from moe_dist.data.prepared_checks import check_across, check_folder, prepared_folders
 
-    failed = False
-    for folder in [found for path in folders for found in prepared_folders(path)]:
+    failed, found = False, [folder for path in folders for folder in prepared_folders(path)]
+    for folder in found:
         typer.echo(str(folder))
         for finding in check_folder(folder, near_duplicates):
             failed |= finding.level == "fail"
             typer.echo(f"  {finding.level:4} {finding.text}")
+    for names, finding in check_across(found):
+        typer.echo(f"{names}\n  {finding.level:4} {finding.text}")
     raise typer.Exit(int(failed))
 
 

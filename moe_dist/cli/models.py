@@ -1,13 +1,19 @@
 """Commands that exchange models with Hugging Face checkpoints."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moe_dist.cli.options import Overrides
+from moe_dist.cli.options import Overrides, Port, StartedBy, takes
 from moe_dist.errors import LaunchError
+from moe_dist.integrations.huggingface.import_spec import ImportOptions, ImportSpec
+from moe_dist.launch import environment, runners
 from moe_dist.launch.files import new_folder_name, require_run
+from moe_dist.launch.job import DEFAULT_PORT, Job, JobSize, Launcher, machines
+from moe_dist.launch.rank import run_rank
+from moe_dist.launch.tasks import IMPORT
 
 
 def register(app: typer.Typer) -> None:
@@ -17,44 +23,36 @@ def register(app: typer.Typer) -> None:
     app.command("serve")(serve)
 
 
+@takes(size=JobSize, options=ImportOptions)
 def import_(
     source: Annotated[
         Path,
         typer.Argument(metavar="MODEL", help="Folder of config.json and safetensors, .gguf file, or name on the hub."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN", help="Folder of the run to write.")],
+    size: JobSize,
+    options: ImportOptions,
     overrides: Overrides = None,
-    noise: Annotated[
-        float,
-        typer.Option(min=0, help="Noise on copies of a dense network as standard experts, over their deviation."),
-    ] = 0.01,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(help="Calibration text of a compression, as corpus.paths. Default: Python's library source."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=256, help="Calibration tokens of a compression.")] = 32768,
-    keep: Annotated[
-        float | None,
-        typer.Option(min=0.001, max=1, help="Compress a mixture to this share of its expert parameters, by moe.rank."),
-    ] = None,
+    launcher: StartedBy = Launcher.LOCAL,
+    port: Port = DEFAULT_PORT,
 ) -> None:
-    """Write a Hugging Face model as a run: as it is, or with moe.kind=clustered or standard upcycled or compressed."""
-    target = new_folder_name(output)
+    """Write a Hugging Face model as a run: as it is, or with moe.kind=clustered or standard upcycled or compressed.
+
+    The ranks share the layers of a compression. Inside a launcher this process is one of them.
+    """
+    inside = environment.discover(os.environ).kind != "alone"
+    target = output.absolute() if inside else new_folder_name(output)
     if not source.exists() and str(source).count("/") != 1:
         raise LaunchError(f"{source} does not exist: give a folder with config.json and safetensors, or a .gguf file")
-    from moe_dist.distributed.init import shutdown
-    from moe_dist.integrations.huggingface.import_model import ImportOptions, import_model
+    spec = ImportSpec(source.absolute() if source.exists() else source, target, tuple(overrides or ()), options)
+    if inside:
+        raise typer.Exit(run_rank(None, (), IMPORT, spec))
+    if size != JobSize(ranks=size.ranks) or size.ranks not in (None, 1):
+        job = Job(launcher, machines(launcher, size, ranks_wanted=1), (), port=port)
+        raise typer.Exit(runners.launch(job.with_task(IMPORT, spec)))
+    from moe_dist.integrations.huggingface.import_model import import_on_ranks
 
-    try:
-        options = ImportOptions(noise, tuple(text or ()), tokens, keep)
-        done = import_model(source, target, overrides or (), options)
-    finally:
-        shutdown()  # of a compression
-    moe = done.config.moe
-    typer.echo(f"{output}: {done.architecture}, {done.parameters:,} parameters, {moe.layer_kind.describe(moe)}")
-    for layer, errors in enumerate(done.output_errors):
-        mean = sum(errors) / len(errors)
-        typer.echo(f"layer {layer}: relative error of the experts' outputs {mean:.3f}, largest {max(errors):.3f}")
+    import_on_ranks(None, spec)
 
 
 def generate(

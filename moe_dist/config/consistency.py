@@ -196,7 +196,6 @@ def check_slices(
 
 def check_distill(
     distill: DistillConfig,
-    corpus: CorpusConfig,
     world: WorldConfig,
     moe: MoEConfig,
     train: TrainConfig,
@@ -208,9 +207,7 @@ def check_distill(
         return
     refused = {
         f"world.tensor={world.tensor}": (world.tensor > 1, "1"),
-        f"world.context={world.context}": (world.context > 1, "1"),
         f"world.pipeline={world.pipeline}": (world.pipeline > 1, "1"),
-        f"corpus.kind={corpus.kind}": (corpus.kind == "blend", "that of a single source"),
     }
     _reject(refused, "distill.teacher")
     alone = distill.router_steps > 0

@@ -113,6 +113,6 @@ class RunConfig(Section):
         consistency.check_trainable(self.optimizer, self.moe, self.recluster, self.memory, self.precision)
         self.moe.layer_kind.check_layout(self.world, self.moe)
         consistency.check_slices(self.world, self.moe, self.precision, self.memory, self.recluster)
-        consistency.check_distill(self.distill, self.corpus, self.world, self.moe, self.train, self.optimizer)
+        consistency.check_distill(self.distill, self.world, self.moe, self.train, self.optimizer)
         consistency.check_recluster(self.recluster, self.moe, self.train)
         return self

@@ -13,6 +13,7 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,13 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
         except OSError as error:
             if error.errno not in _NO_LOCKS_HERE:
                 raise
-            logger.warning("%s: this file system has no locks (%s); work may be repeated", path, error.strerror)
+            _warn_of_no_locks(path.parent, error.strerror)
         yield True  # closing the file releases the lock
+
+
+@cache
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    logger.warning("%s: this file system has no locks (%s); work may be repeated", folder, reason)
 
 
 @contextmanager

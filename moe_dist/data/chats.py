@@ -1,7 +1,8 @@
 """Chats as training text: files of conversations, and their token ids with the loss on answers only.
 
-A token that is context, not a target, is stored as its complement `~id`, which is negative: token files, batches and
-resumption need nothing else. `LanguageModel` takes the complement back and leaves those tokens out of the loss.
+A token that is context, not a target, is stored as its complement `~id`, which is negative; an end-of-document token
+that ends a message has the bit `INSIDE`, so that the conversation's own end is known. Token files, batches and
+resumption need nothing else: `LanguageModel` takes both back, and leaves context out of the loss.
 """
 
 import json
@@ -14,6 +15,7 @@ from moe_dist.data.files import digest_of, first_and_more
 from moe_dist.data.table_files import json_objects
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.errors import DataError
+from moe_dist.model.document_mask import INSIDE
 
 ANSWER = "assistant"
 Message = dict[str, str]
@@ -30,7 +32,7 @@ class ChatSource:
 
     def fingerprint(self) -> str:
         """Return a digest of the content of all files."""
-        return f"chat {digest_of(self.files)}"
+        return f"chat 2 {digest_of(self.files)}"
 
     def texts(self) -> Iterator[str]:
         """Yield each conversation's messages as JSON.
@@ -46,7 +48,7 @@ class ChatSource:
 
 
 class ChatEncoder:
-    """Encoder of a conversation's JSON by the tokenizer's chat template; context has negative ids.
+    """Encoder of a conversation's JSON by the tokenizer's chat template; context has negative codes.
 
     Raises:
         DataError: the tokenizer has no chat template, or transformers is not installed.
@@ -59,11 +61,12 @@ class ChatEncoder:
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """Yield the ids of each conversation, in order."""
+        end = self._tokenizer.end_of_document
         for text in texts:
             ids: list[int] = []
             for part, answer in self._parts(json.loads(text)):
-                encoded = self._tokenizer.encode(part)
-                ids += encoded if answer else [~token for token in encoded]
+                codes = (token | INSIDE if token == end else token for token in self._tokenizer.encode(part))
+                ids += codes if answer else [~code for code in codes]
             yield ids
 
     def _parts(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:

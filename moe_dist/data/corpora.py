@@ -14,7 +14,7 @@ from moe_dist.data.documents import Document, as_documents, limit_bytes
 from moe_dist.data.files import FileSource, match_files, stdlib_source
 from moe_dist.data.hub import HubSource
 from moe_dist.data.megatron_files import MegatronSource, match_prefixes
-from moe_dist.data.split import Split, Survey, lowest_keys
+from moe_dist.data.split import Keys, Split, Survey, lowest_keys
 from moe_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -71,15 +71,19 @@ class Corpus:
         logger.warning("%d training documents are nearly equal to held-out ones, and %s", len(found), shown)
         return replace(split, dropped=found) if drop else split
 
+    def split_as(self, survey: Survey, held_out: Keys, dropped: Keys | None = None) -> Split:
+        """Return the split that has been decided before, without reading a document."""
+        held = None if self.validation is None else partial(self._read, self.validation)
+        return Split(partial(self._read, self.train), held, survey, held_out, *(() if dropped is None else (dropped,)))
+
     def _exact_split(self) -> Split:
         survey = self._survey(self.train)
         if self.validation is None:
-            held = lowest_keys(survey.keys, self.config.validation_fraction)
-            return Split(partial(self._read, self.train), None, survey, held)
+            return self.split_as(survey, lowest_keys(survey.keys, self.config.validation_fraction))
         held = np.unique(self._survey(self.validation).keys)
         if np.isin(survey.keys, held).all():
             raise DataError(f"{self.train} holds only documents that {self.validation} holds too: nothing to train on")
-        return Split(partial(self._read, self.train), partial(self._read, self.validation), survey, held)
+        return self.split_as(survey, held)
 
     def _survey(self, source: Source) -> Survey:
         survey = Survey.of(self._read(source))

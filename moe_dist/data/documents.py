@@ -18,7 +18,7 @@ _TITLE = re.compile(r" = [^=\n]+ = ?")
 _LINE_END = re.compile(r"\n")
 _SENTENCE_END = re.compile(r"[.!?\u2026][\"'\u2019\u201d)\]]*\s|[\u3002\uff01\uff1f]")
 _WORD_END = re.compile(r"\s")
-_ARTICLE = re.compile(rf"(?:\A|(?:\A|\n) ?\n)({_TITLE.pattern}\n) ?\n")
+_TITLE_LINE = re.compile(rf"\n({_TITLE.pattern}\n)(?= ?\n)")  # begins with plain characters, which `re` finds quickly
 
 
 class Document(NamedTuple):
@@ -80,7 +80,7 @@ def split_stream(chunks: Iterable[str]) -> Iterator[str]:
     """
     chunks = _coalesced(chunks)
     head = next(chunks, "")
-    split = _articles if _ARTICLE.search(head) else _sections
+    split = _articles if any(True for _ in _article_starts(head)) else _sections
     yield from split(chain([head], chunks))
 
 
@@ -101,7 +101,7 @@ def _articles(chunks: Iterable[str]) -> Iterator[str]:
     text = ""
     for chunk in chunks:
         text += chunk
-        starts = [0, *(match.start(1) for match in _ARTICLE.finditer(text) if match.start(1))]
+        starts = [0, *(start for start in _article_starts(text) if start)]
         for start, end in pairwise(starts):
             yield text[start:end]
         text = text[starts[-1] :]
@@ -111,6 +111,17 @@ def _articles(chunks: Iterable[str]) -> Iterator[str]:
             text = text[end:]
     if text:
         yield text
+
+
+def _article_starts(text: str) -> Iterator[int]:
+    """Yield the places of titles between blank lines; the blank line after a title is not that before the next."""
+    before = "\n\n"  # the start of a text is as good as a blank line
+    text, end = before + text, 0
+    for title in _TITLE_LINE.finditer(text):
+        blank = title.start() - 1 - (text[title.start() - 1] == " ")
+        if text[blank] == "\n" and blank >= end:
+            yield title.start(1) - len(before)
+            end = text.index("\n", title.end()) + 1
 
 
 def split_rows(rows: Iterable[str]) -> Iterator[str]:

@@ -44,6 +44,7 @@ class PackingFacts:
     pieces: int
     sequences: int
     tokens: int
+    targets: int
     documents: int
     cut_documents: int
     index_crc: int
@@ -58,7 +59,7 @@ class PackedSequences:
     """Sequences of a packing; padding is the complement of the end-of-document token, which is no target.
 
     Args:
-        tokens: file of plain ids.
+        tokens: file of the documents.
         length: tokens per sequence.
     """
 
@@ -77,8 +78,8 @@ class PackedSequences:
 
     @property
     def target_share(self) -> float:
-        """Share of the targets that are no padding; the first id of a sequence is none."""
-        return (self.facts.tokens - self.facts.sequences) / (self.facts.sequences * self._length)
+        """Share of the tokens that are targets: neither padding nor a chat's context."""
+        return self.facts.targets / (self.facts.sequences * self._length)
 
     def read(self, indices: Indices) -> torch.Tensor:
         """Read sequences, int64 [n, S + 1]."""
@@ -110,13 +111,14 @@ def write_packing(path: Path, tokens: TokenFile, length: int) -> PackingFacts:
     Raises:
         DataError: there is no document.
     """
-    documents = cut = pieces = used = sequences = 0
+    documents = cut = pieces = used = targets = sequences = 0
     with atomic_write(path) as temporary, temporary.open("w+b") as file, TemporaryFile(dir=path.parent) as ends:
         file.write(b" " * _HEADER_BYTES)
         for size_N, piece_P2 in _windows(tokens, length + 1):
             documents, cut = documents + len(size_N), cut + int((size_N > length + 1).sum())
             order, counts = pack(piece_P2[:, 1], length + 1)
             file.write(piece_P2[order].astype("<i8").tobytes())
+            targets += _targets(tokens, piece_P2[order], np.cumsum(counts) - counts)
             ends.write((pieces + np.cumsum(counts)).astype("<i8").tobytes())
             pieces, sequences, used = pieces + len(order), sequences + len(counts), used + int(piece_P2[:, 1].sum())
         if not sequences:
@@ -124,10 +126,18 @@ def write_packing(path: Path, tokens: TokenFile, length: int) -> PackingFacts:
         ends.seek(0)
         shutil.copyfileobj(ends, file)
         file.seek(_HEADER_BYTES)
-        facts = PackingFacts(tokens.checksum, length, pieces, sequences, used, documents, cut, _crc(file))
+        facts = PackingFacts(tokens.checksum, length, pieces, sequences, used, targets, documents, cut, _crc(file))
         file.seek(0)
         file.write(json.dumps(asdict(facts)).encode().ljust(_HEADER_BYTES))
     return facts
+
+
+def _targets(tokens: TokenFile, piece_P2: Pieces, begin_n: Indices) -> int:
+    """Return the number of targets in sequences whose pieces begin at `begin_n`; the first id of a sequence is none."""
+    if tokens.ids.dtype.kind != "i":
+        return int(piece_P2[:, 1].sum()) - len(begin_n)
+    whole = sum(int((tokens.ids[first : first + size] >= 0).sum()) for first, size in piece_P2.tolist())
+    return whole - int((tokens.ids[piece_P2[begin_n, 0]] >= 0).sum())
 
 
 def _crc(file: BinaryIO) -> int:

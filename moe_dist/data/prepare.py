@@ -1,4 +1,4 @@
-"""Preparation of token files, once per corpus and tokenizer: the first process does it, the others wait.
+"""Preparation of token files, once per corpus and tokenizer, by one process of each machine that asks for them.
 
 A corpus and tokenizer have one folder in the cache, named by the hash of all inputs:
 
@@ -8,10 +8,12 @@ A corpus and tokenizer have one folder in the cache, named by the hash of all in
 import hashlib
 import json
 import logging
+import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 
 import sentencepiece
 
@@ -19,17 +21,18 @@ from moe_dist.config import CorpusConfig, TokenizerConfig
 from moe_dist.data.cache import atomic_write, exclusive, remove_leftovers
 from moe_dist.data.chats import ChatEncoder
 from moe_dist.data.corpora import Corpus, open_corpus
-from moe_dist.data.encode import encode_split, interrupted_identity
+from moe_dist.data.encode import PieceEncoder
 from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer, find_hf_tokenizer
 from moe_dist.data.megatron_files import TokenListEncoder
+from moe_dist.data.plan import PLAN, Plan, digest_of_file
 from moe_dist.data.shared_tokenizer import shared_tokenizer
-from moe_dist.data.split import Split
 from moe_dist.data.token_file import Encoder, TokenFile, open_token_file
-from moe_dist.data.tokenizer import SENTENCEPIECE_MODEL, Tokenizer, open_tokenizer, tokenizer_in, train_tokenizer
+from moe_dist.data.tokenizer import SENTENCEPIECE_MODEL, Tokenizer, open_tokenizer, tokenizer_in
 from moe_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"
 _FORMAT = 2  # raise it when the same corpus and settings give other files
 
 
@@ -127,18 +130,20 @@ def _prepare_all(
 def _prepare(
     cache: Path, source: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, bytes], wait: bool
 ) -> PreparedSource | None:
-    """Return a source from the cache, or prepare it; None: another process does, and `wait` is false."""
+    """Return a source from the cache, or prepare it; None: another process does, and `wait` is false.
+
+    One process of a machine encodes, on all its cores; processes of other machines take their part.
+    """
     folder = cache / "prepared" / _key(source, tokenizer, imported)
     ready = _open(folder)
     if ready:
         return ready
-    with exclusive(folder.with_suffix(".lock"), wait) as held:
+    with exclusive(folder.with_suffix(f".{gethostname()}.lock"), wait) as held:
         if not held:
             return None
-        ready = _open(folder)  # another process may have made it while this one waited
-        if not ready:
-            _make(folder, source, tokenizer, imported)
-            ready = _open(folder)
+        if not _make(folder, source, tokenizer, imported, wait):
+            return None
+        ready = _open(folder)
     if not ready:
         raise DataError(f"corpus.cache_dir={cache}: {folder} does not keep what is written to it")
     return ready
@@ -162,7 +167,7 @@ def _key(corpus: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, byte
 
 def _open(folder: Path) -> PreparedSource | None:
     """Return the finished data in `folder`; None if it is missing or damaged (which is logged)."""
-    if not (folder / "manifest.json").exists():
+    if not (folder / MANIFEST).exists():
         return None
     try:
         return open_finished(folder)
@@ -177,12 +182,12 @@ def open_finished(folder: Path) -> PreparedSource:
     Raises:
         DataError, OSError, ValueError, KeyError, TypeError: a file is missing or damaged.
     """
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     facts = json.loads(manifest.read_text())
     model = tokenizer_in(folder)
     if model is None:
         raise DataError(f"{folder} has no tokenizer")
-    if _digest(model) != facts["tokenizer_sha256"]:
+    if digest_of_file(model) != facts["tokenizer_sha256"]:
         raise DataError(f"{model} is damaged: its SHA-256 is not {facts['tokenizer_sha256']}")
     train, validation = (open_token_file(folder / f"{split}.tokens") for split in ("train", "validation"))
     if [train.checksum, validation.checksum] != facts["checksums"]:
@@ -190,36 +195,33 @@ def open_finished(folder: Path) -> PreparedSource:
     return PreparedSource(train, validation, model, train.facts.vocab_size, folder.name)
 
 
-def _make(folder: Path, corpus: Corpus, config: TokenizerConfig, imported: Mapping[str, bytes]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    logger.info("reading %s", corpus.train)
-    split = corpus.split
-    found = tokenizer_in(folder)
-    if found is None or _digest(found) != interrupted_identity(folder):  # else an interrupted preparation goes on
-        for name, content in (imported or {SENTENCEPIECE_MODEL: _trained(split, config)}).items():
-            with atomic_write(folder / name) as path:
-                path.write_bytes(content)
-        found = tokenizer_in(folder)
-    assert found is not None, "it was written above"
-    tokenizer, digest = open_tokenizer(found), _digest(found)
-    rows = config.embedding_rows(tokenizer.vocab_size)
-    checksums = encode_split(split, _encoder_of(corpus.config.kind, tokenizer), folder, rows, digest)
-    manifest = {"tokenizer_sha256": digest, "checksums": list(checksums.values())}
-    with atomic_write(folder / "manifest.json") as path:
-        path.write_text(json.dumps(manifest))
+def _make(folder: Path, corpus: Corpus, config: TokenizerConfig, imported: Mapping[str, bytes], wait: bool) -> bool:
+    """Prepare a corpus together with other machines; False: another one makes the plan, and `wait` is false."""
+    lock, manifest, pieces = folder.with_suffix(".lock"), folder / MANIFEST, folder / "pieces"
+    with exclusive(lock, wait) as held:
+        if not held:
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        if _open(folder):  # another machine may have made it while this one waited
+            return True
+        manifest.unlink(missing_ok=True)
+        plan = Plan.read(folder, corpus) or Plan.make(folder, corpus, config, imported)
+    tokenizer = open_tokenizer(plan.tokenizer)
+    rows, encoder = config.embedding_rows(tokenizer.vocab_size), _encoder_of(corpus.config.kind, tokenizer)
+    work = PieceEncoder(plan.split, encoder, pieces, rows, plan.digest, manifest)
+    numbers = work.encode_all()
+    with exclusive(lock):
+        if not manifest.exists():
+            checksums = list(work.join(numbers, folder).values())
+            with atomic_write(manifest) as path:
+                path.write_text(json.dumps({"tokenizer_sha256": plan.digest, "checksums": checksums}))
+        (folder / PLAN).unlink(missing_ok=True)
+        shutil.rmtree(pieces, ignore_errors=True)
+    return True
 
 
 def _encoder_of(kind: str, tokenizer: Tokenizer) -> Encoder:
     if kind == "chat":
         return ChatEncoder(tokenizer)
     return TokenListEncoder(tokenizer) if kind == "megatron" else tokenizer
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _trained(split: Split, config: TokenizerConfig) -> bytes:
-    logger.info("training a %s tokenizer of %d pieces", config.kind, config.vocab_size)
-    return train_tokenizer((document.text for document in split.sample(config.train_bytes)), config)

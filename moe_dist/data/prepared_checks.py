@@ -3,8 +3,10 @@
 Shapes: N documents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,7 @@ import xxhash
 
 from moe_dist.data.near_duplicates import near_duplicates
 from moe_dist.data.packing import PackedSequences, read_facts
+from moe_dist.data.plan import digest_of_file
 from moe_dist.data.prepare import open_finished
 from moe_dist.data.token_file import TokenFile
 from moe_dist.errors import DataError
@@ -21,6 +24,8 @@ from moe_dist.errors import DataError
 GIANT = 1 << 20
 """Tokens of a document above which it is reported."""
 _RUN = 1 << 24
+
+Digests = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,28 @@ def check_folder(folder: Path, near: bool) -> Iterator[Finding]:
         yield _counted(count, "training documents are near-duplicates of validation documents")
 
 
+def check_across(folders: Sequence[Path]) -> Iterator[tuple[str, Finding]]:
+    """Yield what documents folders with the same tokenizer share, such as the sources of a blend, by their names.
+
+    Folders that cannot be opened are left out.
+    """
+    digests: dict[str, dict[Path, tuple[Digests, Digests]]] = {}
+    for folder in folders:
+        with suppress(DataError, OSError, ValueError, KeyError, TypeError):
+            source = open_finished(folder)
+            of_tokenizer = digests.setdefault(digest_of_file(source.tokenizer_path), {})
+            of_tokenizer[folder] = (_digests(source.train), _digests(source.validation))
+    for of_tokenizer in digests.values():
+        for one, other in permutations(of_tokenizer, 2):
+            (train, _), (others, held) = of_tokenizer[one], of_tokenizer[other]
+            names = f"{one.name}, {other.name}"
+            leaked = int(np.isin(train, held).sum())
+            yield names, _counted(leaked, "training documents of the first are validation documents of the second")
+            if one < other:
+                shared = int(np.isin(train, others).sum())
+                yield names, _counted(shared, "training documents of the first are training documents of both")
+
+
 def _check_ids(tokens: TokenFile) -> Iterator[Finding]:
     name, rows, largest = tokens.path.name, tokens.facts.vocab_size, 0
     for start in range(0, len(tokens), _RUN):
@@ -103,12 +130,12 @@ def _check_packing(tokens: TokenFile, index: Path) -> Finding:
     return Finding("ok", f"{index.name}: {used.sequences} sequences, {used.padding:.2%} padding")
 
 
-def _check_duplicates(train_N: npt.NDArray[np.uint64], held_N: npt.NDArray[np.uint64]) -> Iterator[Finding]:
+def _check_duplicates(train_N: Digests, held_N: Digests) -> Iterator[Finding]:
     yield _counted(len(train_N) - len(np.unique(train_N)), "training documents repeat another")
     yield _counted(int(np.isin(train_N, held_N).sum()), "training documents are validation documents too")
 
 
-def _digests(tokens: TokenFile) -> npt.NDArray[np.uint64]:
+def _digests(tokens: TokenFile) -> Digests:
     """Return a hash of each document that is not empty, [N]."""
     hashes = (xxhash.xxh3_64_intdigest(ids.tobytes()) for _, ids in _documents(tokens) if len(ids))
     return np.fromiter(hashes, np.uint64)

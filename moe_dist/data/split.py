@@ -54,6 +54,11 @@ class Split:
     held_out: Keys
     dropped: Keys = field(default_factory=lambda: np.empty(0, np.uint64))
 
+    @property
+    def size(self) -> int:
+        """Size of the training source, bytes."""
+        return int(self.survey.sizes.sum())
+
     def documents(self) -> Iterator[tuple[str, Document]]:
         """Yield all documents with their side, TRAIN or VALIDATION."""
         for document in self.read():

@@ -1,24 +1,25 @@
 """Token ids of one split of a corpus in a memory-mapped file.
 
 Layout: a header block of 4096 bytes (magic, then JSON, then spaces), then the ids as little-endian uint16 or uint32, or
-int32 if some are complements of ids that are no targets (`chats.py`).
+int32 if some are marked, as in chats (`chats.py`).
 Every document is followed by one end-of-document token. The header holds a CRC-32 over its other facts and all ids.
 """
 
 import json
-import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import tee
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from moe_dist.data.cache import atomic_write
 from moe_dist.errors import DataError
+from moe_dist.model.document_mask import INSIDE
 
 _MAGIC = b"moe-dist tokens 1\n"
 _HEADER_BYTES = 4096
@@ -57,19 +58,24 @@ class TokenFile:
 
     @property
     def plain_ids(self) -> npt.NDArray[np.integer]:
-        """Ids with the complements of a chat's context undone; in memory."""
+        """Ids without the marks of a chat; in memory."""
         return self.plain(0, len(self))
 
     def plain(self, first: int, end: int) -> npt.NDArray[np.integer]:
         """Return a run of these ids."""
+        codes = self._codes(first, end)
+        return codes & (INSIDE - 1) if codes.dtype.kind == "i" else codes
+
+    def _codes(self, first: int, end: int) -> npt.NDArray[np.integer]:
+        """Return a run of ids, of which those that end a part of a document are not the end-of-document token."""
         ids = np.asarray(self.ids[first:end])
-        return np.where(ids < 0, ~ids, ids) if ids.dtype.kind == "i" else ids
+        return np.maximum(ids, ~ids) if ids.dtype.kind == "i" else ids
 
     def documents(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
         """Yield the first token and the size of documents, with their ends, [N] each, some million tokens at a time."""
         first, stop = 0, self.facts.end_of_document
         for start in range(0, len(self), _RUN):
-            end_N = start + 1 + np.flatnonzero(self.plain(start, start + _RUN) == stop)
+            end_N = start + 1 + np.flatnonzero(self._codes(start, start + _RUN) == stop)
             if len(end_N):
                 first_N = np.concatenate([[first], end_N[:-1]]).astype(np.int64)
                 yield first_N, end_N - first_N
@@ -98,82 +104,66 @@ class Encoder(Protocol):
 
 
 class TokenFileWriter:
-    """Writer of a token file that can go on after its process was killed.
-
-    Documents are appended to `<path>.part`, which `finish` completes and renames.
+    """Writer of documents to an open file, after room for the header, which `finish` writes.
 
     Args:
+        file: open for binary writing.
         rows: rows of the model's embedding; None: as many as the tokenizer has ids.
-        progress: `flush`'s result, to go on from there; None: start anew.
     """
 
-    def __init__(
-        self, path: Path, tokenizer: Encoder, rows: int | None = None, progress: Mapping[str, Any] | None = None
-    ) -> None:
-        rows = rows or tokenizer.vocab_size
-        self.path, self._part = path, path.with_suffix(".part")
-        self._eod = eod = tokenizer.end_of_document
+    def __init__(self, file: BinaryIO, encoder: Encoder, rows: int | None = None) -> None:
+        rows = rows or encoder.vocab_size
+        self._eod = eod = encoder.end_of_document
         self._dtype = np.dtype("<i4" if eod < 0 else "<u2" if rows <= 1 << 16 else "<u4")
-        self._facts = TokenFacts(0, 0, 0, 0, 0, rows, max(eod, ~eod), self._dtype.str)
-        self._crc = 0
-        if progress is not None:
-            self._facts, self._crc = TokenFacts(**progress["facts"]), int(progress["crc"])
-        self._file = self._part.open("w+b" if progress is None else "r+b")
-        self._file.write(b" " * _HEADER_BYTES)
-        self._file.truncate(self._end)
-        self._file.seek(self._end)
+        self.facts = TokenFacts(0, 0, 0, 0, 0, rows, max(eod, ~eod), self._dtype.str)
+        self._file, self._crc = file, 0
+        file.write(b" " * _HEADER_BYTES)
 
     @property
-    def _end(self) -> int:
-        return _HEADER_BYTES + self._facts.tokens * self._dtype.itemsize
+    def checksum(self) -> int:
+        """Checksum of what was written so far."""
+        return _checksum(self.facts, self._crc)
 
     def append(self, text: str, ids: Sequence[int]) -> None:
         """Add a document, and the token that ends it."""
-        facts = self._facts
-        data = np.array([*ids, self._eod], dtype=self._dtype).tobytes()
+        self._write(np.array([*ids, self._eod], dtype=self._dtype).tobytes())
+        self._count(len(ids) + 1, 1, len(text.encode()), len(text.split()), text.count("\n"))
+
+    def extend(self, other: TokenFile) -> None:
+        """Add all documents of another file of the same encoder."""
+        for start in range(0, len(other), _CHUNK):
+            self._write(other.ids[start : start + _CHUNK].tobytes())
+        facts = other.facts
+        self._count(facts.tokens, facts.documents, facts.bytes, facts.words, facts.lines)
+
+    def finish(self) -> None:
+        """Write the header."""
+        self._file.seek(0)
+        self._file.write(_header(self.facts, self._crc))
+
+    def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._crc = zlib.crc32(data, self._crc)
-        self._facts = replace(
+
+    def _count(self, tokens: int, documents: int, size: int, words: int, lines: int) -> None:
+        facts = self.facts
+        self.facts = replace(
             facts,
-            tokens=facts.tokens + len(ids) + 1,
-            documents=facts.documents + 1,
-            bytes=facts.bytes + len(text.encode()),
-            words=facts.words + len(text.split()),
-            lines=facts.lines + text.count("\n"),
+            tokens=facts.tokens + tokens,
+            documents=facts.documents + documents,
+            bytes=facts.bytes + size,
+            words=facts.words + words,
+            lines=facts.lines + lines,
         )
 
-    def flush(self) -> dict[str, Any]:
-        """Make what was appended durable, and return what a later writer needs to go on."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return {"facts": asdict(self._facts), "crc": self._crc}
 
-    def finish(self) -> int:
-        """Write the header, rename the file to `path`, and return its checksum."""
-        self._file.seek(0)
-        self._file.write(_header(self._facts, self._crc))
-        self.flush()
-        self.close()
-        self._part.replace(self.path)
-        return _checksum(self._facts, self._crc)
-
-    def close(self) -> None:
-        """Close the partial file, which stays."""
-        self._file.close()
-
-
-def write_token_file(path: Path, texts: Iterable[str], tokenizer: Encoder, rows: int | None = None) -> None:
-    """Encode documents to `path`, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer, (to_count, to_encode) = TokenFileWriter(path, tokenizer, rows), tee(texts)
-    try:
-        for text, ids in zip(to_count, tokenizer.encode_all(to_encode), strict=True):
-            writer.append(text, ids)
+@contextmanager
+def token_file_writer(path: Path, encoder: Encoder, rows: int | None = None) -> Iterator[TokenFileWriter]:
+    """Yield the writer of a token file, which is at `path` once the block has ended without an error."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        writer = TokenFileWriter(file, encoder, rows)
+        yield writer
         writer.finish()
-    except BaseException:
-        writer.close()
-        path.with_suffix(".part").unlink(missing_ok=True)
-        raise
 
 
 def open_token_file(path: Path) -> TokenFile:

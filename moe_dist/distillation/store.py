@@ -19,7 +19,7 @@ from moe_dist.distillation.stored_logits import (
     is_stored,
     stored_bytes,
 )
-from moe_dist.distillation.teacher import LiveTeacher, live_teacher
+from moe_dist.distillation.teacher import LiveTeacher, live_teacher, require_whole_text
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.distributed.mesh import Mesh
@@ -68,6 +68,7 @@ def _require_model(config: RunConfig) -> None:
     folder = config.distill.teacher
     if folder is None or is_stored(Path(folder)):
         raise ConfigError(f"distill.teacher={folder}: must be the run or checkpoint whose predictions are to be stored")
+    require_whole_text(config, "predictions that are stored")
 
 
 def _store(

@@ -69,6 +69,7 @@ def open_teacher(config: RunConfig, process: RankInfo, mesh: Mesh, data: Prepare
         return None
     folder = Path(config.distill.teacher)
     if is_stored(folder):
+        require_whole_text(config, f"distill.teacher={folder}: stored predictions")
         return StoredTeacher.open(folder, config, data, process.device)
     return live_teacher(config, process, mesh, data)
 
@@ -90,14 +91,29 @@ def live_teacher(config: RunConfig, process: RankInfo, mesh: Mesh, data: Prepare
     if weights.stored:
         raise ConfigError(f"distill.teacher={folder} is an exported file with quantized experts: give its run")
     _require_same_tokens(folder, weights, data)
-    own = evaluation_config(weights.config, config.world, config.train.precision, MemoryConfig())
+    whole = config.world.model_copy(update={"context": 1})  # `mesh` divides its sequences
+    own = evaluation_config(weights.config, whole, config.train.precision, MemoryConfig())
     _require_layout(folder, own, mesh)
     weights = TrainedWeights(weights.path, weights.manifest, own.model_copy(update={"corpus": config.corpus}))
     dtype = getattr(torch, config.train.precision)
     model = load_model(weights, mesh, Links.discover(process.device), process.device, dtype)
     model.requires_grad_(False)
-    model.end_of_document = data.train.facts.end_of_document
+    model.end_of_document = data.end_of_document
     return LiveTeacher(model, config.distill.temperature, weights.manifest.step)
+
+
+def require_whole_text(config: RunConfig, what: str) -> None:
+    """Reject settings that do not work with stored predictions.
+
+    Raises:
+        ConfigError: the text is a blend, or ranks hold parts of sequences.
+    """
+    for key, value, refused, remedy in (
+        ("corpus.kind", config.corpus.kind, config.corpus.kind == "blend", "give one source"),
+        ("world.context", config.world.context, config.world.context > 1, "set it to 1"),
+    ):
+        if refused:
+            raise ConfigError(f"{what} do not work with {key}={value}: {remedy}, or train with the teacher's run")
 
 
 def _require_same_tokens(folder: Path, weights: TrainedWeights, data: PreparedData) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from moe_dist.config import WorldConfig
 from moe_dist.errors import LaunchError
 
+_PLACE = (("WORLD_SIZE", "1"), ("RANK", "0"))
 INIT_METHOD = "MOE_DIST_INIT_METHOD"
 """Environment variable with torch's init_method; `moe-dist launch` sets it to a file, since a port may be taken."""
 SHARED_GPU = "MOE_DIST_SHARED_GPU"
@@ -26,13 +27,16 @@ class RankInfo:
     timeout: timedelta
 
 
-def init_distributed(world: WorldConfig) -> RankInfo:
+def init_distributed(world: WorldConfig, alone: bool = False) -> RankInfo:
     """Initialize the default process group from the launcher's environment, or for a single process.
+
+    Args:
+        alone: make a group of this process alone, also inside a job of several ranks.
 
     Raises:
         LaunchError: there is no GPU for this rank, or the other ranks cannot be reached.
     """
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    ranks, rank = (1, 0) if alone else (int(os.environ.get(key, default)) for key, default in _PLACE)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     shared = os.environ.get(SHARED_GPU) == "1" and torch.cuda.is_available()
     device = torch.device("cuda", 0) if shared else _device(world.backend, local_rank)
@@ -42,7 +46,7 @@ def init_distributed(world: WorldConfig) -> RankInfo:
     backend = of_device if world.backend == "auto" else world.backend
     timeout = timedelta(seconds=world.timeout_seconds)
     if not dist.is_initialized():
-        _init_process_group(backend, rank, ranks, timeout)
+        _init_process_group(backend, rank, ranks, timeout, alone)
     return RankInfo(dist.get_rank(), dist.get_world_size(), device, timeout)
 
 
@@ -86,8 +90,8 @@ def _set_threads(wanted: int, ranks: int) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_node))
 
 
-def _init_process_group(backend: str, rank: int, ranks: int, timeout: timedelta) -> None:
-    if ranks == 1 and "MASTER_PORT" not in os.environ:
+def _init_process_group(backend: str, rank: int, ranks: int, timeout: timedelta, alone: bool) -> None:
+    if alone or (ranks == 1 and "MASTER_PORT" not in os.environ):
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return

@@ -10,7 +10,7 @@ from typing import Any
 
 TRAIN, TRAFFIC, EVALUATE, HARNESS, DOCTOR = "train", "traffic", "evaluate", "evaluate-lm-eval", "doctor"
 BENCH_LAYER, BENCH_STEP = "bench-layer", "bench-step"
-STORE_LOGITS = "store-logits"
+STORE_LOGITS, IMPORT = "store-logits", "import"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ TASKS = {
     ),
     STORE_LOGITS: RankTask(
         "moe_dist.distillation.store:store_logits", "moe_dist.distillation.spec:StoreSpec", needs_config=True
+    ),
+    IMPORT: RankTask(
+        "moe_dist.integrations.huggingface.import_model:import_on_ranks",
+        "moe_dist.integrations.huggingface.import_spec:ImportSpec",
     ),
     EVALUATE: RankTask("moe_dist.evaluation.evaluate:run_evaluation", "moe_dist.evaluation.spec:EvalSpec"),
     HARNESS: RankTask("moe_dist.integrations.lm_eval:run_with_harness", "moe_dist.evaluation.spec:EvalSpec"),

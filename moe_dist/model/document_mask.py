@@ -8,6 +8,9 @@ Shapes: B sequences, S tokens.
 import torch
 from torch import Tensor
 
+INSIDE = 1 << 30
+"""Bit of an end-of-document token that ends a part of a document, such as a message of a chat, and not the document."""
+
 
 def document_mask(tokens_BS: Tensor, end_of_document: int) -> Tensor:
     """Return which token (row) attends to which (column), bool [B, 1, S, S]: itself and earlier ones of its document.

@@ -19,7 +19,7 @@ from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.errors import MoeDistError
 from moe_dist.memory.block import Block
 from moe_dist.memory.expert_memory import ExpertMemory
-from moe_dist.model.document_mask import document_mask
+from moe_dist.model.document_mask import INSIDE, document_mask
 from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
 from moe_dist.model.pipeline_stage import StageLayers, positions, run_chunk
 from moe_dist.model.stage_links import StageLinks, TiedEmbedding
@@ -123,8 +123,9 @@ class LanguageModel(nn.Module):
         if self.teacher is None:
             return self.mean_of(self.token_losses(sequence_BS))
         logits_BSV, loss_BS = self.logits_and_losses(sequence_BS)
-        distill = self.config.distill
-        divergence_BS = kl_divergence(logits_BSV, self.teacher, distill.temperature) * (sequence_BS[:, 1:] >= 0)
+        self.sequence_losses.append(loss_BS.detach().double().sum(1))
+        distill, target_BS = self.config.distill, self.targets_of(sequence_BS)
+        divergence_BS = kl_divergence(logits_BSV, self.teacher, distill.temperature) * target_BS
         loss_2 = torch.stack([loss_BS.mean(), divergence_BS.mean()]) / self.target_share
         summed = loss_2.detach() / self._micro_batches
         self.taught_2 = summed if self.taught_2 is None else self.taught_2 + summed
@@ -152,11 +153,15 @@ class LanguageModel(nn.Module):
         return losses * target_BS
 
     def logits_and_losses(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits [B, S, V] and the result of `token_losses`; only where neither is divided over ranks."""
+        """Return the logits [B, S, V] and the result of `token_losses`; only where the vocabulary is not divided."""
         tokens_BS, labels_BS, target_BS, mask = self._divided(sequence_BS)
         logits_BSV: Tensor = self.gpt(tokens_BS, positions(tokens_BS), mask)
         loss_N = functional.cross_entropy(logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none")
         return logits_BSV, loss_N.view_as(labels_BS) * target_BS
+
+    def targets_of(self, sequence_BS: Tensor) -> Tensor:
+        """Return which tokens of this rank's part of sequences [B, S + 1] are targets, bool [B, S]."""
+        return self._part_of(sequence_BS[:, 1:] >= 0)
 
     def run_chunk(self, sequence_BS: Tensor, chunk: int, received_SBD: Tensor | None) -> Tensor:
         """Return the hidden states after a chunk of this pipeline stage, [S, B, D], or the losses after the last.
@@ -197,9 +202,9 @@ class LanguageModel(nn.Module):
 
     def _divided(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return this rank's tokens, labels, and which of them are targets, [B, S], and the mask of attention."""
-        target_BS, sequence_BS = sequence_BS[:, 1:] >= 0, torch.where(sequence_BS < 0, ~sequence_BS, sequence_BS)
-        tokens_BS, labels_BS = sequence_BS[:, :-1].contiguous(), sequence_BS[:, 1:].contiguous()
-        mask = self._document_mask(tokens_BS)
+        target_BS, code_BS = sequence_BS[:, 1:] >= 0, torch.maximum(sequence_BS, ~sequence_BS)
+        mask, token_BS = self._document_mask(code_BS[:, :-1]), code_BS & (INSIDE - 1)
+        tokens_BS, labels_BS = token_BS[:, :-1].contiguous(), token_BS[:, 1:].contiguous()
         return self._part_of(tokens_BS), self._part_of(labels_BS), self._part_of(target_BS), mask
 
     def _part_of(self, x_BS: Tensor) -> Tensor:

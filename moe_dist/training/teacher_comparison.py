@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moe_dist.config import RunConfig
 from moe_dist.data import Sequences, validation_batches
@@ -15,6 +16,7 @@ from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.metrics.recorder import Recorder
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.teacher_loss import kl_divergence
+from moe_dist.training.validation import mean_of_sources
 
 
 class TeacherComparison(Callback):
@@ -32,12 +34,11 @@ class TeacherComparison(Callback):
         """Create the callback.
 
         Args:
-            held_out: validation sequences by source; with a teacher there is one.
+            held_out: validation sequences by source.
             micro: sequences of a rank's micro-batch.
         """
         self._teacher, self._config, self._micro = teacher, config, micro
-        self._held_out = next(iter(held_out.values()))
-        self._process, self._recorder = process, to
+        self._held_out, self._process, self._recorder = held_out, process, to
         self._found: dict[str, dict[str, float]] = {}
 
     def attach(self, engine: DeepSpeedEngine) -> None:
@@ -86,22 +87,40 @@ class TeacherComparison(Callback):
 
 
 def compare(
-    model: LanguageModel, teacher: Teacher, held_out: Sequences, config: RunConfig, micro: int, process: RankInfo
+    model: LanguageModel,
+    teacher: Teacher,
+    held_out: Mapping[str, Sequences],
+    config: RunConfig,
+    micro: int,
+    process: RankInfo,
 ) -> dict[str, float]:
-    """Return `loss`, `teacher_loss` and `divergence` on the validation sequences, nats per target; collective."""
-    total = torch.zeros(4, dtype=torch.float64, device=process.device)
-    most = config.train.eval_sequences
+    """Return `loss`, `teacher_loss` and `divergence` on the validation sequences, nats per target; collective.
+
+    Those of a blend are means over its sources, by weight as the validation loss is.
+    """
     with model.evaluating():
-        for batch in validation_batches(held_out, most, process.rank, process.ranks, micro):
-            sequence_BS = batch.tokens.to(process.device)
-            told = teacher.targets("validation", batch.indices, sequence_BS)
-            logits_BSV, loss_BS = model.logits_and_losses(sequence_BS)
-            target_BS = sequence_BS[:, 1:] >= 0
-            divergence_BS = kl_divergence(logits_BSV, told, config.distill.temperature) * target_BS
-            sums = (loss_BS.double().sum(1), told.loss_B, divergence_BS.double().sum(1), target_BS.sum(1))
-            weight_B = batch.weight.to(total)
-            total += torch.stack([(each.double() * weight_B).sum() for each in sums])
-    dist.all_reduce(total)
-    loss, teacher_loss, divergence, targets = total.tolist()
+        total_K4 = torch.stack(
+            [_sums(model, teacher, sequences, config, micro, process) for sequences in held_out.values()]
+        )
+    dist.all_reduce(total_K4)
+    mean_K3 = total_K4[:, :3] / total_K4[:, 3:]
     names = ("loss", "teacher_loss", "divergence")
-    return {name: each / targets for name, each in zip(names, (loss, teacher_loss, divergence), strict=True)}
+    return {name: mean_of_sources(config, mean_K.tolist()) for name, mean_K in zip(names, mean_K3.T, strict=True)}
+
+
+def _sums(
+    model: LanguageModel, teacher: Teacher, sequences: Sequences, config: RunConfig, micro: int, process: RankInfo
+) -> Tensor:
+    """Return this rank's sums of losses, the teacher's losses and divergences, and of targets, float64 [4]."""
+    total, mesh = torch.zeros(4, dtype=torch.float64, device=process.device), model.context.mesh
+    most, groups = config.train.eval_sequences, mesh.shape.sequence_groups
+    for batch in validation_batches(sequences, most, mesh.in_attention.group, groups, micro):
+        sequence_BS = batch.tokens.to(process.device)
+        told = teacher.targets("validation", batch.indices, sequence_BS)
+        logits_BSV, loss_BS = model.logits_and_losses(sequence_BS)
+        target_BS = model.targets_of(sequence_BS)
+        divergence_BS = kl_divergence(logits_BSV, told, config.distill.temperature) * target_BS
+        sums = (loss_BS.double().sum(1), told.loss_B, divergence_BS.double().sum(1), target_BS.sum(1))
+        weight_B = batch.weight.to(total)
+        total += torch.stack([(each.double() * weight_B).sum() for each in sums])
+    return total

@@ -1,6 +1,6 @@
 """Validation loss during training, the same for any number of ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,11 +35,15 @@ def validation_loss(
     losses = (total_K2[:, 0] / total_K2[:, 1]).tolist()
     if config.corpus.kind != "blend":
         return ValidationLoss(losses[0], {})
-    weights = [config.corpus.sources[name].weight for name in held_out]
+    return ValidationLoss(mean_of_sources(config, losses), dict(zip(held_out, losses, strict=True)))
+
+
+def mean_of_sources(config: RunConfig, losses: Sequence[float]) -> float:
+    """Return the mean of a blend's losses by the weights of its sources; of one source, its loss."""
+    weights = [config.corpus.sources[name].weight for name in config.corpus.sources] or [1.0]
     if not any(weights):
         weights = [1.0] * len(losses)
-    mean = sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
-    return ValidationLoss(mean, dict(zip(held_out, losses, strict=True)))
+    return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights)
 
 
 def _totals(model: LanguageModel, sequences: Sequences, most: int, micro: int, device: torch.device) -> Tensor:

@@ -21,10 +21,13 @@ pytest.importorskip("transformers", reason="needs moe-dist[models]")
 pytestmark = pytest.mark.timeout(300)
 
 
-def _losses(kind: str) -> list[Tensor]:
+def _model(*words: str) -> LanguageModel:
     init_distributed(WorldConfig(backend="gloo", timeout_seconds=60))
-    config = load_config(SMOKE, [f"moe.kind={kind}"])
-    model = LanguageModel(config, 320, Mesh.alone(), Links.alone())
+    return LanguageModel(load_config(SMOKE, list(words)), 320, Mesh.alone(), Links.alone())
+
+
+def _losses(kind: str) -> list[Tensor]:
+    model = _model(f"moe.kind={kind}")
     plain_BS = torch.randint(0, 320, (2, 9), generator=torch.Generator().manual_seed(0))
     marked_BS = plain_BS.clone()
     marked_BS[:, 2:6] = ~marked_BS[:, 2:6]
@@ -40,6 +43,24 @@ def test_context_has_no_loss_and_changes_nothing_else(kind: str) -> None:
     expected_BS[:, 1:5] = 0
     assert torch.equal(marked_BS, expected_BS)
     torch.testing.assert_close(mean, expected_BS.sum() / (16 * 0.5))
+
+
+def _conversations() -> list[Tensor]:
+    """Losses of two conversations alone, and of both in one sequence."""
+    model, end, message = _model("corpus.document_mask=true", "train.precision=float32"), 1, 1 << 30 | 1
+    model.end_of_document = end
+    first = [~5, ~6, ~message, 7, message, ~8, ~message, 9, 3, message, ~end]  # two questions and answers
+    second = [~4, ~4, ~message, 7, 7, message, ~end]
+    with model.evaluating():
+        return [model.token_losses(torch.tensor([ids])) for ids in (first, second, first + second)]
+
+
+def test_masks_part_conversations_and_not_their_messages() -> None:
+    ((first_BS, second_BS, both_BS),) = run_ranks(_conversations, 1)
+    torch.testing.assert_close(both_BS[:, :10], first_BS)
+    torch.testing.assert_close(both_BS[:, 11:], second_BS)
+    targets = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 1, 0], dtype=torch.bool)
+    assert torch.equal(first_BS[0] > 0, targets)
 
 
 def _train(folder: Path, *words: str) -> None:

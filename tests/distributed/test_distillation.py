@@ -17,12 +17,18 @@ from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.training import trainer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training import SMOKE
+from tests.unit.data.samples import documents_of
 
 pytestmark = pytest.mark.timeout(300)
 LIVE = ["distill.teacher={0}/runs/teacher", "distill.weight=0.7", "distill.temperature=2"]
 ROUTERS = [*LIVE, "distill.router_steps=2", "train.final_lr_ratio=1"]
 STORED = [*LIVE[1:], "distill.teacher={0}/stored"]
 ALL_TOKENS = 512
+BLEND = [
+    "corpus.sources={{code: {{max_bytes: 80000, weight: 3}}, words: {{kind: text, paths: [{0}/words.jsonl]}}}}",
+    "corpus.max_bytes=null",
+]
+BLENDED = [*BLEND, "distill.teacher={0}/runs/teacher-blend"]
 
 
 def _words(folder: Path, name: str, words: list[str]) -> list[str]:
@@ -54,10 +60,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     still = [*LIVE, "optimizer.learning_rate=1e-12", "train.steps=1"]
     micro = [*LIVE, "train.micro_batch_size=4"]
     taught = {"live": LIVE, "routers": ROUTERS, "micro": micro, "still": still}
-    run_ranks(_runs, 1, folder, {"teacher": standard, "none": [], **taught})
+    (folder / "words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents_of(0, 60)))
+    blends = {"teacher-blend": [*standard, *BLEND], "blend": BLENDED}
+    run_ranks(_runs, 1, folder, {"teacher": standard, "none": [], **taught, **blends})
     both = [*ROUTERS, "train.steps=2"]
     routers = {"routers-2": both, "routers-zero-2": [*both, "world.zero_stage=2"]}
-    run_ranks(_runs, 2, folder, {"live-2": LIVE, "stored-2": STORED, **routers}, ALL_TOKENS)
+    runs = {"live-2": LIVE, "context-2": [*LIVE, "world.context=2"], "blend-2": BLENDED, "stored-2": STORED, **routers}
+    run_ranks(_runs, 2, folder, runs, ALL_TOKENS)
     return folder
 
 
@@ -78,8 +87,21 @@ def _figures(folder: Path, name: str) -> list[float]:
 def test_ranks_micro_batches_and_stored_predictions_train_alike(folder: Path) -> None:
     expected = _figures(folder, "live")
     assert len(expected) == 3 * 3 + 6
-    for name, tolerance in (("micro", 1e-4), ("live-2", 1e-4), ("stored-2", 2e-3)):  # stored in float16
+    for name, tolerance in (
+        ("micro", 1e-4),
+        ("live-2", 1e-4),
+        ("context-2", 1e-4),
+        ("stored-2", 2e-3),
+    ):  # stored in float16
         assert _figures(folder, name) == pytest.approx(expected, rel=tolerance), name
+
+
+def test_a_blend_has_a_teacher_and_losses_of_each_source(folder: Path) -> None:
+    assert _figures(folder, "blend-2") == pytest.approx(_figures(folder, "blend"), rel=1e-4)
+    told, loss = _summary(folder, "blend")["teacher"]["after"], _summary(folder, "blend")["validation"]["loss"]
+    assert told["loss"] == pytest.approx(loss, rel=1e-5)
+    lines = map(json.loads, (folder / "runs" / "blend" / "metrics.jsonl").read_text().splitlines())
+    assert all(set(line["train"]["sources"]) == {"code", "words"} for line in lines if "train" in line)
 
 
 def test_the_teacher_pulls_and_its_loss_is_that_of_its_run(folder: Path) -> None:
@@ -119,6 +141,7 @@ def test_what_does_not_fit_is_refused_in_one_line(folder: Path) -> None:
         r"has another tokenizer than this run": [*LIVE, "tokenizer.kind=unigram"],
         r"was stored for another sequence_length \(32, this run has 16\)": [*STORED, "model.sequence_length=16"],
         r"was stored for another temperature \(2.0, this run has 1.0\)": [*STORED, "distill.temperature=1"],
+        r"stored predictions do not work with corpus.kind=blend: give one source, or train with": [*STORED, *BLEND],
         r"was stored for another train_checksum": [*STORED, "corpus.max_bytes=90000", "tokenizer.train_bytes=50000"],
     }
     (refused,) = run_ranks(_runs, 1, folder, {f"refused-{n}": words for n, words in enumerate(cases.values())})
@@ -128,7 +151,7 @@ def test_what_does_not_fit_is_refused_in_one_line(folder: Path) -> None:
         assert "\n" not in message
     assert not list(folder.glob(".stored*")), "nothing half-written is left"
     for word, match in (
-        ("world.context=2", "world.context=2 does not work with distill.teacher: set it to 1"),
+        ("world.tensor=2", "world.tensor=2 does not work with distill.teacher: set it to 1"),
         ("moe.kind=dense", "moe.kind=dense does not work with distill.router_steps=1: set it to clustered or standard"),
         ("train.steps=0", "train.steps"),
     ):

@@ -103,16 +103,6 @@ class CorpusConfig(SourceConfig):
     def _check_sources(self) -> Self:
         for name, source in self.by_source.items():
             check_source(source, f"corpus.sources.{name}" if name else "corpus")
-            if source.kind == "chat" and self.document_mask:
-                raise ConfigError(
-                    "corpus.document_mask=true would part the messages of corpus.kind=chat, which end as documents do: "
-                    "set it to false"
-                )
-            if source.kind == "chat" and self.packing == "best_fit":
-                raise ConfigError(
-                    "corpus.packing=best_fit would part the messages of corpus.kind=chat, which end as documents do: "
-                    "set it to concat"
-                )
         check_blend(self)
         return self
 

@@ -1,19 +1,25 @@
 """Compression of a published mixture into clusters, layer by layer: no more than one layer is in memory at a time.
 
+Several processes may share the layers: each runs the text through all of them, and compresses those that are free.
+
 Calibration text passes through the original layers. Of each layer the tokens of every expert are caught, experts are
 grouped by similarity, and bases and residuals are fitted to the tokens (`conversion/`).
 
 Shapes: S tokens of a sequence, B sequences, D hidden, E experts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_dist import __version__
 from moe_dist.checkpoint.parameter_names import named_runs
 from moe_dist.compression import ExpertMatrices
 from moe_dist.config import CorpusConfig, RunConfig
@@ -28,17 +34,17 @@ from moe_dist.data.split import TRAIN
 from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
+from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.optimizer_state import MASTER
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.integrations.huggingface.imported_tensors import (
     ConvertedModel,
     ImportedModel,
-    LazyTensor,
-    Tensors,
     copied,
     read_link,
     selection_biases,
 )
+from moe_dist.integrations.huggingface.layer_store import LayerStore
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from moe_dist.integrations.huggingface.tensor_links import LAYERS, layer_links, links_of
 from moe_dist.model.language_model import LanguageModel
@@ -49,37 +55,74 @@ _ROWS = 8  # of a batch: any small number
 EMBEDDING = "model.embed_tokens.weight"
 
 
-def compressed(
+@dataclass(frozen=True)
+class Calibration:
+    """Text that a compression is fitted to.
+
+    Attributes:
+        text: files, as `corpus.paths`; empty: the library source of Python.
+        tokens: number of tokens; compression is fitted to one half and measured on the other.
+    """
+
+    text: Sequence[str]
+    tokens: int
+
+    @property
+    def corpus(self) -> CorpusConfig:
+        """Corpus of the text."""
+        return CorpusConfig(kind="text", paths=list(self.text)) if self.text else CorpusConfig()
+
+
+def layer_store(target: Path, config: RunConfig, source: SourceFolder, calibration: Calibration) -> LayerStore:
+    """Return the store of the compressed layers of the run `target`."""
+    files = sorted(source.folder.glob("*.safetensors"))
+    parts = {
+        "version": __version__,
+        "config": config.model_dump(mode="json"),
+        "text": [open_corpus(calibration.corpus).identity(), calibration.tokens],
+        "weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+    }
+    identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return LayerStore(target, identity, config.moe_layers)
+
+
+def compress_layers(
     config: RunConfig,
     plain: ImportedModel,
     source: SourceFolder,
     tokenizer: Tokenizer,
-    text: Sequence[str],
-    tokens: int,
-) -> ConvertedModel:
-    """Return a mixture with its experts in clusters.
+    calibration: Calibration,
+    store: LayerStore,
+) -> None:
+    """Compress the layers that are not stored and that no other process compresses.
 
     Args:
         config: configuration of the clustered model.
-        text: files of calibration text; empty: the library source of Python.
-        tokens: number of calibration tokens; compression is fitted to one half and measured on the other.
 
     Raises:
         ConfigError: the rank is larger than the experts.
         DataError: the text has fewer tokens.
-    """
+    """  # fmt: skip
     _require_ranks(config)
+    tokens = calibration.tokens
     length = min(config.model.sequence_length, max(2, tokens // 16))
-    sequence_NS = _sequences(text, tokenizer, max(2, tokens // length), length)
+    sequence_NS = _sequences(calibration.corpus, tokenizer, max(2, tokens // length), length)
+    _walk(config, plain, source, sequence_NS, store)
+
+
+def compressed(config: RunConfig, plain: ImportedModel, source: SourceFolder, store: LayerStore) -> ConvertedModel:
+    """Return a mixture with its experts in clusters, from the stored layers."""
     kept = copied(links_of(plain.config, plain.vocab_size, plain.family), source)
     tensors = {name: tensor for name, tensor in kept.items() if ".expert." not in name}
     placements, errors = [], []
-    biases = selection_biases(plain, source)
-    for number, layer in enumerate(_compressed_layers(config, plain, source, sequence_NS, biases)):
-        tensors |= _tensors_of(f"{LAYERS}.{plain.config.moe.dense_layers + number}.mlp.inner.", layer)
-        placements.append(replace(layer.placement, version=0))
-        errors.append(layer.figures[:, 0].tolist())
-    return ConvertedModel(tensors, placements, errors, biases)
+    first = ExpertPlacement.contiguous(config.moe.experts, config.moe.clusters, Mesh.alone().shape)
+    for number in range(config.moe_layers):
+        layer = store.read(number)
+        assert layer is not None, "the caller has waited for it"
+        tensors |= layer.tensors
+        placements.append(replace(first.with_members(tuple(map(tuple, layer.members))), version=0))
+        errors.append(layer.errors)
+    return ConvertedModel(tensors, placements, errors, selection_biases(plain, source))
 
 
 def _require_ranks(config: RunConfig) -> None:
@@ -89,9 +132,8 @@ def _require_ranks(config: RunConfig) -> None:
             raise ConfigError(f"moe.{key}={rank} is more than the width of the experts: must be <= {largest}")
 
 
-def _sequences(text: Sequence[str], tokenizer: Tokenizer, count: int, length: int) -> Tensor:
+def _sequences(corpus: CorpusConfig, tokenizer: Tokenizer, count: int, length: int) -> Tensor:
     """Return calibration sequences [count, length] of the first documents."""
-    corpus = CorpusConfig(kind="text", paths=list(text)) if text else CorpusConfig()
     ids: list[int] = []
     for document in tokenizer.encode_all(document.text for document in open_corpus(corpus).split.side(TRAIN)):
         ids += [*document, tokenizer.end_of_document]
@@ -101,14 +143,15 @@ def _sequences(text: Sequence[str], tokenizer: Tokenizer, count: int, length: in
 
 
 @torch.no_grad()
-def _compressed_layers(
-    config: RunConfig, plain: ImportedModel, source: SourceFolder, sequence_NS: Tensor, biases: Mapping[str, Tensor]
-) -> Iterator[CompressedLayer]:
-    process = init_distributed(config.world)
+def _walk(
+    config: RunConfig, plain: ImportedModel, source: SourceFolder, sequence_NS: Tensor, store: LayerStore
+) -> None:
+    """Run the sequences through all layers, and compress those that are free."""
+    process = init_distributed(config.world, alone=True)
     embedding_VD = source.tensor(EMBEDDING).float().to(process.device)
     hidden_SND = functional.embedding(sequence_NS.T.to(process.device), embedding_VD)
     halves = [list(half.split(_ROWS, dim=1)) for half in hidden_SND.tensor_split(2, dim=1)]
-    first = plain.config.moe.dense_layers
+    first, biases = plain.config.moe.dense_layers, selection_biases(plain, source)
     for layer in range(first):
         model = _one_layer(plain, "dense").to_device(process.device)
         _fill(model, plain, source, layer)
@@ -122,13 +165,19 @@ def _compressed_layers(
             _fill(model, plain, source, first + number)
             for name, bias in biases.items():
                 getattr(model.context.balance, name).copy_(bias[number : number + 1])
-            tokens = []
-            for batches in halves:
-                with captured_tokens(moe) as caught:
-                    batches[:] = [run_layer(model.gpt, 0, hidden_SBD) for hidden_SBD in batches]
-                tokens.append(caught)
-            seeded = config.model_copy(update={"seed": config.seed + number})
-            yield _compressed_layer(moe, seeded, model.context.mesh, *tokens)
+            with store.claim(number) as free:
+                if free and store.finished:
+                    return
+                tokens = []
+                for batches in halves:
+                    with captured_tokens(moe) as caught:
+                        batches[:] = [run_layer(model.gpt, 0, hidden_SBD) for hidden_SBD in batches]
+                    tokens.append(caught)
+                if free:
+                    seeded = config.model_copy(update={"seed": config.seed + number})
+                    made = _compressed_layer(moe, seeded, model.context.mesh, *tokens)
+                    tensors = _tensors_of(f"{LAYERS}.{first + number}.mlp.inner.", made)
+                    store.write(number, tensors, made.placement.members, made.figures[:, 0].tolist())
 
 
 def _one_layer(plain: ImportedModel, kind: str) -> LanguageModel:
@@ -162,15 +211,15 @@ def _compressed_layer(
     return layer
 
 
-def _tensors_of(prefix: str, layer: CompressedLayer) -> Tensors:
-    tensors: Tensors = {}
+def _tensors_of(prefix: str, layer: CompressedLayer) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
     if layer.shared is not None:
         shared = vars(layer.shared)
-        tensors |= {f"{prefix}shared_base.{name}": LazyTensor.of(value) for name, value in shared.items()}
+        tensors |= {f"{prefix}shared_base.{name}": value for name, value in shared.items()}
     for cluster in layer.clusters:
         for name, states in cluster.base.items():
-            tensors[f"{prefix}cluster.{cluster.number}.{name}"] = LazyTensor.of(states[MASTER])
+            tensors[f"{prefix}cluster.{cluster.number}.{name}"] = states[MASTER]
         for expert, residuals in cluster.residuals.items():
             named = {name: value for name, value in vars(residuals[MASTER]).items() if value is not None}
-            tensors |= {f"{prefix}expert.{expert}.{name}": LazyTensor.of(value) for name, value in named.items()}
+            tensors |= {f"{prefix}expert.{expert}.{name}": value for name, value in named.items()}
     return tensors

@@ -1,5 +1,6 @@
 """Import of a Hugging Face checkpoint as a run, as it is or with other feed-forward layers."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -10,12 +11,14 @@ from moe_dist.checkpoint.new_folder import new_folder
 from moe_dist.config import RunConfig, load_config
 from moe_dist.data import Tokenizer, open_tokenizer
 from moe_dist.data.hf_tokenizer import find_hf_tokenizer
-from moe_dist.errors import ConfigError
-from moe_dist.integrations.huggingface.compress_mixture import compressed
+from moe_dist.distributed.init import shutdown
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.integrations.huggingface.compress_mixture import Calibration, compress_layers, compressed, layer_store
 from moe_dist.integrations.huggingface.expert_budget import words_within_budget
 from moe_dist.integrations.huggingface.families import OUR_ARCHITECTURE, OUR_MODEL_TYPE, family_of
 from moe_dist.integrations.huggingface.gguf_file import as_folder
 from moe_dist.integrations.huggingface.hub_model import hub_folder, is_hub_name
+from moe_dist.integrations.huggingface.import_spec import ImportOptions, ImportSpec
 from moe_dist.integrations.huggingface.imported_tensors import (
     ConvertedModel,
     ImportedModel,
@@ -23,6 +26,7 @@ from moe_dist.integrations.huggingface.imported_tensors import (
     selection_biases,
     upcycled,
 )
+from moe_dist.integrations.huggingface.layer_store import remove_store
 from moe_dist.integrations.huggingface.own_format import own_sections, own_tensors, read_routing_state
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from moe_dist.integrations.huggingface.tensor_links import links_of
@@ -32,24 +36,6 @@ LEARNING_RATE = 1e-4
 """Default of an imported run: far below that of random weights."""
 MAY_CHANGE = {"sequence_length", "init_std", "activation_checkpointing"}
 """Keys of `model` that a word may change, since they leave the function as it is."""
-
-
-@dataclass(frozen=True)
-class ImportOptions:
-    """Options of an import beside the settings of its run.
-
-    Attributes:
-        noise: noise on the copies of a dense network as standard experts, as a share of each matrix's deviation.
-        text: files of calibration text for a compression; empty: the library source of Python.
-        tokens: number of calibration tokens.
-        keep: share of a mixture's expert parameters to compress it to, by the rank of the residuals; None: as
-            configured.
-    """
-
-    noise: float = 0.01
-    text: tuple[str, ...] = ()
-    tokens: int = 32768
-    keep: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +52,23 @@ class ImportedRun:
     output_errors: Sequence[Sequence[float]]
 
 
+def import_on_ranks(config: RunConfig | None, spec: ImportSpec) -> None:
+    """Import a model as one of the ranks of a job, and print what came out; they share the layers of a compression."""
+    wanted = spec.source, spec.target, spec.words, spec.options
+    try:
+        if int(os.environ.get("RANK", "0")):
+            help_import(*wanted)
+            return
+        done = import_model(*wanted)
+    finally:
+        shutdown()  # of a compression
+    moe = done.config.moe
+    print(f"{spec.target}: {done.architecture}, {done.parameters:,} parameters, {moe.layer_kind.describe(moe)}")
+    for layer, errors in enumerate(done.output_errors):
+        mean = sum(errors) / len(errors)
+        print(f"layer {layer}: relative error of the experts' outputs {mean:.3f}, largest {max(errors):.3f}")
+
+
 def import_model(source: Path, target: Path, words: Sequence[str], options: ImportOptions) -> ImportedRun:
     """Write a checkpoint as the run `target`, with the configuration of its family and changes by `words`.
 
@@ -76,22 +79,62 @@ def import_model(source: Path, target: Path, words: Sequence[str], options: Impo
         words: `key.sub=value` settings.
 
     Raises:
-        MoeDistError: one line; nothing is left at `target`.
+        MoeDistError: one line; nothing is left at `target`, nor beside it.
     """
-    if is_hub_name(source):
-        source = hub_folder(str(source))
-    with new_folder(target) as folder, as_folder(source, folder.parent) as found:
-        checkpoint = SourceFolder(found)
-        tokenizer = open_tokenizer(find_hf_tokenizer(str(found)))
-        plain, config = _configurations(checkpoint, target.absolute(), words, options.keep)
-        config.tokenizer.embedding_rows(tokenizer.vocab_size)
-        links = list(links_of(plain.config, plain.vocab_size, plain.family))
-        checkpoint.require({name: shape for link in links for name, shape in link.theirs.items()})
-        model = _converted(plain, config, checkpoint, tokenizer, options)
-        write_run(folder, config, plain.vocab_size, model, tokenizer)
+    try:
+        with new_folder(target) as folder, as_folder(_local(source), folder.parent) as found:
+            done = _import_into(folder, found, target, words, options)
+    except MoeDistError:
+        remove_store(target)
+        raise
+    remove_store(target)
+    return done
+
+
+def _import_into(folder: Path, found: Path, target: Path, words: Sequence[str], options: ImportOptions) -> ImportedRun:
+    checkpoint = SourceFolder(found)
+    tokenizer, plain, config = _opened(checkpoint, target, words, options)
+    model = _converted(plain, config, checkpoint, tokenizer, options, target)
+    write_run(folder, config, plain.vocab_size, model, tokenizer)
     parameters = sum(prod(tensor.shape) for tensor in model.tensors.values())
     architecture = plain.family.architecture if plain.family else OUR_ARCHITECTURE
     return ImportedRun(config, architecture, parameters, model.output_errors)
+
+
+def _local(source: Path) -> Path:
+    return hub_folder(str(source)) if is_hub_name(source) else source
+
+
+def help_import(source: Path, target: Path, words: Sequence[str], options: ImportOptions) -> None:
+    """Compress layers that `import_model`, in another process, has not begun; arguments as there."""
+    if source.suffix == ".gguf":
+        return  # of a dense model
+    checkpoint = SourceFolder(_local(source))
+    tokenizer, plain, config = _opened(checkpoint, target, words, options)
+    if _is_compression(plain, config):
+        calibration = Calibration(options.text, options.tokens)
+        store = layer_store(target, config, checkpoint, calibration)
+        compress_layers(config, plain, checkpoint, tokenizer, calibration, store)
+        if store.finished:  # by the first rank, which has removed the store
+            remove_store(target)
+
+
+def _opened(
+    checkpoint: SourceFolder, target: Path, words: Sequence[str], options: ImportOptions
+) -> tuple[Tokenizer, ImportedModel, RunConfig]:
+    """Return the tokenizer, the model as it is, and the configuration of the run, after checking that they fit."""
+    tokenizer = open_tokenizer(find_hf_tokenizer(str(checkpoint.folder)))
+    plain, config = _configurations(checkpoint, target.absolute(), words, options.keep)
+    config.tokenizer.embedding_rows(tokenizer.vocab_size)
+    links = list(links_of(plain.config, plain.vocab_size, plain.family))
+    checkpoint.require({name: shape for link in links for name, shape in link.theirs.items()})
+    return tokenizer, plain, config
+
+
+def _is_compression(plain: ImportedModel, config: RunConfig) -> bool:
+    """Return True if a mixture is to become clusters."""
+    routed = plain.family is not None and plain.config.moe.layer_kind.routed
+    return routed and plain.config.moe.kind != config.moe.kind
 
 
 def _configurations(
@@ -148,9 +191,14 @@ def _fixed(plain: RunConfig, config: RunConfig) -> Sequence[str]:
 
 
 def _converted(
-    plain: ImportedModel, config: RunConfig, checkpoint: SourceFolder, tokenizer: Tokenizer, options: ImportOptions
+    plain: ImportedModel,
+    config: RunConfig,
+    checkpoint: SourceFolder,
+    tokenizer: Tokenizer,
+    options: ImportOptions,
+    target: Path,
 ) -> ConvertedModel:
-    """Return the model of the run."""
+    """Return the model of the run."""  # fmt: skip
     if plain.config.moe.kind == config.moe.kind:
         tensors = copied(links_of(plain.config, plain.vocab_size, plain.family), checkpoint)
         if plain.family is not None:
@@ -161,8 +209,14 @@ def _converted(
         raise ConfigError(
             f"moe.kind={config.moe.kind}: the model is {plain.config.moe.kind} and of our own class: leave it out"
         )
-    if plain.config.moe.layer_kind.routed:
-        return compressed(config, plain, checkpoint, tokenizer, options.text, options.tokens)
+    if _is_compression(plain, config):
+        calibration = Calibration(options.text, options.tokens)
+        store = layer_store(target, config, checkpoint, calibration)
+        while missing := store.missing():
+            compress_layers(config, plain, checkpoint, tokenizer, calibration, store)
+            for layer in missing:
+                store.wait(layer)
+        return compressed(config, plain, checkpoint, store)
     if config.moe.two_level_base:
         raise ConfigError(f"moe.base={config.moe.base} compresses a mixture, but the model is dense: use cluster")
     if config.moe.kind == "standard" and config.moe.top_k == 1:

@@ -2,7 +2,8 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from moe_dist.config import CorpusConfig, TokenizerConfig
 from moe_dist.data.corpora import Corpus
 from moe_dist.data.documents import Document
-from moe_dist.data.token_file import TokenFacts, TokenFile
+from moe_dist.data.token_file import Encoder, TokenFacts, TokenFile, token_file_writer
 
 SMALL_TOKENIZER = TokenizerConfig(vocab_size=400)
 
@@ -35,6 +36,14 @@ def tokens_in_memory(count: int) -> TokenFile:
     """A token file whose ids are 0, 1, 2, ...: an id tells its position."""
     facts = TokenFacts(count, 1, count, count, 0, max(count, 1), 0, "<u4")
     return TokenFile(Path("train.tokens"), facts, 0, np.arange(count, dtype="<u4"))
+
+
+def write_token_file(path: Path, texts: Iterable[str], tokenizer: Encoder) -> None:
+    """A token file of some documents."""
+    to_count, to_encode = tee(texts)
+    with token_file_writer(path, tokenizer) as writer:
+        for text, ids in zip(to_count, tokenizer.encode_all(to_encode), strict=True):
+            writer.append(text, ids)
 
 
 def wikitext_article(number: int) -> str:

@@ -9,6 +9,7 @@ import pytest
 from moe_dist.config import CorpusConfig, RunConfig, TokenizerConfig
 from moe_dist.data import open_tokenizer, prepare_data
 from moe_dist.data.chats import ChatEncoder, ChatSource
+from moe_dist.data.packing import PackedSequences
 from moe_dist.errors import ConfigError, DataError
 from tests.unit.data.samples import hf_tokenizer
 
@@ -48,8 +49,10 @@ def test_only_answers_are_targets(tmp_path: Path) -> None:
     (ids,) = encoder.encode_all([text])
     expected = []
     for context, answer in zip(CONTEXT, ANSWERS, strict=True):
-        expected += [~token for token in tokenizer.encode(context)] + tokenizer.encode(answer)
+        codes = [[token + (1 << 30) * (token == 1) for token in tokenizer.encode(part)] for part in (context, answer)]
+        expected += [~code for code in codes[0]] + codes[1]
     assert ids == expected
+    assert sum(abs(code) >= 1 << 30 for code in ids) == 4  # messages that end as documents do
     assert encoder.end_of_document == ~tokenizer.end_of_document
 
 
@@ -67,6 +70,20 @@ def test_token_files_hold_complements_and_their_share(tmp_path: Path) -> None:
     answers = int((data.train.ids >= 0).sum())
     assert 0 < answers < len(data.train)
     assert data.train.target_share == answers / len(data.train)
+    assert data.train.plain_ids.max() < 320
+    conversations = [ids.tolist() for ids in np.split(data.train.ids, np.flatnonzero(data.train.ids == ~1) + 1)[:-1]]
+    assert len(conversations) == data.train.facts.documents == 32
+    assert [size for _, sizes in data.train.documents() for size in sizes] == [len(ids) for ids in conversations]
+    packed = PackedSequences(data.train, 90)
+    rows = packed.read(np.arange(len(packed))).tolist()
+    assert packed.facts.cut_documents == 0
+    joined = " ".join(map(str, (code for row in rows for code in row)))
+    assert all(" ".join(map(str, ids)) in joined for ids in conversations)
+    assert packed.target_share == sum(code >= 0 for row in rows for code in row[1:]) / (90 * len(rows))
+    cut = PackedSequences(data.train, 30)
+    rows = cut.read(np.arange(len(cut))).tolist()
+    assert cut.facts.cut_documents == 32
+    assert cut.target_share == sum(code >= 0 for row in rows for code in row[1:]) / (30 * len(rows))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +115,5 @@ def test_keys_that_chats_need() -> None:
         CorpusConfig(kind="chat")
     with pytest.raises(ConfigError, match=r"corpus.max_bytes=9 would cut documents"):
         CorpusConfig(kind="chat", paths=["x.jsonl"], max_bytes=9)
-    with pytest.raises(ConfigError, match=r"corpus.document_mask=true would part the messages"):
-        CorpusConfig(kind="chat", paths=["x.jsonl"], document_mask=True)
     with pytest.raises(ConfigError, match=r"needs the chat template of tokenizer.kind=hf, not bpe"):
         RunConfig(corpus=CorpusConfig(kind="chat", paths=["x.jsonl"]))

@@ -1,12 +1,13 @@
-"""A preparation that was killed goes on where it was, and leaves the same bytes; memory does not grow with the text."""
+"""A preparation that is shared, or was killed, leaves the same bytes; memory does not grow with the text."""
 
+import contextlib
 import gzip
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,10 +15,13 @@ from moe_dist.config import CorpusConfig
 from moe_dist.data import encode as module
 from moe_dist.data.compressed import text_chunks
 from moe_dist.data.corpora import open_corpus
+from moe_dist.data.plan import PLAN
 from moe_dist.data.prepare import prepare_data
 from moe_dist.data.tokenizer import SentencePieceTokenizer
 from moe_dist.errors import DataError
 from tests.unit.data.samples import SMALL_TOKENIZER, documents_of, sides_of, text_corpus
+
+FINISHED = ["manifest.json", "tokenizer.model", "train.tokens", "validation.tokens"]
 
 
 class Killed(BaseException):
@@ -29,14 +33,19 @@ def token_bytes(corpus: CorpusConfig) -> list[bytes]:
     return [data.train.path.read_bytes(), data.validation.path.read_bytes(), data.tokenizer_path.read_bytes()]
 
 
+def files_in(corpus: CorpusConfig) -> list[str]:
+    (folder,) = Path(corpus.cache_dir).glob("prepared/*/")
+    return sorted(path.name for path in folder.iterdir())
+
+
 def kill_after(documents: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let the encoding end after some documents; returns the texts that are encoded."""
     encoded: list[str] = []
     encode_all = SentencePieceTokenizer.encode_all
 
     def limited(self: SentencePieceTokenizer, texts: Iterator[str]) -> Iterator[list[int]]:
-        for number, text in enumerate(texts):
-            if number == documents:
+        for text in texts:
+            if len(encoded) == documents:
                 raise Killed
             encoded.append(text)
             yield from encode_all(self, [text])
@@ -52,41 +61,88 @@ def test_a_killed_preparation_goes_on_and_gives_the_same_bytes(
     corpus = text_corpus(tmp_path)
     wanted = token_bytes(corpus)
     again = corpus.model_copy(update={"cache_dir": str(tmp_path / "other cache")})
-    monkeypatch.setattr(module, "FLUSH_BYTES", 3_000)
+    monkeypatch.setattr(module, "PIECE_BYTES", 3_000)
     with monkeypatch.context() as patch:
         first = kill_after(killed_after, patch)
         with pytest.raises(Killed):
             prepare_data(again, SMALL_TOKENIZER)
     with monkeypatch.context() as patch:
         second = kill_after(10**9, patch)
+        patch.setattr("moe_dist.data.corpora.Survey.of", None)  # the corpus is not read again to decide its split
         assert token_bytes(again) == wanted
     lost = len(first) + len(second) - 60
-    assert 0 <= lost <= 10  # documents of 300 to 1,000 bytes: at most one flush is encoded twice
+    assert 0 <= lost <= 10  # documents of 300 to 1,000 bytes: at most one piece is encoded twice
     assert killed_after < 10 or len(second) < 60
-    (folder,) = (tmp_path / "other cache" / "prepared").glob("*/")
-    assert not list(folder.glob("*.part"))
-    assert not (folder / module.JOURNAL).exists()
+    assert files_in(again) == FINISHED
 
 
-@pytest.mark.parametrize("damage", ["half a line", "not of this kind", "another tokenizer", "no partial file"])
-def test_what_cannot_go_on_starts_anew(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", ["half a line", "another tokenizer", "a changed token", "no plan", "half a plan"])
+def test_what_cannot_go_on_is_made_again(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = text_corpus(tmp_path)
     wanted = token_bytes(corpus)
     again = corpus.model_copy(update={"cache_dir": str(tmp_path / "other cache")})
-    monkeypatch.setattr(module, "FLUSH_BYTES", 3_000)
+    monkeypatch.setattr(module, "PIECE_BYTES", 3_000)
     with monkeypatch.context() as patch:
         kill_after(30, patch)
         with pytest.raises(Killed):
             prepare_data(again, SMALL_TOKENIZER)
-    (journal,) = (tmp_path / "other cache").glob(f"prepared/*/{module.JOURNAL}")
-    state: dict[str, Any] = json.loads(journal.read_text())
-    if damage == "no partial file":
-        (journal.parent / "train.part").unlink()
-    else:
-        state["identity"] = "another"
-        texts = {"half a line": journal.read_text()[:40], "not of this kind": "[1]"}
-        journal.write_text(texts.get(damage, json.dumps(state)))
+    (state,) = (tmp_path / "other cache").glob("prepared/*/pieces/000001.json")
+    tokens, plan = state.with_suffix(".train.tokens"), state.parent.parent / PLAN
+    path = {"a changed token": tokens, "no plan": plan, "half a plan": plan}.get(damage, state)
+    content = path.read_bytes()
+    changed = {
+        "half a line": content[:40],
+        "another tokenizer": content.replace(b'"identity": "', b'"identity": "0'),
+        "a changed token": content[:-1] + b"x",
+        "half a plan": content[:100],
+    }
+    path.unlink()
+    if damage in changed:
+        path.write_bytes(changed[damage])
     assert token_bytes(again) == wanted
+    assert files_in(again) == FINISHED
+
+
+def test_machines_share_a_corpus_and_take_over_what_a_killed_one_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three machines (threads with names of their own), of which one ends in the middle of its first piece."""
+    corpus = text_corpus(tmp_path)
+    wanted = token_bytes(corpus)
+    again = corpus.model_copy(update={"cache_dir": str(tmp_path / "other cache")})
+    monkeypatch.setattr(module, "PIECE_BYTES", 3_000)
+    monkeypatch.setattr("moe_dist.data.prepare.gethostname", lambda: threading.current_thread().name)
+    encode_all, encoded = SentencePieceTokenizer.encode_all, dict[str, list[str]]()
+    killed, all_work = threading.Event(), threading.Barrier(3)
+
+    def shared(self: SentencePieceTokenizer, texts: Iterator[str]) -> Iterator[list[int]]:
+        name = threading.current_thread().name
+        if name not in encoded:
+            encoded[name] = []
+            all_work.wait(60)  # each has a piece of its own
+            if name == "killed":
+                killed.set()
+                raise Killed
+            killed.wait(60)
+        for text in texts:
+            encoded[name].append(text)
+            yield from encode_all(self, [text])
+
+    def prepare() -> None:
+        with contextlib.suppress(Killed):
+            prepare_data(again, SMALL_TOKENIZER)
+
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_all", shared)
+    threads = [threading.Thread(target=prepare, name=name) for name in ("first", "second", "killed")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {name: bool(texts) for name, texts in encoded.items()} == {"first": True, "second": True, "killed": False}
+    assert len(encoded["first"]) + len(encoded["second"]) == 60
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_all", None)
+    assert token_bytes(again) == wanted
+    assert files_in(again) == FINISHED
 
 
 @pytest.mark.parametrize("suffix", [".txt.gz", ".jsonl.gz", ".jsonl.zst", ".txt.zst"])

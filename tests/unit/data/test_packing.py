@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from moe_dist.data import packing
 from moe_dist.data.inspection import report_of
 from moe_dist.data.packing import PackedSequences, pack
-from moe_dist.data.token_file import TokenFile, open_token_file, write_token_file
+from moe_dist.data.token_file import TokenFile, open_token_file
+from tests.unit.data.samples import write_token_file
 
 END = 1
 

@@ -46,7 +46,7 @@ def count_trainings(monkeypatch: pytest.MonkeyPatch, record: Path) -> None:
             file.write(f"{os.getpid()}\n")
         return train_tokenizer(*arguments)
 
-    monkeypatch.setattr("moe_dist.data.prepare.train_tokenizer", counted)
+    monkeypatch.setattr("moe_dist.data.plan.train_tokenizer", counted)
 
 
 def content_of(folder: Path) -> dict[str, str]:
@@ -160,7 +160,7 @@ def _hang_while_working(corpus: CorpusConfig, working: Event) -> None:
         return b""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_dist.data.prepare.train_tokenizer", hang)
+        patch.setattr("moe_dist.data.plan.train_tokenizer", hang)
         prepare_data(corpus, SMALL_TOKENIZER)
 
 

@@ -1,5 +1,6 @@
 """`moe-dist data validate`: one line a check, and the exit code."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_dist import cli
+from moe_dist.config import CorpusConfig, TokenizerConfig
 from moe_dist.data import prepare_data
+from moe_dist.data.corpora import open_corpus
 from moe_dist.data.packing import PackedSequences
-from moe_dist.data.prepared_checks import _check_documents, _check_duplicates, _check_ids, check_folder
+from moe_dist.data.prepared_checks import _check_documents, _check_duplicates, _check_ids, check_across, check_folder
 from moe_dist.data.token_file import TokenFacts, TokenFile
-from tests.unit.data.samples import SMALL_TOKENIZER, text_corpus
+from tests.unit.data.samples import SMALL_TOKENIZER, documents_of, hf_tokenizer, sides_of, text_corpus
 
 END = 1
 
@@ -74,3 +77,30 @@ def test_a_folder_without_prepared_text_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["data", "validate", str(tmp_path)])
     assert result.exit_code
     assert "is no prepared folder" in str(result.exception)
+
+
+def test_documents_that_sources_share_are_counted(tmp_path: Path) -> None:
+    texts, sides, folders = list(documents_of(0, 60)), [], []
+    tokenizer = TokenizerConfig(kind="hf", path=str(hf_tokenizer(tmp_path / "hf")), vocab_size=300)
+    for name, held, own in (("a", 0.1, texts[:40]), ("b", 0.4, texts[10:])):
+        rows = tmp_path / f"{name}.jsonl"
+        rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in own))
+        paths = [str(rows)]
+        corpus = CorpusConfig(kind="text", paths=paths, cache_dir=str(tmp_path / "cache"), validation_fraction=held)
+        sides.append([{document.text for document in side} for side in sides_of(open_corpus(corpus))])
+        folders.append(prepare_data(corpus, tokenizer).train.path.parent)
+    (train_a, held_a), (train_b, held_b) = sides
+    leaked, leaked_back, shared = (len(x & y) for x, y in ((train_a, held_b), (train_b, held_a), (train_a, train_b)))
+    assert min(leaked, shared) > 5
+    found = {(names, finding.text): finding.level for names, finding in check_across(folders)}
+    one, other = (folder.name for folder in folders)
+    first, second = sorted((one, other))
+    leak = "training documents of the first are validation documents of the second"
+    assert found == {
+        (f"{one}, {other}", f"{leaked} {leak}"): "warn",
+        (f"{other}, {one}", f"{leaked_back} {leak}"): "warn" if leaked_back else "ok",
+        (f"{first}, {second}", f"{shared} training documents of the first are training documents of both"): "warn",
+    }
+    code, shown = lines([str(tmp_path / "cache")])
+    assert code == 0
+    assert f"  warn {leaked} {leak}" in shown

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_dist.data.token_file import open_token_file, write_token_file
+from moe_dist.data.token_file import open_token_file
 from moe_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer, train_tokenizer
 from moe_dist.errors import DataError
-from tests.unit.data.samples import SMALL_TOKENIZER, documents_of
+from tests.unit.data.samples import SMALL_TOKENIZER, documents_of, write_token_file
 
 TEXTS = [*documents_of(0, 40), "naïve ▁ 日本\n", ""]
 

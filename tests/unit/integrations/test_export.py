@@ -13,7 +13,8 @@ from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.data import open_tokenizer, tokenizer_in
 from moe_dist.errors import CheckpointError
 from moe_dist.integrations.huggingface.export_model import ExportedModel, export_model
-from moe_dist.integrations.huggingface.import_model import ImportOptions, import_model
+from moe_dist.integrations.huggingface.import_model import import_model
+from moe_dist.integrations.huggingface.import_spec import ImportOptions
 from tests.distributed.ranks import run_ranks
 
 pytest.importorskip("transformers", reason="needs moe-dist[models]")

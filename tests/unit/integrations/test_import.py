@@ -14,7 +14,9 @@ from moe_dist.config import load_config
 from moe_dist.errors import CheckpointError, ConfigError, MoeDistError
 from moe_dist.integrations.huggingface.expert_budget import words_within_budget
 from moe_dist.integrations.huggingface.families import family_of
-from moe_dist.integrations.huggingface.import_model import ImportOptions, import_model
+from moe_dist.integrations.huggingface.import_model import help_import, import_model
+from moe_dist.integrations.huggingface.import_spec import ImportOptions
+from moe_dist.integrations.huggingface.layer_store import LayerStore
 from moe_dist.integrations.huggingface.source_folder import SourceFolder
 from tests.distributed.ranks import run_ranks
 from tests.unit.data.samples import documents_of
@@ -84,6 +86,47 @@ def test_the_error_of_a_compressed_mixture_falls_with_the_rank(tmp_path: Path, n
     assert found[3] < 1e-4, "a base of two levels and residuals of full rank are exact too"
     assert means[4] < 1e-4, "two clusters compute each expert exactly; tokens choose within one of them"
     assert bool(logits[4].isfinite().all())
+
+
+class Killed(BaseException):
+    """End of the process, as far as files are concerned."""
+
+
+def _import_in_parts(source: Path, folder: Path) -> list[int]:
+    """Import alone, and again after another process was killed at its second layer; what it compressed."""
+    text = folder / "text.txt"
+    text.write_text("".join(documents_of(3, 60)))
+    wanted = ["moe.kind=clustered", "moe.clusters=2", "moe.rank=3"], ImportOptions(text=(str(text),), tokens=512)
+    alone = import_model(source, folder / "alone", *wanted)
+    write, written = LayerStore.write, list[int]()
+
+    def limited(self: LayerStore, layer: int, *others: Any) -> None:
+        if written == [0]:
+            raise Killed
+        recorded(self, layer, *others)
+
+    def recorded(self: LayerStore, layer: int, *others: Any) -> None:
+        written.append(layer)
+        write(self, layer, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerStore, "write", limited)
+        with pytest.raises(Killed):
+            help_import(source, folder / "run", *wanted)
+        written.clear()
+        patch.setattr(LayerStore, "write", recorded)
+        assert import_model(source, folder / "run", *wanted).output_errors == alone.output_errors
+        help_import(source, folder / "run", *wanted)  # comes too late
+    return written
+
+
+def test_processes_share_the_layers_of_a_compression(tmp_path: Path) -> None:
+    published(tmp_path / "hf", "Mixtral")
+    (written,) = run_ranks(_import_in_parts, 1, tmp_path / "hf", tmp_path)
+    assert written == [1]
+    files = [sorted((tmp_path / name / "final").glob("*.safetensors")) for name in ("alone", "run")]
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]] != []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "hf", "run", "text.txt"]
 
 
 def test_sharded_files_give_the_same_run(tmp_path: Path) -> None:

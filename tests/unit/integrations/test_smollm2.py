@@ -13,7 +13,8 @@ from moe_dist.data import open_tokenizer
 from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
-from moe_dist.integrations.huggingface.import_model import ImportOptions, import_model
+from moe_dist.integrations.huggingface.import_model import import_model
+from moe_dist.integrations.huggingface.import_spec import ImportOptions
 from tests.distributed.ranks import run_ranks
 
 pytest.importorskip("gguf", reason="needs moe-dist[models]")
