@@ -14,9 +14,9 @@ RANKS ?= 4
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo test test-fast test-cluster validate-simulator bench-nodes soak mutants fuzz checks docs format clean
+.PHONY: help install demo test test-fast test-gpu gpu-wheels test-cluster validate-simulator bench-nodes resume-pairs soak mutants fuzz checks docs format clean
 help:
-	@echo "make install | demo | test | test-fast | test-cluster | validate-simulator | bench-nodes | soak | mutants | fuzz | checks | docs | format | clean"
+	@echo "make install | demo | test | test-fast | test-gpu | gpu-wheels | test-cluster | validate-simulator | bench-nodes | resume-pairs | soak | mutants | fuzz | checks | docs | format | clean"
 
 install: $(INSTALLED)
 
@@ -39,6 +39,28 @@ test: install
 test-fast: install
 	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m "not slow"
 
+GPU_PYTHON ?= .venv/bin/python
+GPU_REPORT ?= build/gpu
+# What has to be seen on a GPU, in eight minutes, without a network: kernels, speed, precisions, ZeRO, offload, a
+# profile. Findings go to GPU_REPORT. On a machine that has torch already: make test-gpu GPU_PYTHON=python3, after
+# "make gpu-wheels" where there is a network, and a copy of build/wheels.
+test-gpu: SHELL := /bin/bash
+test-gpu:
+	@mkdir -p $(GPU_REPORT)
+	GPU_REPORT=$(GPU_REPORT) timeout 480 $(GPU_PYTHON) -m pytest tests/gpu -v -o addopts=--import-mode=importlib --tb=long \
+		--timeout=200 --color=no 2>&1 | tee $(GPU_REPORT)/tests.log; exit $${PIPESTATUS[0]}
+
+GPU_PLATFORM ?= --python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+	--platform manylinux2014_x86_64
+gpu-wheels: install  # what a machine with torch for GPUs and transformers lacks: copy build/wheels there, and install
+	.venv/bin/python -m pip download --disable-pip-version-check -q --no-deps --only-binary=:all: $(GPU_PLATFORM) \
+		-d build/wheels -r tests/gpu/wheels.txt
+	.venv/bin/python -m pip download --disable-pip-version-check -q --only-binary=:all: $(GPU_PLATFORM) -d build/wheels \
+		"pydantic>=2.8"
+	DS_BUILD_OPS=0 .venv/bin/python -m pip wheel --disable-pip-version-check -q --no-deps --no-build-isolation -w build/wheels \
+		"deepspeed>=0.19.8,<0.20"
+	du -sh build/wheels
+
 CLUSTER_TESTS ?= tests/cluster
 # Several nodes on this machine, with ssh, SLURM and MPI: needs root, and installs Debian's packages of these.
 test-cluster: install
@@ -56,7 +78,10 @@ bench-nodes: install
 	tests/cluster/install.sh
 	python -m tests.cluster.bench_nodes $(BENCH_NODES)
 
-soak: install  # disturbs training 300 times: an hour or two; SOAK="--events 20 --seed 3" for others
+resume-pairs: install  # checkpoints of each of four layouts in each other one: ten minutes
+	OMP_NUM_THREADS=1 python -W ignore -m tests.soak.resume_pairs
+
+soak: install  # disturbs training 300 times: an hour or two; SOAK="--events 20 --seed 3 world.pipeline=2" for others
 	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)
 
 mutants: install  # mutations of core glue that some test must notice: half an hour or so on two cores

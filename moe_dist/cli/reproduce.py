@@ -10,7 +10,6 @@ from rich.markdown import Markdown
 
 from moe_dist.cli.options import Json, Overrides
 from moe_dist.console import wide_console
-from moe_dist.errors import ConfigError
 
 
 class ScaleName(StrEnum):
@@ -40,7 +39,10 @@ def reproduce(
     overrides: Overrides = None,
     scale: Annotated[ScaleName, typer.Option(help="Scale; tiny takes 90 minutes on two cores.")] = ScaleName.TINY,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind.")] = 3,
-    kind: Annotated[list[str] | None, typer.Option(help="A kind to run; may be given again. Default: all.")] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="A kind to run; may be given again; paper brings its baselines. Default: all."),
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(metavar="TRAIN,VALIDATION", help="Text: files, stdlib or hub. Default: the scale's."),
@@ -73,12 +75,10 @@ def reproduce(
     """
     from moe_dist.studies.reproduction import cells
     from moe_dist.studies.reproduction import evaluations as evaluate
-    from moe_dist.studies.reproduction.scales import KINDS, SCALES
+    from moe_dist.studies.reproduction.scales import SCALES, chosen_kinds
 
     chosen, console = SCALES[scale.value], wide_console()
-    unknown = [name for name in kind or () if name not in KINDS]
-    if unknown:
-        raise ConfigError(f"--kind {unknown[0]}: use {', '.join(KINDS)}")
+    kinds = chosen_kinds(kind or ())
     home = folder or Path("results") / f"reproduce-{chosen.name}"
     words = (*cells.text_words(text or chosen.text), *(overrides or ()))
     setting = cells.Setting(chosen, configs, home, words)
@@ -90,7 +90,7 @@ def reproduce(
 
     plan = run.ReproductionPlan(
         setting=setting,
-        kinds=[KINDS[name] for name in kind or KINDS],
+        kinds=kinds,
         seeds=seeds,
         grid=bool(chosen.grid) and grid is not False,
         evaluations=evaluate.choose(chosen, text or chosen.text, test_text, glue, subset),

@@ -13,6 +13,8 @@ from moe_dist.errors import LaunchError
 _PLACE = (("WORLD_SIZE", "1"), ("RANK", "0"))
 INIT_METHOD = "MOE_DIST_INIT_METHOD"
 """Environment variable with torch's init_method; `moe-dist launch` sets it to a file, since a port may be taken."""
+SHARED_GPU = "MOE_DIST_SHARED_GPU"
+"""Environment variable: "1" puts all ranks of a machine on its first GPU, with gloo, for tests."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ def init_distributed(world: WorldConfig, alone: bool = False) -> RankInfo:
     """
     ranks, rank = (1, 0) if alone else (int(os.environ.get(key, default)) for key, default in _PLACE)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = _device(world.backend, local_rank)
+    shared = os.environ.get(SHARED_GPU) == "1" and torch.cuda.is_available()
+    device = torch.device("cuda", 0) if shared else _device(world.backend, local_rank)
     if device.type == "cpu":
         _set_threads(world.threads, ranks)
-    backend = world.backend if world.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
+    of_device = "nccl" if device.type == "cuda" and not shared else "gloo"
+    backend = of_device if world.backend == "auto" else world.backend
     timeout = timedelta(seconds=world.timeout_seconds)
     if not dist.is_initialized():
         _init_process_group(backend, rank, ranks, timeout, alone)

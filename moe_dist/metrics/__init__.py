@@ -1,6 +1,6 @@
 """Metrics and output of a run: load balance, run folder, progress display, final table."""
 
-from moe_dist.metrics.host import installed_versions, peak_rss_bytes, rss_bytes
+from moe_dist.metrics.host import installed_versions, peak_rss_bytes, rss_bytes, source_commit
 from moe_dist.metrics.json_text import strict_json, write_json
 from moe_dist.metrics.load_balance import LoadStatistics, load_statistics
 from moe_dist.metrics.progress import Progress
@@ -20,6 +20,7 @@ __all__ = [
     "peak_rss_bytes",
     "render_summary",
     "rss_bytes",
+    "source_commit",
     "strict_json",
     "write_json",
 ]

@@ -3,6 +3,7 @@
 import os
 import platform
 import resource
+import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,18 @@ def installed_versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def source_commit(package: Path = Path(__file__).parents[1]) -> str | None:
+    """Return the commit of the checkout that this code runs from, with `-dirty` if files differ; None without one."""
+    if not (package.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def seconds_since_start(stat: Path = Path("/proc/self/stat")) -> float | None:

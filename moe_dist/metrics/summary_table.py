@@ -119,6 +119,8 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Pat
         f"{_bytes(at('all_to_all.bytes'))} total, "
         f"{_bytes(at('all_to_all.bytes_inter_node'))} between nodes",
     )
+    if others := _collectives(at("collectives") or {}):
+        table.add_row("other traffic", others)
     table.add_row(
         "expert load",
         f"variance {_number(at('load.variance'), '.2e')}, cv² {_number(at('load.cv2'), '.4f')} (0: equal)",
@@ -137,6 +139,14 @@ def _phases(seconds: Mapping[str, float | None]) -> str:
     """Return the wall time of each phase of a run."""
     known = {phase: length for phase, length in seconds.items() if length is not None}
     return f"{sum(known.values()):.1f} s: " + ", ".join(f"{phase} {length:.1f}" for phase, length in known.items())
+
+
+def _collectives(by_purpose: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the bytes of all ranks in a step beside the all-to-alls, by purpose; empty if there are none."""
+    sent = {purpose: volume["bytes_per_step"] for purpose, volume in by_purpose.items() if volume["bytes_per_step"]}
+    between = sum(volume["bytes_per_step_inter_node"] for volume in by_purpose.values())
+    words = ", ".join(f"{purpose} {_bytes(size)}" for purpose, size in sent.items())
+    return f"{words} a step; {_bytes(between)} of it between nodes" if sent else ""
 
 
 def _source(source: Mapping[str, Any]) -> str | None:

@@ -24,8 +24,9 @@ from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
 from moe_dist.model.pipeline_stage import StageLayers, positions, run_chunk
 from moe_dist.model.stage_links import StageLinks, TiedEmbedding
 from moe_dist.model.teacher_loss import TeacherTargets, kl_divergence
-from moe_dist.moe.clustered_experts import ClusteredExperts
+from moe_dist.moe.clustered_experts import ClusteredExperts, SharedBase
 from moe_dist.moe.clustered_moe import ClusteredMoE
+from moe_dist.moe.dense_feed_forward import SharedExpert
 from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.layer_kinds import LAYER_KINDS
 from moe_dist.moe.load_balancing import BalanceState
@@ -330,7 +331,8 @@ class ParameterCounts:
 
     total: int
     expert: int
-    """Parameters of bases, residuals and vectors, or of standard experts, without routers; 0 for dense layers."""
+    """Parameters of bases, residuals and vectors, or of standard experts; with shared experts, without routers; 0 for
+    dense layers."""
     expert_standard: int
     """Parameters that the same number of standard experts of the same width would have."""
 
@@ -344,7 +346,8 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
     own = dict.fromkeys(ParameterClass, 0)
     for parameter in model.parameters():
         own[class_of(parameter)] += parameter.numel()
-    shared = sum(p.numel() for layer in model.clustered_layers() for p in _parameters_of(layer.shared_base))
+    shared_parts = (part for part in model.modules() if isinstance(part, SharedBase | SharedExpert))
+    shared = sum(parameter.numel() for part in shared_parts for parameter in part.parameters())
     stages = gather_over_stages(model.context.mesh, (own, shared))
     held = {kind: sum(of_stage[kind] for of_stage, _ in stages) for kind in ParameterClass}
     shared = sum(of_stage for _, of_stage in stages)
@@ -354,7 +357,3 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
     moe = config.moe
     standard = config.moe_layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
     return ParameterCounts(dense + base + expert, shared + base + expert, standard)
-
-
-def _parameters_of(module: nn.Module | None) -> Iterable[nn.Parameter]:
-    return () if module is None else module.parameters()

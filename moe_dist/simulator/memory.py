@@ -44,9 +44,12 @@ def replicas(shape: WorldShape) -> dict[ParameterClass, int]:
 
 
 def memory_of_rank(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int) -> Memory:
-    """Predict the bytes at the peak of a step, just before the first gradients, on the fullest pipeline stage."""
-    stages = (memory_of_stage(config, shape, batch, vocabulary, stage) for stage in range(shape.pipeline))
-    return max(stages, key=lambda memory: memory.total)
+    """Predict the bytes at the peak of a step, just before the first gradients, on the fullest pipeline stage.
+
+    It is the first stage, which has the embedding and keeps the most micro-batches, or the last one, with the logits.
+    """
+    ends = {0, shape.pipeline - 1}
+    return max((memory_of_stage(config, shape, batch, vocabulary, stage) for stage in ends), key=lambda m: m.total)
 
 
 def memory_of_stage(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int, at: int) -> Memory:

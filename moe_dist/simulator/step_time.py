@@ -15,19 +15,23 @@ import numpy as np
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape
 from moe_dist.config.layer_kinds import residual_parameters
+from moe_dist.model.collective_bytes import number_size, reduction_rounds
 from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator import memory
-from moe_dist.simulator.attention_traffic import attention_seconds
+from moe_dist.simulator.collective_seconds import attention_seconds, bubble, message_seconds
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.popularity import Floats, balanced_clusters
 from moe_dist.simulator.sizes import parameters_on_rank, tokens_on_rank, work_of
-from moe_dist.simulator.stage_traffic import bubble, message_seconds
 from moe_dist.simulator.strategies import Demand, Strategy, demand
 
 FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and back again
 OPTIMIZER_BYTES = 32  # read and written for a parameter: gradient, master, two moments
 TRAINING_STATE_BYTES = 14  # of a moved parameter: weight in 16 bits, master and two moments in 32
+LayerLoad = tuple[Floats, Floats, tuple[float, float]]
+"""Load of one layer: rows_D, seconds_D of its exchanges, and bytes per token, all and between nodes."""
+KnownLayers = dict[tuple[int | bool, ...], list[LayerLoad]]
+"""Loads of the distinct layers by the shape of the groups and the tokens of a rank."""
 
 
 @dataclass(frozen=True)
@@ -88,22 +92,19 @@ def step_time(
     fabric: Fabric,
     popularity_LE: Floats,
     scenario: Scenario,
+    known: KnownLayers | None = None,
 ) -> StepTime:
     """Predict one step.
 
     Args:
         popularity_LE: share of each expert in each distinct layer; further layers repeat them.
+        known: layers of earlier predictions for the same model, machine and scenario, in any layout; extended.
     """
-    draw = np.random.default_rng(scenario.seed)
     tokens = tokens_on_rank(config, shape, batch)
     work, rate = work_of(config, vocabulary), fabric.compute_rate
     passes = 4 if config.model.activation_checkpointing else 3  # forward once or twice, backward twice the work
     layers = config.model.layers // shape.pipeline * batch.accumulation
-    count = min(scenario.layers, config.model.layers)
-    taken = [
-        _layer(config, shape, fabric, popularity_LE[i % len(popularity_LE)], scenario, tokens, draw)
-        for i in range(count)
-    ]
+    taken = _layers(config, shape, fabric, popularity_LE, scenario, tokens, {} if known is None else known)
     row = passes * work.row / (shape.shard if shape.sliced else 1)
     experts_D = row / fabric.expert_rate * np.mean([rows_D for rows_D, _, _ in taken], axis=0)
     wire_D = np.mean([seconds_D for _, seconds_D, _ in taken], axis=0)
@@ -131,6 +132,27 @@ def step_time(
     return StepTime(parts, all_tokens, useful, inter, total, fabric.device.flops * shape.ranks)
 
 
+def _layers(
+    config: RunConfig,
+    shape: WorldShape,
+    fabric: Fabric,
+    popularity_LE: Floats,
+    scenario: Scenario,
+    tokens: int,
+    known: KnownLayers,
+) -> list[LayerLoad]:
+    """Return the loads of each distinct layer, from `known` where it has those of such groups."""
+    key = (shape.data, shape.cluster, shape.shard, shape.replicas, shape.sliced, tokens)
+    if key not in known:
+        draw = np.random.default_rng(scenario.seed)
+        count = min(scenario.layers, config.model.layers)
+        known[key] = [
+            _layer(config, shape, fabric, popularity_LE[i % len(popularity_LE)], scenario, tokens, draw)
+            for i in range(count)
+        ]
+    return known[key]
+
+
 def _layer(
     config: RunConfig,
     shape: WorldShape,
@@ -139,7 +161,7 @@ def _layer(
     scenario: Scenario,
     tokens: int,
     draw: np.random.Generator,
-) -> tuple[Floats, Floats, tuple[float, float]]:
+) -> LayerLoad:
     """Return rows_D that determine a replica's time, seconds_D of exchanges, and bytes per token: all, between nodes.
 
     Rows are those of the busiest rank, or if devices share processors all rows divided by these, if that is more.
@@ -188,18 +210,8 @@ def _offload(config: RunConfig, shape: WorldShape, fabric: Fabric, scenario: Sce
     return max(0.0, 2 * (1 - scenario.resident) * bytes_layer / fabric.device.host_bandwidth - compute)
 
 
-def reduction_rounds(config: RunConfig, batch: BatchShape) -> int:
-    """Return the number of ring passes of a step's reductions, as DeepSpeed does them.
-
-    Gradients are all-reduced, which is two passes, in stage 2 for every micro-batch; ZeRO gathers weights in one more.
-    """
-    stage = config.world.zero_stage
-    return 2 * (batch.accumulation if stage == 2 else 1) + (stage > 0)
-
-
 def _reduction(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int, fabric: Fabric) -> float:
-    size = 4 if config.train.precision == "float32" else 2
-    held = parameters_on_rank(config, shape, vocabulary)
+    held, size = parameters_on_rank(config, shape, vocabulary), number_size(config)
     return reduction_rounds(config, batch) * sum(
         reduce_seconds(size * held[kind], sharing, _on_node(kind, shape, fabric), fabric)
         for kind, sharing in memory.replicas(shape).items()

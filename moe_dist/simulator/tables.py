@@ -14,17 +14,22 @@ from moe_dist.simulator.planner import GIB, Option, PlannerResult
 from moe_dist.simulator.step_time import StepTime
 
 SHOWN = 8
+AXES = ("pipeline", "chunks", "tensor", "context")
+"""Axes that have a column where a shown layout divides them."""
 
 
 def render_plan(found: PlannerResult, console: Console) -> None:
     """Print the fastest layouts, the memory of the best by kind, and the recommendation with its reason."""
     table = Table(title="layouts that fit, fastest first (predicted)", title_justify="left", box=SIMPLE, padding=0)
-    axes = ("data", "cluster", "shard", "ZeRO", "micro", "recompute")
-    for name in (*axes, "GiB", "ms", "MFU", "B/token/layer", "inter"):
+    shown = [option for option in found.options[:SHOWN] if option.time is not None]
+    divided = [axis for axis in AXES if any(getattr(option.layout.shape, axis) > 1 for option in shown)]
+    axes = (*divided, "data", "cluster", "shard", "ZeRO", "micro", "recompute")
+    for name in (*axes, "GiB", "ms", "MFU", "tokens/s", "B/token/layer", "of it between nodes"):
         table.add_column(name, justify="right")
-    for option in found.options[:SHOWN]:
+    for option in shown:
         if option.time is not None:
-            table.add_row(*_cells(option, option.time))
+            sizes = [str(getattr(option.layout.shape, axis)) for axis in divided]
+            table.add_row(*sizes, *_cells(option, option.time))
     console.print(table)
     console.print(_memory(found.best.memory, found.limit))
     words = {"markup": False, "highlight": False, "soft_wrap": True}
@@ -41,6 +46,7 @@ def _cells(option: Option, time: StepTime) -> list[str]:
         f"{option.memory.total / GIB:.1f}",
         f"{1000 * time.seconds:,.0f}",
         f"{time.model_flops_utilisation:.1%}",
+        f"{time.tokens_per_second:,.0f}",
         f"{time.bytes_per_token_layer:,.0f}",
         f"{time.inter_node_bytes_per_token_layer:,.0f}",
     ]

@@ -12,7 +12,7 @@ from moe_dist.model.language_model import count_parameters
 from moe_dist.moe.quantized_experts import stored_sizes
 from moe_dist.training.offload_metrics import offload_figures
 from moe_dist.training.source_metrics import data_summary
-from moe_dist.training.summary_metrics import all_to_all_totals, model_bytes, peak_memory
+from moe_dist.training.summary_metrics import all_to_all_totals, collective_totals, model_bytes, peak_memory
 
 if TYPE_CHECKING:
     from moe_dist.training.trainer import Trainer
@@ -55,6 +55,9 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
             **all_to_all_totals(trainer.ledger, found["tokens"], config.moe_layers, process),
             "flat_bytes_per_token_layer": _flat_bytes(trainer),
         },
+        "collectives": collective_totals(
+            config, trainer.model, trainer.batch, trainer.data.vocab_size, trainer.ledger.links, process
+        ),
         "stored": _stored_bytes(trainer),
         "memory": {
             "peak_rss_bytes": max(peaks.rss_by_rank),

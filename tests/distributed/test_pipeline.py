@@ -4,30 +4,21 @@ import json
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from moe_dist.config import BatchShape, WorldShape, load_config, resolve_batch, resolve_world
-from moe_dist.distributed.init import init_distributed
-from moe_dist.distributed.links import Links
-from moe_dist.distributed.mesh import GroupKind, Mesh, group_layout
-from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
+from moe_dist.distributed.mesh import GroupKind, group_layout
 from moe_dist.errors import ConfigError
 from moe_dist.metrics import flatten
-from moe_dist.model.language_model import LanguageModel
+from moe_dist.simulator.collective_seconds import bubble
 from moe_dist.simulator.memory import micro_batches_in_flight
-from moe_dist.simulator.stage_traffic import bubble, step_bytes
 from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engine_equality import (
     CLUSTERED,
     OTHERS,
     SMALL,
-    VOCABULARY,
     Trained,
     _assert_alike,
     _train_variant,
@@ -72,37 +63,6 @@ def test_stages_train_like_one_rank(shape: WorldShape) -> None:
         held = [set(trained[number].weights) for trained in outcomes]
         first, last = held[0], held[-1]
         assert not {name for name in first & last if ".layers." in name}, "stages hold their own layers only"
-
-
-def _bytes_sent(words: list[str]) -> int:
-    """Bytes that a rank sends to other stages in the passes of a step, counted where torch sends."""
-    config, sent = load_config(None, [*SMALL, "model.layers=4", *words]), 0
-    process = init_distributed(config.world)
-    batch, mesh = resolve_batch(config, process.ranks), Mesh.create(resolve_world(config, process.ranks))
-    model = LanguageModel(config, VOCABULARY, mesh, Links.discover(process.device), batch.accumulation)
-    engine, isend = DeepSpeedEngine(model, config, batch, process), dist.isend
-
-    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal sent
-        sent += tensor.nbytes
-        return isend(tensor, *args, **kwargs)
-
-    with mock.patch.object(dist, "isend", counting):
-        engine.forward_backward(torch.randint(VOCABULARY, (batch.micro * batch.accumulation, 17)))
-    return sent
-
-
-@pytest.mark.parametrize(
-    ("ranks", "words"),
-    [
-        (2, ["world.pipeline=2", "world.virtual_pipeline=2"]),
-        (4, ["world.pipeline=2", "world.tensor=2", "model.tie_embeddings=false"]),
-    ],
-)  # fmt: skip
-def test_stages_send_each_other_what_is_predicted(ranks: int, words: list[str]) -> None:
-    config = load_config(None, [*SMALL, "model.layers=4", *words])
-    predicted = step_bytes(config, resolve_world(config, ranks), resolve_batch(config, ranks), VOCABULARY)
-    assert sum(run_ranks(_bytes_sent, ranks, words)) == predicted > 0
 
 
 def test_the_bubble_by_hand() -> None:

@@ -46,8 +46,9 @@ class Tally:
 class Soak:
     """Runs in `folder` that are disturbed until `events` of them have been, or the time is over."""
 
-    def __init__(self, folder: Path, events: int, minutes: float, seed: int) -> None:
+    def __init__(self, folder: Path, events: int, minutes: float, seed: int, settings: list[str]) -> None:
         self._folder, self._events, self._random = folder, events, random.Random(seed)
+        self._settings = settings
         self._deadline = time.monotonic() + 60 * minutes
         self.tally = Tally()
         self._lines: dict[str, int] = {}
@@ -154,7 +155,13 @@ class Soak:
         return max(found, key=lambda path: int(path.name.removeprefix(name)[1:] or 1), default=None)
 
     def _words(self, name: str) -> list[str]:
-        return [*WORDS, f"runs_dir={self._folder}/runs", f"corpus.cache_dir={self._folder}/cache", f"name={name}"]
+        return [
+            *WORDS,
+            *self._settings,
+            f"runs_dir={self._folder}/runs",
+            f"corpus.cache_dir={self._folder}/cache",
+            f"name={name}",
+        ]
 
 
 def _is_one_line(error: str) -> bool:
@@ -190,12 +197,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="limit of the time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="other layouts, such as world.pipeline=2")
     words = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="moe-dist-soak-") as folder:
-        soak = Soak(Path(folder), words.events, words.minutes, words.seed)
+        soak = Soak(Path(folder), words.events, words.minutes, words.seed, words.settings)
         soak.run()
     result = {**soak.summary(), "minutes": round((time.monotonic() - started) / 60, 1), "seed": words.seed}
+    result["settings"] = words.settings
     print(json.dumps(result, indent=1))
     if words.json:
         words.json.write_text(json.dumps(result, indent=1) + "\n")

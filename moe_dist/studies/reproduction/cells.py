@@ -94,13 +94,18 @@ def _cell(
     if not kind.is_available:
         return StudyCell(values, setting.scale.ranks, seed, setting.base, (), UNAVAILABLE)
     online = setting.scale.recluster if kind.online else ()
-    overrides = (*COMMON, *online, *kind.words, *setting.overrides, *words, f"seed={seed}")
+    shared = () if kind.shared is None else (_shared_expert(setting, kind.shared),)
+    overrides = (*COMMON, *online, *shared, *kind.words, *setting.overrides, *words, f"seed={seed}")
     cell = StudyCell(values, setting.scale.ranks, seed, _config_of(setting, kind), overrides)
     try:
         cell.load()
     except ConfigError as error:
         return StudyCell(values, setting.scale.ranks, seed, cell.config, overrides, str(error))
     return cell
+
+
+def _shared_expert(setting: Setting, ratio: float) -> str:
+    return f"moe.shared_expert_hidden={int(ratio * setting.load().moe.expert_hidden)}"
 
 
 def _config_of(setting: Setting, kind: RecipeKind) -> Path:

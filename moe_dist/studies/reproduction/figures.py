@@ -21,6 +21,7 @@ FROM_SUMMARY = {
     "tokens_per_second": "tokens_per_second",
     "peak_rss_bytes": "memory.peak_rss_bytes",
     "peak_device_bytes": "memory.peak_device_bytes",
+    "training_bytes": "memory.device_bytes",
     "moved_experts": "recluster.moved_experts",
 }
 FROM_EVALUATION = {
@@ -29,7 +30,7 @@ FROM_EVALUATION = {
     "glue": "glue.average.mean",
     "glue_without_wnli": "glue.average_without_wnli.mean",
 }
-NAMES = (*FROM_SUMMARY, "expert_share", "active_work", *FROM_EVALUATION)
+NAMES = (*FROM_SUMMARY, "expert_share", "active_work", "copies", *FROM_EVALUATION)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Result:
             found["expert_share"] = look_up(summary, "parameters.expert") / standard
         if self.config is not None and self.summary is not None:
             found["active_work"] = active_work(self.config)
+            found["copies"] = self.config.moe.layer_kind.copies(self.config.moe)
         return {name: float(value) for name, value in found.items() if value is not None}
 
 

@@ -8,7 +8,7 @@ from moe_dist.data import prepare_data
 from moe_dist.errors import DataError, MoeDistError
 from moe_dist.evaluation.glue_data import has_task, load_task
 from moe_dist.evaluation.glue_tasks import TASKS
-from moe_dist.metrics import installed_versions, write_json
+from moe_dist.metrics import installed_versions, source_commit, write_json
 from moe_dist.studies.reproduction import evaluations as evaluate
 from moe_dist.studies.reproduction import tables
 from moe_dist.studies.reproduction.cells import Setting, grid_cells, kind_of, main_cells
@@ -16,7 +16,7 @@ from moe_dist.studies.reproduction.evaluations import Evaluations
 from moe_dist.studies.reproduction.figures import Result, rows
 from moe_dist.studies.reproduction.plots import plot_all
 from moe_dist.studies.reproduction.progress import StudyProgress
-from moe_dist.studies.reproduction.scales import KINDS, RecipeKind
+from moe_dist.studies.reproduction.scales import BASELINES, DENSE, KINDS, RecipeKind
 from moe_dist.studies.reproduction.tables import Rates
 from moe_dist.studies.runner import StudyCell, StudyOutcome, finish, known, validation_loss
 
@@ -62,7 +62,7 @@ class ReproductionPlan:
             f"Scale {self.setting.scale.name}: {config.train.steps} steps, {tokens:,} tokens of "
             f"{text.get(corpus.kind, 'the standard library')} a run, {self.setting.scale.ranks} rank(s), "
             f"{config.train.precision}, {self.seeds} seed(s); the same batches for all kinds.",
-            f"Versions: {versions}.",
+            f"Versions: {versions}; commit {source_commit() or 'unknown'}.",
         ]
 
     @property
@@ -146,7 +146,7 @@ def best_rates(grid: Rates) -> dict[str, float]:
 def write_results(plan: ReproductionPlan, results: Sequence[Result], grid: Rates) -> None:
     """Write `results.json`, `runs.csv`, `results.md` and the plots."""
     table = rows(results)
-    claimed = [kind.name for kind in plan.kinds if kind.name.startswith("clustered") and kind.is_available]
+    claimed = [kind.name for kind in plan.kinds if kind.name not in (DENSE, *BASELINES) and kind.is_available]
     write_json(plan.folder / RESULTS, tables.to_dict(results, table, claimed, grid, plan.setting.scale.name))
     tables.write_csv(results, plan.folder / "runs.csv")
     (plan.folder / "results.md").write_text(tables.markdown(table, claimed, grid, plan.told), encoding="utf-8")

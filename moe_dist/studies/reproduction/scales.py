@@ -1,8 +1,10 @@
 """Kinds of layer that a reproduction compares, and the scales at which it does."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_dist.config import RunConfig
+from moe_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,8 @@ class RecipeKind:
         online: clusters are regrouped during training.
         words: additional overrides.
         needs: sections of the configuration that a version without the capability lacks.
+        beside: kinds that are run whenever this one is asked for.
+        shared: width of the shared expert over that of an expert; None: the model's own.
     """
 
     name: str
@@ -23,6 +27,8 @@ class RecipeKind:
     online: bool = False
     words: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    shared: float | None = None
 
     @property
     def is_available(self) -> bool:
@@ -30,15 +36,18 @@ class RecipeKind:
         return all(section in RunConfig.model_fields for section in self.needs)
 
 
-CLASSIC, STRONG, OURS = "standard-aux", "standard-bias", "clustered-online"
+DENSE, CLASSIC, STRONG, OURS = "dense", "standard-aux", "standard-bias", "clustered-online"
+PAPER = "paper"
+BASELINES = (CLASSIC, STRONG)
 _SLOWER = ("optimizer.feed_forward_lr_scale=0.6",)  # the best one: see quality-*.yaml
 _INT4 = ("precision.residuals=qat",)
 KINDS = {
     kind.name: kind
     for kind in (
-        RecipeKind("dense", "dense", "dense", words=_SLOWER),
+        RecipeKind(DENSE, "dense", DENSE, words=_SLOWER),
         RecipeKind(CLASSIC, "standard-aux", CLASSIC),
         RecipeKind(STRONG, "standard-bias", STRONG, words=_SLOWER),
+        RecipeKind(PAPER, "paper", PAPER, online=True, beside=(DENSE, *BASELINES), shared=1.5),
         RecipeKind("clustered-cheap", "cheap", "clustered-cheap"),
         RecipeKind("clustered-fixed", "good", "clustered-fixed"),
         RecipeKind(OURS, "good", "clustered-fixed", online=True),
@@ -53,6 +62,18 @@ KINDS = {
         ),
     )
 }
+
+
+def chosen_kinds(names: Sequence[str]) -> list[RecipeKind]:
+    """Return the kinds of these names with those that belong beside them, each once; without names: all.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    if unknown := [name for name in names if name not in KINDS]:
+        raise ConfigError(f"--kind {unknown[0]}: use {', '.join(KINDS)}")
+    wanted = {other for name in names for other in (name, *KINDS[name].beside)}
+    return [kind for name, kind in KINDS.items() if not names or name in wanted]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ COLUMNS = {  # figure -> heading, format, factor
     "active_work": ("expert MFLOP per token and layer", ".3f", 1e-6),
     "bytes_per_token_layer": ("B per token and layer", ".0f", 1.0),
     "load_variance": ("load variance", ".1e", 1.0),
+    "load_cv2": ("cv2 of loads", ".3f", 1.0),
     "tokens_per_second": ("tokens/s", ",.0f", 1.0),
+    "training_bytes": ("training memory, MiB", ",.1f", 2**-20),
     "peak_rss_bytes": ("peak RSS, MiB", ",.0f", 2**-20),
 }
 Rates = Mapping[str, Mapping[str, float]]

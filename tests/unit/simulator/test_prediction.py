@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape, load_config
 from moe_dist.errors import ConfigError
-from moe_dist.simulator import planner
+from moe_dist.simulator import layout_search
+from moe_dist.simulator.collective_seconds import attention_seconds
 from moe_dist.simulator.hardware import DEVICES, Fabric, device_named
+from moe_dist.simulator.layout_search import layouts
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
-from moe_dist.simulator.planner import layouts, plan
+from moe_dist.simulator.planner import plan
 from moe_dist.simulator.popularity import Floats, balanced_clusters, recorded, sample, zipf
 from moe_dist.simulator.simulate import compare
 from moe_dist.simulator.sizes import parameters_on_rank
@@ -236,6 +238,25 @@ def test_65536_gpus_are_simulated_in_all_ways() -> None:
     assert times["two-stage"].inter_node_bytes_per_token_layer < times["flat"].inter_node_bytes_per_token_layer / 4
 
 
+def test_seconds_of_attention_are_those_of_the_slowest_link_of_a_group() -> None:
+    config = load_config(
+        None,
+        [
+            "moe.kind=dense",
+            "model.hidden_size=64",
+            "model.layers=3",
+            "model.sequence_length=16",
+            "train.precision=float32",
+            "world.tensor=2",
+        ],
+    )
+    fabric = _fabric(2, 1)
+    one = 2 * 16 * 64 * 4 / 2 / fabric.rail_bandwidth  # two sequences of 16 tokens, half of them from the other node
+    shape = WorldShape(2, 1, 1, tensor=2)
+    assert attention_seconds(config, shape, BatchShape(2, 1), fabric) == pytest.approx((3 + 1) * 5 * one)
+    assert attention_seconds(config, WorldShape(2, 1, 1), BatchShape(2, 1), fabric) == 0
+
+
 def test_a_plan_takes_the_fastest_that_fits_and_says_why() -> None:
     found = plan(CONFIG, _fabric(2, 8), 1000, 0.2)
     timed = [option.time.seconds for option in found.options if option.time]
@@ -243,9 +264,20 @@ def test_a_plan_takes_the_fastest_that_fits_and_says_why() -> None:
     assert all(option.fits == (option.memory.total <= found.limit) for option in found.options)
     assert "GiB to spare" in found.reason
     load_config(None, ["moe.experts=32", "moe.clusters=4", *found.best.layout.overrides.split()])
-    shapes = {layout.shape for layout in layouts(CONFIG, 16)}
+    shapes = {layout.shape for layout in layouts(CONFIG, 16, 1000, 8)}
     assert all(shape.ranks == 16 and 4 % shape.cluster == 0 and 8 % shape.shard == 0 for shape in shapes)
-    assert WorldShape(2, 4, 2) in shapes
+    assert {WorldShape(2, 4, 2), WorldShape(4, 2, 1, tensor=2, context=2, pipeline=2)} <= shapes
+
+
+def test_axes_that_are_set_stay_and_tensor_groups_stay_inside_nodes() -> None:
+    kept = load_config(None, ["model.layers=4", "world.tensor=2", "world.pipeline=2", "train.global_batch_size=64"])
+    sizes = {(s.tensor, s.context, s.pipeline, s.chunks) for s in (one.shape for one in layouts(kept, 16, 1000, 8))}
+    assert sizes == {(2, context, 2, chunks) for context in (1, 2) for chunks in (1, 2)}  # four heads
+    free = load_config(None, ["model.heads=16", "train.global_batch_size=64"])
+    assert {one.shape.tensor for one in layouts(free, 16, 1000, 4)} == {1, 2, 4}
+    assert {one.shape.tensor for one in layouts(free, 16, 1002, 4)} == {1, 2}, "the vocabulary does not divide by four"
+    with pytest.raises(ConfigError, match=r"global_batch_size=3 is not divisible by 16 GPUs: use 16, for example, or"):
+        list(layouts(load_config(None, ["train.global_batch_size=3", "world.tensor=1"]), 16, 1001, 8))
 
 
 def test_a_plan_that_cannot_be_says_what_could() -> None:
@@ -271,14 +303,14 @@ def test_a_trace_without_tokens_is_refused(tmp_path: Path, counts: str) -> None:
 
 @pytest.mark.parametrize(("number", "most"), [(1, 9), (36, 100), (36, 6), (36, 5), (97, 97), (80_000_000_000, 65_536)])
 def test_divisors_are_those_of_a_linear_search(number: int, most: int) -> None:
-    assert planner._divisors(number, most) == [k for k in range(1, min(number, most) + 1) if number % k == 0]
+    assert layout_search._divisors(number, most) == [k for k in range(1, min(number, most) + 1) if number % k == 0]
 
 
 def test_a_batch_beyond_all_machines_is_planned() -> None:
     config = load_config(None, ["train.global_batch_size=80000000000"])
-    found = [layout.batch.micro for layout in planner.layouts(config, 8)]
-    assert max(found) <= planner.LARGEST_MICRO_BATCH
-    assert planner._divisors(2**63 - 25) == [1]  # a prime, which nothing may try to find
+    found = [layout.batch.micro for layout in layouts(config, 8, 1000, 8)]
+    assert max(found) <= layout_search.LARGEST_MICRO_BATCH
+    assert layout_search._divisors(2**63 - 25) == [1]  # a prime, which nothing may try to find
 
 
 def test_slices_are_planned_where_no_rank_holds_a_base() -> None:

@@ -20,7 +20,7 @@ from moe_dist.studies.reproduction.figures import Result, active_work, rows
 from moe_dist.studies.reproduction.job_arrays import show_cost, write_arrays
 from moe_dist.studies.reproduction.plots import plot_all
 from moe_dist.studies.reproduction.progress import StudyProgress
-from moe_dist.studies.reproduction.scales import CLASSIC, KINDS, OURS, SCALES, STRONG, RecipeKind, Scale
+from moe_dist.studies.reproduction.scales import CLASSIC, KINDS, OURS, SCALES, STRONG, RecipeKind, Scale, chosen_kinds
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FREE = {"moe", "recluster", "precision", "memory", "optimizer"}
@@ -156,7 +156,7 @@ def test_results_are_written_with_claims_and_plots(tmp_path: Path, started: list
     assert "| clustered-online | 4.1550 ± 0.0071 | 60.0 |" in text
     assert "| validation loss not above, nats | standard-aux | -0.0500 (-0.0500 to -0.0500): reached |" in text
     assert "| validation loss not above, nats | standard-bias | +0.0500: not reached |" in text
-    assert "| experts' parameters -80 % | standard-aux | -81.2%" in text
+    assert "| parameters of experts -80 % | standard-aux | -81.2%" in text
     assert "seed 1: diverged" in text
     assert "**4.1000**" in text  # the best of the grid
     with (tmp_path / "runs.csv").open() as file:
@@ -170,24 +170,38 @@ def test_results_are_written_with_claims_and_plots(tmp_path: Path, started: list
 
 
 def test_claims_by_hand() -> None:
-    def result(kind: str, seed: int, loss: float, variance: float) -> Result:
-        return Result(kind, seed, None, {"validation": {"loss": loss}, "load": {"variance": variance}})
+    def result(kind: str, seed: int, loss: float, cv2: float, *words: str) -> Result:
+        config = load_config(CONFIGS / "model" / f"{KINDS[kind].model}.yaml", words)
+        summary = {
+            "validation": {"loss": loss},
+            "load": {"cv2": cv2},
+            "parameters": {"total": 1 if kind == OURS else 4},
+        }
+        return Result(kind, seed, config, summary)
 
+    theirs = [result(STRONG, 0, 4.1, 0.8), result(STRONG, 1, 4.0, 0.2)]
     table = rows(
-        [
-            result(OURS, 0, 4.0, 1e-4),
-            result(OURS, 1, 4.2, 2e-4),
-            result(STRONG, 0, 4.1, 1e-3),
-            result(STRONG, 1, 4.0, 4e-4),
-        ]
+        [result(OURS, 0, 4.0, 0.1, "moe.top_clusters=1"), result(OURS, 1, 4.2, 0.1, "moe.top_clusters=1"), *theirs]
     )
     found = {verdict.claim.figure: verdict for verdict in verdicts(table, OURS)}
     assert found["loss"].values == pytest.approx((-0.1, 0.2))
     assert not found["loss"].reached
-    assert found["load_variance"].values == pytest.approx((10, 2))
-    assert found["load_variance"].reached  # six on average
-    assert str(found["load_variance"]).endswith("6.00 (2.00 to 10.00): reached on average, not in every seed")
+    assert found["parameters"].values == pytest.approx((-0.75, -0.75))
+    assert not found["parameters"].reached
+    assert found["load_cv2"].values == pytest.approx((8, 2))
+    assert found["load_cv2"].reached  # five on average
+    assert str(found["load_cv2"]).endswith("5.00 (2.00 to 8.00): reached on average, not in every seed")
     assert verdicts(table, "dense") == []
+    twice = rows([result(OURS, 0, 4.0, 0.1), *theirs])  # m = 2: its loads are the mean of twice as many copies
+    assert "load_cv2" not in {verdict.claim.figure for verdict in verdicts(twice, OURS)}
+
+
+def test_the_paper_brings_its_baselines() -> None:
+    assert [kind.name for kind in chosen_kinds(["paper"])] == ["dense", CLASSIC, STRONG, "paper"]
+    assert [kind.name for kind in chosen_kinds(["clustered-cheap"])] == ["clustered-cheap"]
+    assert [kind.name for kind in chosen_kinds([])] == list(KINDS)
+    with pytest.raises(ConfigError, match="--kind none: use dense, standard-aux, "):
+        chosen_kinds(["none"])
 
 
 def test_progress_tells_by_what_has_been_measured() -> None:

@@ -223,7 +223,14 @@ def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-LIBRARIES = ("/torch/", "/deepspeed/comm/", "/deepspeed/utils/", "/typing_extensions.py", "/contextlib.py")
+LIBRARIES = (
+    "/torch/",
+    "/moe_dist/benchmarks/collective_timer.py",
+    "/deepspeed/comm/",
+    "/deepspeed/utils/",
+    "/typing_extensions.py",
+    "/contextlib.py",
+)
 """Parts of the paths of code that passes calls on."""
 
 
@@ -256,22 +263,27 @@ def install() -> None:
     """Count from now on, if the folder is named in the environment."""
     if FOLDER not in os.environ or _KEPT:
         return
+    counter = CollectiveCounter(Path(os.environ[FOLDER]))
+    count_with(counter)
+    atexit.register(counter.write)
+
+
+def count_with(counter: CollectiveCounter) -> None:
+    """Count all collectives of this process from now on."""
     import torch
 
-    recorder = CollectiveCounter(Path(os.environ[FOLDER]))
     library = torch.library.Library("c10d", "IMPL")
     for operation in OPERATIONS:
         overloads = getattr(torch.ops.c10d, operation, None)
         if overloads is None:  # of another version of torch
             continue
-        kernel = _counting(overloads.default, operation, recorder)
+        kernel = _counting(overloads.default, operation, counter)
         for device in ("CPU", "CUDA", "XPU", "PrivateUse1"):
             library.impl(operation, kernel, f"Autograd{device}", with_keyset=True)
-    _KEPT.extend((library, recorder))
-    atexit.register(recorder.write)
+    _KEPT.append(library)
 
 
-def _counting(overload: Any, operation: str, recorder: CollectiveCounter) -> Callable[..., Any]:
+def _counting(overload: Any, operation: str, counter: CollectiveCounter) -> Callable[..., Any]:
     import torch
 
     below = torch._C._after_autograd_keyset
@@ -279,7 +291,7 @@ def _counting(overload: Any, operation: str, recorder: CollectiveCounter) -> Cal
     def kernel(keyset: Any, *arguments: Any, **options: Any) -> Any:
         started = time.perf_counter()
         result = overload.redispatch(keyset & below, *arguments, **options)
-        recorder.add(operation, arguments, result, started)
+        counter.add(operation, arguments, result, started)
         return result
 
     return kernel
