@@ -13,6 +13,7 @@ from rich.table import Table
 from moe_dist.benchmarks.traffic.spec import TrafficSpec
 from moe_dist.cli.options import Config, Json, Overrides, Port, StartedBy, takes
 from moe_dist.console import wide_console
+from moe_dist.errors import ConfigError
 from moe_dist.launch import environment, runners
 from moe_dist.launch.job import DEFAULT_PORT, JobSize, Launcher, plan
 from moe_dist.launch.rank import run_rank
@@ -28,6 +29,7 @@ def register(app: typer.Typer) -> None:
     group.callback()(lambda: None)  # a group with one command would else be that command
     group.command("traffic")(traffic)
     group.command("attach")(attach)
+    group.command("routing")(routing)
     app.add_typer(group, name="measure")
 
 
@@ -74,6 +76,26 @@ def attach(
         figures = {"ranks": found.ranks, "calls": [asdict(one) for one in found.calls]}
         Path(json_file).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     raise typer.Exit(found.status)
+
+
+def routing(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File of the record, .npz.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Text that is routed.")],
+    layer: Annotated[int, typer.Option(help="Layer of experts; negative: from the last.")] = -1,
+) -> None:
+    """Record which experts the tokens of a text choose in a trained model, for `bench layer --routing`."""
+    from moe_dist.benchmarks.layer.recorded_routing import record_routing
+
+    record = record_routing(run, text, layer)
+    try:
+        record.write(output)
+    except OSError as error:
+        raise ConfigError(f"-o {output}: {error.strerror}") from error
+    loads, (tokens, chosen) = record.loads(), record.expert_TC.shape
+    busiest = max(loads) * len(loads) / sum(loads)
+    typer.echo(f"{output}: {tokens:,} tokens, {record.facts['kind']}, {chosen} of {len(loads)} experts each")
+    typer.echo(f"the busiest expert has {busiest:.2f} times the mean")
 
 
 def _calls_table(calls: Sequence["CountedCalls"], ranks: int) -> Table:

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
 from moe_dist.benchmarks.layer.on_ranks import bench_ranks
+from moe_dist.benchmarks.layer.recorded_routing import RoutingRecord
 from moe_dist.benchmarks.layer.spec import PEERS, LayerShape, RanksBenchSpec, overlapped
 from moe_dist.benchmarks.rounds import inputs
 from moe_dist.config import RunConfig, WorldConfig
@@ -65,6 +67,23 @@ def test_bytes_are_the_floor_and_the_counts(figures: dict[str, Any]) -> None:
     for peer in PEERS:
         assert sent[peer]["floor"] is None
         assert sent[peer]["counted"] == pytest.approx(k_copies, rel=0.4)
+
+
+def test_recorded_choices_of_local_experts_send_nothing(tmp_path: Path) -> None:
+    """Tokens of each rank choose two of its own four experts: of the layers that replay it none sends a vector."""
+    own = [[4 * rank + token % 3, 4 * rank + 3] for rank in (0, 1) for token in range(SMALL.tokens)]
+    facts: dict[str, str | int] = {"kind": "standard", "experts": 8, "clusters": 4, "top_clusters": 1, "top_k": 2}
+    RoutingRecord(facts, np.array(own)).write(tmp_path / "own.npz")
+    file = tmp_path / "figures.json"
+    spec = replace(SPEC, overlap=(), routing=(str(tmp_path / "own.npz"),), json_file=str(file))
+    run_ranks(_bench, 2, spec)
+    (case,) = json.loads(file.read_text())["cases"]
+    assert set(case["replayed"]) == {"standard", *PEERS}
+    sent = {name: volume["counted"] for name, volume in case["bytes_per_token"].items()}
+    assert sent["standard"] == COUNTS * 2  # counts of four experts instead of two clusters
+    assert sent["megatron"] <= 2 * 8 * 8 / SMALL.tokens  # counts alone
+    assert sent["deepspeed"] == pytest.approx(4 * 2 * 0.5 * 32 * 4, rel=0.4), "it pads each expert to its capacity"
+    assert sent["clustered m=1"] > 32 * 4, "not of its kind of choice"
 
 
 def _megatron_against_experts() -> None:

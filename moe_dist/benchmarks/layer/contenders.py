@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from moe_dist.benchmarks.baselines.deepspeed_moe import DeepSpeedMoE
 from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
+from moe_dist.benchmarks.layer.recorded_routing import RoutingRecord
 from moe_dist.benchmarks.layer.spec import CLUSTERED, LayerShape
 from moe_dist.config import RunConfig, resolve_world
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
@@ -37,23 +38,46 @@ class Contender:
         ledger: traffic ledger of our own layers; None for others.
         vector_bytes: bytes of one hidden vector on the wire.
         setting: context manager of forward and backward passes.
+        router: weight of its router, [E, D]; None: it has none.
+        config: its configuration.
+        x_TD: tokens of its own, of recorded routing; None: those that all contenders get.
     """
 
     module: nn.Module
     vector_bytes: int
     ledger: TrafficLedger | None = None
     setting: Callable[[], AbstractContextManager[None]] = nullcontext
+    router: nn.Parameter | None = None
+    config: RunConfig | None = None
+    x_TD: Tensor | None = None
+
+    def replay(self, record: RoutingRecord, tokens: int, process: RankInfo) -> "Contender":
+        """Return the contender with a router and tokens that make the recorded choices.
+
+        Raises:
+            ConfigError: the record is too short, or there are more experts than dimensions.
+        """
+        assert self.router is not None
+        assert self.config is not None
+        hidden = self.config.model.hidden_size
+        x_TD, weight_ED = record.inputs(tokens, hidden, process.rank, process.ranks, self.config.seed)
+        with torch.no_grad():
+            self.router.copy_(weight_ED)
+        x_TD = x_TD.to(process.device, getattr(torch, self.config.train.precision)).requires_grad_()
+        return replace(self, x_TD=x_TD)
 
     def run(self, x_TD: Tensor, d_y_TD: Tensor) -> Tensor:
         """Run forward and backward; gradients of the input and of all weights are recomputed."""
         with self.setting():
-            y_TD: Tensor = self.module(x_TD)
+            y_TD: Tensor = self.module(x_TD if self.x_TD is None else self.x_TD)
             y_TD.backward(d_y_TD)
         return y_TD
 
     def forget(self) -> None:
         """Drop the gradients."""
         self.module.zero_grad(set_to_none=True)
+        if self.x_TD is not None:
+            self.x_TD.grad = None
 
 
 def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: RankInfo, mesh: Mesh) -> Contender:
@@ -76,7 +100,14 @@ def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: RankInf
             layer.set_backend(measure_backends(work, process.device).fastest)
         contender = Contender(layer, vector, ledger)
     contender.module.to(process.device, getattr(torch, dtype))
-    return contender
+    return replace(contender, router=_router_of(contender.module), config=config)
+
+
+def _router_of(module: nn.Module) -> nn.Parameter | None:
+    """Return the weight of a layer's linear router, [E, D]."""
+    places = ("router.weight_ED", "layer.deepspeed_moe.gate.wg.weight", "layer.router.weight")
+    parameters = dict(module.named_parameters())
+    return next((parameters[place] for place in places if place in parameters), None)
 
 
 def _ours(config: RunConfig, process: RankInfo, mesh: Mesh, ledger: TrafficLedger) -> nn.Module:

@@ -1,12 +1,13 @@
 """`moe-dist bench layer --ranks`: whole MoE layers on ranks, ours and those of other libraries, beside the dense floor.
 
-All contenders have routers of their own and get the same tokens, one after the other in every round. Times are
+All contenders have routers of their own and get the same tokens (with --routing: those of a record of their own kind of
+choice), one after the other in every round. Times are
 forward + backward of the slowest rank, without the reduction of gradients. Bytes are those of all-to-alls, counted in
 one more pass by the same wrapper for all contenders. The floor of our own layers is the minimum for their routing: one
 vector of each token to each other rank that holds a cluster of its choice, and one back, in both passes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from moe_dist.benchmarks.collective_timer import CollectiveTimer, timing_collectives
 from moe_dist.benchmarks.layer.contenders import DENSE, STANDARD, Contender, build, mesh_for
+from moe_dist.benchmarks.layer.recorded_routing import RoutingRecord
 from moe_dist.benchmarks.layer.spec import CLUSTERED, RanksBenchSpec, overlapped
 from moe_dist.benchmarks.rounds import inputs, time_rounds
 from moe_dist.config import RunConfig
@@ -67,6 +69,8 @@ class RanksBenchCase:
     bytes_per_token: dict[str, Bytes]
     hops: dict[str, OverlapFigures]
     """Choices of the layers with overlap, by name."""
+    replayed: tuple[str, ...] = ()
+    """Layers whose routing is a recorded one; the others get random tokens."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,9 @@ def _measure(
     shape, ours = spec.shape, (*CLUSTERED, *map(overlapped, spec.overlap))
     names = (DENSE, *ours, STANDARD, *spec.peers)
     contenders = {name: build(name, shape, dtype, top_k, process, mesh) for name in names}
+    records = [RoutingRecord.read(Path(file)) for file in spec.routing]
+    replayed = dict(_replayed(contenders, records, shape.tokens, process))
+    contenders |= replayed
     hops = {overlapped(asked): _divide(contenders[overlapped(asked)], asked, shape.tokens) for asked in spec.overlap}
     x_TD, d_y_TD = inputs(shape.tokens, shape.hidden, dtype, process, shape.seed)
     rounds = time_rounds(contenders, x_TD, d_y_TD, spec.repeats)
@@ -126,7 +133,19 @@ def _measure(
         fastest_peer=peer,
         bytes_per_token=count_bytes(contenders, x_TD, d_y_TD, process, timer),
         hops=hops,
+        replayed=tuple(replayed),
     )
+
+
+def _replayed(
+    contenders: Mapping[str, Contender], records: Sequence[RoutingRecord], tokens: int, process: RankInfo
+) -> Iterator[tuple[str, Contender]]:
+    """Yield the contenders whose choices are recorded, with routers and tokens that repeat them."""
+    for name, contender in contenders.items():
+        if contender.router is not None and contender.config is not None:
+            kind, moe = contender.config.moe.kind, contender.config.moe
+            if (record := next((one for one in records if one.suits(kind, moe)), None)) is not None:
+                yield name, contender.replay(record, tokens, process)
 
 
 def _divide(contender: Contender, asked: str, tokens: int) -> OverlapFigures:
@@ -195,7 +214,7 @@ def render(result: RanksBenchResult, console: Console) -> None:
             table.add_row(
                 case.dtype,
                 str(case.top_k),
-                name if name not in case.hops else f"{name} ({case.hops[name].chunks})",
+                _shown(case, name),
                 seconds.text(1e3, 0),
                 case.over_dense[name].text(),
                 f"{faster.text()} ({case.fastest_peer})" if faster else "",
@@ -203,4 +222,11 @@ def render(result: RanksBenchResult, console: Console) -> None:
                 "" if sent.floor is None else f"{sent.floor:,.1f}",
             )
         table.add_section()
+    if any(case.replayed for case in result.cases):
+        table.caption = f"*: routing of {', '.join(result.spec.routing)}; the others route random tokens"
     console.print(table)
+
+
+def _shown(case: RanksBenchCase, name: str) -> str:
+    chunks = f" ({case.hops[name].chunks})" if name in case.hops else ""
+    return f"{name}{chunks}{' *' if name in case.replayed else ''}"

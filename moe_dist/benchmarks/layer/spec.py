@@ -126,6 +126,10 @@ class RanksBenchSpec:
     overlap: tuple[str, ...] = option(
         (), "With --ranks: the top-1 layer also with moe.overlap_chunks=auto or a number; may be given again."
     )
+    routing: tuple[str, ...] = option(
+        (),
+        "With --ranks: a record of `measure routing`, which layers of its kind replay; may be given again.",
+    )
     repeats: int = option(7, REPEATS)
     json_file: str | None = None
 
