@@ -34,7 +34,7 @@ demo: install
 	moe-dist launch --launcher deepspeed --ranks $(RANKS) configs/experiment/demo.yaml
 
 test: install
-	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadgroup --durations=40
 
 test-fast: install
 	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m "not slow"

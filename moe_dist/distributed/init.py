@@ -9,12 +9,11 @@ import torch.distributed as dist
 
 from moe_dist.config import WorldConfig
 from moe_dist.errors import LaunchError
+from moe_dist.launch.environment import SHARED_GPU
 
 _PLACE = (("WORLD_SIZE", "1"), ("RANK", "0"))
 INIT_METHOD = "MOE_DIST_INIT_METHOD"
 """Environment variable with torch's init_method; `moe-dist launch` sets it to a file, since a port may be taken."""
-SHARED_GPU = "MOE_DIST_SHARED_GPU"
-"""Environment variable: "1" puts all ranks of a machine on its first GPU, with gloo, for tests."""
 
 
 @dataclass(frozen=True)

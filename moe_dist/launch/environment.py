@@ -19,6 +19,8 @@ Kind = Literal["alone", "local", "deepspeed", "torchrun", "environment", "mpi", 
 
 INIT_METHOD = "MOE_DIST_INIT_METHOD"
 STARTER = "MOE_DIST_STARTER"
+SHARED_GPU = "MOE_DIST_SHARED_GPU"
+"""Variable that at "1" puts all ranks of a machine on its first GPU, with gloo, for tests."""
 COMMAND = "MOE_DIST_COMMAND"
 """Variable with the command line that the user typed, to be shown where a run stops early."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

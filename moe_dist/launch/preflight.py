@@ -14,7 +14,7 @@ from pathlib import Path
 from moe_dist.config import RunConfig
 from moe_dist.config.machine import has_gpu
 from moe_dist.errors import ConfigError, LaunchError
-from moe_dist.launch.environment import visible_gpu_count
+from moe_dist.launch.environment import SHARED_GPU, visible_gpu_count
 from moe_dist.launch.hostfile import THIS_MACHINE
 from moe_dist.launch.preflight_text import text_problems
 
@@ -62,11 +62,9 @@ def require_free_port(host: str | None, port: int) -> None:
     if host not in (*THIS_MACHINE, socket.gethostname()):
         return
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise LaunchError(f"--port {port} of {host}: {error.strerror}: give another one") from error
+        probe.settimeout(1)
+        if probe.connect_ex((host or "localhost", port)) == 0:
+            raise LaunchError(f"--port {port} of {host}: another program listens there: give another one")
 
 
 def _tokenizer_problems(config: RunConfig) -> Iterator[str]:
@@ -172,7 +170,7 @@ def _device_problems(config: RunConfig, ranks_here: int) -> Iterator[str]:
     elif backend == "nccl" and os.environ.get("DS_ACCELERATOR") == "cpu":
         yield "world.backend=nccl needs a CUDA GPU, but DS_ACCELERATOR=cpu is set: unset it, or use gloo"
     gpus = visible_gpu_count(os.environ) if backend != "gloo" else 0
-    if 0 < gpus < ranks_here:
+    if 0 < gpus < ranks_here and os.environ.get(SHARED_GPU) != "1":
         listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
         what = f"the {gpus} GPUs of CUDA_VISIBLE_DEVICES={listed}" if listed else f"the {gpus} GPUs of this machine"
         yield f"{ranks_here} ranks are more than {what}: start fewer, or set world.backend=gloo to use the CPU"

@@ -56,7 +56,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationText:
     """Text that a compression is fitted to.
 
     Attributes:
@@ -73,7 +73,7 @@ class Calibration:
         return CorpusConfig(kind="text", paths=list(self.text)) if self.text else CorpusConfig()
 
 
-def layer_store(target: Path, config: RunConfig, source: SourceFolder, calibration: Calibration) -> LayerStore:
+def layer_store(target: Path, config: RunConfig, source: SourceFolder, calibration: CalibrationText) -> LayerStore:
     """Return the store of the compressed layers of the run `target`."""
     files = sorted(source.folder.glob("*.safetensors"))
     parts = {
@@ -91,7 +91,7 @@ def compress_layers(
     plain: ImportedModel,
     source: SourceFolder,
     tokenizer: Tokenizer,
-    calibration: Calibration,
+    calibration: CalibrationText,
     store: LayerStore,
 ) -> None:
     """Compress the layers that are not stored and that no other process compresses.

@@ -13,7 +13,7 @@ from moe_dist.data import Tokenizer, open_tokenizer
 from moe_dist.data.hf_tokenizer import find_hf_tokenizer
 from moe_dist.distributed.init import shutdown
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.integrations.huggingface.compress_mixture import Calibration, compress_layers, compressed, layer_store
+from moe_dist.integrations.huggingface.compress_mixture import CalibrationText, compress_layers, compressed, layer_store
 from moe_dist.integrations.huggingface.expert_budget import words_within_budget
 from moe_dist.integrations.huggingface.families import OUR_ARCHITECTURE, OUR_MODEL_TYPE, family_of
 from moe_dist.integrations.huggingface.gguf_file import as_folder
@@ -112,7 +112,7 @@ def help_import(source: Path, target: Path, words: Sequence[str], options: Impor
     checkpoint = SourceFolder(_local(source))
     tokenizer, plain, config = _opened(checkpoint, target, words, options)
     if _is_compression(plain, config):
-        calibration = Calibration(options.text, options.tokens)
+        calibration = CalibrationText(options.text, options.tokens)
         store = layer_store(target, config, checkpoint, calibration)
         compress_layers(config, plain, checkpoint, tokenizer, calibration, store)
         if store.finished:  # by the first rank, which has removed the store
@@ -210,7 +210,7 @@ def _converted(
             f"moe.kind={config.moe.kind}: the model is {plain.config.moe.kind} and of our own class: leave it out"
         )
     if _is_compression(plain, config):
-        calibration = Calibration(options.text, options.tokens)
+        calibration = CalibrationText(options.text, options.tokens)
         store = layer_store(target, config, checkpoint, calibration)
         while missing := store.missing():
             compress_layers(config, plain, checkpoint, tokenizer, calibration, store)

@@ -24,10 +24,6 @@ REFUSED = {
         "corpus.sources.a={kind: stdlib, paths: x.txt}"
     ],
     "corpus.sources.a.kind=chat needs the chat template": ["corpus.sources.a={kind: chat, paths: x.jsonl}"],
-    "corpus.packing=best_fit would part the messages": [
-        "corpus.sources.a={kind: chat, paths: x.jsonl}",
-        "corpus.packing=best_fit",
-    ],
     "corpus.kind=blend does not read corpus.max_bytes": ["corpus.sources.a={}", "corpus.max_bytes=3"],
     "corpus.sources is read with corpus.kind=blend only, not text": [
         "corpus.sources.a={}",

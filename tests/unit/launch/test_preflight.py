@@ -107,7 +107,7 @@ def test_devices_and_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert only_problem(tmp_path, ranks=4).startswith("4 ranks are more than the 2 GPUs of this machine: start fewer")
     assert problems(config(tmp_path, "world.backend=gloo"), 4) == []
     assert problems(config(tmp_path), None) == []
-    with socket.create_server(("", 0)) as taken:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(LaunchError, match=rf"^--port {port} of localhost: .*: give another one$"):
             require_free_port("localhost", port)
