@@ -20,7 +20,6 @@ SMALL = 100_000
 """Bytes below which sequences and batches are short, and a larger part is held out."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 320, 8192
 FEWEST_STEPS, MOST_STEPS = 100, 5000
-FEWEST_TUNING_STEPS, TUNING_WARMUP = 20, 5
 
 
 def with_text(path: Path | None, config: str | None, overrides: Sequence[str] | None) -> tuple[str, list[str]]:
@@ -106,8 +105,7 @@ def fine_tuning_words(files: Sequence[Path], run: Mapping[str, Any]) -> list[str
         words.append("moe.warmup_standard=0.0")  # the weights are those after a warm-up
     if isinstance(rate := run.get("optimizer", {}).get("learning_rate"), float):
         words.append(f"optimizer.learning_rate={rate / 4}")
-    words += _step_words(_size(files), length or 256, FEWEST_TUNING_STEPS)
-    return [f"name={run.get('name', 'my-text')}-tuned", f"train.warmup_steps={TUNING_WARMUP}", *words]
+    return [f"name={run.get('name', 'my-text')}-tuned", *words, *_step_words(_size(files), length or 256)]
 
 
 def _size(files: Sequence[Path]) -> int:
@@ -115,9 +113,9 @@ def _size(files: Sequence[Path]) -> int:
     return sum(file.stat().st_size * (COMPRESSION if file.suffix in (".gz", ".zst") else 1) for file in files)
 
 
-def _step_words(size: int, length: int, fewest: int = FEWEST_STEPS) -> list[str]:
+def _step_words(size: int, length: int) -> list[str]:
     batch = 32 if size >= SMALL else 8
-    steps = min(MOST_STEPS, max(fewest, PASSES * size // BYTES_PER_TOKEN // (length * batch)))
+    steps = min(MOST_STEPS, max(FEWEST_STEPS, PASSES * size // BYTES_PER_TOKEN // (length * batch)))
     return [
         f"train.global_batch_size={batch}",
         f"train.steps={steps}",
