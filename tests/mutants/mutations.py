@@ -699,9 +699,13 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("infinity written as it is", "not math.isfinite(value)", "math.isnan(value)"),
     ),
     *_of(
-        "metrics/summary_table.py",
+        "metrics/summary_rows.py",
         f"{UNIT}/metrics/test_display.py",
         ("share of experts upside down", "{own / standard:.1%}", "{standard / own:.1%}"),
+    ),
+    *_of(
+        "metrics/summary_table.py",
+        f"{UNIT}/metrics/test_display.py",
         (
             "the curve's last point left out",
             "round(i * (len(points) - 1) / (most - 1))",
