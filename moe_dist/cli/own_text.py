@@ -1,9 +1,11 @@
 """A user's own text as the corpus: `--text FILE_OR_FOLDER`, with vocabulary and sizes that fit it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from moe_dist.config.initial_run import initial_settings
 from moe_dist.config.shipped import shipped
 from moe_dist.errors import LaunchError
 from moe_dist.launch.preflight_text import WHOLE_TEXT, largest_vocabulary
@@ -14,6 +16,8 @@ SAMPLE_BYTES = 4_000_000
 COMPRESSION = 3
 """Ratio of plain to compressed text, roughly."""
 BYTES_PER_TOKEN, PASSES = 3, 4
+SMALL = 100_000
+"""Bytes below which sequences and batches are short, and a larger part is held out."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 320, 8192
 FEWEST_STEPS, MOST_STEPS = 100, 5000
 
@@ -21,7 +25,8 @@ FEWEST_STEPS, MOST_STEPS = 100, 5000
 def with_text(path: Path | None, config: str | None, overrides: Sequence[str] | None) -> tuple[str, list[str]]:
     """Return the configuration and the overrides of a command that takes `--text`.
 
-    Without a configuration it is the shipped one for own text, with vocabulary and sizes chosen by the text.
+    Without a configuration it is the shipped one for own text. Vocabulary and sizes are chosen by the text, or are
+    those of the run whose weights it starts from.
 
     Raises:
         LaunchError: there is neither a configuration nor a text, or no such text.
@@ -35,7 +40,11 @@ def with_text(path: Path | None, config: str | None, overrides: Sequence[str] | 
         return str(config), words
     files = files_of(path)
     own = corpus_words(files)
-    return (config, [*own, *words]) if config else (str(shipped(OWN_TEXT)), [*own, *fitting_words(files), *words])
+    if config:
+        return config, [*own, *words]
+    init = next((word.partition("=")[2] for word in reversed(words) if word.startswith("checkpoint.init=")), None)
+    fitting = fitting_words(files) if init is None else fine_tuning_words(files, initial_settings(init))
+    return str(shipped(OWN_TEXT)), [*own, *fitting, *words]
 
 
 def files_of(path: Path) -> list[Path]:
@@ -74,19 +83,45 @@ def _holds_messages(file: Path) -> bool:
 
 def fitting_words(files: Sequence[Path]) -> list[str]:
     """Return the overrides of vocabulary, length and steps that fit a text."""
-    size = sum(file.stat().st_size * (COMPRESSION if file.suffix in (".gz", ".zst") else 1) for file in files)
-    length = 256 if size >= 100_000 else 64
-    batch = 32 if size >= 100_000 else 8
-    tokens_per_step = length * batch
-    steps = min(MOST_STEPS, max(FEWEST_STEPS, PASSES * size // BYTES_PER_TOKEN // tokens_per_step))
+    size = _size(files)
+    length = 256 if size >= SMALL else 64
     return [
         f"tokenizer.vocab_size={_vocabulary(files, size)}",
         f"model.sequence_length={length}",
+        *_step_words(size, length),
+    ]
+
+
+def fine_tuning_words(files: Sequence[Path], run: Mapping[str, Any]) -> list[str]:
+    """Return the overrides that make a run's model the one that is trained, for steps that fit a text.
+
+    Args:
+        run: configuration of the run; empty: it is not known, and the model is that of the shipped configuration.
+    """
+    kept = {name: run[name] for name in ("model", "moe", "precision") if isinstance(run.get(name), Mapping)}
+    length = kept.get("model", {}).get("sequence_length")
+    words = [f"{name}={json.dumps(section)}" for name, section in kept.items()]
+    if "moe" in kept:
+        words.append("moe.warmup_standard=0.0")  # the weights are those after a warm-up
+    if isinstance(rate := run.get("optimizer", {}).get("learning_rate"), float):
+        words.append(f"optimizer.learning_rate={rate / 4}")
+    return [f"name={run.get('name', 'my-text')}-tuned", *words, *_step_words(_size(files), length or 256)]
+
+
+def _size(files: Sequence[Path]) -> int:
+    """Return the bytes of plain text, roughly."""
+    return sum(file.stat().st_size * (COMPRESSION if file.suffix in (".gz", ".zst") else 1) for file in files)
+
+
+def _step_words(size: int, length: int) -> list[str]:
+    batch = 32 if size >= SMALL else 8
+    steps = min(MOST_STEPS, max(FEWEST_STEPS, PASSES * size // BYTES_PER_TOKEN // (length * batch)))
+    return [
         f"train.global_batch_size={batch}",
         f"train.steps={steps}",
         f"train.eval_every={max(1, steps // 4)}",
         f"checkpoint.every={max(1, steps // 4)}",
-        *(["corpus.validation_fraction=0.2"] if size < 100_000 else []),
+        *(["corpus.validation_fraction=0.2"] if size < SMALL else []),
     ]
 
 

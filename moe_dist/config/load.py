@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from moe_dist.config.initial_run import with_initial_tokenizer
 from moe_dist.config.schema import RunConfig
 from moe_dist.config.shipped import or_shipped
 from moe_dist.config.yaml_text import parse_yaml, shortened
@@ -44,7 +45,8 @@ def load_config(
     Args:
         path: a YAML file, the user's or a shipped one (`configs/...`); files in its `include: [other.yaml]` (relative
             to it) are read first. None: the defaults.
-        overrides: `key.sub=value` words, the value in YAML syntax; the last one wins.
+        overrides: `key.sub=value` words, the value in YAML syntax; the last one wins. Without one of the tokenizer, a
+            run that starts from the weights of another has that one's tokenizer.
         below: settings over which all others win.
 
     Raises:
@@ -56,7 +58,8 @@ def load_config(
         for word in overrides:
             tree = _merge(tree, _parse_override(word))
         _reject_unknown_keys(tree)
-        return _validate(tree)
+        chosen = any(word.startswith("tokenizer") for word in overrides)
+        return _validate(with_initial_tokenizer(tree, chosen))
     except RecursionError as error:  # an anchor within its own value
         raise ConfigError("the configuration contains itself, or is nested too deeply") from error
 

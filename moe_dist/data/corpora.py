@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_dist.config.sections.data import SourceConfig
 from moe_dist.data.chats import ChatSource
-from moe_dist.data.documents import Document, as_documents, limit_bytes
+from moe_dist.data.documents import Document, as_documents, in_parts, limit_bytes
 from moe_dist.data.files import FileSource, match_files, stdlib_source
 from moe_dist.data.hub import HubSource
 from moe_dist.data.megatron_files import MegatronSource, match_prefixes
@@ -92,7 +92,9 @@ class Corpus:
         return survey
 
     def _read(self, source: Source) -> Iterator[Document]:
-        return limit_bytes(as_documents(source.texts()), self.config.max_bytes)
+        documents = limit_bytes(as_documents(source.texts()), self.config.max_bytes)
+        plain = self.config.kind not in ("chat", "megatron")  # conversations and token lists have no parts
+        return in_parts(documents) if plain and self.validation is None else documents
 
 
 def open_corpus(config: SourceConfig, key: str = "corpus") -> Corpus:

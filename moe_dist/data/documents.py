@@ -7,7 +7,8 @@ from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
 SECTION_CHARACTERS = 16_384
-_LONGEST_SECTION = 4 * SECTION_CHARACTERS
+PARTS, SHORTEST_PART = 10, 100
+"""Documents that a single document is divided into, about, so that some can be held out; and characters of one."""
 _LONGEST_ARTICLE = 1 << 24
 _CHUNK = 1 << 22
 _ROWS_TO_RECOGNIZE = 100
@@ -39,6 +40,16 @@ def as_documents(texts: Iterable[str]) -> Iterator[Document]:
         if text.strip():
             data = text.encode("utf-8", "replace")
             yield Document(data.decode(), hashlib.sha256(data).digest())
+
+
+def in_parts(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield documents; if there is only one, yield its parts, which end where sections do."""
+    documents = iter(documents)
+    first = list(islice(documents, 2))
+    if len(first) == 1:
+        text = first[0].text
+        first = list(as_documents(_sections([text], max(SHORTEST_PART, len(text) // PARTS))))
+    yield from chain(first, documents)
 
 
 def limit_bytes(documents: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
@@ -135,25 +146,25 @@ def split_rows(rows: Iterable[str]) -> Iterator[str]:
         yield from rows
 
 
-def _sections(chunks: Iterable[str]) -> Iterator[str]:
+def _sections(chunks: Iterable[str], size: int = SECTION_CHARACTERS) -> Iterator[str]:
     text, start = "", 0
     for chunk in chunks:
         text, start = text[start:] + chunk, 0
-        while len(text) - start > _LONGEST_SECTION + 1:  # enough that what follows cannot change the section's end
-            end = _section_end(text, start)
+        while len(text) - start > 4 * size + 1:  # enough that what follows cannot change the section's end
+            end = _section_end(text, start, size)
             yield text[start:end]
             start = end
     while start < len(text):
-        end = _section_end(text, start)
+        end = _section_end(text, start, size)
         yield text[start:end]
         start = end
 
 
-def _section_end(text: str, start: int) -> int:
-    first, last = start + SECTION_CHARACTERS, start + 2 * SECTION_CHARACTERS
+def _section_end(text: str, start: int, size: int) -> int:
+    first, last = start + size, start + 2 * size
     if first >= len(text):
         return len(text)
-    blank_line = text.find("\n\n", first, start + _LONGEST_SECTION)
+    blank_line = text.find("\n\n", first, start + 4 * size)
     if blank_line >= 0:
         return blank_line + 2
     for end in (_LINE_END, _SENTENCE_END, _WORD_END):

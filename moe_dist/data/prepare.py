@@ -22,7 +22,7 @@ from moe_dist.data.cache import atomic_write, exclusive, remove_leftovers
 from moe_dist.data.chats import ChatEncoder
 from moe_dist.data.corpora import Corpus, open_corpus
 from moe_dist.data.encode import PieceEncoder
-from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer, find_hf_tokenizer
+from moe_dist.data.hf_tokenizer import find_hf_tokenizer
 from moe_dist.data.megatron_files import TokenListEncoder
 from moe_dist.data.plan import PLAN, Plan, digest_of_file
 from moe_dist.data.shared_tokenizer import shared_tokenizer
@@ -150,8 +150,25 @@ def _prepare(
 
 
 def _imported_files(tokenizer: TokenizerConfig) -> dict[str, bytes]:
-    """Return the files of a Hugging Face tokenizer by name; empty for one that is trained here."""
-    return HuggingFaceTokenizer(find_hf_tokenizer(tokenizer.path)).files() if tokenizer.path is not None else {}
+    """Return the files of the tokenizer in `tokenizer.path` by name; empty for one that is trained here."""
+    if tokenizer.path is None:
+        return {}
+    hf = tokenizer.kind == "hf"
+    return (open_tokenizer(find_hf_tokenizer(tokenizer.path)) if hf else _of_run(Path(tokenizer.path))).files()
+
+
+def _of_run(folder: Path) -> Tokenizer:
+    """Open the SentencePiece model in a run's folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    model = folder / SENTENCEPIECE_MODEL
+    if not model.is_file():
+        raise DataError(
+            f"tokenizer.path={folder} has no {SENTENCEPIECE_MODEL}: give the folder of a run, or set kind=hf"
+        )
+    return open_tokenizer(model)
 
 
 def _key(corpus: Corpus, tokenizer: TokenizerConfig, imported: Mapping[str, bytes]) -> str:

@@ -18,7 +18,7 @@ from moe_dist.launch.environment import SHARED_GPU, visible_gpu_count
 from moe_dist.launch.hostfile import THIS_MACHINE
 from moe_dist.launch.preflight_text import text_problems
 
-MANIFEST, TOKENIZER_JSON = "manifest.json", "tokenizer.json"
+MANIFEST, TOKENIZER_JSON, TOKENIZER_MODEL = "manifest.json", "tokenizer.json", "tokenizer.model"
 RESUME_WORDS = ("none", "auto", "requeued")
 FLOAT32, MOMENTS = 4, 8
 """Bytes of a weight, and of its two moments, in a checkpoint."""
@@ -71,10 +71,13 @@ def _tokenizer_problems(config: RunConfig) -> Iterator[str]:
     path = config.tokenizer.path
     if path is None:
         return
-    folder, on_hub = Path(path), path.count("/") == 1 and path[0] not in "/.~"
-    if not folder.exists() and not on_hub:
+    hf = config.tokenizer.kind == "hf"
+    folder, on_hub = Path(path), hf and path.count("/") == 1 and path[0] not in "/.~"
+    if not hf and not (folder / TOKENIZER_MODEL).is_file():
+        yield f"tokenizer.path={path} holds no {TOKENIZER_MODEL}: give the folder of a run, or set tokenizer.kind=hf"
+    elif not folder.exists() and not on_hub:
         yield f"tokenizer.path={path} does not exist: give a folder with a {TOKENIZER_JSON}"
-    elif folder.is_dir() and not (folder / TOKENIZER_JSON).is_file():
+    elif hf and folder.is_dir() and not (folder / TOKENIZER_JSON).is_file():
         yield f"tokenizer.path={path} holds no {TOKENIZER_JSON}: give the folder of a Hugging Face tokenizer"
 
 

@@ -28,7 +28,8 @@ def text_problems(config: RunConfig) -> Iterator[str]:
                 read += files if key == "paths" else []
         whole &= source.kind == "text"
     usable = all(file.is_file() and os.access(file, os.R_OK) for file in read)
-    if whole and read and usable and config.tokenizer.kind == "bpe" and all(file.suffix in WHOLE_TEXT for file in read):
+    trained = config.tokenizer.kind == "bpe" and config.tokenizer.path is None
+    if whole and read and usable and trained and all(file.suffix in WHOLE_TEXT for file in read):
         yield from _vocabulary_problems(config, read)
 
 

@@ -1,7 +1,7 @@
 """Progress of a run: a live display on a terminal, otherwise a plain line at intervals."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -40,6 +40,7 @@ class Progress:
         self._first: tuple[int, float] | None = None
         self._last_line: float | None = None
         self._figures: dict[str, str | None] = dict.fromkeys(FIGURES)
+        self._at_work: Mapping[str, str] = {}
         self._live: Live | None = None
         if self._console.is_terminal:
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
@@ -52,12 +53,14 @@ class Progress:
         validation_loss: float | None = None,
         tokens_per_second: float | None = None,
         load_cv2: float | None = None,
+        at_work: Mapping[str, str] | None = None,
     ) -> None:
         """Show the figures after `step` steps; a figure that is None keeps the value shown before.
 
         Args:
             loss, validation_loss: nats per token.
             load_cv2: balance of the experts' loads, 0 is perfect (`metrics.load_balance`).
+            at_work: words of features by name, shown after the figures in place of those of before.
         """
         self._step = step
         if self._first is None:
@@ -66,6 +69,8 @@ class Progress:
         for name, value, form in zip(FIGURES, values, (".3f", ".3f", ",.0f", ".3f"), strict=True):
             if value is not None:
                 self._figures[name] = format(value, form)
+        if at_work is not None:
+            self._at_work = at_work
         if self._live is None:
             self._plain_line()
 
@@ -101,9 +106,14 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
-        figures = [f"{name} {text}" for name, text in self._figures.items() if text is not None]
+        figures = [f"{name} {text}" for name, text in self._shown()]
         line = " · ".join([f"step {self._step}/{self._total}", *figures, self._eta()])
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _shown(self) -> Iterator[tuple[str, str]]:
+        for name, text in (*self._figures.items(), *self._at_work.items()):
+            if text is not None:
+                yield name, text
 
     def _eta(self) -> str:
         left = self.seconds_left()
@@ -120,9 +130,5 @@ class Progress:
         top.add_column(no_wrap=True, justify="right")
         bar = ProgressBar(total=self._total, completed=self._step, complete_style="cyan", finished_style="green")
         top.add_row(Text(f"step {self._step}/{self._total}", "bold"), bar, Text(self._eta(), "cyan"))
-        figures = Text("   ").join(
-            Text.assemble((f"{name} ", "dim"), (text, "bold"))
-            for name, text in self._figures.items()
-            if text is not None
-        )
+        figures = Text("   ").join(Text.assemble((f"{name} ", "dim"), (text, "bold")) for name, text in self._shown())
         return Group(top, figures)

@@ -10,6 +10,7 @@ from moe_dist.config import RunConfig, dump_config
 from moe_dist.console import wide_console
 from moe_dist.errors import MoeDistError
 from moe_dist.metrics import Progress, RunFolder, render_summary
+from moe_dist.metrics.at_work import words_at_work
 from moe_dist.metrics.run_lock import RunLock
 from moe_dist.metrics.run_picture import write_picture
 from moe_dist.metrics.trackers import Trackers
@@ -89,6 +90,7 @@ class RunRecorder(Recorder):
         else:
             self._folder = RunFolder.reopen(run, step, dump_config(config), lock=lock, **options)
         self._picture = config.picture
+        self._at_work: dict[str, str] = {}
         self._trackers = Trackers(config, self._folder.path, self._progress.note)
 
     def __enter__(self) -> Self:
@@ -119,7 +121,9 @@ class RunRecorder(Recorder):
         self._progress.note(message)
 
     def event(self, name: str, step: int, **fields: Any) -> None:
-        """Append a line to `events.jsonl`."""
+        """Append a line to `events.jsonl`; a re-clustering is also shown beside the figures."""
+        if name == "recluster" and fields.get("moved_experts"):
+            self._at_work["regrouped"] = f"at step {step}"
         self._folder.event(name, step, **fields)
 
     def step(self, step: int, values: dict[str, Any]) -> None:
@@ -131,6 +135,7 @@ class RunRecorder(Recorder):
             loss=values["train"]["loss"],
             tokens_per_second=values["tokens_per_second"],
             load_cv2=values["load"]["cv2"] if "load" in values else None,
+            at_work=self._at_work | dict(words_at_work(values)),
         )
 
     def load(self, step: int, values: dict[str, Any]) -> None:

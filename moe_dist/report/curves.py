@@ -6,14 +6,16 @@ from html import escape
 import plotly.graph_objects as go
 
 from moe_dist.report.read import RunFiles, series
-from moe_dist.report.style import color, figure
+from moe_dist.report.style import COLORS, color, figure
 
 GIB = 2.0**30
+MOST_NAMED = len(COLORS)
+"""Runs up to which a legend names each; of more, the name is seen by pointing at a line."""
 
 
 def loss(runs: Sequence[RunFiles]) -> go.Figure | None:
     """Draw training loss as a line and validation loss as marks joined by dashes, against tokens."""
-    made = figure("tokens", "loss, nats per token")
+    made = figure("tokens", "loss, nats per token", showlegend=len(runs) <= MOST_NAMED)
     for index, run in enumerate(runs):
         for key, word, style in (
             ("train.loss", "training", {"mode": "lines", "opacity": 0.6, "line": {"width": 1.3}}),
@@ -22,7 +24,7 @@ def loss(runs: Sequence[RunFiles]) -> go.Figure | None:
             x, y = series(run.metrics, "tokens", key)
             if x:
                 made.add_scatter(x=x, y=y, name=f"{escape(run.label)}, {word}", **style)
-                made.data[-1].update(line_color=color(index))
+                made.data[-1].update(line_color=color(index, len(runs)))
     return made if made.data else None
 
 
@@ -33,7 +35,7 @@ def throughput(runs: Sequence[RunFiles]) -> go.Figure | None:
 
 def memory(runs: Sequence[RunFiles]) -> go.Figure | None:
     """Draw the largest rank's resident set over time, the smallest's as a thin line, and the device's memory if any."""
-    made = figure("step", "GiB", yaxis_rangemode="tozero")
+    made = figure("step", "GiB", yaxis_rangemode="tozero", showlegend=len(runs) <= MOST_NAMED)
     parts = (
         ("memory.rss_bytes_max", "largest rank", "solid"),
         ("memory.rss_bytes_min", "smallest rank", "dot"),
@@ -45,7 +47,7 @@ def memory(runs: Sequence[RunFiles]) -> go.Figure | None:
             if any(y):
                 name = f"{escape(run.label)}, {word}"
                 made.add_scatter(x=x, y=[value / GIB for value in y], name=name, mode="lines")
-                made.data[-1].update(line_color=color(index), line_dash=dash)
+                made.data[-1].update(line_color=color(index, len(runs)), line_dash=dash)
     return made if made.data else None
 
 
@@ -70,6 +72,6 @@ def _one_line_a_run(runs: Sequence[RunFiles], key: str, title: str, axis: dict[s
     for index, run in enumerate(runs):
         x, y = series(run.metrics, "step", key)
         if x:
-            made.add_scatter(x=x, y=y, name=escape(run.label), mode="lines", line={"color": color(index)})
-    made.update_layout(showlegend=len(runs) > 1)
+            made.add_scatter(x=x, y=y, name=escape(run.label), mode="lines", line={"color": color(index, len(runs))})
+    made.update_layout(showlegend=1 < len(runs) <= MOST_NAMED)
     return made if made.data else None

@@ -8,7 +8,7 @@ from typing import Any
 from moe_dist.metrics.summary import flatten, look_up
 from moe_dist.metrics.summary_rows import costly, summary_rows
 from moe_dist.report.read import RunFiles, number
-from moe_dist.report.tables import MISSING, table
+from moe_dist.report.tables import MISSING, by_run, table
 
 MOST_CARDS = 6
 """Runs up to which each has a card; more are in the table alone."""
@@ -84,7 +84,7 @@ def differences(runs: Sequence[RunFiles]) -> str:
     different = [row for row in rows if len(set(row[1:])) > 1]
     if len(runs) < 2 or not different:
         return ""
-    return "<h2>Where the configurations differ</h2>" + table(["key", *(run.label for run in runs)], different)
+    return "<h2>Where the configurations differ</h2>" + by_run(runs, different, "key")
 
 
 def configuration(run: RunFiles) -> str:

@@ -37,8 +37,12 @@ td { font-variant-numeric: tabular-nums; } details { margin: 1em 0; } summary { 
 @media (max-width: 480px) { .big b { font-size: 1.2rem; } article { padding: 12px; } }
 @media print { body { max-width: none; } .grid { grid-template-columns: 1fr 1fr; }
                section, article, tr { break-inside: avoid; } details:not([open]) { display: none; } }
+.many td, .many th { overflow-wrap: normal; } .many td:not(:nth-child(2)) { white-space: nowrap; }
+.many td:nth-child(2) { min-width: 9em; } .many td:first-child { position: sticky; left: 0; background: #fff; }
 .problem { color: #a00; } .note { color: #666; font-size: .87rem; margin: .2em 0 0; }
 """
+
+ALONE = "A report of up to six runs also draws each run's loads, clusters, traffic and times."
 
 # The first figures are drawn before the grid has its final columns.
 FIT = "addEventListener('load', () => document.querySelectorAll('.js-plotly-plot').forEach(Plotly.Plots.resize))"
@@ -60,9 +64,10 @@ def write_report(runs: Sequence[RunFiles], target: Path) -> None:
 
 def page(runs: Sequence[RunFiles]) -> str:
     """Return the report as HTML."""
-    title = escape(", ".join(run.label for run in runs))
+    many = len(runs) > head.MOST_CARDS
+    title = f"{len(runs)} runs" if many else escape(", ".join(run.label for run in runs))
     numbers = iter(range(10**6))
-    parts = [_together(runs, numbers), *(_run(run, numbers) for run in runs)]
+    parts = [_together(runs, numbers), *(_folded(run) if many else _run(run, numbers) for run in runs)]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -85,7 +90,8 @@ def _together(runs: Sequence[RunFiles], numbers: Iterator[int]) -> str:
         ("Gradient norm", curves.gradient_norm(runs), "Before clipping."),
     )
     compared = f"<h2>Side by side</h2>{tables.comparison(runs)}" if len(runs) > 1 else ""
-    return head.cards(runs) + _grid(figures, numbers) + compared + head.differences(runs)
+    hint = f"<h2>Each run</h2><p class=note>{ALONE}</p>" if len(runs) > head.MOST_CARDS else ""
+    return head.cards(runs) + _grid(figures, numbers) + compared + head.differences(runs) + hint
 
 
 def _run(run: RunFiles, numbers: Iterator[int]) -> str:
@@ -97,15 +103,28 @@ def _run(run: RunFiles, numbers: Iterator[int]) -> str:
         ("Traffic from rank to rank", maps.traffic(run), "All-to-all of the whole run; what a rank keeps is left out."),
         ("Time of a step", maps.profile(run), "With every collective synchronised."),
     )
-    problems = "".join(f'<p class="problem">{escape(problem)}</p>' for problem in run.problems)
+    title = f"<h2>{escape(run.label)}</h2><p>{escape(run.status)}</p>{_problems(run)}"
+    return title + head.at_work(run) + _grid(figures, numbers) + _lists(run)
+
+
+def _folded(run: RunFiles) -> str:
+    """Return one of many runs without figures, of which a page cannot draw hundreds."""
+    title = f"<summary><b>{escape(run.label)}</b>: {escape(run.status)}</summary>"
+    return f"<details>{title}{head.at_work(run)}{_lists(run)}</details>{_problems(run)}"
+
+
+def _problems(run: RunFiles) -> str:
+    return "".join(f'<p class="problem">{escape(problem)}</p>' for problem in run.problems)
+
+
+def _lists(run: RunFiles) -> str:
     lists = (
         ("Sources of text", tables.sources(run)),
         ("Re-clusterings", tables.reclusterings(run)),
         ("Events", tables.other_events(run)),
     )
     listed = "".join(f"<h3>{title}</h3>{content}" for title, content in lists if content)
-    title = f"<h2>{escape(run.label)}</h2><p>{escape(run.status)}</p>{problems}"
-    return title + head.at_work(run) + _grid(figures, numbers) + listed + head.configuration(run)
+    return listed + head.configuration(run)
 
 
 def _grid(figures: Sequence[tuple[str, go.Figure | None, str]], numbers: Iterator[int]) -> str:

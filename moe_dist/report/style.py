@@ -21,15 +21,20 @@ def figure(x_title: str, y_title: str, **layout: Any) -> go.Figure:
         font={"family": "system-ui, sans-serif", "size": 12},
         hovermode="closest",
         xaxis={"title": {"text": x_title, "standoff": 6}, "gridcolor": "#e5e5e5", "zeroline": False},
-        yaxis={"title": {"text": y_title, "standoff": 6}, "gridcolor": "#e5e5e5", "zeroline": False},
+        yaxis={
+            "title": {"text": y_title, "standoff": 6},
+            "gridcolor": "#e5e5e5",
+            "zeroline": False,
+            "automargin": True,
+        },
     )
     made.update_layout(**layout)
     return made
 
 
-def color(index: int) -> str:
-    """Return the color of the run at `index`; colors repeat after the last."""
-    return COLORS[index % len(COLORS)]
+def color(index: int, runs: int) -> str:
+    """Return the color of the run at `index`: of a list, or for more runs than it has, from blue to red in order."""
+    return COLORS[index] if runs <= len(COLORS) else f"hsl({240 * (1 - index / (runs - 1)):.0f}, 65%, 45%)"
 
 
 def categories(count: int) -> list[tuple[float, str]]:

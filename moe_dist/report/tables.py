@@ -40,20 +40,24 @@ FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
+def by_run(runs: Sequence[RunFiles], rows: Sequence[Sequence[str]], corner: str = "") -> str:
+    """Return rows of a title and a cell of each run as a table, with a row for each run if there are many."""
+    names = [run.label for run in runs]
+    if len(runs) <= MOST_COLUMNS:
+        return table([corner, *names], rows)
+    columns = [[row[index + 1] for row in rows] for index in range(len(runs))]
+    turned = [[name, *cells] for name, cells in zip(names, columns, strict=True)]
+    return f'<div class="many">{table(["", *(row[0] for row in rows)], turned)}</div>'
+
+
 def comparison(runs: Sequence[RunFiles]) -> str:
-    """Return one row per figure, one column per run, or for many runs one row per run; figures that no run has are left
-    out.
-    """
+    """Return the figures of each run, without those that no run has."""
     rows = [["ended", *(run.status for run in runs)], ["layout", *(_layout(run) for run in runs)]]
     for title, key, form in FIGURES:
         values = [number(run.summary, key) for run in runs]
         if any(value is not None for value in values):
             rows.append([title, *(MISSING if value is None else form(value) for value in values)])
-    names = [run.label for run in runs]
-    if len(runs) <= MOST_COLUMNS:
-        return table(["", *names], rows)
-    columns = [[row[index + 1] for row in rows] for index in range(len(runs))]
-    return table(["", *(row[0] for row in rows)], [[name, *cells] for name, cells in zip(names, columns, strict=True)])
+    return by_run(runs, rows)
 
 
 def _layout(run: RunFiles) -> str:

@@ -19,11 +19,8 @@ def find_initial_weights(run: Path, data: PreparedData) -> TrainedWeights:
         raise CheckpointError(f"checkpoint.init={run} is an exported file: give the folder of a run or a checkpoint")
     theirs = tokenizer_of(run, weights).path
     if theirs.read_bytes() != data.tokenizer_path.read_bytes():
-        way = (
-            f"set tokenizer.kind=hf tokenizer.path={run}" if theirs.suffix == ".json" else "keep the corpus of that run"
-        )
         raise CheckpointError(
             f"checkpoint.init={run} was trained with another tokenizer ({theirs} is not {data.tokenizer_path}), so its "
-            f"embedding would not fit the tokens: {way}"
+            "embedding would not fit the tokens: remove the keys tokenizer.*, and that one is used"
         )
     return weights

@@ -45,6 +45,13 @@ def test_training_starts_from_the_weights_of_a_run(tmp_path: Path, precision: st
     expected, found, random = (_loss(tmp_path, name) for name in ("first", "second", "other"))
     assert found == pytest.approx(expected, rel=1e-5 if precision == "float32" else 1e-3)
     assert random > expected + 0.01
+    (tmp_path / "other.txt").write_text("\n\n".join(f"number {at} = {at * at}" for at in range(2000)))
+    text = ["corpus.kind=text", f"corpus.paths={tmp_path}/other.txt", *STILL, *words]
+    run_ranks(_train, 1, tmp_path, "name=tuned", init, *text)
+    run_ranks(_train, 1, tmp_path, "name=fresh", f"tokenizer.path={tmp_path}/runs/first", *text)
+    tokenizers = [(tmp_path / "runs" / name / "tokenizer.model").read_bytes() for name in ("first", "tuned", "fresh")]
+    assert tokenizers[0] == tokenizers[1] == tokenizers[2]
+    assert _loss(tmp_path, "tuned") < _loss(tmp_path, "fresh") - 0.01
     summary = json.loads((tmp_path / "runs" / "first" / "summary.json").read_text())
     assert parameters == summary["parameters"]["total"]  # laid out over two ranks when it was trained
 
@@ -57,7 +64,7 @@ def test_other_models_and_files_are_refused(tmp_path: Path) -> None:
         (run, "model.hidden_size=64", "the model needs"),
         (tmp_path / "first.safetensors", "seed=1", "is an exported file"),
         (tmp_path / "none", "seed=1", "does not exist"),
-        (run, "tokenizer.vocab_size=480", "was trained with another tokenizer .*: keep the corpus of that run"),
+        (run, "tokenizer.vocab_size=480", "was trained with another tokenizer .*: remove the keys tokenizer"),
     ):
         with pytest.raises(AssertionError, match=f"CheckpointError: .*{match}"):
             run_ranks(_train, 1, tmp_path, f"checkpoint.init={init}", "name=second", *STILL, more)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from moe_dist.cli.own_text import corpus_words, files_of, fitting_words, with_text
-from moe_dist.config import load_config
+from moe_dist.config import dump_config, load_config
+from moe_dist.data import prepare_data
 from moe_dist.errors import LaunchError
 from moe_dist.launch.preflight import problems
 
@@ -51,11 +52,36 @@ def test_without_a_configuration_sizes_fit_the_text(
     assert problems(config, 1) == []
 
 
+def test_a_text_of_one_document_has_held_out_parts(tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("".join(f"On day {day} it rained {day * day} drops.\n" for day in range(220)))  # 7 kB
+    config = load_config(*with_text(text, None, [f"corpus.cache_dir={tmp_path}"]))
+    data, length = prepare_data(config.corpus, config.tokenizer), config.model.sequence_length
+    assert len(data.validation) > length
+    assert len(data.train) > 3 * len(data.validation)
+
+
 def test_settings_win_over_what_fits(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("some words\n" * 9999)
     path, words = with_text(tmp_path, "train.steps=7", ["train.warmup_steps=1"])
     assert load_config(path, words).train.steps == 7
     assert any(word.startswith("tokenizer.vocab_size=") for word in fitting_words(files_of(tmp_path)))
+
+
+def test_the_model_of_a_run_is_trained_on_other_text(tmp_path: Path) -> None:
+    run, text = tmp_path / "mine", tmp_path / "other.txt"
+    run.mkdir()
+    theirs = ["name=mine", "model.sequence_length=128", "moe.experts=8", "moe.clusters=2", "moe.warmup_standard=0.5"]
+    then = load_config(MY_TEXT, [*theirs, "tokenizer.vocab_size=300", "optimizer.learning_rate=0.02"])
+    (run / "config.yaml").write_text(dump_config(then))
+    (run / "tokenizer.model").touch()
+    text.write_text("some words\n" * 9999)
+    path, words = with_text(text, f"checkpoint.init={run}", ["train.eval_every=7"])
+    config = load_config(path, words)
+    assert config.model == then.model
+    assert config.moe == then.moe.model_copy(update={"warmup_standard": 0.0})
+    assert config.tokenizer == then.tokenizer.model_copy(update={"path": str(run)})
+    assert (config.name, config.optimizer.learning_rate, config.train.eval_every) == ("mine-tuned", 0.005, 7)
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

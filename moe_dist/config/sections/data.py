@@ -162,11 +162,15 @@ def weight_changes(corpus: CorpusConfig) -> list[tuple[int, dict[str, float]]]:
 
 
 class TokenizerConfig(Section):
-    """SentencePiece tokenizer, trained on the corpus, or the tokenizer of a Hugging Face model."""
+    """SentencePiece tokenizer, trained on the corpus or taken from another run, or one of a Hugging Face model."""
 
-    kind: Literal["bpe", "unigram", "hf"] = Field("bpe", description="bpe, unigram: trained here; hf: read from `path`")
+    kind: Literal["bpe", "unigram", "hf"] = Field(
+        "bpe", description="bpe, unigram: trained here, or read from `path`; hf: read from `path`"
+    )
     path: PathText | None = Field(
-        None, description="folder with a tokenizer.json, or a model's name on the Hugging Face hub (hf)"
+        None,
+        description="bpe, unigram: folder of a run whose tokenizer is used; hf: folder with a tokenizer.json, or a "
+        "model's name on the Hugging Face hub",
     )
     vocab_size: Annotated[int, Field(ge=260, le=2**31 - 1)] = Field(
         4096,
@@ -179,11 +183,6 @@ class TokenizerConfig(Section):
     def _require_path(self) -> Self:
         if self.kind == "hf" and self.path is None:
             raise ConfigError("tokenizer.kind=hf needs tokenizer.path: a folder with a tokenizer.json, or a hub name")
-        if self.kind != "hf" and self.path is not None:
-            raise ConfigError(
-                f"tokenizer.path={self.path} is read with tokenizer.kind=hf only, not {self.kind}: set kind to hf, or "
-                "remove it"
-            )
         return self
 
     def embedding_rows(self, ids: int) -> int:

@@ -12,6 +12,7 @@ from moe_dist.data.documents import (
     SECTION_CHARACTERS,
     Document,
     as_documents,
+    in_parts,
     limit_bytes,
     normalize_lines,
     split_rows,
@@ -93,6 +94,16 @@ def test_limit_keeps_a_prefix_of_at_most_that_many_bytes(texts: list[str], limit
     assert len(joined) > limit - 4 or len(joined) == len(whole)
     # a cut document is still known by the digest of the whole
     assert [d.digest for d in kept] == [d.digest for d in documents[: len(kept)]]
+
+
+def test_a_single_document_is_divided_into_parts_at_line_ends() -> None:
+    text = "".join(f"line {number}\n" for number in range(300))
+    parts = list(in_parts(as_documents([text])))
+    assert "".join(part.text for part in parts) == text
+    assert 8 <= len(parts) <= 10
+    assert all(part.text.endswith("\n") for part in parts)
+    for whole in ([text, "another"], ["short"], []):
+        assert list(in_parts(as_documents(whole))) == list(as_documents(whole))
 
 
 def held_out_split(train: list[Document], fraction: float) -> Split:

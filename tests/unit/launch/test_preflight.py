@@ -61,6 +61,7 @@ def test_weights_and_tokenizers_that_are_not_there(tmp_path: Path) -> None:
         (f"checkpoint.init={tmp_path}/model",): "checkpoint.init=HERE/model is a model of Hugging Face: make a run of "
         "it with `moe-dist import HERE/model -o RUN`, then give checkpoint.init=RUN",
         (hf, f"tokenizer.path={tmp_path}/none"): "tokenizer.path=HERE/none does not exist: give a folder with a",
+        (f"tokenizer.path={tmp_path}/folder",): "tokenizer.path=HERE/folder holds no tokenizer.model: give the folder",
         (hf, f"tokenizer.path={tmp_path}/folder"): "tokenizer.path=HERE/folder holds no tokenizer.json: give the",
     }.items():
         assert only_problem(tmp_path, *words).startswith(line)

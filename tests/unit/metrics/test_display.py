@@ -9,6 +9,7 @@ from rich.console import Console
 
 from moe_dist.errors import TrainingError
 from moe_dist.metrics import Progress, render_summary
+from moe_dist.metrics.at_work import words_at_work
 from tests.unit.metrics.example import summary
 
 
@@ -61,6 +62,22 @@ def test_a_terminal_gets_a_moving_display() -> None:
     assert "balance cv² 0.070" in text
     assert "evaluated [1]" in text
     assert "\x1b[?25h" in out.getvalue()  # the cursor is back
+
+
+def test_features_at_work_follow_the_figures_while_they_are() -> None:
+    shown, out = console()
+    offload = {"bytes_in": 3 * 2**20, "bytes_out": 2**19}
+    line = {"load": {"dropped": 0.0123}, "train": {"skipped_steps": 2}, "offload": offload}
+    progress = Progress(2, shown, plain_every=0.0)
+    progress.update(1, loss=3.0, at_work=dict(words_at_work(line)))
+    progress.update(1, validation_loss=4.0)
+    progress.update(2, at_work=dict(words_at_work({"load": {"dropped": 0.0}, "train": {"skipped_steps": 0}})))
+    words = "dropped 1.2% · skipped 2 steps · offload 3.0 MiB in, 512.0 KiB out"
+    assert [line.rpartition(" · ")[0] for line in out.getvalue().splitlines()] == [
+        f"step 1/2 · loss 3.000 · {words}",
+        f"step 1/2 · loss 3.000 · validation 4.000 · {words}",
+        "step 2/2 · loss 3.000 · validation 4.000",
+    ]
 
 
 def test_the_last_figures_stay_when_a_run_fails() -> None:

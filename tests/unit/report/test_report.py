@@ -180,3 +180,17 @@ def test_clusters_have_colors_of_their_own_and_events_are_readable(tmp_path: Pat
         events.write(json.dumps(event) + "\n")
     shown = tables.other_events(*read_runs([folder]))
     assert "output_errors: 48 numbers from 0.25 to 0.5, parts: inputs 0.125" in shown
+
+
+def test_of_many_runs_only_comparisons_are_drawn(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"sweep-{number}") for number in range(9)]
+    for number, run in enumerate(runs):
+        (run / "config.yaml").write_text(f"moe: {{kind: clustered, rank: {number}}}\n")
+    text = page.page(read_runs(runs))
+    assert "<h1>9 runs</h1>" in text
+    assert text.count('class="plotly-graph-div"') == 6
+    assert text.count("<summary><b>sweep-") == 9
+    compared, differing = text.split("Side by side")[1].split("Where the configurations differ")
+    assert compared.count("<tr>") == 10
+    assert "<tr><td>sweep-8</td><td>8</td></tr>" in differing
+    assert text.count('"showlegend":false') >= 6
