@@ -1,10 +1,10 @@
 """Recorded routing of a trained model, and its replay in any layer with a linear router.
 
 An untrained router sends random tokens almost evenly; a trained one does not. A record holds the experts that each
-token of a text chose in one layer. It is replayed by inputs: the router's rows are orthonormal vectors w_e, and a token
-is noise orthogonal to them plus a sum over its experts, a_1 w_(e_1) + a_2 w_(e_2) + ... with a_1 > a_2 > 0. So the
-logit of a chosen expert is a_j and all others are 0, in our layers as in other libraries'; that of a cluster is the sum of
-the a_j of its experts, over the square root of its size.
+token of a text chose in one layer. It is replayed by inputs: the router's rows are orthonormal vectors w_e, and a
+token is noise orthogonal to them plus a sum over its experts, a_1 w_(e_1) + a_2 w_(e_2) + ... with a_1 > a_2 > 0. So
+the logit of a chosen expert is a_j and all others are 0, in our layers as in other libraries'; that of a cluster is
+the sum of the a_j of its experts, over the square root of its size.
 
 Shapes: T tokens, C chosen experts of a token (m * k, cluster by cluster), E experts, D hidden.
 """
