@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from moe_dist.config import RunConfig
+from moe_dist.config.layer_kinds import shared_expert_parameters
 from moe_dist.metrics.summary import look_up
 
 Tree = dict[str, Any]
@@ -87,8 +88,9 @@ class KindRow:
 
 def active_work(config: RunConfig) -> float:
     """Return the forward FLOPs of the feed-forward part per token and layer, without routers."""
-    work = config.moe.layer_kind.work(config.model.hidden_size, config.moe)
-    return work.rows * work.row if config.moe.layer_kind.routed else work.token
+    d, moe = config.model.hidden_size, config.moe
+    work = moe.layer_kind.work(d, moe)
+    return work.rows * work.row + 2 * shared_expert_parameters(d, moe) if moe.layer_kind.routed else work.token
 
 
 def rows(results: Sequence[Result]) -> list[KindRow]:

@@ -196,6 +196,16 @@ def test_claims_by_hand() -> None:
     assert "load_cv2" not in {verdict.claim.figure for verdict in verdicts(twice, OURS)}
 
 
+def test_work_of_a_layer_by_hand() -> None:
+    """Two matrices of 128 x 256 and one of 256 x 128 in two experts; beside clusters 128 x 384, for every token."""
+    standard, shared = (
+        load_config(CONFIGS / "experiment" / f"quality-{name}.yaml") for name in ("standard-aux", "shared")
+    )
+    assert active_work(standard) == 2 * 2 * 3 * 128 * 256
+    thin = 2 * 3 * (8 * 128 + 2 * 256)  # rank 1: U of all experts of a cluster, V of the two chosen
+    assert active_work(shared) == pytest.approx(2 * 3 * 128 * (256 + 384) + thin + 2 * 128 * 8)
+
+
 def test_the_paper_brings_its_baselines() -> None:
     assert [kind.name for kind in chosen_kinds(["paper"])] == ["dense", CLASSIC, STRONG, "paper"]
     assert [kind.name for kind in chosen_kinds(["clustered-cheap"])] == ["clustered-cheap"]
