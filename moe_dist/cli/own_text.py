@@ -19,7 +19,7 @@ BYTES_PER_TOKEN, PASSES = 3, 4
 SMALL = 100_000
 """Bytes below which sequences and batches are short, and a larger part is held out."""
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 320, 8192
-FEWEST_STEPS, MOST_STEPS = 100, 5000
+FEWEST_STEPS, MOST_STEPS, MOST_WARMUP = 100, 5000, 20
 
 
 def with_text(path: Path | None, config: str | None, overrides: Sequence[str] | None) -> tuple[str, list[str]]:
@@ -44,7 +44,7 @@ def with_text(path: Path | None, config: str | None, overrides: Sequence[str] | 
         return config, [*own, *words]
     init = next((word.partition("=")[2] for word in reversed(words) if word.startswith("checkpoint.init=")), None)
     fitting = fitting_words(files) if init is None else fine_tuning_words(files, initial_settings(init))
-    return str(shipped(OWN_TEXT)), [*own, *fitting, *words]
+    return str(shipped(OWN_TEXT)), [*own, *fitting, *_warmup_words([*fitting, *words]), *words]
 
 
 def files_of(path: Path) -> list[Path]:
@@ -123,6 +123,12 @@ def _step_words(size: int, length: int) -> list[str]:
         f"checkpoint.every={max(1, steps // 4)}",
         *(["corpus.validation_fraction=0.2"] if size < SMALL else []),
     ]
+
+
+def _warmup_words(words: Sequence[str]) -> list[str]:
+    """Return the override of a warm-up that is shorter than the run, however many steps the user has asked for."""
+    steps = next(word.partition("=")[2] for word in reversed(words) if word.startswith("train.steps="))
+    return [f"train.warmup_steps={min(MOST_WARMUP, int(steps) // 5)}"] if steps.isdecimal() else []
 
 
 def _vocabulary(files: Sequence[Path], size: int) -> int:

@@ -63,4 +63,7 @@ def continuing_command(run: Path) -> str:
     """Return the command that resumes a run; without `moe-dist train` or `launch`, the words to add to one's own."""
     word = f"checkpoint.resume={shlex.quote(os.path.relpath(run))}"
     given = os.environ.get(COMMAND)
-    return f"the same command with {word}" if given is None else f"{given} {word}"
+    if given is None:
+        return f"the same command with {word}"
+    kept = [one for one in shlex.split(given) if not one.startswith("checkpoint.resume=")]
+    return f"{shlex.join(kept)} {word}"

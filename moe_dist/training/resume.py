@@ -138,7 +138,7 @@ def _record_resumption(recorder: RunRecorder, resumption: Resumption) -> None:
         recorder.note(f"no checkpoint in {names}: resumes the run before, {resumption.run}")
     if resumption.behind:
         others = ", ".join(f"{path} (step {step})" for path, step in resumption.behind)
-        recorder.note(f"resumes {resumption.run}, the run of this name that got furthest; not as far: {others}")
+        recorder.note(f"resumes {resumption.run}, of this name the furthest with steps left; others: {others}")
     changes = f"; changed: {', '.join(resumption.changes)}" if resumption.changes else ""
     recorder.note(f"resumes after step {step} from {found.path}{changes}")
     skipped = [str(path) for path in resumption.skipped]
@@ -176,13 +176,17 @@ def _choose_run(config: RunConfig) -> _RunChoice:
 
 
 def _choose_of_name(config: RunConfig) -> _RunChoice:
-    """Choose among the runs of the name: for `auto` the one that got furthest, for a restarted job its newest."""
+    """Choose among the runs of the name: for a restarted job its newest, for `auto` the one that got furthest.
+
+    Of `auto` a run that has steps left is preferred to one that is complete.
+    """
     runs = _runs_to_choose_from(config)
     steps = {run: step for run in runs if (step := last_step(run)) is not None}
     if not steps:
         return _RunChoice(None, tuple(runs))
     by_age = config.checkpoint.resume == "requeued"
-    run = next(iter(steps)) if by_age else max(steps, key=lambda run: steps[run])  # the newest of those as far
+    left = config.train.steps
+    run = next(iter(steps)) if by_age else max(steps, key=lambda run: (steps[run] < left, steps[run]))  # the newest
     newer = runs[: runs.index(run)]
     behind = tuple((other, step) for other, step in steps.items() if other != run)
     return _RunChoice(run, tuple(path for path in newer if path not in steps), () if by_age else behind)

@@ -63,8 +63,9 @@ def test_a_text_of_one_document_has_held_out_parts(tmp_path: Path) -> None:
 
 def test_settings_win_over_what_fits(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("some words\n" * 9999)
-    path, words = with_text(tmp_path, "train.steps=7", ["train.warmup_steps=1"])
-    assert load_config(path, words).train.steps == 7
+    short = load_config(*with_text(tmp_path, "train.steps=7", [])).train
+    assert (short.steps, short.warmup_steps) == (7, 1), "a warm-up is no longer than the run"
+    assert load_config(*with_text(tmp_path, "train.steps=7", ["train.warmup_steps=3"])).train.warmup_steps == 3
     assert any(word.startswith("tokenizer.vocab_size=") for word in fitting_words(files_of(tmp_path)))
 
 

@@ -21,8 +21,7 @@ class CheckpointConfig(Section):
     )
     resume: Annotated[PathText, Field(min_length=1)] = Field(
         "requeued",
-        description="none; auto: the run of this name that got furthest, from its newest valid checkpoint; requeued: "
-        "the newest of a job that was restarted, else none; or a path: of a run, which is continued, or of a "
-        "checkpoint, from which a new run "
-        "branches off",
+        description="none; auto: of the runs of this name with steps left the one that got furthest, from its newest "
+        "valid checkpoint; requeued: the newest of a job that was restarted, else none; or a path: of a run, which is "
+        "continued, or of a checkpoint, from which a new run branches off",
     )

@@ -13,8 +13,9 @@ def test_the_command_that_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(COMMAND, raising=False)
     assert continuing_command(tmp_path / "my runs" / "a") == "the same command with checkpoint.resume='my runs/a'"
-    monkeypatch.setenv(COMMAND, "moe-dist train a.yaml")
-    assert continuing_command(tmp_path / "a") == "moe-dist train a.yaml checkpoint.resume=a"
+    for given in ("moe-dist train a.yaml", "moe-dist train a.yaml checkpoint.resume=runs/before"):
+        monkeypatch.setenv(COMMAND, given)
+        assert continuing_command(tmp_path / "a") == "moe-dist train a.yaml checkpoint.resume=a"
 
 
 def test_gpus_that_are_not_used_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,8 @@ def test_auto_takes_the_run_that_got_furthest(tmp_path: Path) -> None:
     assert chosen(tmp_path, "auto") == "a-3"
     (tmp_path / "a-3" / "summary.json").write_text("{}")
     assert chosen(tmp_path, "auto") == "a"
+    (tmp_path / "a-3" / "summary.json").write_text('{"steps": 400}')  # all of the default's steps
+    assert chosen(tmp_path, "auto") == "a", "nothing is left to do in a complete run"
 
 
 def test_auto_without_any_checkpoint_starts_anew(tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_what_was_passed_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
         pass
     said = " ".join(capsys.readouterr().out.split())
     assert f"no checkpoint in {second}: resumes the run before, {first}" in said
-    assert f"resumes {first}, the run of this name that got furthest; not as far: {third} (step 2)" in said
+    assert f"resumes {first}, of this name the furthest with steps left; others: {third} (step 2)" in said
     event = json.loads((first / "events.jsonl").read_text().splitlines()[-1])
     assert (event["event"], event["step"], event["skipped"]) == ("resumed", 3, [str(second)])
     with resume.open_recorder(load_config(None, words), 0, None) as recorder:
