@@ -47,7 +47,7 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """Run of MLflow, in `mlflow` below the run's folder unless `MLFLOW_TRACKING_URI` names a server or folder."""
+    """Run of MLflow, in `mlflow.db` of the run's folder unless `MLFLOW_TRACKING_URI` names a server or folder."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._mlflow = mlflow = import_module("mlflow")
