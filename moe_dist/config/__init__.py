@@ -12,7 +12,7 @@ from moe_dist.config.sections.precision import PrecisionConfig
 from moe_dist.config.sections.recluster import ReclusterConfig
 from moe_dist.config.sections.train import OptimizerConfig, TrainConfig
 from moe_dist.config.sections.world import WorldConfig
-from moe_dist.config.world import BatchShape, WorldShape, resolve_batch, resolve_world, with_sizes
+from moe_dist.config.world import BatchShape, WorldShape, resolve_batch, resolve_world, tokens_on_rank, with_sizes
 
 __all__ = [
     "BatchShape",
@@ -34,5 +34,6 @@ __all__ = [
     "load_config",
     "resolve_batch",
     "resolve_world",
+    "tokens_on_rank",
     "with_sizes",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 from moe_dist.config.yaml_text import parse_yaml
 from moe_dist.errors import ConfigError
 
-CONFIG, MANIFEST, TOKENIZERS = "config.yaml", "manifest.json", ("tokenizer.model", "tokenizer.json")
+CONFIG, MANIFEST, TOKENIZER_MODEL, TOKENIZER_JSON = "config.yaml", "manifest.json", "tokenizer.model", "tokenizer.json"
 """Files of a run's folder, and of a checkpoint's."""
 
 
@@ -34,7 +34,7 @@ def initial_settings(init: str) -> Mapping[str, Any]:
         raise ConfigError(f"checkpoint.init={path}: {run / CONFIG} cannot be read: {error}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("tokenizer", {}), dict):
         raise ConfigError(f"checkpoint.init={path}: {run / CONFIG} is not the configuration of a run")
-    kept = next((name for name in TOKENIZERS if (run / name).is_file()), None)
+    kept = next((name for name in (TOKENIZER_MODEL, TOKENIZER_JSON) if (run / name).is_file()), None)
     tokenizer = {**settings.get("tokenizer", {}), "path": str(run.absolute())} if kept else {}
     return {**settings, "tokenizer": tokenizer}
 

@@ -141,6 +141,11 @@ def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:
     return BatchShape(micro, accumulation)
 
 
+def tokens_on_rank(config: RunConfig, shape: WorldShape, batch: BatchShape) -> int:
+    """Return the tokens of one micro-batch whose feed-forward layers a rank routes."""
+    return batch.micro * config.model.sequence_length // shape.sequence_parts
+
+
 def with_sizes(config: RunConfig, ranks: int) -> RunConfig:
     """Return the configuration with the sizes of `world` that it has on this number of ranks.
 

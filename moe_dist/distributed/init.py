@@ -9,11 +9,7 @@ import torch.distributed as dist
 
 from moe_dist.config import WorldConfig
 from moe_dist.errors import LaunchError
-from moe_dist.launch.environment import SHARED_GPU
-
-_PLACE = (("WORLD_SIZE", "1"), ("RANK", "0"))
-INIT_METHOD = "MOE_DIST_INIT_METHOD"
-"""Environment variable with torch's init_method; `moe-dist launch` sets it to a file, since a port may be taken."""
+from moe_dist.launch.environment import INIT_METHOD, SHARED_GPU
 
 
 @dataclass(frozen=True)
@@ -35,10 +31,10 @@ def init_distributed(world: WorldConfig, alone: bool = False) -> RankInfo:
     Raises:
         LaunchError: there is no GPU for this rank, or the other ranks cannot be reached.
     """
-    ranks, rank = (1, 0) if alone else (int(os.environ.get(key, default)) for key, default in _PLACE)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    shared = os.environ.get(SHARED_GPU) == "1" and torch.cuda.is_available()
-    device = torch.device("cuda", 0) if shared else _device(world.backend, local_rank)
+    ranks = 1 if alone else int(os.environ.get("WORLD_SIZE", "1"))
+    rank = 0 if alone else int(os.environ.get("RANK", "0"))
+    shared = os.environ.get(SHARED_GPU) == "1"
+    device = _device(world.backend, 0 if shared else int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cpu":
         _set_threads(world.threads, ranks)
     of_device = "nccl" if device.type == "cuda" and not shared else "gloo"

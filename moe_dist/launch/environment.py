@@ -18,6 +18,7 @@ from moe_dist.errors import LaunchError
 Kind = Literal["alone", "local", "deepspeed", "torchrun", "environment", "mpi", "slurm"]
 
 INIT_METHOD = "MOE_DIST_INIT_METHOD"
+"""Variable with torch's init_method; `moe-dist launch` sets it to a file, since a port may be taken."""
 STARTER = "MOE_DIST_STARTER"
 SHARED_GPU = "MOE_DIST_SHARED_GPU"
 """Variable that at "1" puts all ranks of a machine on its first GPU, with gloo, for tests."""

@@ -12,14 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moe_dist.config import RunConfig
+from moe_dist.config.initial_run import MANIFEST, TOKENIZER_JSON, TOKENIZER_MODEL
 from moe_dist.config.machine import has_gpu
+from moe_dist.config.sections.checkpoint import RESUME_WORDS
 from moe_dist.errors import ConfigError, LaunchError
 from moe_dist.launch.environment import SHARED_GPU, visible_gpu_count
 from moe_dist.launch.hostfile import THIS_MACHINE
 from moe_dist.launch.preflight_text import text_problems
 
-MANIFEST, TOKENIZER_JSON, TOKENIZER_MODEL = "manifest.json", "tokenizer.json", "tokenizer.model"
-RESUME_WORDS = ("none", "auto", "requeued")
 FLOAT32, MOMENTS = 4, 8
 """Bytes of a weight, and of its two moments, in a checkpoint."""
 OTHER_FILES = 10_000_000

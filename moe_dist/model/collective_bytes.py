@@ -13,7 +13,7 @@ statistics of routing. Each formula is held against the collectives that are iss
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.config import BatchShape, RunConfig, WorldShape, tokens_on_rank
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.moe.parameter_class import OF_EXPERTS, REDUCED_OVER, ParameterClass
 
@@ -61,8 +61,7 @@ def attention_traffic(config: RunConfig, shape: WorldShape, batch: BatchShape, s
 
 def message_bytes(config: RunConfig, shape: WorldShape, batch: BatchShape) -> int:
     """Return the bytes of the hidden states of a micro-batch that a rank sends to the next stage."""
-    tokens = batch.micro * config.model.sequence_length // shape.sequence_parts
-    return tokens * config.model.hidden_size * number_size(config)
+    return tokens_on_rank(config, shape, batch) * config.model.hidden_size * number_size(config)
 
 
 def reduction_rounds(config: RunConfig, batch: BatchShape) -> int:
@@ -80,7 +79,7 @@ def step_bytes(
     """Return the bytes that this rank sends to each other rank in a step, by purpose; rings send to the next rank.
 
     Args:
-        held: parameters of each class on this rank.
+        held: parameters on this rank of each class that it has.
     """
     tensor: Sent = {}
     context: Sent = {}
@@ -90,7 +89,7 @@ def step_bytes(
         others = [rank for rank in mesh.group(GroupKind.CONTEXT).ranks if rank != mesh.rank]
         context = {rank: batch.accumulation * traffic.context / (len(others) + 1) for rank in others}
     reduction: Sent = {}
-    for kind, numbers in ((kind, numbers) for kind, numbers in held.items() if numbers):
+    for kind, numbers in held.items():
         offloaded = config.memory.offload and kind in OF_EXPERTS  # all-reduced once, after all micro-batches
         around = (2 if offloaded else reduction_rounds(config, batch)) * numbers * number_size(config)
         _add(reduction, _ring(_reduced_over(kind, mesh), mesh.rank, around))

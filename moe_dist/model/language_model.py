@@ -30,7 +30,7 @@ from moe_dist.moe.dense_feed_forward import SharedExpert
 from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.layer_kinds import LAYER_KINDS
 from moe_dist.moe.load_balancing import BalanceState
-from moe_dist.moe.parameter_class import ParameterClass, class_of
+from moe_dist.moe.parameter_class import ParameterClass, numbers_by_class
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts, storage_format
 from moe_dist.moe.routing_statistics import RoutingStatistics
 
@@ -343,9 +343,7 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
     Every rank of a stage holds equally many of each class.
     """
     config, shape = model.config, model.context.mesh.shape
-    own = dict.fromkeys(ParameterClass, 0)
-    for parameter in model.parameters():
-        own[class_of(parameter)] += parameter.numel()
+    own = numbers_by_class(model.parameters())
     shared_parts = (part for part in model.modules() if isinstance(part, SharedBase | SharedExpert))
     shared = sum(parameter.numel() for part in shared_parts for parameter in part.parameters())
     stages = gather_over_stages(model.context.mesh, (own, shared))

@@ -1,5 +1,7 @@
 """Classes of parameters by the ranks that hold replicas, over which gradients are reduced."""
 
+from collections import Counter
+from collections.abc import Iterable
 from enum import StrEnum
 
 from torch import nn
@@ -43,6 +45,14 @@ def mark_parameter(parameter: nn.Parameter, parameter_class: ParameterClass) -> 
 def class_of(parameter: nn.Parameter) -> ParameterClass:
     """Return the class of a parameter; dense if it was not marked."""
     return getattr(parameter, _ATTRIBUTE, ParameterClass.DENSE)
+
+
+def numbers_by_class(parameters: Iterable[nn.Parameter]) -> Counter[ParameterClass]:
+    """Return the number of elements of each class that occurs."""
+    found = Counter[ParameterClass]()
+    for parameter in parameters:
+        found[class_of(parameter)] += parameter.numel()
+    return found
 
 
 def copies_of(parameter: nn.Parameter, mesh: Mesh) -> int:

@@ -1,6 +1,6 @@
 """Parameters of a rank: formulas over the configuration."""
 
-from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.config import RunConfig, WorldShape
 from moe_dist.config.token_work import attention_parameters, head_norms, require_known
 from moe_dist.moe.parameter_class import ParameterClass
 
@@ -26,8 +26,3 @@ def parameters_on_rank(
         ParameterClass.BASE: layers * layer.base,
         ParameterClass.EXPERT: layers * layer.expert,
     }
-
-
-def tokens_on_rank(config: RunConfig, shape: WorldShape, batch: BatchShape) -> int:
-    """Return the tokens of one micro-batch whose feed-forward layers a rank routes."""
-    return batch.micro * config.model.sequence_length // shape.sequence_parts

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moe_dist.config import BatchShape, RunConfig, WorldShape
+from moe_dist.config import BatchShape, RunConfig, WorldShape, tokens_on_rank
 from moe_dist.config.layer_kinds import residual_parameters
 from moe_dist.config.token_work import work_of
 from moe_dist.model.collective_bytes import number_size, reduction_rounds
@@ -23,7 +23,7 @@ from moe_dist.simulator.collective_seconds import attention_seconds, bubble, mes
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.popularity import Floats, balanced_clusters
-from moe_dist.simulator.sizes import parameters_on_rank, tokens_on_rank
+from moe_dist.simulator.sizes import parameters_on_rank
 from moe_dist.simulator.strategies import Demand, Strategy, demand
 
 FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and back again

@@ -13,13 +13,13 @@ from moe_dist.checkpoint.find import ValidCheckpoint, agreed, checked, is_checkp
 from moe_dist.checkpoint.manifest import DataRecord
 from moe_dist.checkpoint.store import checkpoints_of, set_aside, step_of
 from moe_dist.config import RunConfig
+from moe_dist.config.sections.checkpoint import RESUME_WORDS
 from moe_dist.data import ORDER, PreparedData, blend_plan, open_sequences
 from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.errors import CheckpointError
 from moe_dist.metrics.recorder import Recorder, RunRecorder
 from moe_dist.metrics.run_lock import RunLock
 
-WORDS = ("none", "auto", "requeued")
 RESTART_COUNTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 """Environment variables that schedulers set above 0 when they restart a job."""
 
@@ -169,7 +169,7 @@ def run_to_go_on(config: RunConfig) -> Path | None:
 
 def _choose_run(config: RunConfig) -> _RunChoice:
     resume = config.checkpoint.resume
-    if resume not in WORDS:
+    if resume not in RESUME_WORDS:
         path = Path(resume)
         return _RunChoice(agreed(path if checkpoints_of(path) and not is_checkpoint(path) else None))
     return agreed(_choose_of_name(config))
@@ -213,7 +213,7 @@ def _checkpoint_of(config: RunConfig, run: Path | None) -> ValidCheckpoint | Non
     if run is not None:
         return latest_valid_checkpoint(run)
     resume = config.checkpoint.resume
-    if resume in WORDS:
+    if resume in RESUME_WORDS:
         return None
     if not agreed(is_checkpoint(Path(resume))):
         raise CheckpointError(

@@ -15,7 +15,7 @@ from moe_dist.engine.optimizer_state import MASTER
 from moe_dist.metrics import peak_rss_bytes, rss_bytes
 from moe_dist.model.collective_bytes import step_bytes
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.parameter_class import ParameterClass, class_of
+from moe_dist.moe.parameter_class import numbers_by_class
 
 
 def all_to_all_totals(ledger: TrafficLedger, tokens: int, moe_layers: int, process: RankInfo) -> dict[str, Any]:
@@ -45,10 +45,7 @@ def collective_totals(
     config: RunConfig, model: LanguageModel, batch: BatchShape, vocabulary: int, links: Links, process: RankInfo
 ) -> dict[str, dict[str, int]]:
     """Return the bytes that all ranks send in a step beside the all-to-alls, by purpose; collective."""
-    held = dict.fromkeys(ParameterClass, 0)
-    for parameter in model.parameters():
-        held[class_of(parameter)] += parameter.numel()
-    sent = step_bytes(config, model.context.mesh, batch, vocabulary, held)
+    sent = step_bytes(config, model.context.mesh, batch, vocabulary, numbers_by_class(model.parameters()))
     mine = [
         [sum(to_rank.values()), sum(size for rank, size in to_rank.items() if links.kind(rank) is LinkKind.INTER_NODE)]
         for to_rank in sent.values()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.checkpoint.stateful import Stateful
-from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world
+from moe_dist.config import RunConfig, WorldShape, resolve_batch, resolve_world, tokens_on_rank
 from moe_dist.console import tolerant_output
 from moe_dist.data import PrefetchingLoader, PreparedData, open_batches, open_sequences, open_tokenizer, prepare_data
 from moe_dist.dispatch.layout_advice import layout_advice
@@ -189,7 +189,7 @@ class Trainer:
     def _default_callbacks(self) -> list[Callback]:
         """Return the callbacks of a run, in the order in which their hooks are called."""
         config, process = self.config, self.process
-        tokens = self.batch.micro * config.model.sequence_length // self.shape.sequence_parts
+        tokens = tokens_on_rank(config, self.shape, self.batch)
         self.logger = MetricsLogger(config, self.shape, process, self.recorder, self._clock)
         self.checkpoints = RunCheckpoints(config, process, data_record(self.data), self.state, self.recorder)
         return [

@@ -16,7 +16,7 @@ from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.memory.expert_memory import ExpertMemory
 from moe_dist.model.collective_bytes import step_bytes
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.parameter_class import ParameterClass, class_of
+from moe_dist.moe.parameter_class import numbers_by_class
 from tests.distributed.ranks import run_ranks
 
 VOCABULARY, LENGTH = 512, 64
@@ -61,10 +61,7 @@ def _of_case(words: list[str], counter: CollectiveCounter) -> Outcome:
     counted = Counter[int]()
     for count in counter.counts.values():
         counted.update(count.to_rank)
-    held = dict.fromkeys(ParameterClass, 0)
-    for parameter in model.parameters():
-        held[class_of(parameter)] += parameter.numel()
-    parts = step_bytes(config, mesh, batch, VOCABULARY, held)
+    parts = step_bytes(config, mesh, batch, VOCABULARY, numbers_by_class(model.parameters()))
     if memory is not None:
         memory.close()
     dispatch = Counter[int]()

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from moe_dist.config.sections.base import NonNegative, PathText, Positive, Section
 
+RESUME_WORDS = ("none", "auto", "requeued")
+"""Values of `checkpoint.resume` that are no path."""
+
 
 class CheckpointConfig(Section):
     """Checkpoints of a run, and the checkpoint to resume from (docs/checkpoints.md)."""
