@@ -117,6 +117,15 @@ def _forward_signals(job: "_SupervisedJob") -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @dataclass(frozen=True)
 class _Rank:
     """Running rank; `descriptor` is its pidfd, which always refers to this very process."""
@@ -220,8 +229,10 @@ class _SupervisedJob:
         return JobOutcome(fault.exit_code or EXIT_FAILURE, f"rank {fault.rank} failed: {fault.line}", fault)
 
     def _poll(self, seconds: float) -> None:
-        for rank in sorted(self._unregistered):
-            self._find(rank)
+        if self._unregistered:
+            with _signals_blocked():  # one that came while a rank is noted would reach it twice, or never
+                for rank in sorted(self._unregistered):
+                    self._find(rank)
         ended = [self._running.pop(descriptor) for descriptor, _ in self._poller.poll(seconds * 1000)]
         statuses = {rank: wait_status(rank.descriptor, rank.pid) for rank in ended}
         # Several may end between two polls: ranks ended by SIGTERM followed from the first failure.

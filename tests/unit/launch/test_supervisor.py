@@ -158,6 +158,27 @@ def test_ctrl_c_lets_ranks_close_their_files(config: Path, who: str) -> None:
     assert_none_left(started, 2)
 
 
+def test_a_signal_reaches_a_rank_once_also_while_the_rank_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rank-0.pid").write_text(f'{{"pid": {os.getpid()}, "group": {os.getpgrp()}}}')
+    supervised, sent = supervise._SupervisedJob(tmp_path, [0]), []
+    monkeypatch.setattr(supervise, "_send", lambda rank, signum: sent.append((rank.rank, signum)))
+
+    class InterruptedPoll:
+        def register(self, descriptor: int, mask: int) -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)  # as a user may at this very moment
+            os.close(descriptor)
+
+        def poll(self, timeout: float) -> list[tuple[int, int]]:
+            return []
+
+    supervised._poller = InterruptedPoll()  # type: ignore[assignment]
+    with supervise._forward_signals(supervised):
+        supervised._poll(0.0)
+    assert sent == [(0, signal.SIGUSR1)]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
 def test_ranks_that_are_asked_to_stop_end_the_job_as_stopped(config: Path, signum: int) -> None:
     with job("local", config, "stop", "stop") as child:
