@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moe_dist.dispatch.traffic_ledger import TrafficLedger as TrafficLedger
     from moe_dist.distributed.mesh import Mesh as Mesh
     from moe_dist.distributed.placement import ExpertPlacement as ExpertPlacement
+    from moe_dist.evaluation.trained_model import load_tokenizer as load_tokenizer
     from moe_dist.integrations.huggingface.drop_in import convert as convert
     from moe_dist.moe.clustered_moe import ClusteredMoE as ClusteredMoE
     from moe_dist.moe.standard_moe import StandardMoE as StandardMoE
@@ -43,6 +44,7 @@ _HOME = {
     "convert": "integrations.huggingface.drop_in",
     "load_config": "config",
     "load_model": "checkpoint.load_model",
+    "load_tokenizer": "evaluation.trained_model",
     "train_residuals_only": "moe.training_step",
     "update_load_balance": "moe.training_step",
 }

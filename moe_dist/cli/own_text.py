@@ -1,6 +1,7 @@
 """A user's own text as the corpus: `--text FILE_OR_FOLDER`, with vocabulary and sizes that fit it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 320, 8192
 FEWEST_STEPS, MOST_STEPS, MOST_WARMUP = 100, 5000, 20
 
 
-def with_text(path: Path | None, config: str | None, overrides: Sequence[str] | None) -> tuple[str, list[str]]:
+def with_text(
+    path: Path | None, config: str | None, overrides: Sequence[str] | None, ranks: int = 1
+) -> tuple[str, list[str]]:
     """Return the configuration and the overrides of a command that takes `--text`.
 
     Without a configuration it is the shipped one for own text. Vocabulary and sizes are chosen by the text, or are
-    those of the run whose weights it starts from.
+    those of the run whose weights it starts from; the batch divides over the ranks.
 
     Raises:
         LaunchError: there is neither a configuration nor a text, or no such text.
@@ -43,7 +46,7 @@ def with_text(path: Path | None, config: str | None, overrides: Sequence[str] | 
     if config:
         return config, [*own, *words]
     init = next((word.partition("=")[2] for word in reversed(words) if word.startswith("checkpoint.init=")), None)
-    fitting = fitting_words(files) if init is None else fine_tuning_words(files, initial_settings(init))
+    fitting = fitting_words(files, ranks) if init is None else fine_tuning_words(files, initial_settings(init), ranks)
     return str(shipped(OWN_TEXT)), [*own, *fitting, *_warmup_words([*fitting, *words]), *words]
 
 
@@ -81,18 +84,18 @@ def _holds_messages(file: Path) -> bool:
         return False  # reported when the text is read
 
 
-def fitting_words(files: Sequence[Path]) -> list[str]:
+def fitting_words(files: Sequence[Path], ranks: int = 1) -> list[str]:
     """Return the overrides of vocabulary, length and steps that fit a text."""
     size = _size(files)
     length = 256 if size >= SMALL else 64
     return [
         f"tokenizer.vocab_size={_vocabulary(files, size)}",
         f"model.sequence_length={length}",
-        *_step_words(size, length),
+        *_step_words(size, length, ranks),
     ]
 
 
-def fine_tuning_words(files: Sequence[Path], run: Mapping[str, Any]) -> list[str]:
+def fine_tuning_words(files: Sequence[Path], run: Mapping[str, Any], ranks: int = 1) -> list[str]:
     """Return the overrides that make a run's model the one that is trained, for steps that fit a text.
 
     Args:
@@ -105,7 +108,7 @@ def fine_tuning_words(files: Sequence[Path], run: Mapping[str, Any]) -> list[str
         words.append("moe.warmup_standard=0.0")  # the weights are those after a warm-up
     if isinstance(rate := run.get("optimizer", {}).get("learning_rate"), float):
         words.append(f"optimizer.learning_rate={rate / 4}")
-    return [f"name={run.get('name', 'my-text')}-tuned", *words, *_step_words(_size(files), length or 256)]
+    return [f"name={run.get('name', 'my-text')}-tuned", *words, *_step_words(_size(files), length or 256, ranks)]
 
 
 def _size(files: Sequence[Path]) -> int:
@@ -113,8 +116,8 @@ def _size(files: Sequence[Path]) -> int:
     return sum(file.stat().st_size * (COMPRESSION if file.suffix in (".gz", ".zst") else 1) for file in files)
 
 
-def _step_words(size: int, length: int) -> list[str]:
-    batch = 32 if size >= SMALL else 8
+def _step_words(size: int, length: int, ranks: int) -> list[str]:
+    batch = math.ceil((32 if size >= SMALL else 8) / ranks) * ranks
     steps = min(MOST_STEPS, max(FEWEST_STEPS, PASSES * size // BYTES_PER_TOKEN // (length * batch)))
     return [
         f"train.global_batch_size={batch}",

@@ -64,7 +64,12 @@ def plan(
 
     fabric = _machine(gpu, calibration).fabric(nodes, gpus_per_node, rails, pod_nodes, oversubscription)
     found = planner.plan(loaded, fabric, vocabulary or loaded.tokenizer.vocab_size, skew)
-    view.render_plan(found, wide_console())
+    model, batch = loaded.model, loaded.train.global_batch_size
+    subject = (
+        f"{loaded.name}: {model.layers} layers of {model.hidden_size}, {loaded.moe.layer_kind.describe(loaded.moe)}; "
+        f"{batch} sequences of {model.sequence_length} tokens a step, on {nodes} x {gpus_per_node} {fabric.device.name}"
+    )
+    view.render_plan(found, wide_console(), subject)
     if json_file is not None:
         write_json(Path(json_file), view.plan_to_dict(found))
 

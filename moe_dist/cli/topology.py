@@ -133,14 +133,21 @@ def _crossings(found: list[tuple[str, "Crossing"]]) -> Table:
 
 
 def _verdict(config: RunConfig, shape: WorldShape, found: list[tuple[str, "Crossing"]], nodes: Sequence[Node]) -> str:
-    """Return the main finding: whether the traffic of stage two stays inside nodes."""
+    """Return the main finding: whether the traffic of each stage stays inside nodes."""
     if not config.moe.layer_kind.clustered:
         return ""
-    broken = next(entry.crossing for _, entry in found if _name(entry) == "cluster")
+    stage_one, stage_two = (next(e for _, e in found if _name(e) == name) for name in ("stage_one", "cluster"))
+    broken = stage_two.crossing
     if broken:
         per_node = ", ".join(sorted({str(node.ranks) for node in nodes}))
         return (
             f"\nwarning: {broken} cluster group(s) lie across nodes, so that stage two crosses them: make the ranks of "
             f"a node ({per_node}) a multiple of world.shard={shape.shard}"
         )
-    return "\nEvery cluster group lies inside a node: stage two never leaves one."
+    inside = "\nEvery cluster group lies inside a node: stage two never leaves one"
+    if not stage_one.crossing:
+        return f"{inside}, nor does stage one." if len(nodes) > 1 else f"{inside}."
+    return (
+        f"{inside}. Stage one crosses nodes, in {stage_one.pairs_between_nodes} of {stage_one.pairs} pairs of ranks: "
+        "one copy of a token for each of its clusters."
+    )

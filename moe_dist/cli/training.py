@@ -10,7 +10,7 @@ import typer
 
 from moe_dist.cli.options import Config, ConfigOrText, Json, Overrides, OwnText, Port, StartedBy, takes
 from moe_dist.cli.own_text import with_text
-from moe_dist.config import dump_config, load_config, resolve_batch, with_sizes
+from moe_dist.config import dump_config, load_config, resolve_batch, resolve_world, with_sizes
 from moe_dist.distillation.spec import StoreSpec
 from moe_dist.errors import EXIT_REFUSED
 from moe_dist.launch import environment, runners
@@ -52,7 +52,7 @@ def launch(
     json_file: Json = None,
 ) -> None:
     """Start ranks here or on several machines; when one fails all stop, and the last line names it and its error."""
-    path, words = with_text(text, config, overrides)
+    path, words = with_text(text, config, overrides, size.ranks or (size.nodes or 1) * (size.ranks_per_node or 1))
     job = plan(
         launcher, size, path, with_summary(words, json_file), port, split_words("--launcher-args", launcher_args)
     )
@@ -60,6 +60,8 @@ def launch(
         typer.echo(runners.dry_run(job))
         return
     _keep_command()
+    if job.launcher is not Launcher.SLURM:
+        typer.echo(f"starting {job.ranks} rank(s) by {job.launcher}: their first lines follow in some seconds")
     raise typer.Exit(runners.launch(job))
 
 
@@ -100,7 +102,7 @@ def show_config(
     ] = False,
 ) -> None:
     """Check a configuration and print it resolved, as YAML; with --check also files, folders, space and devices."""
-    path, words = with_text(text, config, overrides)
+    path, words = with_text(text, config, overrides, ranks or 1)
     resolved = load_config(path, words)
     if ranks is not None:
         resolved = with_sizes(resolved, ranks)
@@ -110,4 +112,9 @@ def show_config(
         return
     found = problems(resolved, None if "SLURM_JOB_ID" in os.environ else ranks or 1)  # its ranks are on other nodes
     typer.echo("\n".join(found) or f"{path}: ready to start")
+    if ranks is not None and resolved.moe.layer_kind.clustered:
+        from moe_dist.dispatch.layout_advice import layout_advice  # imports torch
+
+        if (advice := layout_advice(resolved, resolve_world(resolved, ranks))) is not None:
+            typer.echo(f"warning: {advice}")
     raise typer.Exit(EXIT_REFUSED if found else 0)

@@ -5,7 +5,6 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from moe_dist.config.initial_run import with_initial_tokenizer
 from moe_dist.config.schema import RunConfig
 from moe_dist.config.shipped import or_shipped
+from moe_dist.config.value_errors import first_error
 from moe_dist.config.yaml_text import parse_yaml, shortened
 from moe_dist.errors import ConfigError
 
@@ -31,6 +31,7 @@ OTHER_NAMES = {
     "seq_len": "model.sequence_length",
     "num_experts": "moe.experts",
     "dtype": "train.precision",
+    "grad_clip": "optimizer.clip_norm",
     "init_from": "checkpoint.init",
 }
 """Names of other programs -> keys."""
@@ -163,19 +164,4 @@ def _validate(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "configuration"
-        given = first.get("input")
-        shown = "" if isinstance(given, dict) else f"={_shown(given)}"
-        message = " ".join(str(first["msg"]).split()).removeprefix("Value error, ")
-        hint = ": quote it if it is text" if first["type"] == "string_type" and not isinstance(given, list) else ""
-        raise ConfigError(f"{key}{shown}: {message}{hint}") from error
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, date):
-        return str(value)
-    try:
-        return reprlib.repr(value) if isinstance(value, (list, tuple, set)) else shortened(repr(value), 300)
-    except ValueError:  # an integer of more digits than Python converts
-        return "a number of thousands of digits"
+        raise ConfigError(first_error(error)) from error

@@ -136,6 +136,17 @@ def evaluation_config(config: RunConfig, world: WorldConfig, dtype: str, memory:
     return config.model_copy(update={**job, "moe": moe, "model": model})
 
 
+def load_tokenizer(run: str | Path) -> Tokenizer:
+    """Load the tokenizer that a run's model was trained with: `load_tokenizer("runs/demo")`.
+
+    Raises:
+        CheckpointError: the folder holds neither a tokenizer nor weights.
+        DataError: its tokenizer is not that of the model, or cannot be read.
+    """
+    kept = tokenizer_in(Path(run))
+    return open_tokenizer(kept) if kept else tokenizer_of(Path(run), find_weights(Path(run)))
+
+
 def tokenizer_of(run: Path, weights: TrainedWeights) -> Tokenizer:
     """Load the tokenizer of the run's folder, or for earlier versions from the cache or the corpus."""
     folders = (run, *weights.path.parents[:2])  # RUN, RUN/final, RUN/checkpoints/step-...

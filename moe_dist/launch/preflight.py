@@ -3,7 +3,6 @@
 The same code answers for `launch`, `train` and `config --check`. It imports no torch, and opens nothing large.
 """
 
-import json
 import os
 import shutil
 import socket
@@ -12,13 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moe_dist.config import RunConfig
-from moe_dist.config.initial_run import MANIFEST, TOKENIZER_JSON, TOKENIZER_MODEL
 from moe_dist.config.machine import has_gpu
-from moe_dist.config.sections.checkpoint import RESUME_WORDS
 from moe_dist.errors import ConfigError, LaunchError
 from moe_dist.launch.environment import SHARED_GPU, visible_gpu_count
 from moe_dist.launch.hostfile import THIS_MACHINE
 from moe_dist.launch.preflight_text import text_problems
+from moe_dist.launch.preflight_weights import tokenizer_problems, weight_problems
 
 FLOAT32, MOMENTS = 4, 8
 """Bytes of a weight, and of its two moments, in a checkpoint."""
@@ -45,8 +43,8 @@ def problems(config: RunConfig, ranks_here: int | None) -> list[str]:
     """Return a line for everything on this machine that the run cannot start with."""
     return [
         *text_problems(config),
-        *_tokenizer_problems(config),
-        *_weight_problems(config),
+        *tokenizer_problems(config),
+        *weight_problems(config),
         *_folder_problems(config),
         *_package_problems(config),
         *([] if ranks_here is None else _device_problems(config, ranks_here)),
@@ -67,59 +65,6 @@ def require_free_port(host: str | None, port: int) -> None:
             raise LaunchError(f"--port {port} of {host}: another program listens there: give another one")
 
 
-def _tokenizer_problems(config: RunConfig) -> Iterator[str]:
-    path = config.tokenizer.path
-    if path is None:
-        return
-    hf = config.tokenizer.kind == "hf"
-    folder, on_hub = Path(path), hf and path.count("/") == 1 and path[0] not in "/.~"
-    if not hf and not (folder / TOKENIZER_MODEL).is_file():
-        yield f"tokenizer.path={path} holds no {TOKENIZER_MODEL}: give the folder of a run, or set tokenizer.kind=hf"
-    elif not folder.exists() and not on_hub:
-        yield f"tokenizer.path={path} does not exist: give a folder with a {TOKENIZER_JSON}"
-    elif hf and folder.is_dir() and not (folder / TOKENIZER_JSON).is_file():
-        yield f"tokenizer.path={path} holds no {TOKENIZER_JSON}: give the folder of a Hugging Face tokenizer"
-
-
-def _weight_problems(config: RunConfig) -> Iterator[str]:
-    """Yield a line for every path to a run or checkpoint that holds none."""
-    resume, given = config.checkpoint.resume, [("checkpoint.init", config.checkpoint.init)]
-    if resume not in RESUME_WORDS:
-        given.append(("checkpoint.resume", resume))
-    for key, path in given:
-        if path is None:
-            continue
-        folder = Path(path)
-        if not folder.exists():
-            yield f"{key}={path} does not exist: give the folder of a run or a checkpoint, such as runs/NAME"
-        elif folder.is_dir() and (folder / "config.json").is_file() and not _holds_checkpoint(folder):
-            yield (
-                f"{key}={path} is a model of Hugging Face: make a run of it with `moe-dist import {path} -o RUN`, "
-                f"then give {key}=RUN"
-            )
-        elif folder.is_dir() and not _holds_checkpoint(folder):
-            yield f"{key}={path} holds no checkpoint: give the folder of a run that has saved one, or of a checkpoint"
-        elif key == "checkpoint.resume" and _holds_weights_alone(folder):
-            yield f"{key}={path} holds weights only: start a new run from it with checkpoint.init={path}"
-    teacher = config.distill.teacher
-    if teacher is not None and not Path(teacher).exists():
-        yield f"distill.teacher={teacher} does not exist: give the folder of a run, or of stored predictions"
-
-
-def _holds_checkpoint(folder: Path) -> bool:
-    saved = folder / "checkpoints"
-    return any((place / MANIFEST).is_file() for place in (folder, folder / "final")) or (
-        saved.is_dir() and any(saved.glob("step-*"))
-    )
-
-
-def _holds_weights_alone(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"] == "weights")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def _folder_problems(config: RunConfig) -> Iterator[str]:
     """Yield a line for every folder that cannot be written, and for too little free space."""
     used = {"runs_dir": config.runs_dir, "corpus.cache_dir": config.corpus.cache_dir}
@@ -132,7 +77,12 @@ def _folder_problems(config: RunConfig) -> Iterator[str]:
         elif not os.access(place, os.W_OK | os.X_OK) or os.statvfs(place).f_flag & os.ST_RDONLY:
             yield f"{key}={path} cannot be written: {place} does not permit it; give another folder"
     place, needed = existing_parent(Path(config.runs_dir)), checkpoint_bytes(config) + OTHER_FILES
-    if place.is_dir() and (free := shutil.disk_usage(place).free) < needed:
+    if not place.is_dir():
+        return
+    size, _, free = shutil.disk_usage(place)
+    if not size:  # such as /proc
+        yield f"runs_dir={config.runs_dir} cannot be written: {place} is no place for files; give another folder"
+    elif free < needed:
         yield (
             f"runs_dir={config.runs_dir} has {free / 1e9:.2f} GB free, and the run saves at least {needed / 1e9:.2f} "
             "GB: free space, or choose another runs_dir"

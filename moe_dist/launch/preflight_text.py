@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from moe_dist.config import RunConfig
 WHOLE_TEXT = (".txt", ".tokens", ".raw")
 RESERVED_PIECES = 260
 """Pieces that a trained vocabulary holds for any text: 256 bytes, unknown, end of document, newline and tab."""
-MOST_BYTES_READ = 4_000_000
+MOST_BYTES_READ, MOST_FILES_READ, HEAD_BYTES = 4_000_000, 500, 65_536
 _WORDS = re.compile(r"[^\S\n\t]*[^\s]+|[^\S\n\t]+")  # a piece may begin with the space before a word
 
 
@@ -28,8 +29,11 @@ def text_problems(config: RunConfig) -> Iterator[str]:
                 read += files if key == "paths" else []
         whole &= source.kind == "text"
     usable = all(file.is_file() and os.access(file, os.R_OK) for file in read)
+    plain = whole and read and usable and all(file.suffix in WHOLE_TEXT for file in read)
+    if plain:
+        yield from _content_problems(config, read)
     trained = config.tokenizer.kind == "bpe" and config.tokenizer.path is None
-    if whole and read and usable and trained and all(file.suffix in WHOLE_TEXT for file in read):
+    if plain and trained:
         yield from _vocabulary_problems(config, read)
 
 
@@ -48,6 +52,25 @@ def _file_problems(key: str, pattern: str, files: list[Path]) -> Iterator[str]:
             yield f"{key}: {file} is a link to {os.readlink(file)!r}, which does not exist: fetch the data"
         elif not file.is_dir() and not os.access(file, os.R_OK):
             yield f"{key}: {file} cannot be read: correct its permissions"
+
+
+def _content_problems(config: RunConfig, files: Sequence[Path]) -> Iterator[str]:
+    """Yield a line for each file that does not begin as text, and for less text than two sequences."""
+    for file in files[:MOST_FILES_READ]:
+        with file.open("rb") as opened:
+            head = opened.read(HEAD_BYTES)
+        try:
+            getincrementaldecoder("utf-8")().decode(head, final=len(head) < HEAD_BYTES)
+        except UnicodeDecodeError as error:
+            yield f"corpus.paths: {file} is not UTF-8 text: byte {error.start} is 0x{head[error.start]:02x}"
+    size, length = sum(file.stat().st_size for file in files), config.model.sequence_length
+    sides = 1 if any(source.validation_paths for source in config.corpus.by_source.values()) else 2
+    most = size + size // 4 + len(files)  # tokens: a byte is one at most, and a document of four bytes has an end
+    if most - len(files) > 0 and most < sides * (length + 1):
+        yield (
+            f"corpus.paths: {size} bytes of text are less than a sequence of model.sequence_length={length} for "
+            f"{'training' if sides == 1 else 'training and one for validation'}: give more text or lower it"
+        )
 
 
 def _vocabulary_problems(config: RunConfig, files: Sequence[Path]) -> Iterator[str]:

@@ -17,7 +17,7 @@ def summary_rows(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "ranks", _world(summary)
     yield "speed", _speed(summary)
     if (first := look_up(summary, "first_step_seconds")) is not None:
-        phases = _phases(look_up(summary, "wall_seconds") or {})
+        phases = _phases(look_up(summary, "wall_seconds") or {}, summary.get("seconds"))
         yield "time", f"{phases}; first step done after {first:.1f} s"
     for name, source in (look_up(summary, "data.sources") or {}).items():
         if (words := _source(source)) is not None:
@@ -147,10 +147,16 @@ def _load(summary: Summary) -> str:
 LOADS = (("variance", ".2e"), ("cv2", ".4f"))
 
 
-def _phases(seconds: Mapping[str, float | None]) -> str:
-    """Return the wall time of each phase of a run."""
+def _phases(seconds: Mapping[str, float | None], in_steps: float | None) -> str:
+    """Return the wall time of each phase of the last job of a run.
+
+    Args:
+        in_steps: seconds in steps over all jobs of the run; more than the last one trained for if it was resumed.
+    """
     known = {phase: length for phase, length in seconds.items() if length is not None}
-    return f"{sum(known.values()):.1f} s: " + ", ".join(f"{phase} {length:.1f}" for phase, length in known.items())
+    resumed = " since it was resumed" if (in_steps or 0.0) > known.get("train", math.inf) else ""
+    parts = ", ".join(f"{phase} {length:.1f}" for phase, length in known.items())
+    return f"{sum(known.values()):.1f} s{resumed}: {parts}"
 
 
 def _source(source: Summary) -> str | None:

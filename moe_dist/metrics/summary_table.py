@@ -75,6 +75,12 @@ def _spread(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str,
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
+def _next_commands(folder: Path) -> str:
+    """Return what can be done with a run: the report, and with its final weights evaluation and text."""
+    with_weights = ("eval {}", "generate {} --prompt TEXT") if (folder / "final").is_dir() else ()
+    return ", ".join(f"`moe-dist {command.format(folder)}`" for command in ("report {}", *with_weights))
+
+
 def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Path | None) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
@@ -85,6 +91,7 @@ def _figures_table(summary: Mapping[str, Any], folder: Path | None, picture: Pat
     for warning in costly(summary):
         table.add_row(Text("warning", "bold yellow"), Text(warning, "yellow"))
     if folder is not None:
+        table.add_row("next", Text(_next_commands(folder)))
         table.add_row("files", Text(f"{folder}/", "bold"))
     if picture is not None:
         table.add_row("picture", Text(str(picture), "bold"))

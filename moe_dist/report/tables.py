@@ -63,8 +63,8 @@ def comparison(runs: Sequence[RunFiles]) -> str:
 def _layout(run: RunFiles) -> str:
     kind = run.summary.get("kind") or look_up(run.config, "moe.kind") or MISSING
     world = run.summary.get("world")
-    axes = ", ".join(f"{axis} {size}" for axis, size in world.items()) if isinstance(world, dict) else ""
-    return f"{kind}: {axes}" if axes else str(kind)
+    axes = world.items() if isinstance(world, dict) else ()
+    return ", ".join([str(kind), *(f"{axis} {size}" for axis, size in axes if size != 1)])
 
 
 SOURCES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -135,7 +135,7 @@ def _text(value: Any) -> str:
         return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items()) or "none"
     if isinstance(value, list) and (numbers := _numbers(value)):
         return f"{len(numbers):,} numbers from {min(numbers):.4g} to {max(numbers):.4g}"
-    text = str(value)
+    text = "; ".join(map(_text, value)) or "none" if isinstance(value, list) else str(value)
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 

@@ -18,8 +18,13 @@ AXES = ("pipeline", "chunks", "tensor", "context")
 """Axes that have a column where a shown layout divides them."""
 
 
-def render_plan(found: PlannerResult, console: Console) -> None:
-    """Print the fastest layouts, the memory of the best by kind, and the recommendation with its reason."""
+def render_plan(found: PlannerResult, console: Console, subject: str) -> None:
+    """Print the fastest layouts, the memory of the best by kind, and the recommendation with its reason.
+
+    Args:
+        subject: what is planned: model, batch and machine.
+    """
+    console.print(f"{subject}\n", markup=False, highlight=False, soft_wrap=True)
     table = Table(title="layouts that fit, fastest first (predicted)", title_justify="left", box=SIMPLE, padding=0)
     shown = [option for option in found.options[:SHOWN] if option.time is not None]
     divided = [axis for axis in AXES if any(getattr(option.layout.shape, axis) > 1 for option in shown)]
@@ -44,7 +49,7 @@ def _cells(option: Option, time: StepTime) -> list[str]:
         *map(str, numbers),
         "yes" if layout.checkpointing else "no",
         f"{option.memory.total / GIB:.1f}",
-        f"{1000 * time.seconds:,.0f}",
+        f"{1000 * time.seconds:,.{0 if time.seconds > 0.1 else 2}f}",
         f"{time.model_flops_utilisation:.1%}",
         f"{time.tokens_per_second:,.0f}",
         f"{time.bytes_per_token_layer:,.0f}",

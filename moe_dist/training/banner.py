@@ -40,13 +40,16 @@ def device_words(device: torch.device) -> str:
 
 
 def _folder(trainer: "Trainer") -> str:
-    """Return the run's folder, with a hint where an earlier run has the name."""
+    """Return the run's folder, with a hint where an earlier run has the name and has not finished."""
     folder, name = trainer.recorder.folder, trainer.config.name
     if folder is None:
         return "none"
     if folder.name == name or trainer.steps_done:
         return f"{folder}/"
-    return f"{folder}/, since {name} is taken by an earlier run; checkpoint.resume=auto would continue that one"
+    taken = f"{folder}/, since {name} is taken by an earlier run"
+    if (folder.with_name(name) / "summary.json").is_file():
+        return taken
+    return f"{taken}; checkpoint.resume=auto would continue that one"
 
 
 def device_warning(trainer: "Trainer") -> str | None:

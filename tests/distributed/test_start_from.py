@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from moe_dist import load_model
+from moe_dist import load_model, load_tokenizer
 from moe_dist.checkpoint.export import export_weights
 from moe_dist.checkpoint.trained_weights import find_weights
 from moe_dist.config import load_config
+from moe_dist.launch.preflight_weights import weight_problems
 from moe_dist.training.trainer import train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training import SMOKE
@@ -24,7 +26,15 @@ def _train(folder: Path, *words: str) -> None:
 def _train_and_load(folder: Path, *words: str) -> int:
     """Train, and return the parameters of another run's model, which needs nothing but its folder."""
     _train(folder, *words)
-    return sum(parameter.numel() for parameter in load_model(folder / "runs" / "first").parameters())
+    model, tokenizer = load_model(folder / "runs" / "first"), load_tokenizer(folder / "runs" / "first")
+    text = "def main() -> None:"
+    ids = tokenizer.encode(text)
+    with torch.no_grad():
+        logits_BSV, losses_BS = model.logits_and_losses(torch.tensor([ids]))
+    assert tokenizer.decode(ids) == text
+    chosen_S = logits_BSV[0].float().log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+    torch.testing.assert_close(losses_BS[0].float(), -chosen_S, rtol=2e-2, atol=2e-2)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _loss(folder: Path, name: str) -> float:
@@ -60,6 +70,14 @@ def test_other_models_and_files_are_refused(tmp_path: Path) -> None:
     run_ranks(_train, 1, tmp_path, "name=first", "train.steps=1")
     run = tmp_path / "runs" / "first"
     export_weights(find_weights(run), tmp_path / "first.safetensors")
+    for words, line in {
+        ("model.hidden_size=64",): "model.hidden_size is 32 there, 64 here; give the values that are there",
+        ("moe.kind=dense", "moe.rank=1"): "moe.kind is clustered there, dense here, moe.rank is 2 there, 1 here; give",
+        ("moe.rank=1",): "moe.rank is 2 there, 1 here; give the values that are there",
+    }.items():
+        (problem,) = weight_problems(load_config(SMOKE, [f"checkpoint.init={run}", *words]))
+        assert problem.startswith(f"checkpoint.init={run} holds another model: {line}")
+    assert not list(weight_problems(load_config(SMOKE, [f"checkpoint.init={run}", "model.sequence_length=16"])))
     for init, more, match in (
         (run, "model.hidden_size=64", "the model needs"),
         (tmp_path / "first.safetensors", "seed=1", "is an exported file"),

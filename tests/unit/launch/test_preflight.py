@@ -1,6 +1,7 @@
 """Refusals before any rank starts: one line each, within two seconds, and nothing is left behind."""
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -30,13 +31,19 @@ def test_a_run_that_lacks_nothing_leaves_no_folder(tmp_path: Path) -> None:
 def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "link.txt").symlink_to("gone.txt")
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "picture.txt").write_bytes(b"JFI\xff" + b"some words of every kind, with 0123 \n" * 1000)
+    (tmp_path / "short.txt").write_text("only a few words and not a sequence.")
     for path, line in {
         "none*.txt": f"corpus.paths: 'HERE/none*.txt' matches no file (relative to {Path.cwd()})",
         ".": "corpus.paths: 'HERE/.' is a folder: name its files, such as HERE/*.txt, or give --text HERE",
         "link.txt": "corpus.paths: HERE/link.txt is a link to 'gone.txt', which does not exist: fetch the data",
         "empty.txt": "corpus.paths: the files hold no text",
+        "picture.txt": "corpus.paths: HERE/picture.txt is not UTF-8 text: byte 3 is 0xff",
+        "short.txt": "corpus.paths: 36 bytes of text are less than a sequence of model.sequence_length=256 for "
+        "training and one for validation: give more text or lower it",
     }.items():
-        assert only_problem(tmp_path, f"corpus.paths={tmp_path}/{path}") == line
+        small = ["tokenizer.vocab_size=290"] * (path in ("picture.txt", "short.txt"))
+        assert only_problem(tmp_path, f"corpus.paths={tmp_path}/{path}", *small) == line
     blend = f"corpus.sources={{a: {{paths: {tmp_path}/none.txt}}}}"
     assert only_problem(tmp_path, blend).startswith("corpus.sources.a.paths: 'HERE/none.txt' matches no file")
 
@@ -79,6 +86,11 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert only_problem(tmp_path, f"runs_dir={tmp_path}/file/runs") == (
         "runs_dir=HERE/file/runs: HERE/file is a file: give a folder"
     )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (0, 0, 0))
+    assert only_problem(tmp_path) == (
+        "runs_dir=HERE/runs cannot be written: HERE is no place for files; give another folder"
+    )
+    monkeypatch.undo()
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     assert problems(config(tmp_path), 1) == [
         f"{key}={tmp_path}/{name} cannot be written: {tmp_path} does not permit it; give another folder"

@@ -46,6 +46,16 @@ def test_a_row_for_each_feature() -> None:
     assert rows["speed"] == "14,321 tokens/s, 3,580 for each device; 6.0% of the time waited for data"
 
 
+def test_the_times_of_a_resumed_run_are_those_of_its_last_job() -> None:
+    tree = summary() | {"seconds": 50.0, "first_step_seconds": 9.0}
+    tree["wall_seconds"] = {"start": 6.0, "prepare": 2.0, "train": 60.0, "end": 1.0}
+    assert dict(summary_rows(tree))["time"] == (
+        "69.0 s: start 6.0, prepare 2.0, train 60.0, end 1.0; first step done after 9.0 s"
+    )
+    tree["wall_seconds"]["train"] = 20.0
+    assert dict(summary_rows(tree))["time"].startswith("29.0 s since it was resumed: start 6.0")
+
+
 def test_what_is_costly_is_a_warning() -> None:
     assert list(costly(summary())) == []
     found = list(costly(busy()))

@@ -51,9 +51,10 @@ def test_every_figure_is_drawn_within_the_screen_and_the_console_is_silent(tmp_p
     figures = (tmp_path / "report.html").read_text().count('class="plotly-graph-div"')
     (tmp_path / "frame.html").write_text(FRAME % f"{PHONE}, {DESK}")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    logging = ["--enable-logging=stderr", "--log-level=0", f"--user-data-dir={tmp_path / 'profile'}"]
+    logging = ["--enable-logging=stderr", "--log-level=0"]
+    drawn = ["--virtual-time-budget=20000", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
-        [CHROMIUM, *options, *logging, "--virtual-time-budget=20000", "--dump-dom", f"file://{tmp_path}/frame.html"],
+        [CHROMIUM, *options, *logging, *drawn, "--dump-dom", f"file://{tmp_path}/frame.html"],
         capture_output=True,
         text=True,
         timeout=100,
@@ -69,3 +70,15 @@ def test_every_figure_is_drawn_within_the_screen_and_the_console_is_silent(tmp_p
         assert found["page"] <= width
         assert found["widest"] <= width
         assert found["cut"] == 0
+    if folder := os.environ.get("MOE_DIST_SCREENSHOTS"):  # to look at, for example from CI
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for width in (PHONE, DESK):
+            frame = f"<iframe src=report.html width={width} height=4000 style='border:0'>"
+            (tmp_path / "shot.html").write_text(f"<!DOCTYPE html><body style='margin:0'>{frame}</body>")
+            shot = [f"--screenshot={Path(folder).resolve() / f'report-{width}.png'}", "--hide-scrollbars"]
+            subprocess.run(
+                [CHROMIUM, *options, *shot, *drawn, f"--window-size={width},4000", f"file://{tmp_path}/shot.html"],
+                capture_output=True,
+                timeout=100,
+                check=True,
+            )
