@@ -18,6 +18,7 @@ MUST_MATCH = (
     "train.global_batch_size",
     "corpus.document_mask",
     "corpus.packing",
+    "optimizer.kind",
     "optimizer.trainable",
 )
 """Sections and keys that decide which tensors exist, what the model computes, and which tokens come next."""

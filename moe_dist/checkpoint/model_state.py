@@ -34,7 +34,7 @@ def weights_of(model: LanguageModel, state: OptimizerState | None = None) -> Sta
 
 
 def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tuple[str, ...] = STATE_NAMES) -> State:
-    """Return this rank's shards of FP32 master weights and Adam moments, or of frozen weights, as writable tensors."""
+    """Return this rank's shards of FP32 master weights and moments, or of frozen weights, as writable tensors."""
     tensors: State = {}
     memory = model.context.memory
     for parameter, runs in named_runs(model).items():
@@ -51,7 +51,7 @@ def training_tensors_of(model: LanguageModel, state: OptimizerState, names: tupl
         fragment = state.fragment(parameter)
         packed = state.value_of(parameter) if state.is_packed(parameter) else None
         for run in runs:
-            for name in names:
+            for name in (name for name in state.names_of(parameter) if name in names):
                 if packed is not None and name == MASTER:
                     _add(tensors, _key(name, run.name), run, torch.float32, [Shard(run.first, run_of(packed, run))])
                     continue

@@ -160,6 +160,30 @@ def check_trainable(
             raise ConfigError(f"optimizer.trainable={optimizer.trainable} does not work with {setting}: set it to all")
 
 
+def check_muon(
+    optimizer: OptimizerConfig,
+    world: WorldConfig,
+    moe: MoEConfig,
+    memory: MemoryConfig,
+    precision: PrecisionConfig,
+) -> None:
+    """Reject layouts that divide matrices, and optimizers of experts that are AdamW's alone."""
+    if optimizer.kind == "adamw":
+        return
+    sliced = world.shard_mode == "slice" and world.shard > 1 and moe.layer_kind.clustered
+    divided = {
+        f"world.tensor={world.tensor}": (world.tensor > 1, "1"),
+        "world.shard_mode=slice": (sliced, "replicate or experts"),
+    }
+    _reject(divided, "optimizer.kind=muon, which updates whole matrices")
+    refused = {
+        "memory.offload=true": (memory.offload, "false"),
+        "precision.residuals=packed": (precision.residuals == "packed", "none, post or qat"),
+        f"optimizer.trainable={optimizer.trainable}": (optimizer.trainable != "all", "all"),
+    }
+    _reject(refused, "optimizer.kind=muon")
+
+
 def check_offload(memory: MemoryConfig, moe: MoEConfig) -> None:
     """Reject features that offload does not support."""
     if not memory.offload:

@@ -111,6 +111,7 @@ class RunConfig(Section):
         consistency.check_rank(self.model, self.moe, self.recluster)
         consistency.check_offload(self.memory, self.moe)
         consistency.check_trainable(self.optimizer, self.moe, self.recluster, self.memory, self.precision)
+        consistency.check_muon(self.optimizer, self.world, self.moe, self.memory, self.precision)
         self.moe.layer_kind.check_layout(self.world, self.moe)
         consistency.check_slices(self.world, self.moe, self.precision, self.memory, self.recluster)
         consistency.check_distill(self.distill, self.world, self.moe, self.train, self.optimizer)

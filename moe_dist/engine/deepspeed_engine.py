@@ -1,4 +1,4 @@
-"""Training steps on DeepSpeed: gradient accumulation, reduction by parameter class, clipping, ZeRO, AdamW."""
+"""Training steps on DeepSpeed: gradient accumulation, reduction by parameter class, clipping, ZeRO, AdamW, Muon."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from moe_dist.engine import gradient_norm
 from moe_dist.engine.deepspeed_init import init_deepspeed
 from moe_dist.engine.expert_process_groups import MarkedModel, register_groups
 from moe_dist.engine.loss_scale import INITIAL, LossScale
+from moe_dist.engine.muon import MatrixMuon
 from moe_dist.engine.offloaded_adamw import OffloadedAdamW
 from moe_dist.engine.optimizer import build_optimizer
 from moe_dist.engine.optimizer_state import OptimizerState
@@ -85,7 +86,8 @@ class DeepSpeedEngine:
         self._memory = memory
         self._offloaded = None if memory is None else OffloadedAdamW(memory, options, mesh, config.memory.lazy_updates)
         self._packed = PackedAdamW(model, config) if config.precision.residuals == "packed" else None
-        self._ours = self._offloaded or self._packed  # a configuration has one of them at most
+        self._muon = MatrixMuon(model, config, mesh) if options.kind == "muon" else None
+        self._ours = self._offloaded or self._packed or self._muon  # a configuration has one of them at most
         hidden = () if self._ours is None else self._ours.parameters()
         several = mesh.shape.pipeline > 1
         marked = MarkedModel(StageModel(model) if several else model, config.moe.experts, hidden)
@@ -194,7 +196,7 @@ class DeepSpeedEngine:
 
     def training_state(self) -> OptimizerState:
         """Return the master weights and moments of the parameters; to be used between two steps only."""
-        return OptimizerState(self._engine.optimizer, self._offloaded, self._packed)
+        return OptimizerState(self._engine.optimizer, self._offloaded, self._packed, self._muon)
 
     def wrap_reduction(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace the function that reduces gradients by `wrap` of it; for measurements."""

@@ -1,6 +1,6 @@
 """Gathered optimizer state: masters and moments of whole parameters, from and to the fragments that ranks own.
 
-Shapes: P elements of a flattened parameter, S the three `STATE_NAMES`.
+Shapes: P elements of a flattened parameter, S the three `STATE_NAMES`; a moment that does not exist is zero.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,8 @@ class OwnedState:
         whole_SP = torch.zeros(len(STATE_NAMES), self.shape.numel(), device=device)
         if self.fragment is not None:
             for row_P, name in zip(whole_SP, STATE_NAMES, strict=True):
-                row_P[self.fragment.start : self.fragment.end] = self.fragment.tensors[name]
+                if name in self.fragment.tensors:
+                    row_P[self.fragment.start : self.fragment.end] = self.fragment.tensors[name]
         if self.divided:
             dist.all_reduce(whole_SP, group=self.group)  # exact: every element is zero on all ranks but one
         return {name: row_P.view(self.shape) for row_P, name in zip(whole_SP, STATE_NAMES, strict=True)}
@@ -77,8 +78,9 @@ def write_whole(state: OptimizerState, parameter: nn.Parameter, whole: Mapping[s
     state.set_value(parameter, whole[MASTER])
     fragment = state.fragment(parameter)
     if fragment is not None:
-        for name, value in whole.items():
-            fragment.tensors[name].copy_(value.flatten()[fragment.start : fragment.end])
+        for name, tensor in fragment.tensors.items():
+            if name in whole:
+                tensor.copy_(whole[name].flatten()[fragment.start : fragment.end])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Optimizer state by parameter: writable views of this rank's FP32 master weights and Adam moments.
+"""Optimizer state by parameter: writable views of this rank's FP32 master weights and moments.
 
 DeepSpeed has three layouts: whole tensors by parameter (ZeRO 0, float32), whole tensors in separate lists (ZeRO 0,
 bfloat16), or this rank's part of a flat partition (ZeRO 1 and 2). This module has a single one for migration and
@@ -14,6 +14,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from moe_dist.engine.muon import MUON_MOMENTS, MatrixMuon
 from moe_dist.engine.offloaded_adamw import OffloadedAdamW
 from moe_dist.engine.optimizer import MOMENTS
 from moe_dist.engine.packed_adamw import PackedAdamW
@@ -29,7 +30,7 @@ class StateFragment:
 
     start: int
     tensors: dict[str, Tensor]
-    """Tensors by `STATE_NAMES`: one-dimensional float32 views of equal length; writes to them change the state."""
+    """Tensors by `OptimizerState.names_of`: one-dimensional float32 views of equal length; writes change the state."""
 
     @property
     def end(self) -> int:
@@ -41,7 +42,11 @@ class OptimizerState:
     """Optimizer state by parameter; before the first update the moments are zero and the step is 0."""
 
     def __init__(
-        self, optimizer: Any, offloaded: OffloadedAdamW | None = None, packed: PackedAdamW | None = None
+        self,
+        optimizer: Any,
+        offloaded: OffloadedAdamW | None = None,
+        packed: PackedAdamW | None = None,
+        muon: MatrixMuon | None = None,
     ) -> None:
         """Create missing moments, and map parameters to their master weights.
 
@@ -49,8 +54,9 @@ class OptimizerState:
             optimizer: DeepSpeed's optimizer, of any ZeRO stage that moe-dist uses.
             offloaded: optimizer of offloaded experts.
             packed: optimizer of factors that are kept quantized.
+            muon: optimizer of matrices.
         """
-        self._optimizer, self.offloaded, self._packed = optimizer, offloaded, packed
+        self._optimizer, self.offloaded, self._packed, self._muon = optimizer, offloaded, packed, muon
         self._adamw: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         for managed in self._managed():
             _create_missing(self._adamw.state[managed], managed)
@@ -80,10 +86,25 @@ class OptimizerState:
             start = slots.start * parameter[0].numel()
             flat = {name: tensor.view(-1) for name, tensor in tensors.items()}
             return StateFragment(start, flat) if slots.start < slots.stop else None
+        if self._muon is not None and parameter in self._muon:
+            owned = self._muon.owned(parameter)
+            names = self.names_of(parameter)
+            flat = {name: tensor.view(-1) for name, tensor in zip(names, owned or (), strict=owned is not None)}
+            return StateFragment(0, flat) if flat else None
         if self.divided:
             return self._partitioned(parameter)
         master = self._masters.get(parameter, parameter)
         return self._fragment(0, master, 0, master.numel())
+
+    def names_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """Return the names of a parameter's tensors, of `STATE_NAMES`: Muon has one moment."""
+        return (MASTER, *MUON_MOMENTS) if self._muon is not None and parameter in self._muon else STATE_NAMES
+
+    def has_separate_master(self, parameter: nn.Parameter) -> bool:
+        """Return True if a parameter's master weights are separate from it; a quantized factor has none."""
+        if self._muon is not None and parameter in self._muon:
+            return self._muon.has_separate_master()
+        return self.separate_masters and not self.is_packed(parameter)
 
     def is_packed(self, parameter: nn.Parameter) -> bool:
         """Return True if a parameter is a placeholder of a quantized factor."""

@@ -68,6 +68,12 @@ class ExpertTensors:
         found = memory.of(self._parameters[key.layer, key.local, key.name])
         return None if found is None else (memory, *found)
 
+    def _has(self, parameter: nn.Parameter, kind: PieceKind) -> bool:
+        """Return True if a parameter has state of this kind, beside its weight."""
+        if kind is PieceKind.MASTER and not self._state.is_offloaded(parameter):
+            return self._state.has_separate_master(parameter)
+        return kind.value in self._state.names_of(parameter)
+
     def _is_packed(self, key: TensorKey) -> bool:
         return key.kind is PieceKind.WEIGHT and self._state.is_packed(self._parameters[key.layer, key.local, key.name])
 
@@ -92,8 +98,8 @@ class ExpertTensors:
             for kind in self.kinds:
                 whole = ((0, parameter.numel()),) * len(owned)
                 found = whole if kind is PieceKind.WEIGHT else owned
-                if kind is PieceKind.MASTER and self._state.is_packed(parameter):
-                    found = (NOTHING,) * len(owned)  # its codes are sent as the weight
+                if kind is not PieceKind.WEIGHT and not self._has(parameter, kind):
+                    found = (NOTHING,) * len(owned)
                 runs[shared][TensorKey(layer, local, name, kind)] = found
         itemsize = {kind: self._dtype(kind).itemsize for kind in self.kinds}
         return Holdings(widths[False], widths[True], itemsize, runs[False], runs[True], self._mesh.stage)

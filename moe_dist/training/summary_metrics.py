@@ -109,7 +109,7 @@ def model_bytes(engine: DeepSpeedEngine) -> tuple[int, int]:
             held += parameter.numel() * parameter.element_size() + state.bytes_of(parameter)  # gradient and weight
             fragment = state.fragment(parameter)
             tensors = {} if fragment is None else fragment.tensors
-            masters = state.separate_masters and not state.is_packed(parameter)
+            masters = state.has_separate_master(parameter)
             held += sum(t.nbytes for name, t in tensors.items() if name != MASTER or masters)
     if state.offloaded is not None:
         clusters = state.offloaded.memory.clusters.values()

@@ -36,6 +36,9 @@ VARIANTS = [
     ["precision.residuals=packed", "world.zero_stage=2", "train.precision=float32"],
     ["moe.kind=standard", "world.zero_stage=2", "train.precision=float32", "moe.shared_expert_hidden=8"],
     ["moe.kind=dense", "world.zero_stage=1", "train.precision=float32"],
+    ["optimizer.kind=muon", "world.zero_stage=1", "train.precision=float32"],
+    ["optimizer.kind=muon", "world.zero_stage=2", "train.precision=bfloat16"],
+    ["optimizer.kind=muon", "world.zero_stage=0", "train.precision=bfloat16", "moe.kind=standard"],
 ]
 
 

@@ -89,6 +89,8 @@ def _relocated(axes: tuple[int, int, int], variants: list[list[str]], relocate: 
 STAGES = [[f"world.zero_stage={stage}"] for stage in (0, 1, 2)]
 RELOCATIONS = [*STAGES, ["moe.top_clusters=2"], ["train.precision=bfloat16"], ["model.activation_checkpointing=true"]]
 RELOCATIONS += [
+    ["optimizer.kind=muon", "world.zero_stage=1"],
+    ["optimizer.kind=muon", "world.zero_stage=0", "train.precision=bfloat16"],
     ["precision.residuals=packed"],
     ["precision.residuals=packed", "train.precision=bfloat16", "world.zero_stage=2"],
 ]

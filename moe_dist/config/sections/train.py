@@ -10,8 +10,13 @@ from moe_dist.errors import ConfigError
 
 
 class OptimizerConfig(Section):
-    """AdamW; no weight decay for norms, biases, vectors and embeddings."""
+    """AdamW, or Muon for matrices; no weight decay for norms, biases, vectors and embeddings."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="optimizer; muon: of matrices of attention, feed-forward layers, bases and standard experts, with "
+        "AdamW for all other parameters",
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="learning rate after the warm-up")
     trainable: Literal["all", "residuals"] = Field(
         "all",
@@ -24,6 +29,7 @@ class OptimizerConfig(Section):
         1.0, description="factor on the learning rate of full feed-forward matrices: bases, standard experts, dense"
     )
     beta1: Decay = Field(0.9, description="decay of the first moment")
+    muon_momentum: Decay = Field(0.95, description="decay of Muon's momentum")
     beta2: Decay = Field(0.95, description="decay of the second moment")
     epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW's epsilon")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay, of matrices only")
