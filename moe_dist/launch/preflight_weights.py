@@ -20,7 +20,7 @@ SHAPE_OF_EXPERTS = (
 
 
 def tokenizer_problems(config: RunConfig) -> Iterator[str]:
-    """Yield a line for a tokenizer that is not where the configuration says."""
+    """Yield a line for a tokenizer that is not at its configured path."""
     path = config.tokenizer.path
     if path is None:
         return
