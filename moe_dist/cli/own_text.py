@@ -34,9 +34,10 @@ def with_text(
     Raises:
         LaunchError: there is neither a configuration nor a text, or no such text.
     """
-    words = list(overrides or ())
-    if config is not None and "=" in config and not Path(config).exists():
-        words, config = [config, *words], None
+    words = [word for word in (config, *(overrides or ())) if word is not None]
+    config = next((word for word in words if "=" not in word or Path(word).exists()), None)
+    if config is not None:
+        words.remove(config)
     if config is None and path is None:
         raise LaunchError("CONFIG is missing: give a YAML file, such as configs/experiment/demo.yaml, or --text FILE")
     if path is None:

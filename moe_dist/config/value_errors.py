@@ -24,7 +24,7 @@ KINDS = {
     "less_than_equal": "<= {le}",
     "string_pattern_mismatch": "letters and digits, and after the first of them also . _ -",
 }
-"""What a value must be, by pydantic's type of its error."""
+"""Words for what a value must be, by pydantic's type of its error."""
 ALTERNATIVES = ("literal[", "constrained-", "int", "float", "str")
 """Beginnings of the last part of an error's place where a key takes values of several types."""
 
@@ -48,7 +48,7 @@ def first_error(error: ValidationError) -> str:
 
 
 def _wanted(error: ErrorDetails) -> str | None:
-    """Return what a value must be; None: the error says something else."""
+    """Return what a value must be; None: the error is another one."""
     words = KINDS.get(error["type"])
     return None if words is None else words.format(**error.get("ctx", {}))
 

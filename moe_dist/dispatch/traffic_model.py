@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_dist.config import ModelConfig, MoEConfig, WorldShape
+from moe_dist.config.byte_sizes import FLOAT32, INT32, INT64
 from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage
 
 Rows = npt.NDArray[np.float64]
-INT64, INT32, FLOAT32 = 8, 4, 4
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 

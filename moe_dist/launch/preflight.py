@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moe_dist.config import RunConfig
+from moe_dist.config.byte_sizes import FLOAT32, MOMENTS
 from moe_dist.config.machine import has_gpu
 from moe_dist.errors import ConfigError, LaunchError
 from moe_dist.launch.environment import SHARED_GPU, visible_gpu_count
@@ -18,8 +19,6 @@ from moe_dist.launch.hostfile import THIS_MACHINE
 from moe_dist.launch.preflight_text import text_problems
 from moe_dist.launch.preflight_weights import tokenizer_problems, weight_problems
 
-FLOAT32, MOMENTS = 4, 8
-"""Bytes of a weight, and of its two moments, in a checkpoint."""
 OTHER_FILES = 10_000_000
 """Bytes that a run writes besides checkpoints: metrics, events, tokenizer."""
 

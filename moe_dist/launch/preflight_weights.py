@@ -20,7 +20,7 @@ SHAPE_OF_EXPERTS = (
 
 
 def tokenizer_problems(config: RunConfig) -> Iterator[str]:
-    """Yield a line for a tokenizer that is not where the configuration says."""
+    """Yield a line for a tokenizer that is not at its configured path."""
     path = config.tokenizer.path
     if path is None:
         return
@@ -32,6 +32,22 @@ def tokenizer_problems(config: RunConfig) -> Iterator[str]:
         yield f"tokenizer.path={path} does not exist: give a folder with a {TOKENIZER_JSON}"
     elif hf and folder.is_dir() and not (folder / TOKENIZER_JSON).is_file():
         yield f"tokenizer.path={path} holds no {TOKENIZER_JSON}: give the folder of a Hugging Face tokenizer"
+    elif hf and folder.is_dir():
+        try:
+            config.tokenizer.embedding_rows(_number_of_ids(folder / TOKENIZER_JSON))
+        except ConfigError as error:
+            yield str(error)
+
+
+def _number_of_ids(file: Path) -> int:
+    """Return one more than the largest id of a Hugging Face tokenizer; 0: the file is of an unknown form."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]  # pieces with their ids, or in the order of them
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens") or ())], default=-1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def weight_problems(config: RunConfig) -> Iterator[str]:

@@ -98,9 +98,9 @@ SUMMARY: dict[str, str] = {
     "`load.dropped`": "share of routed copies beyond the capacity; 0 without `moe.capacity_factor`",
     "`load.cluster.*`": "variance, cv2, max_over_mean and entropy of the copies per cluster, for `clustered`",
     "`load.rank.*`": ("the same for ranks: places in the expert-parallel group, each summed over the `data` replicas"),
-    "`stored.expert_bytes`, `stored.residual_bytes`": (
-        "all experts of the model as an export would store them (`precision`), and their residuals in it; "
-        "`stored` is `null` without `precision.residuals`"
+    "`stored.expert_bytes`, `stored.residual_bytes`, `stored.float32_bytes`": (
+        "all clusters of the model as an export would store them (`precision`), their residuals in it, and what "
+        "they take in float32; `stored` is `null` without `precision.residuals`"
     ),
     (
         "`recluster.rounds`, `recluster.moved_experts`, `recluster.rejected_experts`, `recluster.bytes`, "

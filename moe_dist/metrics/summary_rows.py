@@ -171,12 +171,11 @@ def _source(source: Summary) -> str | None:
 
 
 def _stored(summary: Summary) -> str:
-    """Return the loss with quantized experts, and their size beside that of the experts in float32."""
+    """Return the loss with quantized clusters, and their size beside what they take in float32."""
     loss = number_words(look_up(summary, "validation.loss_stored"), ".4f")
-    stored, own = look_up(summary, "stored.expert_bytes"), look_up(summary, "parameters.expert")
+    stored, plain = (byte_words(look_up(summary, f"stored.{key}_bytes")) for key in ("expert", "float32"))
     residuals = byte_words(look_up(summary, "stored.residual_bytes"))
-    text = f"validation loss {loss}; experts take {byte_words(stored)}, of that residuals {residuals}"
-    return f"{text}; in float32 {byte_words(own and 4 * own)}"
+    return f"validation loss {loss}; clusters take {stored}, of that residuals {residuals}; in float32 {plain}"
 
 
 def _teacher(summary: Summary) -> str:

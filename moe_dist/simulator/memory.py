@@ -8,11 +8,10 @@ widths, and the tests count again.
 from dataclasses import dataclass, fields
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape, tokens_on_rank
+from moe_dist.config.byte_sizes import FLOAT32, MOMENTS
 from moe_dist.config.layer_kinds import factor_parameters
 from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator.sizes import parameters_on_rank
-
-FLOAT32, MOMENTS = 4, 8
 
 
 @dataclass(frozen=True)

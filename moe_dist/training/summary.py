@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_dist.config import RunConfig, WorldShape
+from moe_dist.config.byte_sizes import FLOAT32, MOMENTS
 from moe_dist.config.layer_kinds import LAYER_KINDS
 from moe_dist.dispatch.layout_advice import flat_bytes
 from moe_dist.metrics import installed_versions
@@ -17,9 +18,6 @@ from moe_dist.training.summary_metrics import all_to_all_totals, collective_tota
 
 if TYPE_CHECKING:
     from moe_dist.training.trainer import Trainer
-
-FLOAT32, MOMENTS = 4, 8
-"""Bytes of a float32 master weight, and of AdamW's two moments."""
 
 
 def run_summary(trainer: "Trainer") -> dict[str, Any]:
@@ -76,13 +74,18 @@ def _flat_bytes(trainer: "Trainer") -> float | None:
 
 
 def _stored_bytes(trainer: "Trainer") -> dict[str, int] | None:
-    """Return the bytes of all experts as stored, and of their residuals in it; None: they are stored unquantized."""
+    """Return the bytes of all clusters as stored, of their residuals in it, and in float32; None: not quantized."""
     config, moe = trainer.config, trainer.config.moe
     if config.precision.residuals == "none":
         return None
     cluster = stored_sizes(config, moe.experts_per_cluster)
     clusters = config.moe_layers * moe.clusters
-    return {"expert_bytes": clusters * cluster.nbytes, "residual_bytes": clusters * cluster.experts.nbytes}
+    layer = moe.layer_kind.parameters(config.model.hidden_size, moe, 1, 1)
+    return {
+        "expert_bytes": clusters * cluster.nbytes,
+        "residual_bytes": clusters * cluster.experts.nbytes,
+        "float32_bytes": FLOAT32 * config.moe_layers * (layer.base + layer.expert),
+    }
 
 
 def _dense_bytes(config: RunConfig, other_parameters: int, shape: WorldShape) -> int:

@@ -36,10 +36,12 @@ def interface() -> tuple[int, int]:
 
 
 def settled_interface() -> tuple[int, int]:
-    """The same once no rank sends any more: acknowledgements of the barrier come late."""
+    """The same while no rank sends: acknowledgements of the barrier come late, and others of the node may be ahead."""
     dist.barrier()
     time.sleep(0.5)
-    return interface()
+    seen = interface()
+    dist.barrier()
+    return seen
 
 
 def main() -> None:

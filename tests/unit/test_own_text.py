@@ -24,6 +24,7 @@ def test_a_file_or_the_texts_of_a_folder_become_the_corpus(tmp_path: Path) -> No
     corpus = load_config(MY_TEXT, corpus_words(files_of(tmp_path))).corpus
     assert (corpus.kind, corpus.paths) == ("text", [str(tmp_path / name) for name in names])
     assert with_text(None, "my.yaml", None) == ("my.yaml", [])
+    assert with_text(None, "seed=1", ["my.yaml", "seed=2"]) == ("my.yaml", ["seed=1", "seed=2"])
 
 
 def test_conversations_are_recognized(tmp_path: Path) -> None:
@@ -83,6 +84,13 @@ def test_the_model_of_a_run_is_trained_on_other_text(tmp_path: Path) -> None:
     assert config.moe == then.moe.model_copy(update={"warmup_standard": 0.0})
     assert config.tokenizer == then.tokenizer.model_copy(update={"path": str(run)})
     assert (config.name, config.optimizer.learning_rate, config.train.eval_every) == ("mine-tuned", 0.005, 7)
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 8), (3, 9), (4, 8), (16, 16)])
+def test_the_batch_divides_over_the_ranks(tmp_path: Path, ranks: int, batch: int) -> None:
+    (tmp_path / "a.txt").write_text("A few words are here, and a few more. " * 100)
+    path, words = with_text(tmp_path / "a.txt", None, None, ranks)
+    assert load_config(path, words).train.global_batch_size == batch
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Refusals before any rank starts: one line each, within two seconds, and nothing is left behind."""
 
+import json
 import os
 import shutil
 import socket
@@ -72,6 +73,15 @@ def test_weights_and_tokenizers_that_are_not_there(tmp_path: Path) -> None:
         (hf, f"tokenizer.path={tmp_path}/folder"): "tokenizer.path=HERE/folder holds no tokenizer.json: give the",
     }.items():
         assert only_problem(tmp_path, *words).startswith(line)
+    (tmp_path / "hf").mkdir()
+    for vocabulary in ({"a": 0, "b": 6999}, [["a", 0.0]] * 7000):
+        content = {"model": {"vocab": vocabulary}, "added_tokens": [{"id": 7001}]}
+        (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(content))
+        assert only_problem(tmp_path, hf, f"tokenizer.path={tmp_path}/hf", "tokenizer.vocab_size=7000") == (
+            "tokenizer.vocab_size=7000 has no room for the 7002 ids of tokenizer.path=HERE/hf: must be >= 7002"
+        )
+    (tmp_path / "hf" / "tokenizer.json").write_text("[]")
+    assert problems(config(tmp_path, hf, f"tokenizer.path={tmp_path}/hf"), 1) == []
     (tmp_path / "folder" / "manifest.json").write_text('{"kind": "weights"}')
     assert only_problem(tmp_path, f"checkpoint.resume={tmp_path}/folder") == (
         "checkpoint.resume=HERE/folder holds weights only: start a new run from it with checkpoint.init=HERE/folder"
