@@ -102,9 +102,12 @@ class MatrixMuon:
         self._gradients.clear()
 
     def _choose_owners(self) -> Iterator[tuple[nn.Parameter, int]]:
-        """Yield the rank that owns each matrix under ZeRO: in turn that of least elements, alike in every block."""
+        """Yield the rank that owns each matrix under ZeRO, alike in every block.
+
+        The largest matrix goes first, each to the replica with the fewest elements.
+        """
         load: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        for parameter, ranks in self._ranks.items():
+        for parameter, ranks in sorted(self._ranks.items(), key=lambda pair: -pair[0].numel()):
             held = load.setdefault((class_of(parameter), ranks), [0] * len(ranks))
             index = held.index(min(held))
             held[index] += parameter.numel()

@@ -11,7 +11,7 @@ from moe_dist.config import BatchShape, RunConfig, WorldShape, tokens_on_rank
 from moe_dist.config.byte_sizes import FLOAT32, MOMENTS
 from moe_dist.config.layer_kinds import factor_parameters
 from moe_dist.moe.parameter_class import ParameterClass
-from moe_dist.simulator.sizes import parameters_on_rank
+from moe_dist.simulator.sizes import matrices_on_rank, parameters_on_rank
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ def memory_of_stage(config: RunConfig, shape: WorldShape, batch: BatchShape, voc
     for kind, sharing in replicas(shape).items():
         gradients += size * held[kind] / (sharing if stage >= 2 else 1)
         optimizer += (masters + MOMENTS) * held[kind] / (sharing if stage >= 1 else 1)
+    for kind, matrices in matrices_on_rank(config, shape).items() if config.optimizer.kind == "muon" else ():
+        share = matrices / (replicas(shape)[kind] if stage >= 1 else 1)
+        gradients += size * (matrices - share) if stage >= 2 else 0  # reduced whole
+        optimizer -= share * (MOMENTS / 2 + (0 if half else masters))
     factors, codes = packed_factors(config, shape)
     gradients += size * factors * (1 - 1 / (shape.data if stage >= 2 else 1))  # reduced whole
     optimizer -= masters * factors / (shape.data if stage >= 1 else 1)

@@ -26,3 +26,17 @@ def parameters_on_rank(
         ParameterClass.BASE: layers * layer.base,
         ParameterClass.EXPERT: layers * layer.expert,
     }
+
+
+def matrices_on_rank(config: RunConfig, shape: WorldShape) -> dict[ParameterClass, int]:
+    """Return the number of elements of matrices that Muon updates, of each class, on one rank of a pipeline stage."""
+    model, moe, layers = config.model, config.moe, config.model.layers // shape.pipeline
+    d, kind = model.hidden_size, moe.layer_kind
+    layer = kind.parameters(d, moe, shape.cluster, shape.shard)
+    router = d * (moe.experts + moe.shared_expert_gate) if kind.routed else 0
+    attention = attention_parameters(model.model_copy(update={"qkv_bias": False})) - head_norms(model)
+    return {
+        ParameterClass.DENSE: layers * (attention + layer.dense - router),
+        ParameterClass.BASE: 0 if moe.two_level_base else layers * layer.base,
+        ParameterClass.EXPERT: 0 if kind.clustered else layers * layer.expert,
+    }

@@ -12,7 +12,7 @@ from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.engine.optimizer import MOMENTS
-from moe_dist.engine.optimizer_state import OptimizerState
+from moe_dist.engine.optimizer_state import MASTER, OptimizerState
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.simulator.memory import memory_of_stage
 from tests.distributed.ranks import run_ranks
@@ -47,7 +47,9 @@ def _of_variant(shape: WorldShape, words: list[str]) -> tuple[Bytes, tuple[float
     kept = [tensor for tensor in (*masters, *moments) if tensor.untyped_storage().data_ptr() not in weights]
     state = engine.training_state()
     packed = [parameter for parameter in model.parameters() if state.is_packed(parameter)]
-    moments_of_packed = [tensor for parameter in packed for tensor in _moments(state, parameter)]
+    muon = [parameter for parameter in model.parameters() if len(state.names_of(parameter)) == 2]
+    kept += [tensor for one in muon for tensor in _masters(state, one)]
+    moments_of_packed = [tensor for parameter in (*packed, *muon) for tensor in _moments(state, parameter)]
     found = memory_of_stage(config, shape, batch, VOCABULARY, mesh.stage)
     predicted = (found.dense_weights + found.base_weights + found.expert_weights, found.optimizer)
     weights_and_codes = _bytes(model.parameters()) + sum(state.bytes_of(parameter) for parameter in packed)
@@ -56,7 +58,12 @@ def _of_variant(shape: WorldShape, words: list[str]) -> tuple[Bytes, tuple[float
 
 def _moments(state: OptimizerState, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     fragment = state.fragment(parameter)
-    return [] if fragment is None else [fragment.tensors[name] for name in MOMENTS]
+    return [] if fragment is None else [fragment.tensors[name] for name in MOMENTS if name in fragment.tensors]
+
+
+def _masters(state: OptimizerState, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    fragment = state.fragment(parameter)
+    return [] if fragment is None or not state.has_separate_master(parameter) else [fragment.tensors[MASTER]]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -68,7 +75,9 @@ VARIANTS = [
     for stage in (0, 1, 2)
     for precision in ("float32", "bfloat16")
 ]
+MUON = [[*words, "optimizer.kind=muon"] for words in VARIANTS]
 VARIANTS += [[*words, "precision.residuals=packed", "precision.group_size=32"] for words in VARIANTS[1::2]]
+VARIANTS += [*MUON, [*MUON[3], "moe.kind=standard", "moe.shared_expert_hidden=16"], [*MUON[2], "moe.kind=dense"]]
 
 
 SHAPES = [WorldShape(2, 1, 1), WorldShape(1, 1, 2), WorldShape(1, 1, 1, pipeline=2)]
