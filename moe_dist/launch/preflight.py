@@ -102,7 +102,8 @@ def checkpoint_bytes(config: RunConfig) -> int:
     embeddings = config.tokenizer.vocab_size * model.hidden_size
     parameters = embeddings + config.moe_layers * (layer.dense + layer.base + experts)
     saves_state = 0 < checkpoint.every <= config.train.steps
-    return parameters * ((FLOAT32 + MOMENTS) if saves_state else FLOAT32 * checkpoint.save_final)
+    moments = MOMENTS if config.optimizer.kind == "adamw" else MOMENTS // 2
+    return parameters * ((FLOAT32 + moments) if saves_state else FLOAT32 * checkpoint.save_final)
 
 
 def _package_problems(config: RunConfig) -> Iterator[str]:

@@ -113,8 +113,10 @@ class Residuals(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Return the values of the forward pass by their names in `ClusterWeights`."""
         parameters: dict[str, Tensor] = dict(self.named_parameters())
-        if self.part.number and "output_bias_ND" in parameters:  # one rank adds it to the sum of the slices
-            parameters["output_bias_ND"] = parameters["output_bias_ND"] * 0.0
+        if self.part.slices > 1 and "output_bias_ND" in parameters:
+            # one rank adds it to the sum of the slices; all have the same graph, since ZeRO 2 puts gradients into its
+            # buckets in the order of the backward pass
+            parameters["output_bias_ND"] = parameters["output_bias_ND"] * float(self.part.number == 0)
         return parameters if self.packed is None else {**parameters, **self.packed.tensors()}
 
     def pack(self, form: GroupFormat, dtype: torch.dtype) -> PackedFactors:

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.timeout(600)
 VARIANTS = [
     ["world.zero_stage=0"],
     ["world.zero_stage=1", "moe.top_clusters=2", "moe.overlap_chunks=2", "model.activation_checkpointing=true"],
+    ["world.zero_stage=2"],
     ["world.zero_stage=2", "moe.expert_vectors=false"],
     ["world.zero_stage=1", "moe.expert_hidden=64", "precision.residuals=qat", "precision.group_size=32"],
 ]
