@@ -14,9 +14,9 @@ RANKS ?= 4
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install demo test test-fast test-gpu gpu-wheels test-cluster validate-simulator bench-nodes resume-pairs soak mutants fuzz checks docs format clean
+.PHONY: help install demo test test-fast test-gpu gpu-wheels test-cluster validate-simulator bench-nodes resume-pairs layouts-8 soak mutants fuzz checks docs format clean
 help:
-	@echo "make install | demo | test | test-fast | test-gpu | gpu-wheels | test-cluster | validate-simulator | bench-nodes | resume-pairs | soak | mutants | fuzz | checks | docs | format | clean"
+	@echo "make install | demo | test | test-fast | test-gpu | gpu-wheels | test-cluster | validate-simulator | bench-nodes | resume-pairs | layouts-8 | soak | mutants | fuzz | checks | docs | format | clean"
 
 install: $(INSTALLED)
 
@@ -80,6 +80,9 @@ bench-nodes: install
 
 resume-pairs: install  # checkpoints of each of four layouts in each other one: ten minutes
 	OMP_NUM_THREADS=1 python -W ignore -m tests.soak.resume_pairs
+
+layouts-8: install  # twelve layouts of eight ranks train like one rank, re-clustering in between: ten minutes
+	OMP_NUM_THREADS=1 python -m pytest -p no:cacheprovider tests/distributed/layouts_of_eight.py
 
 soak: install  # disturbs training 300 times: an hour or two; SOAK="--events 20 --seed 3 world.pipeline=2" for others
 	OMP_NUM_THREADS=1 python -W ignore -m tests.soak $(SOAK)

@@ -1,5 +1,6 @@
 """One rank and N ranks train alike: same losses, gradient norms, updated weights and biases, for any layout."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -65,7 +66,8 @@ def _train(axes: tuple[int, ...], variants: list[list[str]]) -> list[Trained]:
     return [_train_variant(shape, load_config(None, [*SMALL, *layout, *words])) for words in variants]
 
 
-def _train_variant(shape: WorldShape, config: RunConfig) -> Trained:
+def _train_variant(shape: WorldShape, config: RunConfig, before: Callable[..., None] = lambda *_: None) -> Trained:
+    """Train a few steps; `before` is called before each with the engine, its number, and this rank's sequences."""
     process = init_distributed(config.world)
     mesh = Mesh.create(shape, timedelta(seconds=60))
     batch = resolve_batch(config, process.ranks)
@@ -74,7 +76,9 @@ def _train_variant(shape: WorldShape, config: RunConfig) -> Trained:
     data = torch.randint(VOCABULARY, (STEPS, SEQUENCES, 17), generator=torch.Generator().manual_seed(1))
     share, group = SEQUENCES // shape.sequence_groups, mesh.in_attention.group
     for step in range(STEPS):
-        outcome = engine.forward_backward(data[step, group * share : (group + 1) * share])
+        sequences_BS = data[step, group * share : (group + 1) * share]
+        before(engine, step, sequences_BS)
+        outcome = engine.forward_backward(sequences_BS)
         assert not outcome.broken_ranks
         trained.losses.append(outcome.loss)
         trained.norms.append(engine.update(outcome, config.optimizer.learning_rate))

@@ -23,7 +23,61 @@ CHUNKED = "pipeline 2 x data 2 x cluster 1 x shard 1, 2 chunks of layers a stage
 STAGES = f"'{PIPELINE}::test_stages_train_like_one_rank[{CHUNKED}]'"
 REGROUPED = f"'{PIPELINE}::test_a_run_with_stages_regroups_and_reports_as_without[adopt]'"
 DIVIDED = f"'{ENGINE}[(1, 2, 1, 1, 2, 1)]' '{ENGINE}[(2, 1, 1, 1, 1, 2)]'"
+EIGHT = "tests/distributed/layouts_of_eight.py"
+OF_EIGHT = f"{EIGHT}::test_layouts_of_eight_train_like_one_rank"
+MUON = "tests/distributed/test_muon.py::test_any_layout_trains_like_one_rank"
 MUTATIONS: tuple[Mutation, ...] = (
+    # layouts of eight ranks
+    *_of(
+        "moe/parameter_class.py",
+        f"'{OF_EIGHT}[data 2 x cluster 2 x shard 2]'",
+        ("gradients of bases over shards are not added", "GroupKind.BASE_DATA", "GroupKind.EXPERT_DATA"),
+    ),
+    *_of(
+        "engine/deepspeed_engine.py",
+        f"'{OF_EIGHT}[data 2 x cluster 4 x shard 1, tensor 2 x context 1]'",
+        ("gradients of a tensor group count twice", "mesh.shape.tensor\n", "mesh.shape.tensor ** 2\n"),
+    ),
+    *_of(
+        "engine/stage_passes.py",
+        f"'{OF_EIGHT}[pipeline 4 x data 1 x cluster 2 x shard 1]'",
+        (
+            "a last stage's gradient counts three times",
+            "(weight, gradient)\n",
+            "(weight, 3 * gradient)\n",
+        ),
+    ),
+    *_of(
+        "recluster/expert_tensors.py",
+        f"'{OF_EIGHT}[data 2 x cluster 4 x shard 1]'",
+        (
+            "moments stay on the rank of before",
+            "kind for kind in PieceKind if",
+            "kind for kind in list(PieceKind)[:2] if",
+        ),
+    ),
+    *_of(
+        "moe/clustered_experts.py",
+        f"'{OF_EIGHT}[data 1 x cluster 4 x shard 2 (slices of the hidden width)]'",
+        ("slices have different graphs", 'if self.part.slices > 1 and "output', 'if self.part.number and "output'),
+    ),
+    # muon
+    *_of(
+        "engine/muon.py",
+        f"'{MUON}[(2, 1, 1)]' '{MUON}[(2, 2, 1)]'",
+        ("sum of gradients, not their mean", "            gradient.div_(self._mesh.shape.stage_ranks)\n", ""),
+        ("owners keep new weights", "        if self.divided:\n            self._broadcast()\n", ""),
+        (
+            "gradients of replicas are not added",
+            "> 1 and self.divided:\n            work",
+            "> 99 and self.divided:\n            work",
+        ),
+        (
+            "each replica's copy of a matrix counts in the norm",
+            "copies = 1 if self.divided else len(self._ranks[parameter])",
+            "copies = 1",
+        ),
+    ),
     # attention divided over ranks
     *_of(
         "engine/deepspeed_engine.py",
@@ -958,8 +1012,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             "fragment of the value's start",
-            "value.flatten()[fragment.start : fragment.end]",
-            "value.flatten()[: fragment.end - fragment.start]",
+            "whole[name].flatten()[fragment.start : fragment.end]",
+            "whole[name].flatten()[: fragment.end - fragment.start]",
         ),
     ),
 )
