@@ -140,6 +140,7 @@ def test_any_layout_trains_like_one_rank(axes: tuple[int, ...]) -> None:
 MOVED = [[*MUON, "world.zero_stage=0"], [*MUON, "world.zero_stage=1", "moe.top_clusters=2"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(2, 2, 1), (1, 2, 2)], ids=str)
 def test_experts_move_and_are_refitted_like_on_one_rank(axes: tuple[int, int, int]) -> None:
     for work in (_exchanged, _refactored):
