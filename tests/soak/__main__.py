@@ -174,6 +174,8 @@ def _figures(run: Path) -> list[Any]:
     """What training computed at each step, without times; every step once. None if the folder was removed after all."""
     file = run / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for line in lines:
+        (line.get("train") or {}).pop("pipeline_idle", None)  # a share of time
     return [[line["step"], line.get("train"), line.get("load"), line.get("validation")] for line in lines]
 
 
