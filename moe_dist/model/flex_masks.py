@@ -54,8 +54,9 @@ class FlexMasks:
 def attend(q_BHSW: Tensor, k_BHSW: Tensor, v_BHSW: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
     """Return the output of attention, [B, H, S, W]; keys and values may have fewer heads than queries."""
     grouped = q_BHSW.shape[1] != k_BHSW.shape[1]
-    kernel: Callable[..., Tensor] = _compiled(flex_attention) if q_BHSW.is_cuda else flex_attention
-    return kernel(q_BHSW, k_BHSW, v_BHSW, block_mask=mask, scale=scale, enable_gqa=grouped)
+    kernel: Any = _compiled(flex_attention) if q_BHSW.is_cuda else flex_attention
+    output: Tensor = kernel(q_BHSW, k_BHSW, v_BHSW, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return output
 
 
 @cache
