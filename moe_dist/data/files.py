@@ -91,7 +91,7 @@ class FileSource:
                 yield from split_rows(map(normalize_lines, read(path, self.text_column)))
 
 
-def match_files(key: str, patterns: Sequence[str]) -> tuple[Path, ...]:
+def match_files(key: str, patterns: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> tuple[Path, ...]:
     """Return the files that paths or globs (`**` and `~` allowed) name, each once, sorted by name.
 
     A path that exists is taken literally, even if it has a glob's characters.
@@ -107,9 +107,10 @@ def match_files(key: str, patterns: Sequence[str]) -> tuple[Path, ...]:
         for name in sorted(map(os.path.abspath, files)):
             found.setdefault(os.path.realpath(name), Path(name))
     for path in sorted(found.values()):
-        if format_of(path) not in SUFFIXES or (is_compressed(path) and format_of(path) == ".parquet"):
-            compressed = " ".join(f"{kind}{ending}" for kind in (PLAIN[0], ".jsonl") for ending in COMPRESSED)
-            raise DataError(f"{key}: {path} has none of the supported formats: {' '.join(SUFFIXES)} {compressed}")
+        packable = [suffix for suffix in (PLAIN[0], ".jsonl") if suffix in suffixes]
+        if format_of(path) not in suffixes or (is_compressed(path) and format_of(path) not in packable):
+            compressed = [f"{suffix}{ending}" for suffix in packable for ending in COMPRESSED]
+            raise DataError(f"{key}: {path} has none of the supported formats: {' '.join([*suffixes, *compressed])}")
     return tuple(sorted(found.values()))
 
 
