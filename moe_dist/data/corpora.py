@@ -10,10 +10,11 @@ from typing import Protocol
 import numpy as np
 
 from moe_dist.config.sections.data import SourceConfig
+from moe_dist.config.text_formats import SUFFIXES
 from moe_dist.data import token_lists
 from moe_dist.data.chats import ChatSource
 from moe_dist.data.documents import Document, as_documents, in_parts, limit_bytes
-from moe_dist.data.files import SUFFIXES, FileSource, match_files, stdlib_source
+from moe_dist.data.files import FileSource, match_files, stdlib_source
 from moe_dist.data.hub import HubSource
 from moe_dist.data.megatron_files import MegatronSource, match_prefixes
 from moe_dist.data.split import Keys, Split, Survey, lowest_keys
