@@ -23,9 +23,9 @@ MUST_MATCH = (
 )
 """Sections and keys that decide which tensors exist, what the model computes, and which tokens come next."""
 FREE = (
-    "model.activation_checkpointing", "model.init_std", "moe.backend", "moe.wire_dtype", "moe.overlap_chunks",
-    "moe.balance_rate", "moe.aux_loss_weight", "moe.z_loss_weight", "moe.capacity_factor", "moe.shared_init",
-    "tokenizer.train_bytes", "tokenizer.path",
+    "model.activation_checkpointing", "model.init_std", "model.attention", "moe.backend", "moe.wire_dtype",
+    "moe.overlap_chunks", "moe.balance_rate", "moe.aux_loss_weight", "moe.z_loss_weight", "moe.capacity_factor",
+    "moe.shared_init", "tokenizer.train_bytes", "tokenizer.path",
 )  # fmt: skip
 """Keys below `MUST_MATCH` that may differ: they choose an implementation, or steer training."""
 UNREPORTED = (

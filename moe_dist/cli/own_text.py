@@ -8,10 +8,10 @@ from typing import Any
 
 from moe_dist.config.initial_run import initial_settings
 from moe_dist.config.shipped import shipped
+from moe_dist.config.text_formats import COMPRESSIONS, ENDINGS, PLAIN
 from moe_dist.errors import LaunchError
-from moe_dist.launch.preflight_text import WHOLE_TEXT, largest_vocabulary
+from moe_dist.launch.preflight_text import largest_vocabulary
 
-TEXT_ENDINGS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
 OWN_TEXT = "configs/experiment/my-text.yaml"
 SAMPLE_BYTES = 4_000_000
 COMPRESSION = 3
@@ -62,9 +62,9 @@ def files_of(path: Path) -> list[Path]:
         raise LaunchError(f"--text {path}: no such file or folder")
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(TEXT_ENDINGS))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(ENDINGS))
     if not files:
-        raise LaunchError(f"--text {path}: the folder holds no file that ends in {' '.join(TEXT_ENDINGS)}")
+        raise LaunchError(f"--text {path}: the folder holds no file that ends in {' '.join(ENDINGS)}")
     return files
 
 
@@ -114,7 +114,7 @@ def fine_tuning_words(files: Sequence[Path], run: Mapping[str, Any], ranks: int 
 
 def _size(files: Sequence[Path]) -> int:
     """Return the bytes of plain text, roughly."""
-    return sum(file.stat().st_size * (COMPRESSION if file.suffix in (".gz", ".zst") else 1) for file in files)
+    return sum(file.stat().st_size * (COMPRESSION if file.suffix in COMPRESSIONS else 1) for file in files)
 
 
 def _step_words(size: int, length: int, ranks: int) -> list[str]:
@@ -139,7 +139,7 @@ def _vocabulary(files: Sequence[Path], size: int) -> int:
     """Return a vocabulary of about a piece for each hundred bytes, with room for every character."""
     sample, left = [], SAMPLE_BYTES
     for file in files:
-        if file.suffix in WHOLE_TEXT and left > 0:
+        if file.suffix in PLAIN and left > 0:
             with file.open("rb") as text:
                 sample.append(text.read(left).decode(errors="replace"))
             left -= len(sample[-1])

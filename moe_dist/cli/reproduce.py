@@ -18,6 +18,7 @@ class ScaleName(StrEnum):
     SMOKE = "smoke"
     TINY = "tiny"
     SMALL = "small"
+    PARITY = "parity"
     PAPER = "paper"
 
 
@@ -45,7 +46,7 @@ def reproduce(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(metavar="TRAIN,VALIDATION", help="Text: files, stdlib or hub. Default: the scale's."),
+        typer.Option(metavar="TRAIN,VALIDATION", help="Text: files, stdlib, packages or hub. Default: the scale's."),
     ] = None,
     test_text: Annotated[Path | None, typer.Option(help="File for perplexity; default: the validation file.")] = None,
     glue: Annotated[
@@ -57,6 +58,7 @@ def reproduce(
     launcher: Annotated[
         ReproduceLauncher | None, typer.Option(help="slurm writes job arrays; default for paper. Else local.")
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
     limit: Annotated[float | None, typer.Option(help="Time limit of one training or evaluation, seconds.")] = None,
     configs: Annotated[Path, typer.Option(help="The folder configs of a checkout.")] = Path("configs"),
     folder: Annotated[
@@ -96,6 +98,7 @@ def reproduce(
         evaluations=evaluate.choose(chosen, text or chosen.text, test_text, glue, subset),
         launcher=(launcher or ReproduceLauncher.LOCAL).value,
         limit=limit,
+        jobs=jobs,
     )
     home.mkdir(parents=True, exist_ok=True)
     nodes = nodes or min(2, chosen.ranks)

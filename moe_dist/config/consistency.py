@@ -116,7 +116,9 @@ def check_tokenizer(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> None:
     """Require a given tokenizer for chats, which need its template, and for tokenized files."""
     needs = {
         "chat": "the chat template of tokenizer.kind=hf",
-        "megatron": "the tokenizer that made its files: tokenizer.kind=hf and tokenizer.path",
+        **dict.fromkeys(
+            ("megatron", "tokens"), "the tokenizer that made its files: tokenizer.kind=hf and tokenizer.path"
+        ),
     }
     for name, source in corpus.by_source.items():
         if source.kind in needs and tokenizer.kind != "hf":

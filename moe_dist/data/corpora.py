@@ -1,14 +1,17 @@
 """Corpora: documents to train on and documents held out, from the `corpus.*` keys."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from moe_dist.config.sections.data import SourceConfig
+from moe_dist.config.text_formats import SUFFIXES
+from moe_dist.data import token_lists
 from moe_dist.data.chats import ChatSource
 from moe_dist.data.documents import Document, as_documents, in_parts, limit_bytes
 from moe_dist.data.files import FileSource, match_files, stdlib_source
@@ -93,7 +96,7 @@ class Corpus:
 
     def _read(self, source: Source) -> Iterator[Document]:
         documents = limit_bytes(as_documents(source.texts()), self.config.max_bytes)
-        plain = self.config.kind not in ("chat", "megatron")  # conversations and token lists have no parts
+        plain = self.config.kind not in ("chat", "megatron", "tokens")  # conversations and token lists have no parts
         return in_parts(documents) if plain and self.validation is None else documents
 
 
@@ -114,17 +117,27 @@ def open_corpus(config: SourceConfig, key: str = "corpus") -> Corpus:
         pairs = match_prefixes(f"{key}.paths", config.paths)
         held_pairs = match_prefixes(f"{key}.validation_paths", config.validation_paths)
         return Corpus(config, MegatronSource(pairs), MegatronSource(held_pairs) if held_pairs else None)
-    train = match_files(f"{key}.paths", config.paths)
-    source = ChatSource if config.kind == "chat" else partial(FileSource, text_column=config.text_column)
+    suffixes = token_lists.SUFFIXES if config.kind == "tokens" else SUFFIXES
+    train = match_files(f"{key}.paths", config.paths, suffixes)
+    source = _file_source(config)
     if not config.validation_paths:
         return Corpus(config, source(train), None)
-    held = match_files(f"{key}.validation_paths", config.validation_paths)
+    held = match_files(f"{key}.validation_paths", config.validation_paths, suffixes)
     # a glob such as data/*.txt may match the validation file too
     held_out = {path.resolve() for path in held}
     train = tuple(path for path in train if path.resolve() not in held_out)
     if not train:
         raise DataError(f"{key}.paths names only files that {key}.validation_paths names too: nothing to train on")
     return Corpus(config, source(train), source(held))
+
+
+def _file_source(config: SourceConfig) -> Callable[[tuple[Path, ...]], Source]:
+    """Return the class of a source of files, with its settings."""
+    if config.kind == "chat":
+        return ChatSource
+    if config.kind == "tokens":
+        return partial(token_lists.TokenListSource, column=config.text_column, separator=config.separator)
+    return partial(FileSource, text_column=config.text_column)
 
 
 def _hub_corpus(config: SourceConfig, key: str) -> Corpus:

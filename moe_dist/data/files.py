@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_dist.data.compressed import COMPRESSED, format_of, is_compressed, text_chunks
+from moe_dist.config.text_formats import COMPRESSIBLE, ENDINGS, PLAIN, SUFFIXES
+from moe_dist.data.compressed import format_of, is_compressed, text_chunks
 from moe_dist.data.documents import normalize_lines, split_rows, split_stream
 from moe_dist.data.table_files import jsonl_texts, parquet_texts
 from moe_dist.errors import DataError
-
-PLAIN = (".txt", ".tokens", ".raw")  # the last two are WikiText's own
-SUFFIXES = (*PLAIN, ".jsonl", ".parquet")
 
 # Skipped: packages of others (site-packages), files of this machine's build (config-*, _sysconfigdata*), tests (more
 # bytes than the library), and encodings, whose near-identical tables would put copies on both sides of the split.
@@ -91,7 +89,7 @@ class FileSource:
                 yield from split_rows(map(normalize_lines, read(path, self.text_column)))
 
 
-def match_files(key: str, patterns: Sequence[str]) -> tuple[Path, ...]:
+def match_files(key: str, patterns: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> tuple[Path, ...]:
     """Return the files that paths or globs (`**` and `~` allowed) name, each once, sorted by name.
 
     A path that exists is taken literally, even if it has a glob's characters.
@@ -107,9 +105,9 @@ def match_files(key: str, patterns: Sequence[str]) -> tuple[Path, ...]:
         for name in sorted(map(os.path.abspath, files)):
             found.setdefault(os.path.realpath(name), Path(name))
     for path in sorted(found.values()):
-        if format_of(path) not in SUFFIXES or (is_compressed(path) and format_of(path) == ".parquet"):
-            compressed = " ".join(f"{kind}{ending}" for kind in (PLAIN[0], ".jsonl") for ending in COMPRESSED)
-            raise DataError(f"{key}: {path} has none of the supported formats: {' '.join(SUFFIXES)} {compressed}")
+        if format_of(path) not in suffixes or (is_compressed(path) and format_of(path) not in COMPRESSIBLE):
+            formats = ENDINGS if suffixes is SUFFIXES else suffixes
+            raise DataError(f"{key}: {path} has none of the supported formats: {' '.join(formats)}")
     return tuple(sorted(found.values()))
 
 

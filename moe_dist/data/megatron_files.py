@@ -1,13 +1,11 @@
 """Megatron-core's tokenized files, PREFIX.bin and PREFIX.idx, read and written by its own classes.
 
-A document passes through the preparation of text as the JSON list of its ids, which `TokenListEncoder` turns into ids
-again, so that hold-out, resumption and checks are those of any other corpus.
+A document passes through the preparation of text as a token list (`token_lists.py`).
 """
 
-import json
 import logging
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 
 from moe_dist.data.files import digest_of, first_and_more
 from moe_dist.data.token_file import TokenFile
-from moe_dist.data.tokenizer import Tokenizer
+from moe_dist.data.token_lists import token_list
 from moe_dist.errors import DataError
 
 ENDINGS = (".bin", ".idx")
@@ -46,37 +44,7 @@ class MegatronSource:
             data = _open(prefix)
             ends = np.asarray(data.document_indices)
             for first, last in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-                yield json.dumps([int(token) for number in range(first, last) for token in data[number]])
-
-
-class TokenListEncoder:
-    """Encoder of JSON lists of ids that the tokenizer of the files made.
-
-    An end of the document that the files hold already is not doubled.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.vocab_size, self.end_of_document = tokenizer.vocab_size, tokenizer.end_of_document
-
-    def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """Yield the ids of each document, in order.
-
-        Raises:
-            DataError: an id is not one of the tokenizer's.
-        """
-        for text in texts:
-            ids: list[int] = json.loads(text)
-            if wrong := [token for token in ids if not 0 <= token < self.vocab_size]:
-                raise DataError(
-                    f"a document holds the token {wrong[0]}, but the tokenizer of tokenizer.path has ids below "
-                    f"{self.vocab_size}: give the tokenizer by which the files were made"
-                )
-            yield ids[:-1] if ids and ids[-1] == self.end_of_document else ids
-
-    def text_of(self, document: str, ids: Sequence[int]) -> str:
-        """Return the text of ids, whose bytes, words and lines are counted."""
-        return self._tokenizer.decode(list(ids))
+                yield token_list(int(token) for number in range(first, last) for token in data[number])
 
 
 def match_prefixes(key: str, names: Sequence[str]) -> tuple[Path, ...]:

@@ -23,10 +23,10 @@ from moe_dist.data.chats import ChatEncoder
 from moe_dist.data.corpora import Corpus, open_corpus
 from moe_dist.data.encode import PieceEncoder
 from moe_dist.data.hf_tokenizer import find_hf_tokenizer
-from moe_dist.data.megatron_files import TokenListEncoder
 from moe_dist.data.plan import PLAN, Plan, digest_of_file
 from moe_dist.data.shared_tokenizer import shared_tokenizer
 from moe_dist.data.token_file import Encoder, TokenFile, open_token_file
+from moe_dist.data.token_lists import TokenListEncoder
 from moe_dist.data.tokenizer import SENTENCEPIECE_MODEL, Tokenizer, open_tokenizer, tokenizer_in
 from moe_dist.errors import DataError
 
@@ -241,4 +241,4 @@ def _make(folder: Path, corpus: Corpus, config: TokenizerConfig, imported: Mappi
 def _encoder_of(kind: str, tokenizer: Tokenizer) -> Encoder:
     if kind == "chat":
         return ChatEncoder(tokenizer)
-    return TokenListEncoder(tokenizer) if kind == "megatron" else tokenizer
+    return TokenListEncoder(tokenizer) if kind in ("megatron", "tokens") else tokenizer

@@ -3,7 +3,7 @@
 import codecs
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +49,40 @@ def parquet_texts(path: Path, column: str) -> Iterator[str]:
     Raises:
         DataError: the file is not a Parquet file, lacks the column, or the column does not hold text.
     """
+    rows, missing = 0, _MissingTexts(path, "row")
+    for number, names, text in parquet_rows(path, column):
+        rows = number
+        if text is None:
+            missing.add(number)
+            continue
+        yield checked_text(text, f"{path}: row {number}", column, names)
+    missing.warn(rows)
+
+
+def parquet_rows(path: Path, column: str) -> Iterator[tuple[int, Sequence[str], Any]]:
+    """Yield the number of each row, from 1, the names of all columns, and the column's value; a file may be empty.
+
+    Raises:
+        DataError: the file is not a Parquet file, or lacks the column.
+    """
     import pyarrow  # takes long to import, and most runs need none of it
     from pyarrow import parquet
 
     if not path.stat().st_size:
         return
-    rows, missing = 0, _MissingTexts(path, "row")
+    number = 0
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if column not in names:
                 raise no_column(str(path), column, names)
             for batch in file.iter_batches(batch_size=_ROWS_OF_A_BATCH, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    rows += 1
-                    if text is None:
-                        missing.add(rows)
-                        continue
-                    yield checked_text(text, f"{path}: row {rows}", column, names)
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield number, names, value
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} cannot be read as .parquet: {reason}") from error
-    missing.warn(rows)
 
 
 def checked_text(text: Any, where: str, column: str, columns: Iterable[str]) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from moe_dist.config.text_formats import SUFFIXES
 from moe_dist.data import Tokenizer
-from moe_dist.data.files import SUFFIXES, FileSource, match_files
+from moe_dist.data.files import FileSource, match_files
 from moe_dist.data.hub import HubSource
 from moe_dist.errors import DataError
 

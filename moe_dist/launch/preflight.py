@@ -119,6 +119,8 @@ def _device_problems(config: RunConfig, ranks_here: int) -> Iterator[str]:
         yield "world.backend=nccl needs a CUDA GPU, and there is none here: use auto or gloo"
     elif backend == "nccl" and os.environ.get("DS_ACCELERATOR") == "cpu":
         yield "world.backend=nccl needs a CUDA GPU, but DS_ACCELERATOR=cpu is set: unset it, or use gloo"
+    if config.model.attention == "flex" and (backend == "gloo" or not has_gpu()):
+        yield "model.attention=flex trains on GPUs only, and these ranks use the CPU: set it to sdpa"
     gpus = visible_gpu_count(os.environ) if backend != "gloo" else 0
     if 0 < gpus < ranks_here and os.environ.get(SHARED_GPU) != "1":
         listed = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")

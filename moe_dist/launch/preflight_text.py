@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from moe_dist.config import RunConfig
+from moe_dist.config.text_formats import PLAIN
 
-WHOLE_TEXT = (".txt", ".tokens", ".raw")
 RESERVED_PIECES = 260
 """Pieces that a trained vocabulary holds for any text: 256 bytes, unknown, end of document, newline and tab."""
 MOST_BYTES_READ, MOST_FILES_READ, HEAD_BYTES = 4_000_000, 500, 65_536
@@ -29,7 +29,7 @@ def text_problems(config: RunConfig) -> Iterator[str]:
                 read += files if key == "paths" else []
         whole &= source.kind == "text"
     usable = all(file.is_file() and os.access(file, os.R_OK) for file in read)
-    plain = whole and read and usable and all(file.suffix in WHOLE_TEXT for file in read)
+    plain = whole and read and usable and all(file.suffix in PLAIN for file in read)
     if plain:
         yield from _content_problems(config, read)
     trained = config.tokenizer.kind == "bpe" and config.tokenizer.path is None

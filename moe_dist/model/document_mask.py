@@ -18,9 +18,14 @@ def document_mask(tokens_BS: Tensor, end_of_document: int) -> Tensor:
     Args:
         end_of_document: the token that ends each document and belongs to it.
     """
-    ends_BS = (tokens_BS == end_of_document).long()
-    document_BS = ends_BS.cumsum(1) - ends_BS
+    document_BS = document_numbers(tokens_BS, end_of_document)
     return (document_BS[:, :, None] == document_BS[:, None, :]).tril()[:, None]
+
+
+def document_numbers(tokens_BS: Tensor, end_of_document: int) -> Tensor:
+    """Return the number of each token's document in its sequence, from 0, int64 [B, S]; an end belongs to its own."""
+    ends_BS = (tokens_BS == end_of_document).long()
+    return ends_BS.cumsum(1) - ends_BS
 
 
 def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:

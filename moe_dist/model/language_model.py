@@ -19,7 +19,8 @@ from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.errors import MoeDistError
 from moe_dist.memory.block import Block
 from moe_dist.memory.expert_memory import ExpertMemory
-from moe_dist.model.document_mask import INSIDE, document_mask
+from moe_dist.model.document_mask import INSIDE, document_mask, document_numbers
+from moe_dist.model.flex_masks import FlexMasks
 from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
 from moe_dist.model.pipeline_stage import StageLayers, positions, run_chunk
 from moe_dist.model.stage_links import StageLinks, TiedEmbedding
@@ -200,7 +201,7 @@ class LanguageModel(nn.Module):
         parameter = next(self.gpt.parameters())
         return torch.empty(sizes, dtype=parameter.dtype, device=parameter.device)
 
-    def _divided(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _divided(self, sequence_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | FlexMasks | None]:
         """Return this rank's tokens, labels, and which of them are targets, [B, S], and the mask of attention."""
         target_BS, code_BS = sequence_BS[:, 1:] >= 0, torch.maximum(sequence_BS, ~sequence_BS)
         mask, token_BS = self._document_mask(code_BS[:, :-1]), code_BS & (INSIDE - 1)
@@ -212,11 +213,17 @@ class LanguageModel(nn.Module):
         mesh = self.context.mesh
         return x_BS.chunk(mesh.shape.context, dim=1)[mesh.in_attention.context]
 
-    def _document_mask(self, tokens_BS: Tensor) -> Tensor | None:
+    def _document_mask(self, tokens_BS: Tensor) -> Tensor | FlexMasks | None:
         """Return the mask of attention inside documents; None: each token attends to all earlier ones."""
-        if not self.config.corpus.document_mask:
+        masked, flex = self.config.corpus.document_mask, self.config.model.attention == "flex"
+        if not masked and not flex:
             return None
+        if not masked:
+            return FlexMasks(None, tokens_BS.shape[1], tokens_BS.device)
         assert self.end_of_document is not None, "the tokenizer's end-of-document token was not set"
+        if flex:
+            numbers_BS = document_numbers(tokens_BS, self.end_of_document)
+            return FlexMasks(numbers_BS, tokens_BS.shape[1], tokens_BS.device)
         return document_mask(tokens_BS, self.end_of_document)
 
     def clustered_layers(self) -> list[ClusteredMoE]:

@@ -24,12 +24,14 @@ from moe_dist.config import ModelConfig
 from moe_dist.config.sections.model import RopeScaling
 from moe_dist.distributed.mesh import RankGroup
 from moe_dist.model.document_mask import window_mask
+from moe_dist.model.flex_masks import FlexMasks, attend
 
 
 class SdpaCoreAttention(nn.Module):
     """Causal attention with torch's scaled_dot_product_attention; layout [S, B, H, W] of Megatron-core.
 
-    A mask, bool [B, 1, CS, CS], is true where a token attends, as torch's is and Megatron-core's is not.
+    A mask, bool [B, 1, CS, CS], is true where a token attends, as torch's is and Megatron-core's is not. With
+    `FlexMasks` in its place attention is computed by FlexAttention.
     """
 
     def __init__(
@@ -56,17 +58,20 @@ class SdpaCoreAttention(nn.Module):
         self._context = context if context is not None and context.size > 1 else None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask_B1SS: Tensor | None = None, *_: Any, **__: Any
+        self, query: Tensor, key: Tensor, value: Tensor, mask_B1SS: Tensor | FlexMasks | None = None, *_: Any, **__: Any
     ) -> Tensor:
         """Return [S, B, H * W]; `key` and `value` have one head for each query group."""
         if self._context is not None:
             query, key, value = (_all_tokens(x, self._context) for x in (query, *self._divisible(query, key, value)))
-        mask_B1SS = self._in_window(mask_B1SS, query)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask_B1SS, is_causal=mask_B1SS is None, scale=self._scale, enable_gqa=grouped
-        )
+        if isinstance(mask_B1SS, FlexMasks):
+            out = attend(q, k, v, mask_B1SS.within(self._window), self._scale)
+        else:
+            mask_B1SS = self._in_window(mask_B1SS, query)
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, k, v, mask_B1SS, is_causal=mask_B1SS is None, scale=self._scale, enable_gqa=grouped
+            )
         out_SBHW = out.permute(2, 0, 1, 3)
         if self._context is not None:
             out_SBHW = _all_heads(out_SBHW, self._context)

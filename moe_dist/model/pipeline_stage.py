@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.distributed.mesh import Mesh
+from moe_dist.model.flex_masks import FlexMasks
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def run_chunk(
     chunk: int,
     tokens_BS: Tensor,
     labels_BS: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | FlexMasks | None,
     received_SBD: Tensor | None,
     output_weight: Tensor | None,
 ) -> Tensor:

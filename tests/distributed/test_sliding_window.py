@@ -31,11 +31,15 @@ def test_the_mask_by_hand() -> None:
 
 
 def _losses(*layouts: str) -> list[Tensor]:
+    return _losses_with([], *layouts)
+
+
+def _losses_with(words: list[str], *layouts: str) -> list[Tensor]:
     found = []
     tokens_BS = torch.randint(0, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(0))
     for layout in layouts:
         context, tensor = (2 if layout == name else 1 for name in ("context", "tensor"))
-        config = load_config(None, [*WORDS, f"world.context={context}", f"world.tensor={tensor}"])
+        config = load_config(None, [*WORDS, *words, f"world.context={context}", f"world.tensor={tensor}"])
         process = init_distributed(config.world)
         shape = WorldShape(1, process.ranks, 1, context=context, tensor=tensor)
         mesh = Mesh.create(shape, process.timeout)
@@ -52,6 +56,23 @@ def test_parts_of_sequences_and_heads_see_the_same_window() -> None:
     torch.testing.assert_close(torch.cat([found[0] for found in on_ranks], dim=1), alone, rtol=1e-5, atol=1e-5)
     for found in on_ranks:
         torch.testing.assert_close(found[1], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.kv_heads=2"],
+        ["corpus.document_mask=false"],
+        ["model.window=null", "model.window_from=0"],
+        ["corpus.document_mask=false", "model.window=null", "model.window_from=0"],
+    ],
+)
+def test_flex_attention_hides_the_same(words: list[str]) -> None:
+    ((plain,),) = run_ranks(_losses_with, 1, words, "plain")
+    ((flex,),) = run_ranks(_losses_with, 1, [*words, "model.attention=flex"], "plain")
+    torch.testing.assert_close(flex, plain, rtol=1e-5, atol=1e-5)
+    on_ranks = run_ranks(_losses_with, 2, [*words, "model.attention=flex"], "context")
+    torch.testing.assert_close(torch.cat([found[0] for found in on_ranks], dim=1), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_stages_and_layers_are_refused_in_one_line() -> None:

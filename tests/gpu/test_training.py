@@ -49,6 +49,15 @@ def reference(folder: Path) -> list[float]:
     return losses
 
 
+def test_flex_attention_trains_like_masks_in_memory(folder: Path, on_gpu: bool, report: Report) -> None:
+    if not on_gpu:
+        pytest.skip("FlexAttention has no backward pass on a CPU")
+    words = [_backend(on_gpu), "train.precision=float32", "corpus.document_mask=true", "model.window=20"]
+    plain, flex = (_train(folder, name, [*words, f"model.attention={name}"])["losses"] for name in ("sdpa", "flex"))
+    report("flex", f"losses with masks in memory {plain}, by FlexAttention {flex}")
+    assert flex == pytest.approx(plain, rel=2e-3)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize(("precision", "near"), [("float32", 2e-3), ("bfloat16", 0.05), ("float16", 0.05)])
 def test_losses_are_those_of_the_cpu(

@@ -12,24 +12,29 @@ from moe_dist.errors import ConfigError
 class SourceConfig(Section):
     """One source of training and validation text."""
 
-    kind: Literal["stdlib", "text", "chat", "megatron", "hub"] = Field(
+    kind: Literal["stdlib", "text", "chat", "tokens", "megatron", "hub"] = Field(
         "stdlib",
         description="stdlib: Python's own library source, offline; chat: conversations, with the loss on answers only; "
-        "megatron: Megatron-core's tokenized files",
+        "tokens: arrays or columns of ids; megatron: Megatron-core's tokenized files",
     )
     paths: PathTexts = Field(
         [],
-        description="files or globs: .txt .jsonl (also .gz .zst) .parquet (text), .jsonl (chat); prefixes of .bin and "
-        ".idx (megatron)",
+        description="files or globs: .txt .jsonl (also .gz .zst) .parquet (text), .jsonl (chat), .npy .parquet "
+        "(tokens); prefixes of .bin and .idx (megatron)",
     )
     validation_paths: PathTexts = Field(
-        [], description="held-out files (text, chat); empty: a fraction of the documents"
+        [], description="held-out files (text, chat, tokens, megatron); empty: a fraction of the documents"
     )
     name: PathText | None = Field(None, description="data set on the Hugging Face hub, or a local folder of one (hub)")
     subset: str | None = Field(None, description="configuration of that data set (hub)")
     split: str = Field("train", description="training split (hub)")
     validation_split: str | None = Field("validation", description="validation split (hub); null: hold out a fraction")
-    text_column: str = Field("text", description="text column of .jsonl, .parquet and hub data; no other is read")
+    text_column: str = Field(
+        "text", description="text column of .jsonl, .parquet and hub data, or column of lists of ids; no other is read"
+    )
+    separator: NonNegative | None = Field(
+        None, description="id between the documents of a one-dimensional array (tokens)"
+    )
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of documents held out")
     max_bytes: Positive | None = Field(None, description="limit of text per source; null: no limit")
     near_duplicates: Literal["ignore", "report", "drop"] = Field(
@@ -73,10 +78,10 @@ class WeightChange(Section):
 class CorpusConfig(SourceConfig):
     """Source of training and validation text."""
 
-    kind: Literal["stdlib", "text", "chat", "megatron", "hub", "blend"] = Field(  # type: ignore[assignment]
+    kind: Literal["stdlib", "text", "chat", "tokens", "megatron", "hub", "blend"] = Field(  # type: ignore[assignment]
         "stdlib",
         description="stdlib: Python's own library source, offline; chat: conversations, with the loss on answers only; "
-        "megatron: Megatron-core's tokenized files; blend: `sources`",
+        "tokens: arrays or columns of ids; megatron: Megatron-core's tokenized files; blend: `sources`",
     )
     sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")], BlendSource] = Field(
         {}, description="named sources that are blended by weight (blend), each with the keys above"
@@ -115,10 +120,13 @@ def check_source(source: SourceConfig, key: str) -> None:
     """
     kind, needs = source.kind, {"text": "a list of files or globs (.txt, .jsonl, .parquet)"}
     needs |= {"chat": "a list of .jsonl files or globs", "megatron": "prefixes of .bin and .idx files"}
+    needs["tokens"] = "a list of .npy or .parquet files or globs"
     if kind in needs and not source.paths:
         raise ConfigError(f"{key}.kind={kind} needs {key}.paths: {needs[kind]}")
-    if kind in ("chat", "megatron") and source.max_bytes is not None:
+    if kind in ("chat", "tokens", "megatron") and source.max_bytes is not None:
         raise ConfigError(f"{key}.max_bytes={source.max_bytes} would cut documents of {key}.kind={kind}: remove it")
+    if source.separator is not None and kind != "tokens":
+        raise ConfigError(f"{key}.separator={source.separator} is read with {key}.kind=tokens only, not {kind}")
     if kind == "hub" and not source.name:
         raise ConfigError(f"{key}.kind=hub needs {key}.name, such as Salesforce/wikitext")
     unread = [name for name in ("paths", "validation_paths", "name") if getattr(source, name)]

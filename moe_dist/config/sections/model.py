@@ -74,6 +74,11 @@ class ModelConfig(Section):
         None, description="sliding window: tokens that a token attends to, itself included; null: all earlier ones"
     )
     window_from: NonNegative = Field(0, description="first layer with the sliding window")
+    attention: Literal["sdpa", "flex"] = Field(
+        "sdpa",
+        description="sdpa: torch's scaled_dot_product_attention, with a mask in memory for documents and windows; "
+        "flex: FlexAttention, which skips what they hide (training on GPUs only)",
+    )
     sequence_length: Positive = Field(256, description="tokens per sequence")
     tie_embeddings: bool = Field(True, description="share the token embedding's weights with the output layer")
     rope_base: Positive = Field(10000, description="base of the rotary positions' frequencies")
@@ -115,7 +120,7 @@ class ModelConfig(Section):
         if self.latent.rotary_dim % 2:
             raise ConfigError(f"model.latent.rotary_dim={self.latent.rotary_dim} is odd: must be even")
         plain = {"window": None, "kv_heads": None, "head_dim": None, "qkv_bias": False, "qk_norm": "none"}
-        for key, value in plain.items():
+        for key, value in {**plain, "attention": "sdpa"}.items():
             if getattr(self, key) != value:
                 raise ConfigError(f"model.{key}={getattr(self, key)} does not work with model.latent: leave it out")
         return self

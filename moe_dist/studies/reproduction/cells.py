@@ -1,6 +1,7 @@
 """Runs of a reproduction as cells of a study; one command repeats any cell alone."""
 
 import json
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,9 @@ def _config_of(setting: Setting, kind: RecipeKind) -> Path:
 
 
 def text_words(text: str) -> tuple[str, ...]:
-    """Return overrides that select a text: `stdlib`, `hub` (the scale's own), or files TRAIN,VALIDATION.
+    """Return overrides that select a text: `stdlib`, `packages`, `hub` (the scale's own), or files TRAIN,VALIDATION.
+
+    `packages` is the source of the Python packages that are installed here, in the order of their names.
 
     Raises:
         ConfigError: the text is none of these.
@@ -129,8 +132,12 @@ def text_words(text: str) -> tuple[str, ...]:
         return ()
     if text == "stdlib":
         return ("corpus.kind=stdlib", "corpus.name=null")
+    if text == "packages":
+        source = Path(sysconfig.get_path("purelib")) / "**" / "*.py"
+        return ("corpus.kind=text", f"corpus.paths={json.dumps(str(source))}", "corpus.name=null")
     train, comma, validation = text.partition(",")
     if not (train and comma and validation):
-        raise ConfigError(f"--text {text!r}: write stdlib, hub, or TRAIN,VALIDATION such as train.txt,validation.txt")
+        known = "stdlib, packages, hub, or TRAIN,VALIDATION such as train.txt,validation.txt"
+        raise ConfigError(f"--text {text!r}: write {known}")
     paths = [json.dumps([str(Path(file).absolute())]) for file in (train, validation)]
     return ("corpus.kind=text", f"corpus.paths={paths[0]}", f"corpus.validation_paths={paths[1]}")

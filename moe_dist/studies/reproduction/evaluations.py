@@ -43,11 +43,12 @@ def choose(scale: Scale, text: str, test_text: Path | None, glue: str | None, su
     """Select evaluations by the options of `moe-dist reproduce`.
 
     Args:
-        text: training text: `stdlib`, `hub`, or TRAIN,VALIDATION.
+        text: training text: `stdlib`, `packages`, `hub`, or TRAIN,VALIDATION.
         glue: folder, `hub` or `none`; None: the scale's default.
         subset: subset of WikiText if the text is the hub's.
     """
-    held = None if text == "stdlib" else "hub" if text == "hub" else str(Path(text.partition(",")[2]).absolute())
+    own = {"stdlib": None, "packages": None, "hub": "hub"}
+    held = own[text] if text in own else str(Path(text.partition(",")[2]).absolute())
     held = held if test_text is None else str(test_text.absolute())
     wanted = glue or ("hub" if scale.glue_by_default else "none")
     folder = None if wanted == "none" else "hub" if wanted == "hub" else str(Path(wanted).absolute())

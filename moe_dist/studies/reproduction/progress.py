@@ -12,13 +12,16 @@ class StudyProgress:
         left: remaining parts of each sort.
     """
 
-    def __init__(self, left: Mapping[str, int], seconds: Mapping[str, float], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, left: Mapping[str, int], seconds: Mapping[str, float], say: Callable[[str], None], jobs: int = 1
+    ) -> None:
         """Start the countdown.
 
         Args:
             seconds: assumed duration of one part of each sort, until one has been measured.
+            jobs: parts that are run at a time.
         """
-        self.left, self._seconds, self._say = dict(left), dict(seconds), say
+        self.left, self._seconds, self._say, self._jobs = dict(left), dict(seconds), say, jobs
         self._taken: dict[str, list[float]] = {sort: [] for sort in left}
         self._total = sum(left.values())
 
@@ -37,7 +40,7 @@ class StudyProgress:
             count * (mean(self._taken[sort]) if self._taken[sort] else self._seconds[sort])
             for sort, count in self.left.items()
         )
-        return f"about {shown(seconds)} left" if any(self.left.values()) else "done"
+        return f"about {shown(seconds / self._jobs)} left" if any(self.left.values()) else "done"
 
 
 def shown(seconds: float) -> str:

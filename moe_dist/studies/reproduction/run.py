@@ -1,6 +1,7 @@
 """Runner of a reproduction: runs the missing parts and writes the results after every seed."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from moe_dist.studies.reproduction.evaluations import Evaluations
 from moe_dist.studies.reproduction.figures import Result, rows
 from moe_dist.studies.reproduction.plots import plot_all
 from moe_dist.studies.reproduction.progress import StudyProgress
-from moe_dist.studies.reproduction.scales import BASELINES, DENSE, KINDS, RecipeKind
+from moe_dist.studies.reproduction.scales import BASELINES, DENSE, FEW, KINDS, RecipeKind
 from moe_dist.studies.reproduction.tables import Rates
 from moe_dist.studies.runner import StudyCell, StudyOutcome, finish, known, validation_loss
 
@@ -29,6 +30,7 @@ class ReproductionPlan:
 
     Attributes:
         limit: time limit of one training or evaluation, seconds.
+        jobs: trainings, or evaluations, at a time.
     """
 
     setting: Setting
@@ -38,6 +40,7 @@ class ReproductionPlan:
     evaluations: Evaluations
     launcher: str
     limit: float | None = None
+    jobs: int = 1
 
     @property
     def folder(self) -> Path:
@@ -75,14 +78,14 @@ def reproduce(plan: ReproductionPlan, say: Callable[[str], None]) -> list[Result
     """Run everything; report a part that fails and continue. Results are written after every seed."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     progress = _progress(plan, say)
-    grid = _rates_of_grid([_train(plan, cell, "grid", progress) for cell in plan.grid_cells])
-    cells = main_cells(plan.setting, plan.kinds, plan.seeds, best_rates(grid))
     results: list[Result] = []
-    for number, cell in enumerate(cells, 1):
-        outcome = _train(plan, cell, "training", progress)
-        results.append(_evaluated(plan, outcome, progress))
-        if number % len(plan.kinds) == 0:
-            write_results(plan, results, grid)
+    with ThreadPoolExecutor(plan.jobs) as pool:
+        grid = _rates_of_grid(list(pool.map(lambda cell: _train(plan, cell, "grid", progress), plan.grid_cells)))
+        cells = main_cells(plan.setting, plan.kinds, plan.seeds, best_rates(grid))
+        for result in pool.map(lambda cell: _trained_and_evaluated(plan, cell, progress), cells):
+            results.append(result)
+            if len(results) % len(plan.kinds) == 0:
+                write_results(plan, results, grid)
     return results
 
 
@@ -146,7 +149,7 @@ def best_rates(grid: Rates) -> dict[str, float]:
 def write_results(plan: ReproductionPlan, results: Sequence[Result], grid: Rates) -> None:
     """Write `results.json`, `runs.csv`, `results.md` and the plots."""
     table = rows(results)
-    claimed = [kind.name for kind in plan.kinds if kind.name not in (DENSE, *BASELINES) and kind.is_available]
+    claimed = [kind.name for kind in plan.kinds if kind.name not in (DENSE, FEW, *BASELINES) and kind.is_available]
     write_json(plan.folder / RESULTS, tables.to_dict(results, table, claimed, grid, plan.setting.scale.name))
     tables.write_csv(results, plan.folder / "runs.csv")
     (plan.folder / "results.md").write_text(tables.markdown(table, claimed, grid, plan.told), encoding="utf-8")
@@ -165,7 +168,7 @@ def _progress(plan: ReproductionPlan, say: Callable[[str], None]) -> StudyProgre
             left["evaluation"] = sum(
                 not cell.refusal and evaluate.known(cell, plan.folder, plan.words) is None for cell in cells
             )
-    progress = StudyProgress(left, dict(zip(left, plan.setting.scale.seconds, strict=True)), say)
+    progress = StudyProgress(left, dict(zip(left, plan.setting.scale.seconds, strict=True)), say, plan.jobs)
     sorts = ", ".join(f"{count} {sort}" for sort, count in left.items())
     say(f"{sum(left.values())} parts to run ({sorts}): {progress.remaining()}")
     return progress
@@ -183,6 +186,10 @@ def _train(plan: ReproductionPlan, cell: StudyCell, sort: str, progress: StudyPr
 
     progress.run(sort, _shown(cell), work)
     return found[0]
+
+
+def _trained_and_evaluated(plan: ReproductionPlan, cell: StudyCell, progress: StudyProgress) -> Result:
+    return _evaluated(plan, _train(plan, cell, "training", progress), progress)
 
 
 def _evaluated(plan: ReproductionPlan, outcome: StudyOutcome, progress: StudyProgress) -> Result:

@@ -37,6 +37,8 @@ class RecipeKind:
 
 
 DENSE, CLASSIC, STRONG, OURS = "dense", "standard-aux", "standard-bias", "clustered-online"
+FEW = "standard-few"
+"""Standard experts with about as many parameters as the clustered presets."""
 PAPER = "paper"
 BASELINES = (CLASSIC, STRONG)
 _SLOWER = ("optimizer.feed_forward_lr_scale=0.6",)  # the best one: see quality-*.yaml
@@ -47,6 +49,7 @@ KINDS = {
         RecipeKind(DENSE, "dense", DENSE, words=_SLOWER),
         RecipeKind(CLASSIC, "standard-aux", CLASSIC),
         RecipeKind(STRONG, "standard-bias", STRONG, words=_SLOWER),
+        RecipeKind(FEW, "standard-bias", FEW, words=(*_SLOWER, "moe.experts=6")),
         RecipeKind(PAPER, "paper", PAPER, online=True, beside=(DENSE, *BASELINES), shared=1.5),
         RecipeKind("clustered-cheap", "cheap", "clustered-cheap"),
         RecipeKind("clustered-fixed", "good", "clustered-fixed"),
@@ -139,6 +142,7 @@ SCALES = {
         Scale(
             "small", "hub", 4, GRID, 500, _recluster(100, 1000), None, ("--max-train=10000",), True, (1200, 4800, 3600)
         ),
+        Scale("parity", "packages", 1, GRID, 500, _recluster(200, 1000), None, (), False, (170, 680, 60)),
         Scale("paper", "hub", 16, (), 0, _recluster(500, 10000), None, (), True, (0, 3600, 3600)),
     )
 }

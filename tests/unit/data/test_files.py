@@ -94,7 +94,9 @@ def test_files_that_cannot_be_found_or_read_are_named(tmp_path: Path) -> None:
     assert f"is a folder: name its files, such as {tmp_path}/*.txt" in refusal([tmp_path])
     (tmp_path / "a.txt").write_text("fine")
     (tmp_path / "a.csv").write_text("a,b")
-    assert "a.csv has none of the supported formats: .txt .tokens .raw .jsonl .parquet" in refusal([tmp_path / "a.*"])
+    assert "a.csv has none of the supported formats: .txt .tokens .raw .md .rst .py .jsonl .parquet" in refusal(
+        [tmp_path / "a.*"]
+    )
     assert "corpus.validation_paths: " in refusal([tmp_path / "a.txt"], validation_paths=["no.txt"])
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     assert "latin.txt is not UTF-8 text: byte 2 is 0xef" in refusal([tmp_path / "latin.txt"])

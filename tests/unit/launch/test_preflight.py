@@ -124,6 +124,9 @@ def test_devices_and_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert only_problem(tmp_path, "world.backend=nccl") == (
         "world.backend=nccl needs a CUDA GPU, and there is none here: use auto or gloo"
     )
+    assert only_problem(tmp_path, "model.attention=flex") == (
+        "model.attention=flex trains on GPUs only, and these ranks use the CPU: set it to sdpa"
+    )
     monkeypatch.setattr(preflight, "visible_gpu_count", lambda _: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert only_problem(tmp_path, ranks=4).startswith("4 ranks are more than the 2 GPUs of this machine: start fewer")

@@ -65,9 +65,13 @@ def test_texts_are_chosen() -> None:
     assert cells.text_words("hub") == ()
     config = load_config(CONFIGS / "reproduce" / "tiny.yaml", cells.text_words("a.txt,b.txt"))
     assert (config.corpus.kind, config.corpus.paths) == ("text", [str(Path("a.txt").absolute())])
-    with pytest.raises(ConfigError, match=r"--text 'a.txt': write stdlib, hub, or TRAIN,VALIDATION"):
+    with pytest.raises(ConfigError, match=r"--text 'a.txt': write stdlib, packages, hub, or TRAIN,VALIDATION"):
         cells.text_words("a.txt")
+    packages = load_config(CONFIGS / "reproduce" / "parity.yaml", cells.text_words("packages")).corpus
+    assert packages.kind == "text"
+    assert packages.paths[0].endswith("site-packages/**/*.py")
     tiny: Scale = SCALES["tiny"]
+    assert choose(tiny, "packages", None, "none", None).words(tiny) == []
     assert choose(tiny, "a.txt,b.txt", None, "none", None).text == str(Path("b.txt").absolute())
     assert choose(tiny, "hub", None, None, "wikitext-2-raw-v1").words(tiny)[:2] == [
         "--task=wikitext",
