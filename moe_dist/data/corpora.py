@@ -142,8 +142,7 @@ def _file_source(config: SourceConfig) -> Callable[[tuple[Path, ...]], Source]:
 
 def _hub_corpus(config: SourceConfig, key: str) -> Corpus:
     name = config.name or ""
-    train = HubSource(name, config.subset, config.split, config.text_column)
+    train = HubSource(name, config.subset, config.split, config.text_column, streaming=config.streaming)
     if config.validation_split is None:
         return Corpus(config, train, None)
-    held = HubSource(name, config.subset, config.validation_split, config.text_column, f"{key}.validation_split")
-    return Corpus(config, train, held)
+    return Corpus(config, train, replace(train, split=config.validation_split, split_key=f"{key}.validation_split"))

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from moe_dist.data.documents import normalize_lines, split_rows
+from moe_dist.data.files import digest_of
 from moe_dist.data.table_files import checked_text, no_column
 from moe_dist.errors import DataError
 
@@ -31,13 +33,16 @@ class HubSource:
     key: str = "corpus."
     """Prefix of the other keys in messages."""
     instead: str = "corpus.kind=text with local files in corpus.paths"
+    streaming: bool = False
+    """True: rows are read from where the data set is, at each pass; False: it is downloaded whole at first."""
 
     def __str__(self) -> str:
         return f"{self.split_key}={self.split} of {self.name}"
 
     def fingerprint(self) -> str:
         """Return a text that changes with the data set's version, split and column."""
-        return f"{self.name} {self.subset} {self.split} {self.text_column} {self.table._fingerprint}"
+        version = self._version() if self.streaming else self.table._fingerprint
+        return f"{self.name} {self.subset} {self.split} {self.text_column} {version}"
 
     def texts(self) -> Iterator[str]:
         """Yield the texts of all documents; rows whose text is null are skipped.
@@ -49,12 +54,42 @@ class HubSource:
 
     def _rows(self) -> Iterator[str]:
         origin, column = f"data set {self.name}", self.text_column
-        names = self.table.column_names
+        names = self._columns()
         if column not in names:
             raise no_column(origin, column, names)
-        for number, row in enumerate(self.table.select_columns([column])):  # others may need libraries to decode
+        rows = enumerate(self.table.select_columns([column]))  # others may need libraries to decode
+        while True:
+            try:
+                number, row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of a stream, as of its loading
+                raise DataError(self._advice(error, True)) from error
             if row[column] is not None:
                 yield checked_text(row[column], f"{origin}: row {number}", column, names)
+
+    def _columns(self) -> list[str]:
+        """Return the names of the columns; a stream without a schema shows them in its first row."""
+        names: list[str] | None = self.table.column_names
+        return list(next(iter(self.table), {})) if names is None else names
+
+    def _version(self) -> str:
+        """Return the commit of a data set on the hub, or a digest of a local folder's files.
+
+        Raises:
+            DataError: the hub does not tell.
+        """
+        if os.path.exists(self.name):
+            return digest_of(sorted(path for path in Path(self.name).rglob("*") if path.is_file()), Path(self.name))
+        import huggingface_hub
+
+        try:
+            return str(huggingface_hub.HfApi().dataset_info(self.name, timeout=_PROBE_SECONDS).sha)
+        except Exception as error:  # whatever the HTTP library of the day raises
+            raise DataError(
+                f"{self.key}name={self.name}: {self.key}streaming=true needs the Hugging Face hub, which does not "
+                f"answer for it: {_cause(error)}"
+            ) from error
 
     @cached_property
     def table(self) -> Any:
@@ -69,7 +104,7 @@ class HubSource:
         reachable = local or hub_reachable()
         try:
             with nullcontext() if reachable and not local else offline(), quiet():
-                return load_dataset(self.name, self.subset, split=self.split)
+                return load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
         except Exception as error:  # data sets fail with whatever their readers and loading scripts raise
             raise DataError(self._advice(error, reachable)) from error
 

@@ -29,6 +29,9 @@ class SourceConfig(Section):
     subset: str | None = Field(None, description="configuration of that data set (hub)")
     split: str = Field("train", description="training split (hub)")
     validation_split: str | None = Field("validation", description="validation split (hub); null: hold out a fraction")
+    streaming: bool = Field(
+        False, description="read the data set row by row from where it is, twice, instead of downloading it whole (hub)"
+    )
     text_column: str = Field(
         "text", description="text column of .jsonl, .parquet and hub data, or column of lists of ids; no other is read"
     )
@@ -125,6 +128,8 @@ def check_source(source: SourceConfig, key: str) -> None:
         raise ConfigError(f"{key}.kind={kind} needs {key}.paths: {needs[kind]}")
     if kind in ("chat", "tokens", "megatron") and source.max_bytes is not None:
         raise ConfigError(f"{key}.max_bytes={source.max_bytes} would cut documents of {key}.kind={kind}: remove it")
+    if source.streaming and kind != "hub":
+        raise ConfigError(f"{key}.streaming=true is read with {key}.kind=hub only, not {kind}")
     if source.separator is not None and kind != "tokens":
         raise ConfigError(f"{key}.separator={source.separator} is read with {key}.kind=tokens only, not {kind}")
     if kind == "hub" and not source.name:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from moe_dist.config import CorpusConfig
+from moe_dist.config import CorpusConfig, load_config
 from moe_dist.data import hub
 from moe_dist.data.corpora import open_corpus
-from moe_dist.errors import DataError
+from moe_dist.errors import ConfigError, DataError
 from tests.unit.data.samples import sides_of
 
 HUB = CorpusConfig(kind="hub", name="Some/wikitext", subset="raw", validation_split=None)
@@ -171,3 +171,58 @@ def test_a_cached_data_set_without_the_split_tells_so_without_a_network(monkeypa
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     assert "cannot be loaded: Couldn't find cache for Some/wikitext for config 'raw'" in documents_or_line(HUB)
+
+
+def test_a_stream_holds_the_documents_of_the_download(local: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked, load = [], datasets.load_dataset
+
+    def noted(*names: Any, **settings: Any) -> Any:
+        asked.append(settings["streaming"])
+        return load(*names, **settings)
+
+    monkeypatch.setattr(datasets, "load_dataset", noted)
+    streamed = local.model_copy(update={"streaming": True})
+    assert documents_or_line(streamed) == documents_or_line(local)
+    assert asked == [True, False]
+    before = open_corpus(streamed).identity()
+    assert before == open_corpus(streamed).identity()
+    with Path(str(local.name), "train.jsonl").open("a") as file:
+        file.write('{"text": "one more", "label": 20}\n')
+    assert open_corpus(streamed).identity() != before
+    few = documents_or_line(streamed.model_copy(update={"max_bytes": 20}))
+    assert isinstance(few, list)
+    assert sum(map(len, few)) == 20
+
+
+def test_a_stream_that_breaks_is_told_in_one_line(local: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    class Broken:
+        column_names = None
+
+        def __iter__(self) -> Any:
+            yield {"text": "fine"}
+            raise ConnectionError("the hub is gone\nlong story")
+
+        def select_columns(self, columns: list[str]) -> "Broken":
+            return self
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Broken())
+    line = documents_or_line(local.model_copy(update={"streaming": True}))
+    assert isinstance(line, str)
+    assert line.endswith("cannot be loaded: the hub is gone")
+
+
+def test_streaming_is_for_data_sets_and_needs_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    with pytest.raises(DataError, match=r"corpus\.streaming=true needs the Hugging Face hub, which .*: no route"):
+        open_corpus(HUB.model_copy(update={"streaming": True})).identity()
+    with pytest.raises(ConfigError, match=r"corpus\.streaming=true is read with corpus\.kind=hub only, not text"):
+        load_config(None, ["corpus.paths=a.txt", "corpus.streaming=true"])
