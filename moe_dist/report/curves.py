@@ -28,6 +28,17 @@ def loss(runs: Sequence[RunFiles]) -> go.Figure | None:
     return made if made.data else None
 
 
+def not_comparable(runs: Sequence[RunFiles]) -> str:
+    """Return a note if the tokenizers or texts of runs are configured differently; else an empty string."""
+    sections = {"tokenizer": "tokenizers", "corpus": "texts"}
+    different = [
+        word for key, word in sections.items() if any(run.config.get(key) != runs[0].config.get(key) for run in runs)
+    ]
+    if not different:
+        return ""
+    return f"Runs differ in their {' and '.join(different)} (see below): losses do not compare between such runs."
+
+
 def throughput(runs: Sequence[RunFiles]) -> go.Figure | None:
     """Draw tokens/s of all ranks against steps; None if no run has logged them."""
     return _one_line_a_run(runs, "tokens_per_second", "tokens/s", {"rangemode": "tozero"})

@@ -94,7 +94,11 @@ def configuration(run: RunFiles) -> str:
 
 
 def _value(value: Any) -> str:
-    text = MISSING if value is None else str(value)
+    """Return a configuration's value as YAML writes it on one line; a dash for null and for an empty list."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    empty = value is None or value == []
+    text = MISSING if empty else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} ..."
 
 

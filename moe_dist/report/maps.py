@@ -117,8 +117,10 @@ def membership(run: RunFiles) -> go.Figure | None:
     history = membership_history(run.events)
     if not history:
         return None
+    layers = sorted(history)
+    shown = max(range(len(layers)), key=lambda index: len(history[layers[index]]))  # the layer with most changes
     made = figure("step", "expert", margin={"l": 56, "r": 12, "t": 40, "b": 40})
-    for index, states in enumerate(history[layer] for layer in sorted(history)):
+    for index, states in enumerate(history[layer] for layer in layers):
         steps = [step for step, _ in states]
         experts = max(len(cluster_E) for _, cluster_E in states)
         clusters = 1 + max(max(cluster_E) for _, cluster_E in states)
@@ -130,10 +132,10 @@ def membership(run: RunFiles) -> go.Figure | None:
             zmin=-0.5,
             zmax=clusters - 0.5,
             colorbar={"thickness": 10, "title": {"text": "cluster"}, "dtick": max(1, clusters // 16), "tick0": 0},
-            visible=index == 0,
+            visible=index == shown,
             hovertemplate="from step %{x}, expert %{y}: cluster %{z}<extra></extra>",
         )
-    made.update_layout(updatemenus=chooser([f"layer {layer + 1}" for layer in sorted(history)]))
+    made.update_layout(updatemenus=chooser([f"layer {layer + 1}" for layer in layers], shown))
     return made
 
 

@@ -17,12 +17,14 @@ from moe_dist.report.read import RunFiles
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 STYLE = """
 :root { color-scheme: light; --soft: #5f6b7a; --line: #e1e5ea; --own: #2f6fde; }
+html { overflow-y: scroll; }  /* so that the first figures have the width that they keep */
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 0 12px 48px;
        max-width: 1280px; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2em; border-top: 1px solid #ccc; padding-top: .8em; }
 h3 { font-size: 1rem; margin: 1.4em 0 .3em; } section h3 { margin-top: 0; }
-h1, h2, td, th, p { overflow-wrap: anywhere; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 24px; }
+h1, h2, p { overflow-wrap: anywhere; } td.long, th.long { overflow-wrap: anywhere; min-width: 9em; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 24px;
+        margin-top: 1.4em; }
 .grid > section { min-width: 0; overflow: hidden; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; } th, td { text-align: left; padding: .25em .8em .25em 0;
         border-bottom: 1px solid #e5e5e5; vertical-align: top; min-width: 4.5em; }
@@ -43,9 +45,6 @@ td { font-variant-numeric: tabular-nums; } details { margin: 1em 0; } summary { 
 """
 
 ALONE = "A report of up to six runs also draws each run's loads, clusters, traffic and times."
-
-# The first figures are drawn before the grid has its final columns.
-FIT = "addEventListener('load', () => document.querySelectorAll('.js-plotly-plot').forEach(Plotly.Plots.resize))"
 
 
 def write_report(runs: Sequence[RunFiles], target: Path) -> None:
@@ -76,13 +75,13 @@ def page(runs: Sequence[RunFiles]) -> str:
         f"<script>{get_plotlyjs()}</script></head>\n"
         f"<body><h1>{title}</h1>{''.join(parts)}"
         f'<p class="note">moe-dist {escape(__version__)}; figures are defined in docs/metrics.md</p>'
-        f"<script>{FIT}</script></body></html>\n"
+        "</body></html>\n"
     )
 
 
 def _together(runs: Sequence[RunFiles], numbers: Iterator[int]) -> str:
     figures = (
-        ("Loss", curves.loss(runs), ""),
+        ("Loss", curves.loss(runs), curves.not_comparable(runs)),
         ("Throughput", curves.throughput(runs), ""),
         ("Memory", curves.memory(runs), "At each logged step."),
         ("Balance of the experts", curves.balance(runs), "0 would be perfect."),

@@ -48,11 +48,12 @@ def _category(index: int) -> str:
     return f"hsl({index * 137.5 % 360:.0f}, 62%, {(46, 66, 34)[index % 3]}%)"
 
 
-def chooser(labels: list[str]) -> list[dict[str, Any]]:
-    """Return a drop-down that shows one of the figure's traces at a time."""
+def chooser(labels: list[str], shown: int = 0) -> list[dict[str, Any]]:
+    """Return a drop-down that shows one of the figure's traces at a time, at first the one at `shown`."""
     return [
         {
             "type": "dropdown",
+            "active": shown,
             "x": 0,
             "xanchor": "left",
             "y": 1.02,

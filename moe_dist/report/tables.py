@@ -11,15 +11,23 @@ MISSING = "-"
 FEW_NUMBERS = 6
 """Numbers up to which a list is shown as it is."""
 MOST_EVENTS = 200
+LONGEST_WORD = 20
+"""Characters up to which a word is never broken."""
 MOST_COLUMNS = 8
 """Runs up to which each has a column of the comparison."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows of plain text as an HTML table that scrolls sideways if it is too wide."""
-    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    heads = "".join(f"<th>{escape(word)}</th>" for word in head)
+    cells = "".join(f"<tr>{''.join(_cell('td', cell) for cell in row)}</tr>" for row in rows)
+    heads = "".join(_cell("th", word) for word in head)
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
+
+
+def _cell(tag: str, text: str) -> str:
+    """Return a cell, in which only words that are longer than a column's minimum may be broken."""
+    broken = any(len(word) > LONGEST_WORD for word in text.split())
+    return f"<{tag}{' class=long' if broken else ''}>{escape(text)}</{tag}>"
 
 
 FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -64,7 +72,10 @@ def _layout(run: RunFiles) -> str:
     kind = run.summary.get("kind") or look_up(run.config, "moe.kind") or MISSING
     world = run.summary.get("world")
     axes = world.items() if isinstance(world, dict) else ()
-    return ", ".join([str(kind), *(f"{axis} {size}" for axis, size in axes if size != 1)])
+    shown = (
+        axis if size is True else f"{axis} {size}" for axis, size in axes if size is True or size not in (None, 0, 1)
+    )
+    return ", ".join([str(kind), *shown])
 
 
 SOURCES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -88,20 +99,27 @@ def sources(run: RunFiles) -> str:
     return table(["source", *(title for title, _, _ in SOURCES)], rows)
 
 
-RECLUSTER = (
-    "step",
-    "layer",
-    "moved_experts",
-    "dropped_experts",
-    "bytes",
-    "relocation_bytes",
-    "seconds",
-    "loss_before",
-    "loss_after",
-    "guard_loss_increase",
-    "objective_before",
-    "objective_after",
-    "error",
+RECLUSTER = {
+    "step": "step",
+    "layer": "layer",
+    "moved_experts": "moved",
+    "dropped_experts": "rejected",
+    "bytes": "bytes",
+    "relocation_bytes": "of clusters",
+    "seconds": "seconds",
+    "loss_before": "loss before",
+    "loss_after": "after",
+    "guard_loss_increase": "guard",
+    "objective_before": "similarity before",
+    "objective_after": "after",
+    "error": "error",
+}
+"""Columns by their field of an event."""
+RECLUSTER_NOTE = (
+    "Moved, rejected: experts that changed clusters, and whose move the guard refused because the loss would have "
+    "increased. Bytes: sent between ranks; of clusters: the part of whole clusters that changed ranks. Guard: relative "
+    "increase of the loss by the moves. Similarity: of the experts within clusters, less the weighted imbalance of "
+    "their loads."
 )
 
 
@@ -112,7 +130,7 @@ def reclusterings(run: RunFiles) -> str:
         return ""
     shown = [column for column in RECLUSTER if any(column in event for event in events)]
     rows = [[_text(event.get(column, MISSING)) for column in shown] for event in events[-MOST_EVENTS:]]
-    return table([column.replace("_", " ") for column in shown], rows)
+    return table([RECLUSTER[column] for column in shown], rows) + f'<p class="note">{RECLUSTER_NOTE}</p>'
 
 
 def other_events(run: RunFiles) -> str:
@@ -121,15 +139,18 @@ def other_events(run: RunFiles) -> str:
     events = [event for event in run.events if event.get("event") not in hidden]
     rows = []
     for event in events[-MOST_EVENTS:]:
-        details = (f"{key}: {_text(value)}" for key, value in event.items() if key not in ("event", "step", "time"))
+        told = {key: value for key, value in event.items() if key not in ("event", "step", "time")}
+        details = (f"{key}: {_text(value)}" for key, value in told.items() if value is not None and value is not False)
         rows.append([str(event.get("event", MISSING)), str(event.get("step", MISSING)), ", ".join(details)])
     return table(["event", "step", ""], rows) if rows else ""
 
 
 def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return MISSING if value is None else "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items()) or "none"

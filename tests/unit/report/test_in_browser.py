@@ -24,18 +24,30 @@ const seen = {};
 for (const width of [%s]) {
   const frame = document.createElement('iframe');
   frame.src = 'report.html'; frame.width = width; frame.height = 900;
-  frame.onload = () => setTimeout(() => {
-    const page = frame.contentDocument;
-    const plots = [...page.querySelectorAll('.js-plotly-plot')];
-    seen[width] = {
-      page: page.documentElement.scrollWidth, asked: page.querySelectorAll('.plotly-graph-div').length,
-      drawn: plots.filter(plot => plot.querySelector('.main-svg')).length,
-      widest: Math.max(...plots.map(plot => plot.querySelector('.main-svg').getBoundingClientRect().right)),
-      cut: plots.filter(plot => plot.querySelector('.main-svg').getBoundingClientRect().right >
-        plot.closest('section').getBoundingClientRect().right + 1).length,
-    };
-    document.title = JSON.stringify(seen);
-  }, 500);
+  frame.onload = () => {
+    const page = frame.contentDocument, plots = [...page.querySelectorAll('.js-plotly-plot')];
+    // A heat map's parts, at once: nothing may wait for a correction after the page was loaded.
+    const maps = plots.filter(plot => plot.data.some(trace => trace.type === 'heatmap')).map(plot => {
+      const section = plot.closest('section').getBoundingClientRect(), shown = plot.data.find(trace => trace.visible);
+      const parts = ['.heatmaplayer image', '.colorbar', '.updatemenu-header-group', '.xaxislayer-above'];
+      return {
+        parts: parts.map(name => plot.querySelector(name)?.getBoundingClientRect())
+          .map(part => part ? part.left >= section.left && part.right <= section.right + 1 && part.width > 0 : null),
+        steps: shown.x ? [...plot.layout.xaxis.range, Math.min(...shown.x), Math.max(...shown.x)] : null,
+      };
+    });
+    setTimeout(() => {
+      seen[width] = {
+        maps,
+        page: page.documentElement.scrollWidth, asked: page.querySelectorAll('.plotly-graph-div').length,
+        drawn: plots.filter(plot => plot.querySelector('.main-svg')).length,
+        widest: Math.max(...plots.map(plot => plot.querySelector('.main-svg').getBoundingClientRect().right)),
+        cut: plots.filter(plot => plot.querySelector('.main-svg').getBoundingClientRect().right >
+          plot.closest('section').getBoundingClientRect().right + 1).length,
+      };
+      document.title = JSON.stringify(seen);
+    }, 500);
+  };
   document.body.append(frame);
 }
 </script></body>"""
@@ -70,6 +82,12 @@ def test_every_figure_is_drawn_within_the_screen_and_the_console_is_silent(tmp_p
         assert found["page"] <= width
         assert found["widest"] <= width
         assert found["cut"] == 0
+        assert len(found["maps"]) == 4 + 3
+        for drawn in found["maps"]:
+            assert drawn["parts"] == [True] * 4
+            if drawn["steps"] is not None:
+                left, right, first, last = drawn["steps"]
+                assert left <= first < last <= right
     if folder := os.environ.get("MOE_DIST_SCREENSHOTS"):  # to look at, for example from CI
         Path(folder).mkdir(parents=True, exist_ok=True)
         for width in (PHONE, DESK):

@@ -63,6 +63,53 @@ def test_figures_hold_what_the_files_say(tmp_path: Path) -> None:
     assert [np.array(data.z)[:, -1].tolist() for data in behind.data] == [[0, STEPS, 0], [0, 0, 1]]
 
 
+def test_the_membership_figure_opens_at_the_layer_with_most_changes(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "demo")])
+    figure = maps.membership(run)  # the example moves experts of its second layer only
+    assert figure is not None
+    assert [data.visible for data in figure.data] == [False, True]
+    assert figure.layout.updatemenus[0].active == 1
+
+
+def test_no_value_is_shown_as_python_writes_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "demo")
+    (folder / "config.yaml").write_text("memory: {offload: true}\ncorpus: {paths: [a.txt, b.txt], name: null}\n")
+    world = {"data": 1, "cluster": 4, "sliced": False, "replicas": None}
+    (folder / "summary.json").write_text(json.dumps({"kind": "clustered", "world": world}))
+    (folder / "events.jsonl").write_text(
+        '{"event": "started", "step": 0, "job": null, "forced": false, "run": "demo"}\n'
+    )
+    runs = read_runs([folder, write_run(tmp_path / "other")])
+    (layout,) = re.findall(r"<td>layout</td><td>(.*?)</td>", tables.comparison(runs))
+    assert layout == "clustered, cluster 4"
+    assert "<td>started</td><td>0</td><td>run: demo</td>" in tables.other_events(runs[0])
+    shown = head.configuration(runs[0])
+    assert "<td>true</td>" in shown
+    assert "<td>a.txt, b.txt</td>" in shown
+    (folder / "summary.json").write_text(json.dumps({"kind": "clustered", "world": {"shard": 2, "sliced": True}}))
+    assert "clustered, shard 2, sliced" in tables.comparison(read_runs([folder]))
+
+
+def test_losses_of_different_tokenizers_or_texts_have_a_note(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in "abc"]
+    for folder, size in zip(folders, (4096, 4096, 2048), strict=True):
+        (folder / "config.yaml").write_text(f"tokenizer: {{vocab_size: {size}}}\ncorpus: {{kind: text}}\n")
+    runs = read_runs(folders)
+    assert curves.not_comparable(runs[:2]) == ""
+    assert "losses do not compare" not in page.page(runs[:2])
+    assert curves.not_comparable(runs[1:]).startswith("Runs differ in their tokenizers ")
+    assert curves.not_comparable(runs[1:]) in page.page(runs)
+    (folders[1] / "config.yaml").write_text("tokenizer: {vocab_size: 2048}\ncorpus: {kind: stdlib}\n")
+    assert curves.not_comparable(read_runs(folders)).startswith("Runs differ in their tokenizers and texts ")
+
+
+def test_only_words_longer_than_a_column_are_broken() -> None:
+    shown = tables.table(["parameters"], [["memory.device_budget_ratio"], ["of experts and clusters"]])
+    assert shown.count("<td class=long>") == 1
+    assert "<td class=long>memory.device_budget_ratio</td>" in shown
+    assert "<th>parameters</th>" in shown
+
+
 def test_a_long_run_of_a_large_model_stays_small(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "demo")
     line = {"experts": [[7] * 64] * 12}
