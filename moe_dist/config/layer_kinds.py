@@ -140,7 +140,7 @@ class StandardKind(DenseKind):
 
     def describe(self, moe: "MoEConfig") -> str:
         """Return a few words for the start of a run."""
-        return f"{moe.experts} standard experts, {moe.top_k} a token"
+        return f"{moe.experts} standard experts, {moe.top_k} for each token"
 
     def parameters(self, d: int, moe: "MoEConfig", cluster: int, shard: int, sliced: bool = False) -> LayerParameters:
         """Return the router and shared expert, and this rank's experts."""
@@ -218,9 +218,10 @@ class ClusteredKind(StandardKind):
 
     def describe(self, moe: "MoEConfig") -> str:
         """Return a few words for the start of a run."""
+        chosen = "1 cluster" if moe.top_clusters == 1 else f"each of {moe.top_clusters} clusters"
+        experts = f"{moe.top_k} expert{'s' if moe.top_k > 1 else ''}"
         return (
-            f"{moe.experts} experts in {moe.clusters} clusters, {moe.top_k} of each of {moe.top_clusters} cluster(s) a "
-            f"token, rank {moe.rank}"
+            f"{moe.experts} experts in {moe.clusters} clusters, {experts} of {chosen} for each token, rank {moe.rank}"
         )
 
     def parameters(self, d: int, moe: "MoEConfig", cluster: int, shard: int, sliced: bool = False) -> LayerParameters:

@@ -95,10 +95,14 @@ class BackendTimes:
 
     def __str__(self) -> str:
         """Return the chosen backend and its speed beside the others."""
-        own = self.seconds.get(self.fastest)
-        others = (f"{taken / own:.2f} x {name}" for name, taken in self.seconds.items() if own and name != self.fastest)
-        speeds = ", ".join(others)
-        return f"{self.fastest} ({speeds or 'not measured'})"
+        own, others = self.seconds.get(self.fastest), [name for name in self.seconds if name != self.fastest]
+        if not own or not others:
+            return f"{self.fastest} ({'no other was available' if own else 'not measured'})"
+        speeds = (
+            f"{self.seconds[name] / own:.2f} times {'as fast as' if name == others[0] else 'as'} {name}"
+            for name in others
+        )
+        return f"{self.fastest}: {', '.join(speeds)}"
 
 
 def measure_backends(shape: BackendShape, device: torch.device) -> BackendTimes:

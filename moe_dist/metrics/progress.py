@@ -20,7 +20,8 @@ class Progress:
     Args:
         total_steps: steps of the run.
         console: output; None: standard output.
-        plain_every: seconds between lines if the console is not a terminal; the last step always prints one.
+        plain_every: seconds between lines if the console is not a terminal; an evaluation and the last step always
+            print one.
         clock: monotonic time in seconds; tests pass their own.
     """
 
@@ -41,6 +42,7 @@ class Progress:
         self._last_line: float | None = None
         self._figures: dict[str, str | None] = dict.fromkeys(FIGURES)
         self._at_work: Mapping[str, str] = {}
+        self._line_follows = False
         self._live: Live | None = None
         if self._console.is_terminal:
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
@@ -54,13 +56,17 @@ class Progress:
         tokens_per_second: float | None = None,
         load_cv2: float | None = None,
         at_work: Mapping[str, str] | None = None,
+        evaluation_follows: bool = False,
     ) -> None:
         """Show the figures after `step` steps; a figure that is None keeps the value shown before.
+
+        Plain lines show a validation loss at its own step only.
 
         Args:
             loss, validation_loss: nats per token.
             load_cv2: balance of the experts' loads, 0 is perfect (`metrics.load_balance`).
             at_work: words of features by name, shown after the figures in place of those of before.
+            evaluation_follows: this step's validation loss comes next; its plain line shows these figures too.
         """
         self._step = step
         if self._first is None:
@@ -72,7 +78,9 @@ class Progress:
         if at_work is not None:
             self._at_work = at_work
         if self._live is None:
-            self._plain_line()
+            self._figures["validation"] = None if validation_loss is None else self._figures["validation"]
+            self._line_follows = evaluation_follows
+            self._plain_line(validation_loss is not None)
 
     def note(self, message: str) -> None:
         """Print a permanent line above the display."""
@@ -88,8 +96,8 @@ class Progress:
     ) -> None:
         if self._live is not None:
             self._live.stop()
-            if error is not None:
-                self._print_line()  # the live display is erased; its last figures stay
+        if error is not None and (self._live is not None or self._line_follows):
+            self._print_line()  # the live display is erased; its last figures stay
 
     def seconds_left(self) -> float | None:
         """Return the estimated time to the end, from the mean speed after the first step; None: unknown."""
@@ -98,10 +106,10 @@ class Progress:
         step, start = self._first
         return (self._clock() - start) / (self._step - step) * (self._total - self._step)
 
-    def _plain_line(self) -> None:
+    def _plain_line(self, evaluated: bool) -> None:
         now = self._clock()
         due = self._last_line is None or now - self._last_line >= self._plain_every
-        if due or self._step >= self._total:
+        if evaluated or ((due or self._step >= self._total) and not self._line_follows):
             self._last_line = now
             self._print_line()
 

@@ -89,7 +89,7 @@ class RunRecorder(Recorder):
             self._folder = RunFolder.create(config.runs_dir, config.name, dump_config(config), **options)
         else:
             self._folder = RunFolder.reopen(run, step, dump_config(config), lock=lock, **options)
-        self._picture = config.picture
+        self._picture, self._train = config.picture, config.train
         self._at_work: dict[str, str] = {}
         self._trackers = Trackers(config, self._folder.path, self._progress.note)
 
@@ -136,6 +136,7 @@ class RunRecorder(Recorder):
             tokens_per_second=values["tokens_per_second"],
             load_cv2=values["load"]["cv2"] if "load" in values else None,
             at_work=self._at_work | dict(words_at_work(values)),
+            evaluation_follows=self._train.evaluates_after(step),
         )
 
     def load(self, step: int, values: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ def _draw(folder: Path, summary: Mapping[str, Any]) -> Any:
     _moves(axes[0, 2], events)
     _pair(axes[1, 0], "all-to-all, bytes per token and layer", "flat routing", "this run", *_of(summary, "all_to_all"))
     _pair(axes[1, 1], "parameters of experts, million", "standard", "this run", *_of(summary, "parameters"))
-    _pair(axes[1, 2], "training state of rank 0, MB", "dense model", "on the device", *_of(summary, "memory"))
+    _pair(axes[1, 2], "training state of rank 0, MiB", "dense model", "on the device", *_of(summary, "memory"))
     return figure
 
 
@@ -65,7 +65,7 @@ def _of(summary: Mapping[str, Any], part: str) -> tuple[float | None, float | No
         scale = 1e6
     else:
         values = (look_up(summary, f"memory.{key}") for key in ("dense_bytes", "device_bytes"))
-        scale = 1e6
+        scale = 2**20
     baseline, own = (None if value is None else value / scale for value in values)
     return baseline, own
 

@@ -235,8 +235,10 @@ def _memory(summary: Summary) -> str:
         text += f", {byte_words(device)} on its device"
     state, dense = (look_up(summary, f"memory.{key}") for key in ("device_bytes", "dense_bytes"))
     if state and dense:
+        in_tiers = look_up(summary, "memory.offload.peak_device_bytes")
+        part = f" (of that clusters in memory {byte_words(in_tiers)})" if in_tiers else ""
         text += (
-            f"; of that weights, gradients and training state {byte_words(state)}, of a dense model {byte_words(dense)}"
+            f"; weights, gradients and training state {byte_words(state)}{part}, of a dense model {byte_words(dense)}"
         )
     return text
 

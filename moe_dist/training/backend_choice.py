@@ -71,7 +71,7 @@ class BackendChoice(Callback):
         times = measure_backends(shape, self._process.device)
         self._recorder.event("backend", step, backend=times.fastest, seconds=times.seconds)
         if times.seconds:
-            self._recorder.note(f"moe.backend=auto: {times}")
+            self._recorder.note(f"moe.backend=auto chose {times}")
         return times.fastest
 
     def _shape(self) -> BackendShape:

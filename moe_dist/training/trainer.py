@@ -285,7 +285,7 @@ class Trainer:
             self.start()
             for step in range(self.steps_done + 1, train.steps + 1):
                 stop_asked, last = self.train_step(step, signals), step == train.steps
-                if last or (train.eval_every and step % train.eval_every == 0):
+                if train.evaluates_after(step):
                     self.evaluate(step)
                 for callback in self.callbacks:
                     callback.end_step(step)

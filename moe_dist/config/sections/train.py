@@ -76,3 +76,7 @@ class TrainConfig(Section):
                 "train.global_batch_size", self.global_batch_size, "train.micro_batch_size", self.micro_batch_size
             )
         return self
+
+    def evaluates_after(self, step: int) -> bool:
+        """Return True if the validation loss is evaluated after this step."""
+        return step == self.steps or bool(self.eval_every and step % self.eval_every == 0)

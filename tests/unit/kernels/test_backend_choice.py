@@ -37,7 +37,10 @@ def test_the_fastest_is_taken(seconds: dict[str, float], fastest: str) -> None:
 
 
 def test_the_choice_is_shown_with_the_speed_of_the_others() -> None:
-    assert str(BackendTimes({"cpu": 2.0, "masked": 3.0, "sorted": 2.5}, "cpu")) == "cpu (1.50 x masked, 1.25 x sorted)"
+    times = BackendTimes({"cpu": 2.0, "masked": 3.0, "sorted": 2.5}, "cpu")
+    assert str(times) == "cpu: 1.50 times as fast as masked, 1.25 times as sorted"
+    assert str(BackendTimes({"masked": 3.0}, "masked")) == "masked (no other was available)"
+    assert str(BackendTimes({}, "cpu")) == "cpu (not measured)"
 
 
 def test_every_available_backend_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

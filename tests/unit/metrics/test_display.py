@@ -31,13 +31,42 @@ def test_plain_lines_come_now_and_then_and_at_the_end() -> None:
     clock = Clock()
     with Progress(100, shown, plain_every=10.0, clock=clock) as progress:
         for step in range(1, 101):
-            progress.update(step, loss=3.0, validation_loss=3.5 if step == 40 else None, tokens_per_second=1234.5)
+            progress.update(step, loss=3.0, tokens_per_second=1234.5)
             clock.now += 0.5
     got = out.getvalue().splitlines()
     assert [int(re.match(r"step (\d+)/100", line)[1]) for line in got] == [1, 21, 41, 61, 81, 100]  # type: ignore[index]
     assert got[0] == "step 1/100 · loss 3.000 · tokens/s 1,234 · starting"
-    assert got[3] == "step 61/100 · loss 3.000 · validation 3.500 · tokens/s 1,234 · 0:20 left"
+    assert got[3] == "step 61/100 · loss 3.000 · tokens/s 1,234 · 0:20 left"
     assert got[-1].endswith("0:00 left")
+
+
+def test_a_validation_loss_is_on_the_one_plain_line_of_its_step() -> None:
+    shown, out = console()
+    clock = Clock()
+    with Progress(30, shown, plain_every=100.0, clock=clock) as progress:
+        for step in (1, 10, 20, 25, 30):
+            progress.update(step, loss=60.0 / step, evaluation_follows=step in (20, 30))
+            clock.now += 60.0
+            if step in (20, 30):
+                progress.update(step, validation_loss=5.0 - step / 10)
+    assert [line.rpartition(" · ")[0] for line in out.getvalue().splitlines()] == [
+        "step 1/30 · loss 60.000",
+        "step 20/30 · loss 3.000 · validation 3.000",  # printed although the last line is not long ago
+        "step 30/30 · loss 2.000 · validation 2.000",
+    ]
+
+
+def test_figures_that_waited_for_a_validation_loss_are_printed_when_it_fails() -> None:
+    shown, out = console()
+
+    def work() -> None:
+        with Progress(10, shown, plain_every=0.0) as progress:
+            progress.update(4, loss=1.25, evaluation_follows=True)
+            raise TrainingError("step 4: the validation loss is nan")
+
+    with pytest.raises(TrainingError):
+        work()
+    assert out.getvalue() == "step 4/10 · loss 1.250 · starting\n"
 
 
 def test_time_left_leaves_the_first_step_out() -> None:
@@ -76,7 +105,7 @@ def test_features_at_work_follow_the_figures_while_they_are() -> None:
     assert [line.rpartition(" · ")[0] for line in out.getvalue().splitlines()] == [
         f"step 1/2 · loss 3.000 · {words}",
         f"step 1/2 · loss 3.000 · validation 4.000 · {words}",
-        "step 2/2 · loss 3.000 · validation 4.000",
+        "step 2/2 · loss 3.000",
     ]
 
 
