@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.text import Text
 
 WIDTH = 160  # columns
 
@@ -17,6 +18,11 @@ def wide_console() -> Console:
     """
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
+
+
+def one_line(title: str) -> Text:
+    """Return a table's title that is not wrapped to the width of the table."""
+    return Text(title, style="table.title", no_wrap=True, overflow="ignore")
 
 
 class TolerantOutput:

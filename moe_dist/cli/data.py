@@ -41,7 +41,7 @@ def prepare(
         data = prepare_data(run.corpus, run.tokenizer)
     for name, tokens in _files(data):
         facts = tokens.facts
-        typer.echo(f"{tokens.path}: {facts.tokens:,} tokens of {facts.documents:,} documents, {facts.bytes:,} bytes")
+        typer.echo(f"{tokens.path}: {facts.tokens:,} tokens of {_documents(facts.documents)}, {facts.bytes:,} bytes")
         if megatron is not None:
             from moe_dist.data.megatron_files import write_megatron_files
 
@@ -107,14 +107,20 @@ def _files(data: "PreparedData") -> Iterator[tuple[str, "TokenFile"]]:
 
 
 def _described(report: "TokenReport", length: int) -> str:
-    lengths = " ".join(f"{length:,}" for length in report.lengths)
+    equal = report.lengths[0] == report.lengths[-1]
+    lengths = " ".join(f"{length:,}" for length in report.lengths[: 1 if equal else None])
+    quantiles = "" if equal else " (least, quarter, half, three quarters, 95 %, most)"
     return (
-        f"  {report.tokens:,} tokens of {report.documents:,} documents, "
+        f"  {report.tokens:,} tokens of {_documents(report.documents)}, "
         f"{report.bytes / max(1, report.tokens):.2f} bytes a token\n"
-        f"  tokens a document (least, quarter, half, three quarters, 95 %, most): {lengths}\n"
+        f"  tokens a document{quantiles}: {lengths}\n"
         f"  {report.sequences:,} sequences of {length}; {report.cut_documents:.1%} of the documents are cut, "
         f"{report.padding:.2%} is padding"
     )
+
+
+def _documents(count: int) -> str:
+    return f"{count:,} document{'' if count == 1 else 's'}"
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def _holds(config: RunConfig, shape: WorldShape, block: int, shard: int) -> str:
     placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, shape)
     clusters = placement.clusters_of_block(block)
     experts = [expert for cluster in clusters for expert in placement.experts_of(cluster, shard)]
-    return f"clusters {_run(clusters)}: experts {_run(experts)}"
+    return f"cluster{'s' if len(clusters) > 1 else ''} {_run(clusters)}: experts {_run(experts)}"
 
 
 def _run(numbers: Sequence[int]) -> str:
@@ -127,8 +127,9 @@ def _crossings(found: list[tuple[str, "Crossing"]]) -> Table:
     )
     for what, entry in found:
         groups = f"{entry.groups} of {entry.ranks}"
-        share = f"{entry.pairs_between_nodes} of {entry.pairs}" if entry.pairs else "nothing to send"
-        table.add_row(what, groups, str(entry.crossing or "none"), share)
+        share = f"{entry.pairs_between_nodes} of {entry.pairs}"
+        alone = not entry.pairs  # groups of one rank, which send nothing
+        table.add_row(what, *(("-",) * 3 if alone else (groups, str(entry.crossing or "none"), share)))
     return table
 
 

@@ -82,7 +82,8 @@ def _values(field: Schema, schema: Schema) -> Iterator[str]:
 
 def _limits(option: Schema) -> str:
     words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-    said = [f"{word} {option[key]:g}" for key, word in words.items() if option.get(key, LARGEST_BYTES) not in UNLIMITED]
+    found = [(word, option[key]) for key, word in words.items() if option.get(key, LARGEST_BYTES) not in UNLIMITED]
+    said = [f"{word} {int(limit) if limit == int(limit) else limit}" for word, limit in found]
     return f" ({', '.join(said)})" if said else ""
 
 

@@ -3,9 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.console import one_line
+
+LARGEST_PLAIN = 1e6
+"""Perplexity from which on it is shown as a power of ten: a word of many tokens that the model does not know."""
 PERPLEXITIES = {
     "token_perplexity": "a token of the run's tokenizer",
     "word_perplexity": "a word or line end, as WikiText's literature counts",
@@ -32,18 +37,19 @@ def render(figures: Mapping[str, Any], console: Console) -> None:
 
 
 def _wikitext(found: Mapping[str, Any]) -> Table:
-    title = f"perplexity on {found['source']}: windows of {found['window']} tokens, stride {found['stride']}"
-    table = Table("perplexity", "of", title=title, title_justify="left")
-    for name, of in PERPLEXITIES.items():
-        table.add_row(f"{found[name]:,.3f}", of)
+    title = f"loss and perplexity on {found['source']}: windows of {found['window']} tokens, stride {found['stride']}"
+    table = Table("", "", title=one_line(title), title_justify="left", box=SIMPLE, show_header=False)
     table.add_row(f"{found['bits_per_byte']:.4f}", "bits a byte")
     table.add_row(f"{found['loss']:.4f}", f"nats a token, over {found['tokens']:,} tokens")
+    for name, of in PERPLEXITIES.items():
+        value = found[name]
+        table.add_row(f"{value:,.3f}" if value < LARGEST_PLAIN else f"{value:.2e}", f"perplexity of {of}")
     return table
 
 
 def _glue(found: Mapping[str, Any]) -> Table:
     title = "GLUE after fine-tuning, validation splits, percent (mean ± standard deviation over seeds)"
-    table = Table("task", "metric", title=title, title_justify="left")
+    table = Table("task", "metric", title=one_line(title), title_justify="left", box=SIMPLE)
     for name in ("score", "train rows", "rows"):
         table.add_column(name, justify="right")
     for task, figures in found["tasks"].items():
@@ -58,7 +64,7 @@ def _glue(found: Mapping[str, Any]) -> Table:
 
 
 def _harness(found: Mapping[str, Any]) -> Table:
-    table = Table("task", "metric, filter", title="lm-evaluation-harness", title_justify="left")
+    table = Table("task", "metric, filter", title=one_line("lm-evaluation-harness"), title_justify="left", box=SIMPLE)
     table.add_column("value", justify="right")
     table.add_column("standard error", justify="right")
     for task, metrics in found["tasks"].items():

@@ -8,6 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.console import one_line
 from moe_dist.simulator.calibration import DEVICE_CONSTANTS, Calibration
 from moe_dist.simulator.memory import Memory
 from moe_dist.simulator.planner import GIB, Option, PlannerResult
@@ -25,7 +26,9 @@ def render_plan(found: PlannerResult, console: Console, subject: str) -> None:
         subject: what is planned: model, batch and machine.
     """
     console.print(f"{subject}\n", markup=False, highlight=False, soft_wrap=True)
-    table = Table(title="layouts that fit, fastest first (predicted)", title_justify="left", box=SIMPLE, padding=0)
+    table = Table(
+        title=one_line("layouts that fit, fastest first (predicted)"), title_justify="left", box=SIMPLE, padding=0
+    )
     shown = [option for option in found.options[:SHOWN] if option.time is not None]
     divided = [axis for axis in AXES if any(getattr(option.layout.shape, axis) > 1 for option in shown)]
     axes = (*divided, "data", "cluster", "shard", "ZeRO", "micro", "recompute")
@@ -58,7 +61,9 @@ def _cells(option: Option, time: StepTime) -> list[str]:
 
 
 def _memory(memory: Memory, limit: float) -> Table:
-    table = Table(title=f"memory of a GPU with the first, of {limit / GIB:.1f} GiB", title_justify="left", box=SIMPLE)
+    table = Table(
+        title=one_line(f"memory of a GPU with the first, of {limit / GIB:.1f} GiB"), title_justify="left", box=SIMPLE
+    )
     table.add_column("")
     table.add_column("GiB", justify="right")
     for part in fields(memory):
@@ -69,15 +74,15 @@ def _memory(memory: Memory, limit: float) -> Table:
 
 def render_times(times: Mapping[str, StepTime], console: Console) -> None:
     """Print step time by part, one column for each routing strategy."""
-    table = Table(title="predicted step, ms", title_justify="left")
+    table = Table(title=one_line("predicted step, ms"), title_justify="left", box=SIMPLE)
     table.add_column("")
     for name in times:
         table.add_column(name, justify="right", no_wrap=True)
     for part in next(iter(times.values())).parts:
         if any(time.parts[part] for time in times.values()):
-            table.add_row(part, *(f"{1000 * time.parts[part]:,.1f}" for time in times.values()))
+            table.add_row(part, *(_milliseconds(time.parts[part]) for time in times.values()))
     table.add_section()
-    table.add_row("step", *(f"{1000 * time.seconds:,.1f}" for time in times.values()))
+    table.add_row("step", *(_milliseconds(time.seconds) for time in times.values()))
     table.add_row("M tokens/s", *(f"{time.tokens_per_second / 1e6:,.2f}" for time in times.values()))
     table.add_row("MFU", *(f"{time.model_flops_utilisation:.1%}" for time in times.values()))
     table.add_row("B/token/layer", *(f"{time.bytes_per_token_layer:,.0f}" for time in times.values()))
@@ -85,9 +90,15 @@ def render_times(times: Mapping[str, StepTime], console: Console) -> None:
     console.print(table)
 
 
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.{1 if seconds >= 0.01 else 2}f}"
+
+
 def render_calibration(found: Calibration, console: Console) -> None:
     """Print every case, measured and predicted, the mean errors, and the constants."""
-    table = Table(title="a step, ms: median of those timed, smallest to largest", title_justify="left", box=SIMPLE)
+    table = Table(
+        title=one_line("a step, ms: median of those timed, smallest to largest"), title_justify="left", box=SIMPLE
+    )
     table.add_column("case")
     for name in ("measured", "spread", "predicted", "error", ""):
         table.add_column(name, justify="right", no_wrap=True)

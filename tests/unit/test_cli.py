@@ -187,7 +187,7 @@ def test_topology_says_what_stays_inside_nodes(moe_dist: Any, config: str, tmp_p
     code, out, _ = moe_dist("topology", config, "--nodes", "2", "--ranks", "4", *TWO_SHARDS)
     assert code == 0
     assert "4 ranks = data 1 x cluster 2 x shard 2, on 2 node(s)" in out
-    assert "1 2 0 1 0 clusters 1: experts 4-5" in [" ".join(line.split()) for line in out.splitlines()]
+    assert "1 2 0 1 0 cluster 1: experts 4-5" in [" ".join(line.split()) for line in out.splitlines()]
     assert re.search(r"stage two: .* 2 of 2 +none +0 of 2", out)
     assert "stage two never leaves one" in out
     (tmp_path / "hosts").write_text("a slots=3\nb slots=1\n")

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.console import one_line
 from moe_dist.metrics.summary import look_up
 
 MATRIX_RANKS = 16
@@ -24,7 +26,11 @@ def render(results: Mapping[str, Mapping[str, Any]], console: Console) -> None:
 
 
 def _kinds(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title="all-to-all, bytes per token and layer, all ranks, both passes", title_justify="left")
+    table = Table(
+        title=one_line("all-to-all, bytes per token and layer, all ranks, both passes"),
+        title_justify="left",
+        box=SIMPLE,
+    )
     table.add_column("")
     for kind in results:
         table.add_column(kind, justify="right")
@@ -51,7 +57,7 @@ def _kinds(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _matrix(title: str, rows: list[list[int]], steps: int) -> Table:
-    table = Table(title=f"{title}: KiB per step from rank (row) to rank", title_justify="left")
+    table = Table(title=one_line(f"{title}: KiB per step from rank (row) to rank"), title_justify="left", box=SIMPLE)
     table.add_column("")
     for peer in range(len(rows)):
         table.add_column(str(peer), justify="right")
@@ -61,7 +67,9 @@ def _matrix(title: str, rows: list[list[int]], steps: int) -> Table:
 
 
 def _profile(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title="time of a step, collectives synchronised (mean over ranks)", title_justify="left")
+    table = Table(
+        title=one_line("time of a step, collectives synchronised (mean over ranks)"), title_justify="left", box=SIMPLE
+    )
     shown = {kind: figures["profile"]["ranks"] for kind, figures in results.items() if "profile" in figures}
     table.add_column("")
     for kind in shown:

@@ -41,7 +41,9 @@ class WorldConfig(Section):
     virtual_pipeline: Positive = Field(
         1, description="runs of layers of each stage, which are interleaved with those of the other stages"
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO stage", json_schema_extra={"enum": [0, 1, 2]}
+    )
     backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA, gloo on the CPU")
     timeout_seconds: Positive = Field(600, description="timeout of collectives, seconds; exceeding it stops the run")
     threads: NonNegative = Field(0, description="CPU threads per rank; 0: the cores of a node divided by its ranks")

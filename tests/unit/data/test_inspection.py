@@ -6,7 +6,8 @@ import numpy as np
 from typer.testing import CliRunner
 
 from moe_dist import cli
-from moe_dist.data.inspection import report_of, samples_of
+from moe_dist.cli import data
+from moe_dist.data.inspection import TokenReport, report_of, samples_of
 from moe_dist.data.sequences import ConcatenatedSequences
 from moe_dist.data.token_file import TokenFacts, TokenFile
 from moe_dist.data.tokenizer import Tokenizer
@@ -57,4 +58,12 @@ def test_the_commands(tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli.app, ["data", "inspect", *words, "--samples", "1", "--characters", "20"])
     assert shown.exit_code == 0, shown.output
     assert "57 documents" in shown.output
+    assert "tokens a document (least, quarter," in shown.output
     assert shown.output.count("  | '") == 2
+
+
+def test_one_document_has_one_length() -> None:
+    report = TokenReport(9, 1, 40, (9,) * 6, 2, 0.5, 0.0)
+    first, second, _ = data._described(report, 4).splitlines()
+    assert first == "  9 tokens of 1 document, 4.44 bytes a token"
+    assert second == "  tokens a document: 9"
