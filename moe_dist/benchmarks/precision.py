@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -101,6 +102,7 @@ def render(rows: Sequence[ByteRow], form: StorageFormat, console: Console) -> No
         f"{bases}, factors {form.factors.bits} bits in groups of {form.factors.group_size}, {kind}, scales {groups}; "
         "its own: what of that is not base",
         title_justify="left",
+        box=SIMPLE,
     )
     for name in ("shape", "E", "G", "r", "standard", "clustered", "packed", "its own"):
         view.add_column(name, justify="left" if name == "shape" else "right")

@@ -92,11 +92,13 @@ def _loss_scale(summary: Summary) -> str:
 
 def _regrouping(summary: Summary) -> str:
     totals = summary["recluster"]
+    rounds = totals["rounds"]
     relocated = totals.get("relocation_bytes")
     moved = f", of that {byte_words(relocated)} for clusters that changed ranks" if relocated else ""
     rejected = f" ({totals['rejected_experts']} rejected)" if totals.get("rejected_experts") else ""
     return (
-        f"{totals['rounds']} rounds moved {totals['moved_experts']} experts to other clusters{rejected}: "
+        f"{rounds} round{'s' if rounds > 1 else ''} moved {totals['moved_experts']} experts to other "
+        f"clusters{rejected}: "
         f"{byte_words(totals['bytes'])} between ranks in {number_words(totals['seconds'], '.1f')} s{moved}"
     )
 

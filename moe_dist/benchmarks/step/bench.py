@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,7 @@ from moe_dist.benchmarks.step.parts import profile_attention, step_profiler
 from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
 from moe_dist.benchmarks.step.spec import StepBenchSpec
 from moe_dist.config import RunConfig, resolve_world
-from moe_dist.console import wide_console
+from moe_dist.console import one_line, wide_console
 from moe_dist.data import PreparedData, prepare_data
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.metrics import installed_versions, write_json
@@ -154,7 +155,8 @@ def render(result: StepBenchResult, console: Console) -> None:
     """Print two tables: speeds, and the parts of a step."""
     console.width = max(console.width, 120)
     last = result.spec.kinds[-1]
-    speeds = Table("layer", title=f"{result.ranks} ranks of {result.threads} thread(s), median of rounds [quartiles]")
+    title = f"{result.ranks} ranks of {result.threads} thread(s), median of rounds [quartiles]"
+    speeds = Table("layer", title=one_line(title), title_justify="left", box=SIMPLE)
     for name in ("tokens/s", f"this / {last}", "routing + permute + counters + metrics"):
         speeds.add_column(name, justify="right")
     for kind, figures in result.kinds.items():
@@ -163,7 +165,8 @@ def render(result: StepBenchResult, console: Console) -> None:
     console.print(speeds)
     if not result.spec.divided:
         return
-    parts = Table("part", title="ms of a step (share), mean over ranks, collectives synchronised")
+    title = "ms of a step (share), mean over ranks, collectives synchronised"
+    parts = Table("part", title=one_line(title), title_justify="left", box=SIMPLE)
     for kind in result.kinds:
         parts.add_column(kind, justify="right")
     for part in StepPart:
