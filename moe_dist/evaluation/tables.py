@@ -21,8 +21,9 @@ def render(figures: Mapping[str, Any], console: Console) -> None:
         found = figures["offload"]
         moved = f"at most {found['peak_device_bytes']:,} bytes of experts on a rank's device at once"
         console.print(f"offloaded: {moved}, {found['bytes_in']:,} brought in", highlight=False)
-    if "wikitext" in figures:
-        console.print(_wikitext(figures["wikitext"]))
+    for name in ("held_out", "wikitext"):
+        if name in figures:
+            console.print(_perplexity(figures[name]))
     if "glue" in figures:
         console.print(_glue(figures["glue"]))
         if missing := figures["glue"]["missing"]:
@@ -31,7 +32,7 @@ def render(figures: Mapping[str, Any], console: Console) -> None:
         console.print(_harness(figures["lm_eval"]))
 
 
-def _wikitext(found: Mapping[str, Any]) -> Table:
+def _perplexity(found: Mapping[str, Any]) -> Table:
     title = f"perplexity on {found['source']}: windows of {found['window']} tokens, stride {found['stride']}"
     table = Table("perplexity", "of", title=title, title_justify="left")
     for name, of in PERPLEXITIES.items():
