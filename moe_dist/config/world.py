@@ -103,8 +103,8 @@ def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
         raise ConfigError(
             f"{of_pipeline}world.data={data} x world.cluster={cluster} x world.shard={world.shard} = "
             f"{world.pipeline * data * cluster * world.shard} "
-            f"ranks, but there are {ranks}: {_data_that_fits(of_stage, cluster * world.shard)}start that many, or change "
-            "another of these keys"
+            f"ranks, but there are {ranks}: {_data_that_fits(of_stage, cluster * world.shard)}start that many, or "
+            "change another of these keys"
         )
     attention, layers = (world.tensor, world.context), (world.pipeline, world.virtual_pipeline)
     if config.moe.layer_kind.clustered and world.shard_mode == "replicate":
