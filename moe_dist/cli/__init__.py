@@ -4,6 +4,7 @@ Imports no torch, so that help and refusals are immediate; each command imports 
 """
 
 import errno
+import re
 import sys
 import traceback
 from typing import Annotated
@@ -32,6 +33,16 @@ from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError, file_error
 from moe_dist.launch.environment import silence_library_warnings
 
 EXIT_INTERRUPTED = 130
+VALUE_WORDS = {
+    r"^Invalid value for '([^']+)': Input should be ": r"\1 must be ",
+    r"a valid integer\b.*": "a whole number",
+    r"a valid number\b.*": "a number",
+    r"greater than or equal to ": ">= ",
+    r"less than or equal to ": "<= ",
+    r"greater than ": "> ",
+    r"less than ": "< ",
+}
+"""Words of the libraries below the command line, as regular expressions, and ours."""
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of the click inside typer
 
 app = typer.Typer(
@@ -90,7 +101,8 @@ def _exit_code(arguments: list[str] | None) -> int:
         code = app(args=arguments, prog_name="moe-dist", standalone_mode=False)
     except UsageError as error:
         shown = getattr(error, "format_message", error.__str__)()
-        return _complain(f"{' '.join(shown.split())} (see moe-dist --help)", EXIT_REFUSED)
+        command = getattr(getattr(error, "ctx", None), "command_path", "moe-dist")
+        return _complain(f"{_in_our_words(' '.join(shown.split()))} (see {command} --help)", EXIT_REFUSED)
     except MoeDistError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -106,6 +118,13 @@ def _exit_code(arguments: list[str] | None) -> int:
         traceback.print_exc()
         return _complain(f"{type(error).__name__}: {error}", EXIT_FAILURE)
     return code if isinstance(code, int) else 0
+
+
+def _in_our_words(usage: str) -> str:
+    """Return the message about an option's value with the words of a configuration's errors."""
+    for theirs, ours in VALUE_WORDS.items():
+        usage = re.sub(theirs, ours, usage)
+    return usage
 
 
 def _complain(line: str, code: int) -> int:

@@ -9,7 +9,7 @@ from moe_dist.cli.options import Json, Port, StartedBy, TrainedRun, takes
 from moe_dist.config import load_config
 from moe_dist.errors import LaunchError
 from moe_dist.evaluation.spec import HARNESS as HARNESS_TASKS
-from moe_dist.evaluation.spec import EvalSpec, parse_tasks, split_overrides
+from moe_dist.evaluation.spec import HELD_OUT, EvalSpec, parse_tasks, split_overrides
 from moe_dist.launch import environment, runners
 from moe_dist.launch.files import require_run
 from moe_dist.launch.job import DEFAULT_PORT, Job, JobSize, Launcher, machines
@@ -35,13 +35,13 @@ def evaluation(
     port: Port = DEFAULT_PORT,
     json_file: Json = None,
 ) -> None:
-    """Evaluate a trained model: perplexity on WikiText, GLUE after fine-tuning on each task, tasks of lm-eval.
+    """Evaluate a trained model: perplexity of its held-out text or of WikiText, GLUE, tasks of lm-eval.
 
     Without --ranks this process is the only rank; inside a launcher (srun, mpirun, torchrun, deepspeed) it is one of
     the ranks.
     """
     world, memory = split_overrides(overrides or ())
-    tasks = parse_tasks(given.pop("tasks", EvalSpec.tasks))
+    tasks = parse_tasks(given.pop("tasks", ("wikitext" if "text" in given else HELD_OUT,)))
     spec = EvalSpec(run.absolute(), tasks, **given, memory=memory, json_file=json_file)
     task = HARNESS if any(name.startswith(HARNESS_TASKS) for name in tasks) else EVALUATE
     alone = size == JobSize(ranks=size.ranks) and size.ranks in (None, 1)

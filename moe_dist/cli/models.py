@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moe_dist.cli.options import Overrides, Port, StartedBy, takes
+from moe_dist.config.initial_run import TOKENIZER_MODEL
 from moe_dist.errors import LaunchError
 from moe_dist.integrations.huggingface.import_spec import ImportOptions, ImportSpec
 from moe_dist.launch import environment, runners
@@ -44,6 +45,8 @@ def import_(
     target = output.absolute() if inside else new_folder_name(output)
     if not source.exists() and str(source).count("/") != 1:
         raise LaunchError(f"{source} does not exist: give a folder with config.json and safetensors, or a .gguf file")
+    if source.is_dir() and not (source / "config.json").is_file():
+        raise LaunchError(f"{source} holds no config.json: give the folder of a Hugging Face model")
     spec = ImportSpec(source.absolute() if source.exists() else source, target, tuple(overrides or ()), options)
     if inside:
         raise typer.Exit(run_rank(None, (), IMPORT, spec))
@@ -71,6 +74,10 @@ def generate(
 ) -> None:
     """Continue a text with a trained model, through the classes of transformers."""
     require_run(run)
+    if not all(prompt):
+        raise LaunchError("--prompt '' holds no text to continue: give at least one character")
+    if chat and (run / TOKENIZER_MODEL).is_file():
+        raise LaunchError(f"--chat: the tokenizer of {run} has no chat template: leave --chat out")
     from moe_dist.integrations.huggingface.generate import GenerationOptions
     from moe_dist.integrations.huggingface.generate import generate as continuations
 

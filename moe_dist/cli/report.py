@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from moe_dist.launch.files import writable
+
 
 def register(app: typer.Typer) -> None:
     """Add the command of this file."""
@@ -18,5 +20,6 @@ def report(
     """Write one self-contained HTML page that compares runs; of broken runs it shows the readable part."""
     from moe_dist.report import read_runs, write_report
 
+    writable(output, "--output")
     write_report(read_runs(runs), output)
     typer.echo(f"{output}: {len(runs)} run(s)")

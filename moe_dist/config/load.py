@@ -85,8 +85,21 @@ def _read_with_includes(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]
         raise ConfigError(f"{path}: `include` must be a list of file names, not {reprlib.repr(includes)}")
     merged: dict[str, Any] = {}
     for name in includes:
-        merged = _merge(merged, _read_with_includes(path.parent / os.path.expanduser(name), (*parents, resolved)))
+        merged = _merge(merged, _read_with_includes(_included(path, name), (*parents, resolved)))
     return _merge(merged, tree)
+
+
+def _included(path: Path, name: str) -> Path:
+    """Return the file that an `include` names: relative to the file with the include, or a shipped one.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    target = path.parent / os.path.expanduser(name)
+    found = target if target.exists() else or_shipped(Path(name))
+    if not found.exists():
+        raise ConfigError(f"{path}: include: {name!r} is neither relative to this file nor a shipped configuration")
+    return found
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

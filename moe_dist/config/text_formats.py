@@ -7,3 +7,5 @@ COMPRESSIONS = (".gz", ".zst")
 COMPRESSIBLE = (*PLAIN[:1], *TABLES[:1])
 ENDINGS = (*SUFFIXES, *(f"{suffix}{ending}" for suffix in COMPRESSIBLE for ending in COMPRESSIONS))
 """All endings, those of compressed files among them."""
+TOKEN_LISTS = (".npy", ".parquet")
+"""Endings of files of ids (`corpus.kind=tokens`)."""

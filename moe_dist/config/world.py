@@ -103,13 +103,19 @@ def resolve_world(config: RunConfig, ranks: int) -> WorldShape:
         raise ConfigError(
             f"{of_pipeline}world.data={data} x world.cluster={cluster} x world.shard={world.shard} = "
             f"{world.pipeline * data * cluster * world.shard} "
-            f"ranks, but {ranks} were started: start that many or change one of these keys"
+            f"ranks, but there are {ranks}: {_data_that_fits(of_stage, cluster * world.shard)}start that many, or "
+            "change another of these keys"
         )
     attention, layers = (world.tensor, world.context), (world.pipeline, world.virtual_pipeline)
     if config.moe.layer_kind.clustered and world.shard_mode == "replicate":
         return WorldShape(data * world.shard, cluster, 1, world.shard, *attention, False, *layers)
     sliced = config.moe.layer_kind.clustered and world.shard_mode == "slice" and world.shard > 1
     return WorldShape(data, cluster, world.shard, 1, *attention, sliced, *layers)
+
+
+def _data_that_fits(ranks: int, held: int) -> str:
+    """Return the value of `world.data` for the ranks of a stage, of which `held` have all experts; empty: none fits."""
+    return "" if ranks % held else f"set world.data={ranks // held}, or "
 
 
 def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:
@@ -122,8 +128,10 @@ def resolve_batch(config: RunConfig, ranks: int) -> BatchShape:
     parts = world.tensor * world.context * world.pipeline
     groups, by = ranks // parts, "" if parts == 1 else f" / {parts} ranks that share a sequence"
     if train.global_batch_size % groups:
+        below = train.global_batch_size // groups * groups
+        near = f"{below} or {below + groups}" if below else str(groups)
         raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size} is not divisible by the {ranks} ranks started{by}"
+            f"train.global_batch_size={train.global_batch_size} is not divisible by {ranks} ranks{by}: {near} would be"
         )
     per_rank = train.global_batch_size // groups
     micro = train.micro_batch_size or per_rank

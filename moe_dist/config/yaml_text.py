@@ -15,6 +15,9 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, _StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise ConfigError(f"{line}{error.problem or error.context}: check indentation, colons and quotes") from error
     except yaml.YAMLError as error:
         raise ConfigError(" ".join(str(error).split())) from error
     except RecursionError as error:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from moe_dist.config.sections.data import SourceConfig
-from moe_dist.config.text_formats import SUFFIXES
+from moe_dist.config.text_formats import SUFFIXES, TOKEN_LISTS
 from moe_dist.data import token_lists
 from moe_dist.data.chats import ChatSource
 from moe_dist.data.documents import Document, as_documents, in_parts, limit_bytes
@@ -117,7 +117,7 @@ def open_corpus(config: SourceConfig, key: str = "corpus") -> Corpus:
         pairs = match_prefixes(f"{key}.paths", config.paths)
         held_pairs = match_prefixes(f"{key}.validation_paths", config.validation_paths)
         return Corpus(config, MegatronSource(pairs), MegatronSource(held_pairs) if held_pairs else None)
-    suffixes = token_lists.SUFFIXES if config.kind == "tokens" else SUFFIXES
+    suffixes = TOKEN_LISTS if config.kind == "tokens" else SUFFIXES
     train = match_files(f"{key}.paths", config.paths, suffixes)
     source = _file_source(config)
     if not config.validation_paths:

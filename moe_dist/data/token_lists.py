@@ -18,7 +18,6 @@ from moe_dist.data.table_files import parquet_rows
 from moe_dist.data.tokenizer import Tokenizer
 from moe_dist.errors import DataError
 
-SUFFIXES = (".npy", ".parquet")
 _WINDOW = 1 << 22  # ids read at a time
 
 

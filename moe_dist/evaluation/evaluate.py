@@ -14,8 +14,8 @@ from moe_dist.evaluation import tables as view
 from moe_dist.evaluation.fine_tune import FineTuning
 from moe_dist.evaluation.glue import GlueSpec, evaluate_glue
 from moe_dist.evaluation.perplexity import perplexity
-from moe_dist.evaluation.spec import EvalSpec
-from moe_dist.evaluation.texts import encode_text, open_text
+from moe_dist.evaluation.spec import HELD_OUT, EvalSpec
+from moe_dist.evaluation.texts import EncodedText, encode_text, held_out_text, open_text
 from moe_dist.evaluation.trained_model import EvaluatedModel, open_evaluated_model
 from moe_dist.metrics import installed_versions, write_json
 
@@ -56,8 +56,11 @@ def run_evaluation(config: RunConfig, spec: EvalSpec) -> None:
 
 def _figures(subject: EvaluatedModel, spec: EvalSpec, say: Callable[[str], None]) -> Figures:
     figures = _facts(subject, spec)
+    if HELD_OUT in spec.tasks:
+        figures["held_out"] = _perplexity(subject, spec, held_out_text(subject.config, subject.weights.manifest.data))
     if "wikitext" in spec.tasks:
-        figures["wikitext"] = _wikitext(subject, spec)
+        text = encode_text(open_text(spec.text, spec.split, spec.subset), subject.tokenizer)
+        figures["wikitext"] = {"split": spec.split, **_perplexity(subject, spec, text)}
     if any(task.startswith("glue") for task in spec.tasks):
         figures["glue"] = evaluate_glue(subject, _glue_spec(spec), spec.dtype, say)
     if subject.memory is not None:
@@ -94,7 +97,7 @@ def _facts(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
     }
 
 
-def _wikitext(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
+def _perplexity(subject: EvaluatedModel, spec: EvalSpec, text: EncodedText) -> Figures:
     longest = subject.config.model.sequence_length
     length = spec.window or longest
     if length > longest:
@@ -102,7 +105,6 @@ def _wikitext(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
     stride = spec.stride or max(1, length // 2)
     if stride > length:
         raise ConfigError(f"--stride {stride} is longer than a window of {length} tokens: tokens would be left out")
-    text = encode_text(open_text(spec.text, spec.split, spec.subset), subject.tokenizer)
     found = perplexity(subject.model(getattr(torch, spec.dtype)), text, length, stride, spec.batch, subject.process)
-    facts = {"source": text.source, "split": spec.split, "window": length, "stride": stride}
+    facts = {"source": text.source, "window": length, "stride": stride}
     return {**facts, "documents": text.documents, **found.figures()}

@@ -9,6 +9,8 @@ from moe_dist.errors import LaunchError
 from moe_dist.launch.options import option
 
 MEMORY = "memory."
+HELD_OUT = "held-out"
+"""Task of the validation text that the run was trained with."""
 HARNESS = "lm-eval:"
 """Prefix of the tasks of lm-evaluation-harness."""
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "wnli", "qnli", "qqp", "mnli")
@@ -27,7 +29,8 @@ class EvalSpec:
     run: Path
     tasks: tuple[str, ...] = option(
         ("wikitext",),
-        "wikitext, glue, glue:cola,sst2 or lm-eval:NAME,NAME; may be given again. Default: wikitext.",
+        "held-out (the run's own text), wikitext, glue, glue:cola,sst2 or lm-eval:NAME,NAME; may be given again. "
+        "Default: held-out, with --text wikitext.",
         flag="--task",
         metavar="TASK",
     )
@@ -58,7 +61,7 @@ class EvalSpec:
 
 
 def parse_tasks(words: Sequence[str]) -> tuple[str, ...]:
-    """Split `wikitext`, `glue`, `glue:cola,sst2` and `lm-eval:piqa,arc_easy` into single tasks, each once.
+    """Split `held-out`, `wikitext`, `glue`, `glue:cola,sst2` and `lm-eval:piqa,arc_easy` into single tasks, each once.
 
     Raises:
         LaunchError: a task is unknown.
@@ -68,10 +71,9 @@ def parse_tasks(words: Sequence[str]) -> tuple[str, ...]:
         group, colon, names = word.partition(":")
         tasks = [f"{group}:{name}" for name in names.split(",")] if colon else [group]
         harness = word.startswith(HARNESS) and all(names.split(","))
-        if not harness and not {*tasks} <= {"wikitext", "glue", *(f"glue:{name}" for name in GLUE_TASKS)}:
-            raise LaunchError(
-                f"--task {word}: give wikitext, glue, glue:TASK,TASK of {', '.join(GLUE_TASKS)}, or lm-eval:NAME,NAME"
-            )
+        if not harness and not {*tasks} <= {HELD_OUT, "wikitext", "glue", *(f"glue:{name}" for name in GLUE_TASKS)}:
+            glue = f"glue, glue:TASK,TASK of {', '.join(GLUE_TASKS)}"
+            raise LaunchError(f"--task {word}: give {HELD_OUT}, wikitext, {glue}, or lm-eval:NAME,NAME")
         found += tasks
     return tuple(dict.fromkeys(found))
 

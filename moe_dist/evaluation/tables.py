@@ -26,8 +26,9 @@ def render(figures: Mapping[str, Any], console: Console) -> None:
         found = figures["offload"]
         moved = f"at most {found['peak_device_bytes']:,} bytes of experts on a rank's device at once"
         console.print(f"offloaded: {moved}, {found['bytes_in']:,} brought in", highlight=False)
-    if "wikitext" in figures:
-        console.print(_wikitext(figures["wikitext"]))
+    for name in ("held_out", "wikitext"):
+        if name in figures:
+            console.print(_perplexity(figures[name]))
     if "glue" in figures:
         console.print(_glue(figures["glue"]))
         if missing := figures["glue"]["missing"]:
@@ -36,7 +37,7 @@ def render(figures: Mapping[str, Any], console: Console) -> None:
         console.print(_harness(figures["lm_eval"]))
 
 
-def _wikitext(found: Mapping[str, Any]) -> Table:
+def _perplexity(found: Mapping[str, Any]) -> Table:
     title = f"loss and perplexity on {found['source']}: windows of {found['window']} tokens, stride {found['stride']}"
     table = Table("", "", title=one_line(title), title_justify="left", box=SIMPLE, show_header=False)
     table.add_row(f"{found['bits_per_byte']:.4f}", "bits a byte")

@@ -1,4 +1,4 @@
-"""Text of a perplexity: WikiText's validation or test split, from files or from the hub."""
+"""Text of a perplexity: WikiText's validation or test split, from files or from the hub, or a run's held-out text."""
 
 from dataclasses import dataclass
 from itertools import tee
@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from moe_dist.checkpoint.manifest import DataRecord
+from moe_dist.config import RunConfig
 from moe_dist.config.text_formats import SUFFIXES
-from moe_dist.data import Tokenizer
+from moe_dist.data import Tokenizer, prepare_data
 from moe_dist.data.files import FileSource, match_files
 from moe_dist.data.hub import HubSource
 from moe_dist.errors import DataError
@@ -78,6 +80,24 @@ def encode_text(source: FileSource | HubSource, tokenizer: Tokenizer) -> Encoded
     if not words:
         raise DataError(f"{_name(source)} holds no words: nothing to evaluate")
     return EncodedText(np.array(ids, dtype=np.int64), documents, words, lines, size, _name(source))
+
+
+def held_out_text(config: RunConfig, trained: DataRecord) -> EncodedText:
+    """Return the validation text of a run, of all sources of a blend, from the cache or prepared again.
+
+    Raises:
+        DataError: it cannot be read, or is another one than in training.
+    """
+    data = prepare_data(config.corpus, config.tokenizer)
+    if data.checksum("validation") != trained.validation_checksum:
+        raise DataError("the run's text has changed since it was trained: give a file with --text")
+    files = [source.validation for source in data.sources.values()]
+    facts = [file.facts for file in files]
+    documents, words, lines, size = (
+        sum(getattr(one, name) for one in facts) for name in ("documents", "words", "lines", "bytes")
+    )
+    ids = np.concatenate([[data.end_of_document], *(file.plain_ids for file in files)]).astype(np.int64)
+    return EncodedText(ids, documents, words, lines, size, f"the held-out text of corpus.kind={config.corpus.kind}")
 
 
 def _name(source: FileSource | HubSource) -> str:

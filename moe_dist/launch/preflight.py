@@ -16,6 +16,7 @@ from moe_dist.config.machine import has_gpu
 from moe_dist.errors import ConfigError, LaunchError
 from moe_dist.launch.environment import SHARED_GPU, visible_gpu_count
 from moe_dist.launch.hostfile import THIS_MACHINE
+from moe_dist.launch.preflight_hub import hub_problems
 from moe_dist.launch.preflight_text import text_problems
 from moe_dist.launch.preflight_weights import tokenizer_problems, weight_problems
 
@@ -42,6 +43,7 @@ def problems(config: RunConfig, ranks_here: int | None) -> list[str]:
     """Return a line for everything on this machine that the run cannot start with."""
     return [
         *text_problems(config),
+        *hub_problems(config),
         *tokenizer_problems(config),
         *weight_problems(config),
         *_folder_problems(config),

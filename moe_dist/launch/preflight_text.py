@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from moe_dist.config import RunConfig
-from moe_dist.config.text_formats import PLAIN
+from moe_dist.config.text_formats import ENDINGS, PLAIN, TOKEN_LISTS
 
 RESERVED_PIECES = 260
 """Pieces that a trained vocabulary holds for any text: 256 bytes, unknown, end of document, newline and tab."""
+FORMATS = {"text": ENDINGS, "tokens": TOKEN_LISTS}
+"""Endings of the files of a kind of corpus; others are looked at when they are read."""
 MOST_BYTES_READ, MOST_FILES_READ, HEAD_BYTES = 4_000_000, 500, 65_536
 _WORDS = re.compile(r"[^\S\n\t]*[^\s]+|[^\S\n\t]+")  # a piece may begin with the space before a word
 
@@ -26,6 +28,7 @@ def text_problems(config: RunConfig) -> Iterator[str]:
             for pattern in getattr(source, key):
                 files = [found for ending in endings for found in _files(pattern + ending)]
                 yield from _file_problems(f"{section}.{key}", pattern + endings[0], files)
+                yield from _format_problems(f"{section}.{key}", files, FORMATS.get(source.kind))
                 read += files if key == "paths" else []
         whole &= source.kind == "text"
     usable = all(file.is_file() and os.access(file, os.R_OK) for file in read)
@@ -52,6 +55,12 @@ def _file_problems(key: str, pattern: str, files: list[Path]) -> Iterator[str]:
             yield f"{key}: {file} is a link to {os.readlink(file)!r}, which does not exist: fetch the data"
         elif not file.is_dir() and not os.access(file, os.R_OK):
             yield f"{key}: {file} cannot be read: correct its permissions"
+
+
+def _format_problems(key: str, files: list[Path], formats: Sequence[str] | None) -> Iterator[str]:
+    for file in files if formats else ():
+        if not file.is_dir() and not file.name.endswith(tuple(formats or ())):
+            yield f"{key}: {file} has none of the supported formats: {' '.join(formats or ())}"
 
 
 def _content_problems(config: RunConfig, files: Sequence[Path]) -> Iterator[str]:

@@ -61,12 +61,14 @@ def weight_problems(config: RunConfig) -> Iterator[str]:
         folder = Path(path)
         if not folder.exists():
             yield f"{key}={path} does not exist: give the folder of a run or a checkpoint, such as runs/NAME"
-        elif folder.is_dir() and (folder / "config.json").is_file() and not _holds_checkpoint(folder):
+        elif not folder.is_dir():
+            yield f"{key}={path} is a file: give the folder of a run or of a checkpoint, such as runs/NAME"
+        elif (folder / "config.json").is_file() and not _holds_checkpoint(folder):
             yield (
                 f"{key}={path} is a model of Hugging Face: make a run of it with `moe-dist import {path} -o RUN`, "
                 f"then give {key}=RUN"
             )
-        elif folder.is_dir() and not _holds_checkpoint(folder):
+        elif not _holds_checkpoint(folder):
             yield f"{key}={path} holds no checkpoint: give the folder of a run that has saved one, or of a checkpoint"
         elif key == "checkpoint.resume" and _holds_weights_alone(folder):
             yield f"{key}={path} holds weights only: start a new run from it with checkpoint.init={path}"

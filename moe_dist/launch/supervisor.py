@@ -34,7 +34,7 @@ FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR
 TERMINATE_SECONDS = 4.0  # between SIGTERM and SIGKILL
 LAUNCHER_SECONDS = 0.5  # time for the launcher to end after its ranks; DeepSpeed's takes seconds
 SHOW_CURSOR = "\x1b[?25h"
-STOPPED = "stopped by a signal, with a checkpoint: the first rank has said above how to continue"
+STOPPED = "stopped by a signal, with a checkpoint"
 
 
 @dataclass(frozen=True)

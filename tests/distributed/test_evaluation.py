@@ -67,6 +67,23 @@ def test_any_number_of_ranks_gives_the_perplexity_of_the_reference(tmp_path: Pat
         assert (figures["words"], figures["line_ends"]) == (len(TEXT.split()), TEXT.count("\n"))
 
 
+def test_the_held_out_text_of_a_run_is_its_validation_text(tmp_path: Path) -> None:
+    file, train_file = tmp_path / "text.txt", tmp_path / "train.txt"
+    text = "Some words , and a few more of them , in several lines .\n" * 5
+    file.write_text(text)
+    train_file.write_text("\n\n".join(f"number {at} = {at * at} , and some words" for at in range(2000)))
+    corpus = ["corpus.kind=text", f"corpus.paths={train_file}", f"corpus.validation_paths={file}"]
+    run_ranks(_train, 1, tmp_path, *corpus, "tokenizer.vocab_size=320", "model.sequence_length=16")
+    run, stride = tmp_path / "runs" / "smoke", 7
+    (expected,) = run_ranks(_by_hand, 1, run, file, stride)
+    for found in run_ranks(_evaluate, 2, run, {"tasks": ("held-out",), "stride": stride}):
+        assert found["held_out"]["nats"] == pytest.approx(expected, rel=1e-6)
+        assert found["held_out"]["words"] == len(text.split())
+    file.write_text(text + "One more line , which is new .\n")
+    with pytest.raises(AssertionError, match="DataError: the run's text has changed since it was trained"):
+        run_ranks(_evaluate, 1, run, {"tasks": ("held-out",)})
+
+
 def _said(run: Path, more: dict[str, Any], memory: MemoryConfig) -> tuple[type, str]:
     with pytest.raises((MoeDistError, ConnectionError)) as caught:
         _evaluate(run, more, memory)

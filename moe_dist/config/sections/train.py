@@ -70,7 +70,10 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
         if self.warmup_steps >= self.steps:
-            raise ConfigError(f"train.warmup_steps={self.warmup_steps} must be less than train.steps={self.steps}")
+            raise ConfigError(
+                f"train.warmup_steps={self.warmup_steps} must be less than train.steps={self.steps}: set it to at most "
+                f"{self.steps - 1}, or train longer"
+            )
         if self.micro_batch_size is not None:
             require_divisible(
                 "train.global_batch_size", self.global_batch_size, "train.micro_batch_size", self.micro_batch_size

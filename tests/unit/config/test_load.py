@@ -323,3 +323,17 @@ def test_paths_need_no_list_and_no_kind() -> None:
     assert load_config(None, ["corpus.name=Some/set"]).corpus.kind == "hub"
     with pytest.raises(ConfigError, match=r"corpus\.kind=stdlib does not read corpus\.paths"):
         load_config(None, ["corpus.kind=stdlib", "corpus.paths=a.txt"])
+
+
+def test_an_include_is_relative_or_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    own = tmp_path / "deep" / "own.yaml"
+    own.write_text("include: [configs/model/cheap.yaml]\n")
+    assert load_config(own).moe.top_clusters == 1
+    own.write_text("include: [configs/model/none.yaml]\n")
+    with pytest.raises(ConfigError, match=r"own\.yaml: include: 'configs/model/none\.yaml' is neither relative"):
+        load_config(own)
+    own.write_text("include: [a\nseed: 1\n")
+    with pytest.raises(ConfigError, match=r"own\.yaml: is not valid YAML: line 2: .*: check indentation, colons and q"):
+        load_config(own)

@@ -70,8 +70,12 @@ def test_axes_left_open_are_filled_in(ranks: int, words: list[str], shape: tuple
     ("ranks", "words", "parts"),
     [
         (3, ["world.shard=2"], ["world.shard=2", "(3)"]),
-        (4, ["world.data=3"], ["world.data=3", "4 were started"]),
-        (8, ["world.data=1", "world.cluster=4"], ["world.data=1", "world.cluster=4", "= 4 ranks", "8 were started"]),
+        (4, ["world.data=3"], ["world.data=3", "there are 4: set world.data=4, or start that many"]),
+        (
+            8,
+            ["world.data=1", "world.cluster=4"],
+            ["world.data=1", "= 4 ranks", "there are 8: set world.data=2"],
+        ),
     ],
 )
 def test_axes_that_do_not_fit_are_refused(ranks: int, words: list[str], parts: list[str]) -> None:

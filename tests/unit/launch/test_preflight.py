@@ -32,6 +32,7 @@ def test_a_run_that_lacks_nothing_leaves_no_folder(tmp_path: Path) -> None:
 def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "link.txt").symlink_to("gone.txt")
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "table.csv").write_text("a,b")
     (tmp_path / "picture.txt").write_bytes(b"JFI\xff" + b"some words of every kind, with 0123 \n" * 1000)
     (tmp_path / "short.txt").write_text("only a few words and not a sequence.")
     for path, line in {
@@ -39,6 +40,8 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
         ".": "corpus.paths: 'HERE/.' is a folder: name its files, such as HERE/*.txt, or give --text HERE",
         "link.txt": "corpus.paths: HERE/link.txt is a link to 'gone.txt', which does not exist: fetch the data",
         "empty.txt": "corpus.paths: the files hold no text",
+        "table.csv": "corpus.paths: HERE/table.csv has none of the supported formats: .txt .tokens .raw .md .rst .py "
+        ".jsonl .parquet .txt.gz .txt.zst .jsonl.gz .jsonl.zst",
         "picture.txt": "corpus.paths: HERE/picture.txt is not UTF-8 text: byte 3 is 0xff",
         "short.txt": "corpus.paths: 36 bytes of text are less than a sequence of model.sequence_length=256 for "
         "training and one for validation: give more text or lower it",
@@ -82,6 +85,10 @@ def test_weights_and_tokenizers_that_are_not_there(tmp_path: Path) -> None:
         )
     (tmp_path / "hf" / "tokenizer.json").write_text("[]")
     assert problems(config(tmp_path, hf, f"tokenizer.path={tmp_path}/hf"), 1) == []
+    (tmp_path / "run.yaml").touch()
+    assert only_problem(tmp_path, f"checkpoint.init={tmp_path}/run.yaml").startswith(
+        "checkpoint.init=HERE/run.yaml is a file: give the folder of a run or of a checkpoint"
+    )
     (tmp_path / "folder" / "manifest.json").write_text('{"kind": "weights"}')
     assert only_problem(tmp_path, f"checkpoint.resume={tmp_path}/folder") == (
         "checkpoint.resume=HERE/folder holds weights only: start a new run from it with checkpoint.init=HERE/folder"
@@ -89,6 +96,22 @@ def test_weights_and_tokenizers_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "folder" / "manifest.json").unlink()
     (tmp_path / "folder" / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert problems(config(tmp_path, f"checkpoint.resume={tmp_path}/folder"), 1) == []
+
+
+def test_a_data_set_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        for variable in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+            monkeypatch.delenv(variable, raising=False)
+        hub = ["corpus.kind=hub", "corpus.name=Some/text"]
+        assert problems(config(tmp_path, *hub), 1) == []
+    line = only_problem(tmp_path, *hub)
+    assert line.startswith(
+        "corpus.name=Some/text is no folder and not in the cache of Hugging Face, and http://127.0.0.1:"
+    )
+    (tmp_path / "home" / "datasets" / "Some___text").mkdir(parents=True)
+    assert problems(config(tmp_path, *hub), 1) == []
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

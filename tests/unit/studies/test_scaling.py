@@ -60,7 +60,7 @@ def test_weak_scaling_keeps_the_batch_of_a_rank() -> None:
 
 def test_combinations_that_cannot_run_say_why_and_all_of_them_are_an_error() -> None:
     cells = build_cells(SMOKE, [Axis("ranks", ("3", "4"))], Mode.STRONG, 1, 1, ())
-    assert cells[0].refusal == "train.global_batch_size=16 is not divisible by the 3 ranks started"
+    assert cells[0].refusal == "train.global_batch_size=16 is not divisible by 3 ranks: 15 or 18 would be"
     assert cells[1].refusal is None
     with pytest.raises(ConfigError, match=r"no cell of the study can run.*moe\.clusters"):
         build_cells(SMOKE, [Axis("experts", ("3", "5"))], Mode.STRONG, 1, 1, ())
