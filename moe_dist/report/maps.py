@@ -3,6 +3,7 @@
 Shapes: L layers, E experts, G clusters, C columns (logged steps, or bins of several), R ranks or rows.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -118,7 +119,7 @@ def membership(run: RunFiles) -> go.Figure | None:
     if not history:
         return None
     layers = sorted(history)
-    shown = max(range(len(layers)), key=lambda index: len(history[layers[index]]))  # the layer with most changes
+    shown = max(range(len(layers)), key=lambda index: _changes(history[layers[index]]))
     made = figure("step", "expert", margin={"l": 56, "r": 12, "t": 40, "b": 40})
     for index, states in enumerate(history[layer] for layer in layers):
         steps = [step for step, _ in states]
@@ -137,6 +138,12 @@ def membership(run: RunFiles) -> go.Figure | None:
         )
     made.update_layout(updatemenus=chooser([f"layer {layer + 1}" for layer in layers], shown))
     return made
+
+
+def _changes(states: Sequence[tuple[float, list[int]]]) -> int:
+    """Return the changes of cluster of all experts of a layer."""
+    pairs = itertools.pairwise(cluster_E for _, cluster_E in states)
+    return sum(old != new for before, after in pairs for old, new in zip(before, after, strict=False))
 
 
 def membership_history(events: Iterable[Line]) -> dict[int, list[tuple[float, list[int]]]]:

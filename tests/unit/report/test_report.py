@@ -71,6 +71,11 @@ def test_the_membership_figure_opens_at_the_layer_with_most_changes(tmp_path: Pa
     assert figure.layout.updatemenus[0].active == 1
 
 
+def test_changes_of_a_layer_are_counted_by_expert() -> None:
+    assert maps._changes([(0, [0, 0, 1, 1])]) == 0
+    assert maps._changes([(0, [0, 0, 1, 1]), (20, [0, 1, 0, 1]), (40, [0, 1, 1, 0])]) == 2 + 2
+
+
 def test_no_value_is_shown_as_python_writes_it(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "demo")
     (folder / "config.yaml").write_text("memory: {offload: true}\ncorpus: {paths: [a.txt, b.txt], name: null}\n")
