@@ -49,17 +49,18 @@ def _maps_of_layers(
     """Draw a heat map of each layer, steps by rows R, and a menu of the layers."""
     columns, layers, rows = values_CLR.shape
     shown = _some_layers(layers, MOST_CELLS // (columns * rows))
+    first = next((index for index, layer in enumerate(shown) if values_CLR[:, layer].any()), 0)  # none that is all 0
     made = figure("step", row, margin={"l": 56, "r": 12, "t": 40, "b": 40})
     for layer in shown:
         made.add_heatmap(
             x=steps,
             z=values_CLR[:, layer].T.tolist(),
             colorbar={"thickness": 10, "title": {"text": title}},
-            visible=layer == shown[0],
+            visible=layer == shown[first],
             hovertemplate=f"step %{{x}}, {row} %{{y}}: %{{z}} {unit}<extra></extra>",
             **colors,
         )
-    made.update_layout(updatemenus=chooser([f"layer {layer + 1} of {layers}" for layer in shown]))
+    made.update_layout(updatemenus=chooser([f"layer {layer + 1} of {layers}" for layer in shown], first))
     return made
 
 
