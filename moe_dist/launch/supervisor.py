@@ -117,15 +117,6 @@ def _forward_signals(job: "_SupervisedJob") -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 @dataclass(frozen=True)
 class _Rank:
     """Running rank; `descriptor` is its pidfd, which always refers to this very process."""
@@ -148,6 +139,7 @@ class _SupervisedJob:
         self._faults: list[faults.Fault] = []
         self._signal: int | None = None
         self._forwarded: int | None = None
+        self._deferred: list[int] | None = None
         self._deadline: float | None = None
         self._poller = select.poll()
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -164,6 +156,9 @@ class _SupervisedJob:
 
         SIGUSR1 asks the ranks to stop at their next step, without a time limit.
         """
+        if self._deferred is not None:
+            self._deferred.append(signum)
+            return
         if signum == signal.SIGUSR1:
             self._forward(signum)
             return
@@ -176,6 +171,17 @@ class _SupervisedJob:
     def _any_rank_runs(self) -> bool:
         """Return whether a rank runs, or has registered since the last poll and will get the signal when found."""
         return bool(self._running) or any((self._folder / f"rank-{rank}.pid").exists() for rank in self._unregistered)
+
+    @contextmanager
+    def _signals_deferred(self) -> Iterator[None]:
+        """Keep signals until the end of a `with`; blocking them would not do, since another thread may receive them."""
+        self._deferred = []
+        try:
+            yield
+        finally:
+            kept, self._deferred = self._deferred, None
+            for signum in kept:
+                self.receive(signum)
 
     def _forward(self, signum: int) -> None:
         self._forwarded = signum
@@ -229,10 +235,9 @@ class _SupervisedJob:
         return JobOutcome(fault.exit_code or EXIT_FAILURE, f"rank {fault.rank} failed: {fault.line}", fault)
 
     def _poll(self, seconds: float) -> None:
-        if self._unregistered:
-            with _signals_blocked():  # one that came while a rank is noted would reach it twice, or never
-                for rank in sorted(self._unregistered):
-                    self._find(rank)
+        with self._signals_deferred():  # one that came while a rank is noted would reach it twice, or never
+            for rank in sorted(self._unregistered):
+                self._find(rank)
         ended = [self._running.pop(descriptor) for descriptor, _ in self._poller.poll(seconds * 1000)]
         statuses = {rank: wait_status(rank.descriptor, rank.pid) for rank in ended}
         # Several may end between two polls: ranks ended by SIGTERM followed from the first failure.

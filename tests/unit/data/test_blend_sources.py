@@ -17,7 +17,7 @@ from tests.unit.data.samples import documents_of
 
 REFUSED = {
     "corpus.sources.web.foo='a': Extra inputs": ["corpus.sources.web.foo=a"],
-    "corpus.sources.web.weight=-1: ": ["corpus.sources.web.weight=-1"],
+    "corpus.sources.web.weight=-1 must be >= 0": ["corpus.sources.web.weight=-1"],
     "corpus.kind=blend needs corpus.sources": ["corpus.kind=blend"],
     "corpus.sources.a.kind=text needs corpus.sources.a.paths": ["corpus.sources.a.kind=text"],
     "corpus.sources.a.kind=stdlib does not read corpus.sources.a.paths=": [

@@ -46,9 +46,9 @@ def test_data_errors_are_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
         open_text(tmp_path / "nowhere", "test")
     with pytest.raises(DataError, match=r"holds no test split: give one file, such as .*/test.txt"):
         open_text(tmp_path, "test")
-    (tmp_path / "README.md").write_text("words\n")
-    with pytest.raises(DataError, match=r"--text: .*/README.md has none of the supported formats: .txt"):
-        open_text(tmp_path / "README.md", "test")
+    (tmp_path / "table.csv").write_text("words\n")
+    with pytest.raises(DataError, match=r"--text: .*/table.csv has none of the supported formats: .txt"):
+        open_text(tmp_path / "table.csv", "test")
     for name in ("test.txt", "wiki.test.raw"):
         (tmp_path / name).write_text(" \n")
     with pytest.raises(DataError, match=r"holds test.txt, wiki.test.raw: give one file"):
