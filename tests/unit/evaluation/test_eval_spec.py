@@ -20,7 +20,7 @@ def test_tasks_are_named_one_by_one_or_all() -> None:
     assert parse_tasks(["glue:cola,sst2", "wikitext", "glue:cola"]) == ("glue:cola", "glue:sst2", "wikitext")
     assert parse_tasks(["glue"]) == ("glue",)
     for word in ("glue:", "glue:cola,", "wikitext:cola", "squad", ""):
-        with pytest.raises(LaunchError, match="give wikitext, glue, glue:TASK,TASK of cola, sst2"):
+        with pytest.raises(LaunchError, match="give held-out, wikitext, glue, glue:TASK,TASK of cola, sst2"):
             parse_tasks([word])
 
 

@@ -148,7 +148,7 @@ def test_a_run_that_stopped_as_asked_says_so(
         (
             {"WORLD_SIZE": "3"},
             "seed=1",
-            "moe-dist: rank 0 failed: train.global_batch_size=32 is not divisible by the 3",
+            "moe-dist: rank 0 failed: train.global_batch_size=32 is not divisible by 3 ranks",
         ),
         (
             {"WORLD_SIZE": "6"},
