@@ -57,10 +57,14 @@ def run_evaluation(config: RunConfig, spec: EvalSpec) -> None:
 def _figures(subject: EvaluatedModel, spec: EvalSpec, say: Callable[[str], None]) -> Figures:
     figures = _facts(subject, spec)
     if HELD_OUT in spec.tasks:
-        figures["held_out"] = _perplexity(subject, spec, held_out_text(subject.config, subject.weights.manifest.data))
+        trained = subject.weights.manifest.data
+        figures["held_out"] = _perplexity(subject, spec, lambda: held_out_text(subject.config, trained))
     if "wikitext" in spec.tasks:
-        text = encode_text(open_text(spec.text, spec.split, spec.subset), subject.tokenizer)
-        figures["wikitext"] = {"split": spec.split, **_perplexity(subject, spec, text)}
+
+        def read() -> EncodedText:
+            return encode_text(open_text(spec.text, spec.split, spec.subset), subject.tokenizer)
+
+        figures["wikitext"] = {"split": spec.split, **_perplexity(subject, spec, read)}
     if any(task.startswith("glue") for task in spec.tasks):
         figures["glue"] = evaluate_glue(subject, _glue_spec(spec), spec.dtype, say)
     if subject.memory is not None:
@@ -97,7 +101,7 @@ def _facts(subject: EvaluatedModel, spec: EvalSpec) -> Figures:
     }
 
 
-def _perplexity(subject: EvaluatedModel, spec: EvalSpec, text: EncodedText) -> Figures:
+def _perplexity(subject: EvaluatedModel, spec: EvalSpec, read: Callable[[], EncodedText]) -> Figures:
     longest = subject.config.model.sequence_length
     length = spec.window or longest
     if length > longest:
@@ -105,6 +109,7 @@ def _perplexity(subject: EvaluatedModel, spec: EvalSpec, text: EncodedText) -> F
     stride = spec.stride or max(1, length // 2)
     if stride > length:
         raise ConfigError(f"--stride {stride} is longer than a window of {length} tokens: tokens would be left out")
+    text = read()  # which takes long, after the refusals above
     found = perplexity(subject.model(getattr(torch, spec.dtype)), text, length, stride, spec.batch, subject.process)
     facts = {"source": text.source, "window": length, "stride": stride}
     return {**facts, "documents": text.documents, **found.figures()}
