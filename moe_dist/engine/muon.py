@@ -16,7 +16,7 @@ from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS,
 from moe_dist.config import OptimizerConfig, RunConfig
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.optimizer import FEED_FORWARD, MOMENTS, update_rule
-from moe_dist.moe.parameter_class import REDUCED_OVER, class_of
+from moe_dist.moe.parameter_class import REDUCED_OVER, class_of, replicas_of
 
 MUON_MOMENTS = MOMENTS[:1]
 """Names of Muon's moments: its momentum is a moving average of gradients, as AdamW's first moment."""
@@ -35,7 +35,7 @@ class MatrixMuon:
         self._options, self._mesh = config.optimizer, mesh
         self.divided, self._half = config.world.zero_stage > 0, config.train.precision != "float32"
         self._names = {parameter: name for name, parameter in model.named_parameters() if is_matrix(name, parameter)}
-        self._ranks = {parameter: _replicas(parameter, mesh) for parameter in self._names}
+        self._ranks = {parameter: replicas_of(class_of(parameter), mesh) for parameter in self._names}
         self._owners = dict(self._choose_owners())
         owned = [parameter for parameter in self._names if self._owns(parameter)]
         self._masters = {one: one.detach().float().clone() if self._half else one for one in owned}
@@ -158,12 +158,3 @@ def muon_step(
         momentum=options.muon_momentum, nesterov=True, ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
         ns_steps=DEFAULT_NS_STEPS, eps=EPS, adjust_lr_fn="match_rms_adamw", has_complex=False,
     )  # fmt: skip
-
-
-def _replicas(parameter: nn.Parameter, mesh: Mesh) -> tuple[int, ...]:
-    """Return the ranks that hold a parameter."""
-    kind = REDUCED_OVER.get(class_of(parameter))
-    if kind is not None:
-        return mesh.group(kind).ranks
-    first = mesh.stage * mesh.shape.stage_ranks
-    return tuple(range(first, first + mesh.shape.stage_ranks))

@@ -12,7 +12,7 @@ from moe_dist.config.text_formats import ENDINGS, PLAIN, TOKEN_LISTS
 
 RESERVED_PIECES = 260
 """Pieces that a trained vocabulary holds for any text: 256 bytes, unknown, end of document, newline and tab."""
-FORMATS = {"text": ENDINGS, "tokens": TOKEN_LISTS}
+FORMATS, ANY = {"text": ENDINGS, "tokens": TOKEN_LISTS}, ("",)
 """Endings of the files of a kind of corpus; others are looked at when they are read."""
 MOST_BYTES_READ, MOST_FILES_READ, HEAD_BYTES = 4_000_000, 500, 65_536
 _WORDS = re.compile(r"[^\S\n\t]*[^\s]+|[^\S\n\t]+")  # a piece may begin with the space before a word
@@ -28,7 +28,7 @@ def text_problems(config: RunConfig) -> Iterator[str]:
             for pattern in getattr(source, key):
                 files = [found for ending in endings for found in _files(pattern + ending)]
                 yield from _file_problems(f"{section}.{key}", pattern + endings[0], files)
-                yield from _format_problems(f"{section}.{key}", files, FORMATS.get(source.kind))
+                yield from _format_problems(f"{section}.{key}", files, FORMATS.get(source.kind, ANY))
                 read += files if key == "paths" else []
         whole &= source.kind == "text"
     usable = all(file.is_file() and os.access(file, os.R_OK) for file in read)
@@ -57,10 +57,10 @@ def _file_problems(key: str, pattern: str, files: list[Path]) -> Iterator[str]:
             yield f"{key}: {file} cannot be read: correct its permissions"
 
 
-def _format_problems(key: str, files: list[Path], formats: Sequence[str] | None) -> Iterator[str]:
-    for file in files if formats else ():
-        if not file.is_dir() and not file.name.endswith(tuple(formats or ())):
-            yield f"{key}: {file} has none of the supported formats: {' '.join(formats or ())}"
+def _format_problems(key: str, files: list[Path], formats: tuple[str, ...]) -> Iterator[str]:
+    for file in files:
+        if not file.is_dir() and not file.name.endswith(formats):
+            yield f"{key}: {file} has none of the supported formats: {' '.join(formats)}"
 
 
 def _content_problems(config: RunConfig, files: Sequence[Path]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from moe_dist.config import BatchShape, RunConfig, WorldShape, tokens_on_rank
 from moe_dist.distributed.mesh import GroupKind, Mesh
-from moe_dist.moe.parameter_class import OF_EXPERTS, REDUCED_OVER, ParameterClass
+from moe_dist.moe.parameter_class import OF_EXPERTS, ParameterClass, replicas_of
 
 FORWARD_PASSES, BACKWARD_PASSES = 2, 3
 PASSES_OF_EMBEDDING, PASSES_OF_OUTPUT_LAYER = 2, 3
@@ -92,21 +92,13 @@ def step_bytes(
     for kind, numbers in held.items():
         offloaded = config.memory.offload and kind in OF_EXPERTS  # all-reduced once, after all micro-batches
         around = (2 if offloaded else reduction_rounds(config, batch)) * numbers * number_size(config)
-        _add(reduction, _ring(_reduced_over(kind, mesh), mesh.rank, around))
+        _add(reduction, _ring(replicas_of(kind, mesh), mesh.rank, around))
     if mesh.stage == 0 < mesh.shape.pipeline - 1 and config.model.tie_embeddings and config.world.zero_stage == 2:
         kind = ParameterClass.DENSE if mesh.shape.tensor == 1 else ParameterClass.TENSOR  # the last stage's gradient
         again = 2 * _embedding_bytes(config, mesh.shape, vocabulary)
-        _add(reduction, _ring(_reduced_over(kind, mesh), mesh.rank, again))
+        _add(reduction, _ring(replicas_of(kind, mesh), mesh.rank, again))
     stages = _of_stages(config, mesh, batch, vocabulary) if mesh.shape.pipeline > 1 else {}
     return {"tensor": tensor, "context": context, "pipeline": stages, "reduction": reduction}
-
-
-def _reduced_over(kind: ParameterClass, mesh: Mesh) -> tuple[int, ...]:
-    """Return the ranks over which gradients of a class are reduced."""
-    if kind in REDUCED_OVER:
-        return mesh.group(REDUCED_OVER[kind]).ranks
-    first = mesh.stage * mesh.shape.stage_ranks
-    return tuple(range(first, first + mesh.shape.stage_ranks))
 
 
 def _ring(ranks: tuple[int, ...], rank: int, around: float) -> Sent:

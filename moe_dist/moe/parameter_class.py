@@ -55,7 +55,14 @@ def numbers_by_class(parameters: Iterable[nn.Parameter]) -> Counter[ParameterCla
     return found
 
 
+def replicas_of(parameter_class: ParameterClass, mesh: Mesh) -> tuple[int, ...]:
+    """Return the ranks that hold replicas of this rank's parameters of a class, over which gradients are reduced."""
+    if parameter_class in REDUCED_OVER:
+        return mesh.group(REDUCED_OVER[parameter_class]).ranks
+    first = mesh.stage * mesh.shape.stage_ranks
+    return tuple(range(first, first + mesh.shape.stage_ranks))
+
+
 def copies_of(parameter: nn.Parameter, mesh: Mesh) -> int:
     """Return the number of ranks that hold a replica of a parameter."""
-    kind = REDUCED_OVER.get(class_of(parameter))
-    return mesh.shape.stage_ranks if kind is None else mesh.group(kind).size
+    return len(replicas_of(class_of(parameter), mesh))
