@@ -83,10 +83,10 @@ def test_every_figure_is_drawn_within_the_screen_and_the_console_is_silent(tmp_p
         assert found["widest"] <= width
         assert found["cut"] == 0
         assert len(found["maps"]) == 4 + 3
-        for drawn in found["maps"]:
-            assert drawn["parts"] == [True] * 4
-            if drawn["steps"] is not None:
-                left, right, first, last = drawn["steps"]
+        for heat_map in found["maps"]:
+            assert heat_map["parts"] == [True] * 4
+            if heat_map["steps"] is not None:
+                left, right, first, last = heat_map["steps"]
                 assert left <= first < last <= right
     if folder := os.environ.get("MOE_DIST_SCREENSHOTS"):  # to look at, for example from CI
         Path(folder).mkdir(parents=True, exist_ok=True)
