@@ -106,10 +106,11 @@ def build_gpt(
         install_stand_in()
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     torch.manual_seed(seed)
-    spec = _layer_spec(model, mesh, lambda index: feed_forward(layers.numbers[index]))
+    spec, of_stage = attention_spec(model, mesh), lambda index: feed_forward(layers.numbers[index])
+    spec.submodules.mlp = ModuleSpec(module=_FeedForward, params={"factory": of_stage})
     gpt = GPTModel(
-        config=_transformer_config(model, tensor),
-        transformer_layer_spec=TransformerBlockSubmodules([spec] * len(layers.numbers), layer_norm=_Norm),
+        config=transformer_config(model, tensor),
+        transformer_layer_spec=TransformerBlockSubmodules([spec] * len(layers.numbers), layer_norm=RmsNorm),
         vocab_size=vocab_size,
         max_sequence_length=model.sequence_length,
         pre_process=layers.first,
@@ -134,8 +135,8 @@ def build_gpt(
     return cast(nn.Module, gpt)
 
 
-def _layer_spec(model: ModelConfig, mesh: Mesh, feed_forward: FeedForwardFactory) -> ModuleSpec:
-    """Return the modules of a layer."""
+def attention_spec(model: ModelConfig, mesh: Mesh) -> ModuleSpec:
+    """Return the modules of a layer, of which the feed-forward part is Megatron-core's and meant to be replaced."""
     latent = model.latent is not None
     spec = get_gpt_layer_local_spec(
         normalization="RMSNorm", qk_layernorm=model.qk_norm == "head", multi_latent_attention=latent
@@ -143,15 +144,14 @@ def _layer_spec(model: ModelConfig, mesh: Mesh, feed_forward: FeedForwardFactory
     attention = spec.submodules.self_attention.submodules
     core = {"context": mesh.groups.get(GroupKind.CONTEXT), "window": model.window, "window_from": model.window_from}
     attention.core_attention = ModuleSpec(module=SdpaCoreAttention, params=core)
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _Norm
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RmsNorm
     if latent:
         attention.q_layernorm = attention.kv_layernorm = LatentNorm
     if model.qk_norm == "head":
-        attention.q_layernorm = attention.k_layernorm = _Norm
+        attention.q_layernorm = attention.k_layernorm = RmsNorm
     if model.qk_norm == "width":
         attention.q_layernorm = ModuleSpec(module=_NormOfAllHeads, params={"heads": model.heads})
         attention.k_layernorm = ModuleSpec(module=_NormOfAllHeads, params={"heads": model.kv_heads or model.heads})
-    spec.submodules.mlp = ModuleSpec(module=_FeedForward, params={"factory": feed_forward})
     return spec
 
 
@@ -175,7 +175,8 @@ def run_layer(gpt: nn.Module, layer: int, hidden_SBD: Tensor) -> Tensor:
     return cast(Tensor, output_SBD)
 
 
-def _transformer_config(model: ModelConfig, tensor_parallel: int) -> TransformerConfig:
+def transformer_config(model: ModelConfig, tensor_parallel: int) -> TransformerConfig:
+    """Return Megatron-core's configuration of the backbone, without that of feed-forward layers."""
     make, latent = (TransformerConfig, {}) if model.latent is None else (MLATransformerConfig, latent_keys(model))
     rotated = 1.0 if model.rope_scaling is None else model.rope_scaling.rotation_scale
     return make(
@@ -229,7 +230,7 @@ class _FeedForward(nn.Module):
         return self.inner(hidden), None
 
 
-class _Norm(nn.RMSNorm):
+class RmsNorm(nn.RMSNorm):
     """RMSNorm of the last dimension; Megatron-core's refuses sequence parallelism, which it needs nothing for."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:

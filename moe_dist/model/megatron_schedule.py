@@ -47,8 +47,7 @@ def run_schedule(
     config.virtual_pipeline_model_parallel_size = shape.chunks if shape.chunks > 1 else None
     config.pipeline_dtype = next(gpt.parameters()).dtype
     config.batch_p2p_comm = False  # a batch has one order of messages, and two stages are neighbors on both sides
-    if not torch.cuda.is_available():
-        _replace_devices()
+    replace_devices()
     chunks = [_Chunk(config, chunk, forward, backward) for chunk in numbers]
 
     def step(batches: Any, chunk: "_Chunk") -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
@@ -114,8 +113,8 @@ class _ChunkPass(torch.autograd.Function):
         return None, gradient, None, None
 
 
-def _replace_devices() -> None:
-    """Make the schedules allocate their token count on the CPU instead of CUDA's device."""
-    if schedules.torch is torch:
+def replace_devices() -> None:
+    """Make the schedules allocate their token count on the CPU instead of CUDA's device, on machines without CUDA."""
+    if schedules.torch is torch and not torch.cuda.is_available():
         zeros = lambda *sizes, device=None, **options: torch.zeros(*sizes, **options)  # noqa: E731
         schedules.torch = SimpleNamespace(**{**vars(torch), "zeros": zeros})

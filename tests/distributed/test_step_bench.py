@@ -18,11 +18,15 @@ def _bench(words: list[str], spec: StepBenchSpec) -> None:
 
 def test_kinds_are_compared_and_divided(tmp_path: Path) -> None:
     words = [f"runs_dir={tmp_path}/runs", f"corpus.cache_dir={tmp_path}/cache", "train.log_every=1"]
-    spec = StepBenchSpec(rounds=2, steps=1, warmup=1, divided=2, json_file=f"{tmp_path}/figures.json")
+    kinds = ("megatron-moe", "clustered", "standard")
+    spec = StepBenchSpec(kinds, rounds=2, steps=1, warmup=1, divided=2, json_file=f"{tmp_path}/figures.json")
     run_ranks(_bench, 2, words, spec)
     found = json.loads((tmp_path / "figures.json").read_text())
-    assert list(found["kinds"]) == ["clustered", "standard"]
+    assert list(found["kinds"]) == ["megatron-moe", "clustered", "standard"]
     assert found["kinds"]["standard"]["over_last"]["median"] == 1
+    megatron = found["kinds"].pop("megatron-moe")  # which is timed, not divided into parts
+    assert megatron["tokens_per_second"]["median"] > 0
+    assert megatron["parts"] == {}
     for kind, figures in found["kinds"].items():
         assert set(figures["parts"]) == set(map(str, StepPart))
         assert all(seconds > 0 for seconds in figures["parts"].values()), figures["parts"]

@@ -70,19 +70,11 @@ def _splits_to_lists(dispatcher: Any, point: str, tokens_per_expert: Tensor | No
 
 
 def _transformer_config(config: RunConfig, ranks: int) -> TransformerConfig:
-    moe = config.moe
     return TransformerConfig(
         num_layers=1,
         hidden_size=config.model.hidden_size,
         num_attention_heads=config.model.heads,
-        ffn_hidden_size=moe.expert_hidden,
-        moe_ffn_hidden_size=moe.expert_hidden,
-        num_moe_experts=moe.experts,
-        moe_router_topk=moe.top_k,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=_has_cuda(),
-        expert_model_parallel_size=ranks,
+        ffn_hidden_size=config.moe.expert_hidden,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
         add_bias_linear=False,
@@ -90,4 +82,19 @@ def _transformer_config(config: RunConfig, ranks: int) -> TransformerConfig:
         params_dtype=torch.float32,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
+        **moe_options(config, ranks),
     )
+
+
+def moe_options(config: RunConfig, ranks: int) -> dict[str, Any]:
+    """Return the values of `TransformerConfig` for standard experts over `ranks` ranks of a group."""
+    moe = config.moe
+    return {
+        "moe_ffn_hidden_size": moe.expert_hidden,
+        "num_moe_experts": moe.experts,
+        "moe_router_topk": moe.top_k,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": _has_cuda(),
+        "expert_model_parallel_size": ranks,
+    }

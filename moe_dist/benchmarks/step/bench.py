@@ -18,9 +18,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.benchmarks.baselines.megatron_gpt import MegatronTraining
 from moe_dist.benchmarks.step.parts import profile_attention, step_profiler
 from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
-from moe_dist.benchmarks.step.spec import StepBenchSpec
+from moe_dist.benchmarks.step.spec import StepBenchSpec, is_megatron
 from moe_dist.config import RunConfig, resolve_world
 from moe_dist.console import one_line, wide_console
 from moe_dist.data import PreparedData, prepare_data
@@ -77,8 +78,10 @@ def bench_step(config: RunConfig, spec: StepBenchSpec) -> None:
     with step_profiler() as profiler, TemporaryDirectory() as folder:  # before DeepSpeed is initialised
         process = init_distributed(config.world)
         data = prepare_data(config.corpus, config.tokenizer)
-        runs = {
-            kind: _TimedTraining(single, process, data, profiler, Path(folder))
+        runs: dict[str, _TimedTraining | _TimedMegatron] = {
+            kind: _TimedMegatron(MegatronTraining(single, process, data))
+            if is_megatron(kind)
+            else _TimedTraining(single, process, data, profiler, Path(folder))
             for kind, single in spec.configs(config).items()
         }
         for run in runs.values():
@@ -133,7 +136,25 @@ class _TimedTraining:
         return dict(zip(map(str, StepPart), (mine / dist.get_world_size()).tolist(), strict=True))
 
 
-def _rounds(runs: dict[str, _TimedTraining], spec: StepBenchSpec) -> dict[str, list[float]]:
+@dataclass
+class _TimedMegatron:
+    """Megatron-core's own GPT in training; its parts are not profiled."""
+
+    training: MegatronTraining
+
+    def steps(self, count: int) -> float:
+        """Train some steps; return the mean seconds of a step."""
+        started = time.perf_counter()
+        for _ in range(count):
+            self.training.step()
+        return (time.perf_counter() - started) / count
+
+    def divided(self, count: int) -> dict[str, float]:
+        """Return no parts."""
+        return {}
+
+
+def _rounds(runs: dict[str, _TimedTraining | _TimedMegatron], spec: StepBenchSpec) -> dict[str, list[float]]:
     """Return the mean seconds of a step of each kind in each round; each kind starts a round in turn."""
     names, seconds = list(runs), {name: list[float]() for name in runs}
     for index in range(spec.rounds):
@@ -167,9 +188,10 @@ def render(result: StepBenchResult, console: Console) -> None:
         return
     title = "ms of a step (share), mean over ranks, collectives synchronised"
     parts = Table("part", title=one_line(title), title_justify="left", box=SIMPLE)
-    for kind in result.kinds:
+    divided = {kind: figures.parts for kind, figures in result.kinds.items() if figures.parts}
+    for kind in divided:
         parts.add_column(kind, justify="right")
     for part in StepPart:
-        shares = [(f.parts[part], f.parts[part] / sum(f.parts.values())) for f in result.kinds.values()]
+        shares = [(seconds[part], seconds[part] / sum(seconds.values())) for seconds in divided.values()]
         parts.add_row(part, *(f"{1e3 * seconds:,.1f} ({share:.1%})" for seconds, share in shares))
     console.print(parts)

@@ -6,7 +6,14 @@ from moe_dist.config import RunConfig
 from moe_dist.errors import ConfigError
 from moe_dist.launch.options import option
 
-KINDS = ("clustered", "standard", "dense")
+KINDS = {
+    "clustered": "clustered",
+    "standard": "standard",
+    "dense": "dense",
+    "megatron-moe": "standard",
+    "megatron-dense": "dense",
+}
+"""Kinds of layer, and the `moe.kind` of each; Megatron-core's own GPT has its `MoELayer` or its MLP."""
 
 
 @dataclass(frozen=True)
@@ -41,4 +48,32 @@ class StepBenchSpec:
             raise ConfigError(f"--kind {unknown[0] if self.kinds else ''}: use {', '.join(KINDS)}")
         steps = self.warmup + self.rounds * self.steps + self.divided + 1
         train = {"steps": steps, "warmup_steps": 0, "eval_every": 0}
-        return {kind: config.of_kind(kind, **train) for kind in self.kinds}
+        configs = {kind: config.of_kind(KINDS[kind], **train) for kind in self.kinds}
+        for kind in filter(is_megatron, self.kinds):
+            _check_megatron(kind, configs[kind])
+        return configs
+
+
+def is_megatron(kind: str) -> bool:
+    """Return True for Megatron-core's own GPT."""
+    return kind.startswith("megatron-")
+
+
+def _check_megatron(kind: str, config: RunConfig) -> None:
+    """Reject what Megatron-core's GPT is not measured with.
+
+    Raises:
+        ConfigError: the configuration has such a value.
+    """
+    moe, chunks, precision = config.moe, config.world.virtual_pipeline, config.train.precision
+    wrong = {
+        f"train.precision={precision}: it is measured in float32": precision != "float32",
+        f"world.virtual_pipeline={chunks}: it is measured with one chunk a stage": chunks > 1,
+        "model.latent: it is measured with plain attention": config.model.latent is not None,
+        f"moe.dense_layers={moe.dense_layers}: all its layers are alike": moe.dense_layers > 0,
+        "moe.shared_expert_hidden: it is measured without shared experts": moe.shared_expert_hidden > 0,
+        "moe.capacity_factor: it is measured without dropping": moe.capacity_factor is not None,
+    }
+    for text, is_so in wrong.items():
+        if is_so:
+            raise ConfigError(f"--kind {kind}: {text}")

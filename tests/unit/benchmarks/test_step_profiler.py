@@ -124,3 +124,18 @@ def test_every_part_exists_and_is_put_back() -> None:
 def test_what_cannot_be_measured_is_refused(spec: StepBenchSpec, part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         spec.configs(load_config(None, []))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.precision=bfloat16"],
+        ["world.pipeline=2", "world.virtual_pipeline=2", "model.layers=4"],
+        ["moe.dense_layers=1", "moe.dense_hidden=64", "model.layers=2"],
+        ["moe.shared_expert_hidden=64"],
+        ["moe.capacity_factor=1.5"],
+    ],
+)
+def test_megatrons_own_model_is_refused_what_it_would_not_do(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=rf"--kind megatron-moe: {words[0].split('=')[0]}|world.virtual_pipeline=2: "):
+        StepBenchSpec(("megatron-moe",)).configs(load_config(None, ["train.precision=float32", *words]))
