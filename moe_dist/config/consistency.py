@@ -53,7 +53,7 @@ def check_dense_layers(model: ModelConfig, moe: MoEConfig, memory: MemoryConfig)
     _reject({"memory.offload=true": (memory.offload, "false")}, f"moe.dense_layers={moe.dense_layers}")
 
 
-def check_pipeline(world: WorldConfig, model: ModelConfig, memory: MemoryConfig, moe: MoEConfig) -> None:
+def check_pipeline(world: WorldConfig, model: ModelConfig, memory: MemoryConfig) -> None:
     """Reject layers that do not divide over pipeline stages, and what does not work with stages."""
     stages, chunks = world.pipeline, world.virtual_pipeline
     if chunks > 1 and stages == 1:
@@ -63,15 +63,8 @@ def check_pipeline(world: WorldConfig, model: ModelConfig, memory: MemoryConfig,
         raise ConfigError(
             f"model.layers={model.layers} is not divisible by world.pipeline={stages}{of_chunks}: change one of them"
         )
-    refused = {
-        "memory.offload=true": (memory.offload, "false"),
-        "model.latent": (model.latent is not None, "null"),
-        f"model.window_from={model.window_from}": (model.window_from > 0, "0"),
-        f"moe.dense_layers={moe.dense_layers}": (moe.dense_layers > 0, "0"),
-        f"moe.warmup_standard={moe.warmup_standard}": (moe.warmup_standard > 0, "0"),
-    }
     if stages > 1:
-        _reject(refused, f"world.pipeline={stages}")
+        _reject({"memory.offload=true": (memory.offload, "false")}, f"world.pipeline={stages}")
 
 
 def check_warmup(moe: MoEConfig, train: TrainConfig) -> None:

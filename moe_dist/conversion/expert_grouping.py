@@ -22,7 +22,7 @@ from moe_dist.compression import ExpertMatrices
 from moe_dist.config import RunConfig
 from moe_dist.conversion.calibration_tokens import LayerTokens
 from moe_dist.conversion.full_experts import FullExpertLayer
-from moe_dist.distributed.mesh import RankGroup
+from moe_dist.distributed.mesh import Mesh, RankGroup
 
 
 def usage_of(fit: LayerTokens, check: LayerTokens, experts: int, group: RankGroup) -> Tensor:
@@ -58,8 +58,10 @@ def similarity_of(layer: FullExpertLayer, router_ED: Tensor, usage_E: Tensor, co
     )
 
 
-def members_of(similarity: FusedSimilarity, usage_E: Tensor, config: RunConfig) -> tuple[tuple[int, ...], ...]:
-    """Return the members of each cluster, which the first rank decides and broadcasts."""
+def members_of(
+    similarity: FusedSimilarity, usage_E: Tensor, config: RunConfig, mesh: Mesh
+) -> tuple[tuple[int, ...], ...]:
+    """Return the members of each cluster, which the first rank of the layer's stage decides and broadcasts."""
     assignment = assign_balanced(
         similarity.fused_EE.cpu().numpy(),
         config.moe.clusters,
@@ -68,7 +70,7 @@ def members_of(similarity: FusedSimilarity, usage_E: Tensor, config: RunConfig) 
         load_weight=config.recluster.load_weight,
     )
     member_GN = torch.tensor(assignment.groups, device=usage_E.device)
-    dist.broadcast(member_GN, src=0)
+    dist.broadcast(member_GN, src=mesh.stage * mesh.shape.stage_ranks, group=mesh.stage_group)
     return tuple(tuple(group) for group in member_GN.tolist())
 
 

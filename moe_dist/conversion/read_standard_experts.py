@@ -25,7 +25,7 @@ def read_standard_experts(
     """Return a layer's local experts, their units aligned to those of the most used expert; collective.
 
     Raises:
-        TrainingError: on all ranks, if an expert of any rank holds NaN or infinity.
+        TrainingError: on all ranks of the layer's stage, if an expert of any of them holds NaN or infinity.
     """
     loads = [_loader(layer, e, state, mesh) for e in range(len(layer.experts.w_in))]
     return align_experts(layer, loads, mesh, fit, check, usage_E)
@@ -36,7 +36,7 @@ def align_experts(
 ) -> FullExpertLayer:
     """Return the local experts of functions that load their weights, with the same alignment and errors; collective."""
     group, local, first = mesh.group(GroupKind.EXPERT_PARALLEL), len(loads), layer.first_expert
-    _require_finite(loads, first, layer)
+    _require_finite(loads, first, layer, mesh)
     reference = _broadcast(loads, int(usage_E.argmax()), group)
     experts = []
     for e, load in enumerate(loads, first):
@@ -71,11 +71,11 @@ def _broadcast(loads: Sequence[Load], expert: int, group: RankGroup) -> ExpertMa
     return matrices
 
 
-def _require_finite(loads: Sequence[Load], first: int, layer: StandardMoE) -> None:
+def _require_finite(loads: Sequence[Load], first: int, layer: StandardMoE, mesh: Mesh) -> None:
     broken_E = torch.zeros(layer.moe.experts, device=layer.router.weight_ED.device)
     for e, load in enumerate(loads, first):
         broken_E[e] = not all(bool(w.isfinite().all()) for w in load().projections())
-    dist.all_reduce(broken_E)
+    dist.all_reduce(broken_E, group=mesh.stage_group)
     if broken_E.any():
         experts = ", ".join(map(str, broken_E.nonzero().flatten().tolist()))
         raise TrainingError(

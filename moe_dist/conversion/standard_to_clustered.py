@@ -20,6 +20,8 @@ from moe_dist.conversion.expert_grouping import members_of, similarity_of, usage
 from moe_dist.conversion.full_experts import FullExpertLayer
 from moe_dist.conversion.read_standard_experts import read_standard_experts
 from moe_dist.conversion.write_parameters import write_cluster
+from moe_dist.distributed.agreement import gather_over_stages
+from moe_dist.distributed.collective_errors import raise_on_all_ranks
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.distributed.placement import ExpertPlacement
 from moe_dist.engine.gathered_optimizer_state import OwnedState, write_whole
@@ -30,16 +32,36 @@ from moe_dist.moe.standard_moe import StandardMoE
 
 
 @dataclass(frozen=True)
+class ConvertedLayer:
+    """Placement and figures of a layer, the same on all ranks.
+
+    Attributes:
+        figures_E3: approximation errors of all experts (`CompressedLayer.figures`).
+        similarity: mean similarity within clusters, fused and by its parts.
+        bytes: bytes sent between ranks.
+    """
+
+    placement: ExpertPlacement
+    figures_E3: Tensor
+    similarity: dict[str, float]
+    bytes: int
+
+
+@dataclass(frozen=True)
 class ClusteredStart:
-    """Initial state of a clustered model, this rank's share."""
+    """Initial state of a clustered model, this rank's share.
+
+    Attributes:
+        dense: parameters outside of the experts, routers included, by name in the clustered model.
+        compressed: layers of this pipeline stage by number.
+        layers: figures of all layers of the model, in order.
+    """
 
     steps: int
     dense: dict[str, OwnedState]
-    """Parameters outside of the experts, routers included, by name in the clustered model."""
-    layers: list[CompressedLayer]
+    compressed: dict[int, CompressedLayer]
+    layers: list[ConvertedLayer]
     expert_bias_LE: Tensor
-    similarity: dict[str, float]
-    """Mean similarity within clusters over the layers, fused and by its parts."""
 
 
 def read_clustered(
@@ -55,20 +77,22 @@ def read_clustered(
         config: configuration of the clustered model.
         fit, check: calibration tokens of two different batches, by layer (`sample_tokens`).
     """
-    mesh, layers, alike = model.context.mesh, [], []
-    for number, layer in enumerate(standard_layers(model)):
-        usage_E = usage_of(fit[number], check[number], config.moe.experts, layer.dispatcher.all_to_all.group)
-        held = read_standard_experts(layer, state, mesh, fit[number], check[number], usage_E)
-        compressed, similarity = cluster_layer(held, layer, usage_E, config, mesh)
-        layers.append(compressed)
-        alike.append(similarity)
+    mesh, compressed, converted = model.context.mesh, {}, {}
+    with raise_on_all_ranks():  # the ranks of a stage fail together, and those of other stages with them
+        for index, layer in enumerate(standard_layers(model)):
+            usage_E = usage_of(fit[index], check[index], config.moe.experts, layer.dispatcher.all_to_all.group)
+            held = read_standard_experts(layer, state, mesh, fit[index], check[index], usage_E)
+            made, similarity = cluster_layer(held, layer, usage_E, config, mesh)
+            compressed[layer.layer] = made
+            converted[layer.layer] = ConvertedLayer(made.placement, made.figures, similarity, made.bytes)
+    of_model = dict(item for of_stage in gather_over_stages(mesh, converted) for item in of_stage.items())
     dense = {
         name: OwnedState.of(state, parameter, mesh).copy()
         for name, parameter in model.named_parameters()
         if class_of(parameter) not in OF_EXPERTS
     }
-    means = {name: sum(one[name] for one in alike) / len(alike) for name in alike[0]}
-    return ClusteredStart(state.steps, dense, layers, model.context.balance.expert_bias_LE.clone(), means)
+    layers = [of_model[number] for number in sorted(of_model)]
+    return ClusteredStart(state.steps, dense, compressed, layers, model.context.balance.expert_bias_LE.clone())
 
 
 def cluster_layer(
@@ -77,7 +101,7 @@ def cluster_layer(
     """Group and compress the experts of one layer; return also the mean similarity within clusters. Collective."""
     moe = config.moe
     similarity = similarity_of(held, layer.router.weight_ED, usage_E, config)
-    members = members_of(similarity, usage_E, config)
+    members = members_of(similarity, usage_E, config, mesh)
     placement = ExpertPlacement.contiguous(moe.experts, moe.clusters, mesh.shape).with_members(members)
     if moe.two_level_base:
         held = replace(held, shared=mean_weights(held, range(moe.experts), usage_E).float())
@@ -88,12 +112,13 @@ def cluster_layer(
 def write_clustered(start: ClusteredStart, model: LanguageModel, state: OptimizerState) -> None:
     """Write the initial state into a clustered model and its optimizer; collective."""
     context, device = model.context, model.context.balance.expert_bias_LE.device
-    for number, layer in enumerate(model.clustered_layers()):
-        context.placements[number] = start.layers[number].placement
+    context.placements[:] = [layer.placement for layer in start.layers]
+    for layer in model.clustered_layers():
         layer.follow_placement()
-        for cluster in start.layers[number].clusters:
+        compressed = start.compressed[layer.layer]
+        for cluster in compressed.clusters:
             write_cluster(cluster, layer.placement, layer, state)
-        if (shared := start.layers[number].shared) is not None and layer.shared_base is not None:
+        if (shared := compressed.shared) is not None and layer.shared_base is not None:
             for name, parameter in layer.shared_base.named_parameters():
                 write_whole(state, parameter, {MASTER: getattr(shared, name)})
     for name, parameter in model.named_parameters():
@@ -115,7 +140,7 @@ def _write_biases(start: ClusteredStart, model: LanguageModel) -> None:
     """Copy the experts' selection biases; a cluster's is their sum over sqrt(n), like its prototype's score."""
     balance = model.context.balance
     balance.expert_bias_LE.copy_(start.expert_bias_LE)
-    for number, compressed in enumerate(start.layers):
-        member_GN = torch.tensor(compressed.placement.members, device=balance.expert_bias_LE.device)
+    for number, layer in enumerate(start.layers):
+        member_GN = torch.tensor(layer.placement.members, device=balance.expert_bias_LE.device)
         bias_GN = start.expert_bias_LE[number][member_GN]
         balance.cluster_bias_LG[number] = bias_GN.sum(1) / bias_GN.shape[1] ** 0.5

@@ -6,7 +6,7 @@ around core attention an all-to-all exchanges them for all tokens with a part of
 Shapes: S tokens of this rank, B sequences, C ranks of the context group, H heads, W width of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,22 +39,21 @@ class SdpaCoreAttention(nn.Module):
         config: TransformerConfig,
         layer_number: int,
         context: RankGroup | None = None,
-        window: int | None = None,
-        window_from: int = 0,
+        windows: Sequence[int | None] = (),
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
         """Create the module.
 
         Args:
-            layer_number: number of the layer, counted from 1.
+            layer_number: number of the layer among those of this rank, counted from 1.
             context: ranks that hold the other tokens of the sequences; None: this rank has them all.
-            window, window_from: sliding window, and the first layer that has it.
+            windows: sliding window of each of these layers, or None; empty: no layer has one.
             softmax_scale: factor of the logits; None: 1 / sqrt(width of a head).
         """
         super().__init__()
         self._scale = softmax_scale
-        self._window = window if layer_number > window_from else None
+        self._window = windows[layer_number - 1] if windows else None
         self._context = context if context is not None and context.size > 1 else None
 
     def forward(

@@ -28,7 +28,7 @@ from moe_dist.model.initial_values import draw_initial_values
 from moe_dist.model.megatron_attention import RotaryOnDevice, SdpaCoreAttention
 from moe_dist.model.megatron_latent_attention import LatentNorm, install_stand_in, latent_keys, replace_rotary
 from moe_dist.model.megatron_tensor_parallel import check_vocabulary, install_stand_ins, mark_shards
-from moe_dist.model.pipeline_stage import StageLayers, number_layers, positions
+from moe_dist.model.pipeline_stage import StageLayers, number_layers, positions, rotary_positions
 
 FeedForwardFactory = Callable[[int], nn.Module]
 """Function from a layer index, counted from 0, to a module that maps [..., hidden] to [..., hidden]."""
@@ -142,7 +142,8 @@ def attention_spec(model: ModelConfig, mesh: Mesh) -> ModuleSpec:
         normalization="RMSNorm", qk_layernorm=model.qk_norm == "head", multi_latent_attention=latent
     )
     attention = spec.submodules.self_attention.submodules
-    core = {"context": mesh.groups.get(GroupKind.CONTEXT), "window": model.window, "window_from": model.window_from}
+    windows = [model.window_of(number) for number in StageLayers.of(model.layers, mesh).numbers]
+    core = {"context": mesh.groups.get(GroupKind.CONTEXT), "windows": windows}
     attention.core_attention = ModuleSpec(module=SdpaCoreAttention, params=core)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RmsNorm
     if latent:
@@ -169,8 +170,7 @@ def hidden_states(gpt: nn.Module, tokens_BS: Tensor) -> Tensor:
 def run_layer(gpt: nn.Module, layer: int, hidden_SBD: Tensor) -> Tensor:
     """Return the output of one layer of a `build_gpt` model for the hidden states before it, [S, B, D]."""
     stage = cast(Any, gpt)
-    plain = not stage.config.multi_latent_attention  # in which each layer has rotary positions of its own
-    rotary = stage.rotary_pos_emb(hidden_SBD.shape[0]) if plain else None
+    rotary = rotary_positions(gpt, hidden_SBD.shape[0])
     output_SBD, _ = stage.decoder.layers[layer](hidden_SBD, attention_mask=None, rotary_pos_emb=rotary)
     return cast(Tensor, output_SBD)
 

@@ -75,6 +75,13 @@ def positions(tokens_BS: Tensor) -> Tensor:
     return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
 
 
+def rotary_positions(gpt: nn.Module, tokens: int) -> Tensor | None:
+    """Return the angles of a part of a sequence; None where each layer has rotary positions of its own."""
+    model: Any = gpt
+    angles: Tensor | None = None if model.config.multi_latent_attention else model.rotary_pos_emb(tokens)
+    return angles
+
+
 def run_chunk(
     gpt: nn.Module,
     layers: StageLayers,
@@ -98,7 +105,7 @@ def run_chunk(
     else:
         assert received_SBD is not None
         hidden_SBD = received_SBD
-    rotary = model.rotary_pos_emb(tokens_BS.shape[1])
+    rotary = rotary_positions(gpt, tokens_BS.shape[1])
     for number in layers.chunks[chunk]:
         layer = model.decoder.layers.get_submodule(str(number))
         hidden_SBD, _ = layer(hidden_SBD, attention_mask=mask, rotary_pos_emb=rotary)

@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,18 +94,19 @@ def cluster_experts(trainer: "Trainer", batches_BS: Sequence[Sequence[Tensor]], 
         "bytes": sum(layer.bytes for layer in beginning.layers) * trainer.model.context.mesh.shape.data,
         "loss_before": before,
         "loss_after": after,
-        **_errors(beginning),
+        **_figures(beginning),
     }
 
 
-def _errors(start: ClusteredStart) -> dict[str, Any]:
-    """Return the relative errors of the experts' outputs on held-out tokens."""
-    error_LE, base_LE, whitened_LE = torch.stack([layer.figures for layer in start.layers]).unbind(2)
+def _figures(start: ClusteredStart) -> dict[str, Any]:
+    """Return the relative errors of the experts' outputs on held-out tokens, and the similarity within clusters."""
+    error_LE, base_LE, whitened_LE = torch.stack([layer.figures_E3 for layer in start.layers]).unbind(2)
+    similarities = [layer.similarity for layer in start.layers]
     return {
         "output_error": float(error_LE.mean()),
         "output_error_largest": float(error_LE.max()),
         "output_error_of_bases": float(base_LE.mean()),
         "output_errors": [[round(error, 4) for error in row] for row in error_LE.tolist()],
         "whitened": float(whitened_LE.mean()),
-        "similarity": start.similarity,
+        "similarity": {name: mean(one[name] for one in similarities) for name in similarities[0]},
     }

@@ -35,7 +35,13 @@ LAYOUTS = [
     WorldShape(1, 2, 1, tensor=2, pipeline=2, chunks=2),
     WorldShape(2, 1, 1, context=2, pipeline=2),
 ]
-VARIANTS = [CLUSTERED[0], CLUSTERED[2], CLUSTERED[3], CLUSTERED[5], OTHERS[1], OTHERS[3]]
+LATENT = "{kv_rank: 8, plain_dim: 6, rotary_dim: 4, value_dim: 6}"
+UNLIKE_LAYERS = [
+    ["moe.dense_layers=1", "moe.dense_hidden=24", f"model.latent={LATENT}"],
+    ["model.window=5", "model.window_from=2"],
+    ["moe.dense_layers=3", "moe.dense_hidden=24", "moe.kind=standard", "world.zero_stage=2"],
+]
+VARIANTS = [CLUSTERED[0], CLUSTERED[2], CLUSTERED[3], CLUSTERED[5], OTHERS[1], OTHERS[3], *UNLIKE_LAYERS]
 
 
 def _train(shape: WorldShape, variants: list[list[str]]) -> list[Trained]:
@@ -142,7 +148,6 @@ def test_batch_and_ranks_are_divided_by_stage() -> None:
             r"model\.layers=2 is not divisible by world\.pipeline=2 x world\.virtual_pipeline=2",
         ),
         (["world.pipeline=2", "memory.offload=true"], r"memory\.offload=true does not work with world\.pipeline=2"),
-        (["world.pipeline=2", "moe.warmup_standard=0.5"], r"moe\.warmup_standard=0\.5 does not work with world"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_or_work_is_refused(words: list[str], message: str) -> None:

@@ -51,6 +51,8 @@ LAYOUTS: list[tuple[int, list[str]]] = [
     (4, ["world.cluster=4", "world.zero_stage=0"]),
     (4, ["world.data=2", "world.zero_stage=2"]),
     (4, ["world.shard=2", "world.shard_mode=experts", "world.zero_stage=1", "train.micro_batch_size=2"]),
+    (4, ["world.pipeline=2", "world.cluster=2", "world.zero_stage=1", "train.micro_batch_size=4"]),
+    (2, ["world.pipeline=2", "world.zero_stage=2", "train.micro_batch_size=4"]),
 ]
 
 
@@ -141,7 +143,7 @@ def _train_with_a_broken_expert(words: list[str]) -> str:
     def broken(trained: Trainer, *args: Any) -> dict[str, Any]:
         with torch.no_grad():
             state = trained.engine.training_state()
-            for layer in standard_layers(trained.model)[:1]:
+            for layer in (one for one in standard_layers(trained.model) if one.layer == 0):
                 fragment = state.fragment(layer.experts.w_in[0])
                 assert fragment is not None
                 fragment.tensors["master"][0] = float("nan")
@@ -149,7 +151,7 @@ def _train_with_a_broken_expert(words: list[str]) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warmup, "cluster_experts", broken)
-        with pytest.raises(TrainingError) as caught:
+        with pytest.raises((TrainingError, ConnectionError)) as caught:
             _train(words)
     return str(caught.value)
 
@@ -157,6 +159,10 @@ def _train_with_a_broken_expert(words: list[str]) -> str:
 def test_experts_that_are_not_finite_are_not_clustered(tmp_path: Path) -> None:
     for message in run_ranks(_train_with_a_broken_expert, 2, _words(tmp_path)):
         assert message.startswith("experts cannot be clustered: weights of expert 0, 8 of layer 0 are NaN")
+    words = ["world.pipeline=2", "train.micro_batch_size=4"]
+    first, second = run_ranks(_train_with_a_broken_expert, 2, _words(tmp_path, *words))
+    assert first.startswith("experts cannot be clustered: weights of expert 0 of layer 0 are NaN")
+    assert second == f"rank 0 failed: {first}", "the stage that has no such layer"
 
 
 def test_reclustering_goes_on_after_the_change(tmp_path: Path) -> None:

@@ -100,6 +100,10 @@ class ModelConfig(Section):
         """Initial std of layers that add to the residual stream: init_std / sqrt(2 layers), as in GPT-2."""
         return self.init_std / math.sqrt(2 * self.layers)
 
+    def window_of(self, layer: int) -> int | None:
+        """Return the sliding window of a layer, counted from 0; None: a token attends to all earlier ones."""
+        return self.window if layer >= self.window_from else None
+
     @property
     def rotary_width(self) -> int:
         """Width of the part of a head that has rotary positions."""
