@@ -24,9 +24,10 @@ from moe_dist.engine.optimizer import build_optimizer
 from moe_dist.engine.optimizer_state import OptimizerState
 from moe_dist.engine.packed_adamw import PackedAdamW
 from moe_dist.engine.stage_passes import StageGroups, StageModel, StagePasses
+from moe_dist.model.collective_bytes import Sent, add, step_bytes
 from moe_dist.model.language_model import LanguageModel
 from moe_dist.model.teacher_loss import TeacherTargets
-from moe_dist.moe.parameter_class import copies_of
+from moe_dist.moe.parameter_class import copies_of, numbers_by_class
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,15 @@ class DeepSpeedEngine:
     def training_state(self) -> OptimizerState:
         """Return the master weights and moments of the parameters; to be used between two steps only."""
         return OptimizerState(self._engine.optimizer, self._offloaded, self._packed, self._muon)
+
+    def collective_bytes(self) -> dict[str, Sent]:
+        """Return the bytes that this rank sends in a step to each other rank beside the dispatch, by purpose."""
+        muon, mesh = self._muon, self.model.context.mesh
+        held = numbers_by_class(one for one in self.model.parameters() if muon is None or one not in muon)
+        sent = step_bytes(self.config, mesh, self.batch, self.model.vocab_size, held)
+        if muon is not None:
+            add(sent["reduction"], muon.sent())
+        return sent
 
     def wrap_reduction(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace the function that reduces gradients by `wrap` of it; for measurements."""

@@ -97,6 +97,20 @@ class MatrixMuon:
         if self.divided:
             self._broadcast()
 
+    def sent(self) -> dict[int, float]:
+        """Return the bytes that this rank sends to each other rank in a step; reduces and broadcasts are chains."""
+        found = dict.fromkeys(range(dist.get_world_size()), 0.0)
+        for parameter, ranks in self._ranks.items():
+            size, me, owner = len(ranks), ranks.index(self._mesh.rank), ranks.index(self._owners[parameter])
+            gradient, weight = 4 * parameter.numel(), parameter.element_size() * parameter.numel()
+            before, after = ranks[me - 1], ranks[(me + 1) % size]
+            if not self.divided:
+                found[after] += 2 * (size - 1) / size * gradient
+                continue
+            found[before] += gradient * (me != owner)
+            found[after] += weight * (after != ranks[owner])
+        return found
+
     def discard_gradients(self) -> None:
         """Drop the gradients of a step that is skipped."""
         self._gradients.clear()

@@ -73,13 +73,21 @@ def reduction_rounds(config: RunConfig, batch: BatchShape) -> int:
     return 2 * (batch.accumulation if stage == 2 else 1) + (stage > 0)
 
 
+def muon_bytes(config: RunConfig) -> int:
+    """Return the bytes that go around a ring for an element of a matrix that Muon updates.
+
+    Its gradient is all-reduced in float32; under ZeRO it is reduced to the owner, who broadcasts the new weight.
+    """
+    return 4 + number_size(config) if config.world.zero_stage else 2 * 4
+
+
 def step_bytes(
     config: RunConfig, mesh: Mesh, batch: BatchShape, vocabulary: int, held: Mapping[ParameterClass, int]
 ) -> dict[str, Sent]:
     """Return the bytes that this rank sends to each other rank in a step, by purpose; rings send to the next rank.
 
     Args:
-        held: parameters on this rank of each class that it has.
+        held: parameters on this rank of each class that it has, without those that Muon updates (`MatrixMuon.sent`).
     """
     tensor: Sent = {}
     context: Sent = {}
@@ -92,11 +100,11 @@ def step_bytes(
     for kind, numbers in held.items():
         offloaded = config.memory.offload and kind in OF_EXPERTS  # all-reduced once, after all micro-batches
         around = (2 if offloaded else reduction_rounds(config, batch)) * numbers * number_size(config)
-        _add(reduction, _ring(replicas_of(kind, mesh), mesh.rank, around))
+        add(reduction, _ring(replicas_of(kind, mesh), mesh.rank, around))
     if mesh.stage == 0 < mesh.shape.pipeline - 1 and config.model.tie_embeddings and config.world.zero_stage == 2:
         kind = ParameterClass.DENSE if mesh.shape.tensor == 1 else ParameterClass.TENSOR  # the last stage's gradient
         again = 2 * _embedding_bytes(config, mesh.shape, vocabulary)
-        _add(reduction, _ring(replicas_of(kind, mesh), mesh.rank, again))
+        add(reduction, _ring(replicas_of(kind, mesh), mesh.rank, again))
     stages = _of_stages(config, mesh, batch, vocabulary) if mesh.shape.pipeline > 1 else {}
     return {"tensor": tensor, "context": context, "pipeline": stages, "reduction": reduction}
 
@@ -111,10 +119,10 @@ def _of_stages(config: RunConfig, mesh: Mesh, batch: BatchShape, vocabulary: int
     shape, ranks, found = mesh.shape, mesh.group(GroupKind.PIPELINE).ranks, Sent()
     first, last = mesh.stage == 0, mesh.stage == shape.pipeline - 1
     message = batch.accumulation * message_bytes(config, shape, batch)
-    _add(found, {_neighbor(ranks, mesh.rank, 1): (shape.chunks - last) * message})
-    _add(found, {_neighbor(ranks, mesh.rank, -1): (shape.chunks - first) * message})
+    add(found, {_neighbor(ranks, mesh.rank, 1): (shape.chunks - last) * message})
+    add(found, {_neighbor(ranks, mesh.rank, -1): (shape.chunks - first) * message})
     if config.model.tie_embeddings and (first or last):
-        _add(found, {ranks[-1] if first else ranks[0]: _embedding_bytes(config, shape, vocabulary)})
+        add(found, {ranks[-1] if first else ranks[0]: _embedding_bytes(config, shape, vocabulary)})
     return found
 
 
@@ -126,7 +134,8 @@ def _neighbor(ranks: tuple[int, ...], rank: int, step: int) -> int:
     return ranks[(ranks.index(rank) + step) % len(ranks)]
 
 
-def _add(total: Sent, sent: Sent) -> None:
+def add(total: Sent, sent: Sent) -> None:
+    """Add bytes to each rank to a total."""
     for peer, size in sent.items():
         if size:
             total[peer] = total.get(peer, 0.0) + size

@@ -16,14 +16,14 @@ import numpy as np
 from moe_dist.config import BatchShape, RunConfig, WorldShape, tokens_on_rank
 from moe_dist.config.layer_kinds import residual_parameters
 from moe_dist.config.token_work import work_of
-from moe_dist.model.collective_bytes import number_size, reduction_rounds
+from moe_dist.model.collective_bytes import muon_bytes, number_size, reduction_rounds
 from moe_dist.moe.parameter_class import ParameterClass
 from moe_dist.simulator import memory
 from moe_dist.simulator.collective_seconds import attention_seconds, bubble, message_seconds
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.network import exchange_seconds, reduce_seconds
 from moe_dist.simulator.popularity import Floats, balanced_clusters
-from moe_dist.simulator.sizes import parameters_on_rank
+from moe_dist.simulator.sizes import matrices_on_rank, parameters_on_rank
 from moe_dist.simulator.strategies import Demand, Strategy, demand
 
 FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 3, 2  # counts, there, back; there and back again
@@ -212,12 +212,14 @@ def _offload(config: RunConfig, shape: WorldShape, fabric: Fabric, scenario: Sce
 
 
 def _reduction(config: RunConfig, shape: WorldShape, batch: BatchShape, vocabulary: int, fabric: Fabric) -> float:
-    held, size = parameters_on_rank(config, shape, vocabulary), number_size(config)
-    return reduction_rounds(config, batch) * sum(
-        reduce_seconds(size * held[kind], sharing, _on_node(kind, shape, fabric), fabric)
-        for kind, sharing in memory.replicas(shape).items()
-        if held[kind]
-    )
+    held, around = parameters_on_rank(config, shape, vocabulary), reduction_rounds(config, batch) * number_size(config)
+    of_muon = matrices_on_rank(config, shape) if config.optimizer.kind == "muon" else {}
+    seconds = 0.0
+    for kind, sharing in memory.replicas(shape).items():
+        matrices = of_muon.get(kind, 0)
+        size = around * (held[kind] - matrices) + muon_bytes(config) * matrices
+        seconds += reduce_seconds(size, sharing, _on_node(kind, shape, fabric), fabric) if size else 0.0
+    return seconds
 
 
 def _on_node(kind: ParameterClass, shape: WorldShape, fabric: Fabric) -> int:

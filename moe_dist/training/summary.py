@@ -44,9 +44,7 @@ def run_summary(trainer: "Trainer") -> dict[str, Any]:
             "wire_dtype": config.moe.wire_dtype if config.moe.layer_kind.routed else None,
         },
         "capacity": {"factor": config.moe.capacity_factor},
-        "collectives": collective_totals(
-            config, trainer.model, trainer.batch, trainer.data.vocab_size, trainer.ledger.links, process
-        ),
+        "collectives": collective_totals(trainer.engine, trainer.ledger.links),
         "stored": _stored_bytes(trainer),
         "memory": {
             "peak_rss_bytes": max(peaks.rss_by_rank),

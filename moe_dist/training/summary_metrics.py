@@ -6,16 +6,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_dist.config import BatchShape, RunConfig
 from moe_dist.dispatch.traffic_ledger import Direction, Payload, Stage, TrafficLedger
 from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.links import LinkKind, Links
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.engine.optimizer_state import MASTER
 from moe_dist.metrics import peak_rss_bytes, rss_bytes
-from moe_dist.model.collective_bytes import step_bytes
-from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.parameter_class import numbers_by_class
 
 
 def all_to_all_totals(ledger: TrafficLedger, tokens: int, moe_layers: int, process: RankInfo) -> dict[str, Any]:
@@ -41,16 +37,14 @@ def all_to_all_totals(ledger: TrafficLedger, tokens: int, moe_layers: int, proce
     }
 
 
-def collective_totals(
-    config: RunConfig, model: LanguageModel, batch: BatchShape, vocabulary: int, links: Links, process: RankInfo
-) -> dict[str, dict[str, int]]:
+def collective_totals(engine: DeepSpeedEngine, links: Links) -> dict[str, dict[str, int]]:
     """Return the bytes that all ranks send in a step beside the all-to-alls, by purpose; collective."""
-    sent = step_bytes(config, model.context.mesh, batch, vocabulary, numbers_by_class(model.parameters()))
+    sent = engine.collective_bytes()
     mine = [
         [sum(to_rank.values()), sum(size for rank, size in to_rank.items() if links.kind(rank) is LinkKind.INTER_NODE)]
         for to_rank in sent.values()
     ]
-    totals = torch.tensor(mine, dtype=torch.float64, device=process.device)
+    totals = torch.tensor(mine, dtype=torch.float64, device=engine.process.device)
     dist.all_reduce(totals)
     return {
         purpose: {"bytes_per_step": round(whole), "bytes_per_step_inter_node": round(between)}

@@ -18,9 +18,7 @@ from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
-from moe_dist.model.collective_bytes import step_bytes
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.parameter_class import numbers_by_class
 from tests.cluster.count_bytes import settled_interface
 
 VOCABULARY, LENGTH, STEPS = 1024, 128, 2
@@ -49,7 +47,7 @@ def measured(words: list[str], ranks: int) -> dict[str, object]:
     after = settled_interface()
     node_of_rank = ledger.links.node_of_rank
     elsewhere = {rank for rank in range(ranks) if node_of_rank[rank] != node_of_rank[process.rank]}
-    parts = step_bytes(config, mesh, batch, VOCABULARY, numbers_by_class(model.parameters()))
+    parts = engine.collective_bytes()
     sent = {name: STEPS * sum(to[rank] for rank in elsewhere & to.keys()) for name, to in parts.items()}
     dispatch = Counter[int]()
     for key, volume in ledger.sent.items():

@@ -14,9 +14,7 @@ from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
 from moe_dist.memory.expert_memory import ExpertMemory
-from moe_dist.model.collective_bytes import step_bytes
 from moe_dist.model.language_model import LanguageModel
-from moe_dist.moe.parameter_class import numbers_by_class
 from tests.distributed.ranks import run_ranks
 
 VOCABULARY, LENGTH = 512, 64
@@ -31,6 +29,8 @@ CASES = [
     ["world.pipeline=2", "world.virtual_pipeline=2", "world.zero_stage=2", "train.micro_batch_size=1"],
     ["world.tensor=2", "world.context=2", "model.activation_checkpointing=true", "world.cluster=4"],
     ["world.zero_stage=2", "train.micro_batch_size=1", "world.cluster=2"],
+    ["optimizer.kind=muon", "world.cluster=2", "world.zero_stage=0"],
+    ["optimizer.kind=muon", "world.cluster=2", "world.zero_stage=2", "world.pipeline=2"],
     ["memory.offload=true", "memory.device_budget_ratio=0.2", "world.cluster=2", "train.micro_batch_size=1"],
 ]
 Outcome = tuple[dict[int, float], dict[str, dict[int, float]]]
@@ -61,7 +61,7 @@ def _of_case(words: list[str], counter: CollectiveCounter) -> Outcome:
     counted = Counter[int]()
     for count in counter.counts.values():
         counted.update(count.to_rank)
-    parts = step_bytes(config, mesh, batch, VOCABULARY, numbers_by_class(model.parameters()))
+    parts = engine.collective_bytes()
     if memory is not None:
         memory.close()
     dispatch = Counter[int]()

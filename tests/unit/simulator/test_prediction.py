@@ -133,6 +133,19 @@ def test_gradients_go_around_twice_and_weights_once(zero_stage: int, rounds: int
     assert found == pytest.approx(rounds * reduce_seconds(2 * held, 16, 8, _fabric(2, 8)))
 
 
+@pytest.mark.parametrize(("zero_stage", "of_matrices", "of_others"), [(0, 8, 4), (1, 6, 6)])
+def test_muon_reduces_in_float32_and_broadcasts_weights(zero_stage: int, of_matrices: int, of_others: int) -> None:
+    """A dense model: three matrices of width 4 * 64 a layer, and attention's four of 64 x 64; embeddings have AdamW."""
+    words = ["model.hidden_size=64", "model.heads=4", "model.layers=2", "moe.kind=dense", "moe.dense_hidden=256"]
+    config = load_config(
+        None, [*words, "train.precision=bfloat16", "optimizer.kind=muon", f"world.zero_stage={zero_stage}"]
+    )
+    found = _seconds(0.0, Scenario(Strategy.TWO_STAGE), WorldShape(16, 1, 1), config)["reduction"]
+    matrices = 2 * (3 * 64 * 256 + 4 * 64 * 64)
+    others = 1000 * 64 + (2 * 2 + 1) * 64
+    assert found == pytest.approx(reduce_seconds(of_matrices * matrices + of_others * others, 16, 8, _fabric(2, 8)))
+
+
 def test_devices_that_take_turns_are_slower_but_wait_less_for_the_busiest() -> None:
     popularity_LE = zipf(32, 1.0, 2, _random())
     alone, shared = (
