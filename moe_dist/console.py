@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 WIDTH = 160  # columns
@@ -20,9 +22,10 @@ def wide_console() -> Console:
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
 
 
-def one_line(title: str) -> Text:
-    """Return a table's title that is not wrapped to the width of the table."""
-    return Text(title, style="table.title", no_wrap=True, overflow="ignore")
+def titled_table(title: str, *columns: str, **options: Any) -> Table:
+    """Return a table with a title on its left, not wrapped to the table's width; options are those of `Table`."""
+    text = Text(title, style="table.title", no_wrap=True, overflow="ignore")
+    return Table(*columns, title=text, title_justify="left", box=SIMPLE, **options)
 
 
 class TolerantOutput:

@@ -16,13 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from moe_dist.benchmarks import subruns
 from moe_dist.benchmarks.layer.spec import CLUSTERS, EXPERT_WIDTH, EXPERTS, RANK, THREADS, WIDTH
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.errors import ConfigError, TrainingError
 from moe_dist.launch.options import option
 
@@ -173,7 +171,7 @@ def run_memory_bench(spec: MemoryBenchSpec, note: Callable[[str], None]) -> Memo
 
 def render(result: MemoryBenchResult, console: Console) -> None:
     """Print one table, and the ratios that have a target."""
-    table = Table(title=one_line("memory of training, MB"), title_justify="left", box=SIMPLE)
+    table = titled_table("memory of training, MB")
     for column in ("case", "peak", "model", "device peak", "moved a step", "tokens/s (min, max)"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for case in result.cases:

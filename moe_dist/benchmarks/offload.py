@@ -12,13 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from moe_dist.benchmarks.offload_spec import OffloadBenchSpec
 from moe_dist.config import RunConfig, resolve_batch, resolve_world
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
@@ -88,12 +86,8 @@ def _moved(memory: ExpertMemory) -> int:
 
 def render(spec: OffloadBenchSpec, cases: list[OffloadBenchCase], console: Console) -> None:
     """Print a row for each number of active clusters."""
-    table = Table(
-        title=one_line(
-            f"offloaded training, {spec.clusters} clusters a layer, budget {spec.budget:.0%} of their state"
-        ),
-        title_justify="left",
-        box=SIMPLE,
+    table = titled_table(
+        f"offloaded training, {spec.clusters} clusters a layer, budget {spec.budget:.0%} of their state"
     )
     for column in (
         "active clusters",

@@ -20,9 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from moe_dist.benchmarks.recluster_spec import ReclusterBenchSpec
@@ -35,7 +33,7 @@ from moe_dist.clustering import (
     sketched_parameter_similarity,
 )
 from moe_dist.compression import WhiteningRoots, factorize_cluster
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.metrics.spread import Spread
 
 PARTS = ("gram", "sketch", "assign", "assign warm", "factorise", "whitened")
@@ -87,7 +85,7 @@ def render(result: ReclusterBenchResult, console: Console) -> None:
         f"one layer, f = d, G={s.clusters}, r={s.rank}, {s.threads} thread(s): CPU ms, median of {s.repeats} rounds "
         f"\\[quartiles]; factorise and whitened: one cluster, from {s.sampled} of its experts"
     )
-    table = Table("d", "E", title=one_line(title), title_justify="left", box=SIMPLE)
+    table = titled_table(title, "d", "E")
     for part in PARTS:
         table.add_column(part, justify="right")
     for case in result.cases:

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 
 LARGEST_PLAIN = 1e6
 """Perplexity from which on it is shown as a power of ten: a word of many tokens that the model does not know."""
@@ -39,7 +38,7 @@ def render(figures: Mapping[str, Any], console: Console) -> None:
 
 def _perplexity(found: Mapping[str, Any]) -> Table:
     title = f"loss and perplexity on {found['source']}: windows of {found['window']} tokens, stride {found['stride']}"
-    table = Table("", "", title=one_line(title), title_justify="left", box=SIMPLE, show_header=False)
+    table = titled_table(title, "", "", show_header=False)
     table.add_row(f"{found['bits_per_byte']:.4f}", "bits a byte")
     table.add_row(f"{found['loss']:.4f}", f"nats a token, over {found['tokens']:,} tokens")
     for name, of in PERPLEXITIES.items():
@@ -50,7 +49,7 @@ def _perplexity(found: Mapping[str, Any]) -> Table:
 
 def _glue(found: Mapping[str, Any]) -> Table:
     title = "GLUE after fine-tuning, validation splits, percent (mean ± standard deviation over seeds)"
-    table = Table("task", "metric", title=one_line(title), title_justify="left", box=SIMPLE)
+    table = titled_table(title, "task", "metric")
     for name in ("score", "train rows", "rows"):
         table.add_column(name, justify="right")
     for task, figures in found["tasks"].items():
@@ -65,7 +64,7 @@ def _glue(found: Mapping[str, Any]) -> Table:
 
 
 def _harness(found: Mapping[str, Any]) -> Table:
-    table = Table("task", "metric, filter", title=one_line("lm-evaluation-harness"), title_justify="left", box=SIMPLE)
+    table = titled_table("lm-evaluation-harness", "task", "metric, filter")
     table.add_column("value", justify="right")
     table.add_column("standard error", justify="right")
     for task, metrics in found["tasks"].items():

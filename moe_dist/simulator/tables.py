@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.simulator.calibration import DEVICE_CONSTANTS, Calibration
 from moe_dist.simulator.memory import Memory
 from moe_dist.simulator.planner import GIB, Option, PlannerResult
@@ -26,9 +25,7 @@ def render_plan(found: PlannerResult, console: Console, subject: str) -> None:
         subject: what is planned: model, batch and machine.
     """
     console.print(f"{subject}\n", markup=False, highlight=False, soft_wrap=True)
-    table = Table(
-        title=one_line("layouts that fit, fastest first (predicted)"), title_justify="left", box=SIMPLE, padding=0
-    )
+    table = titled_table("layouts that fit, fastest first (predicted)", padding=0)
     shown = [option for option in found.options[:SHOWN] if option.time is not None]
     divided = [axis for axis in AXES if any(getattr(option.layout.shape, axis) > 1 for option in shown)]
     axes = (*divided, "data", "cluster", "shard", "ZeRO", "micro", "recompute")
@@ -61,9 +58,7 @@ def _cells(option: Option, time: StepTime) -> list[str]:
 
 
 def _memory(memory: Memory, limit: float) -> Table:
-    table = Table(
-        title=one_line(f"memory of a GPU with the first, of {limit / GIB:.1f} GiB"), title_justify="left", box=SIMPLE
-    )
+    table = titled_table(f"memory of a GPU with the first, of {limit / GIB:.1f} GiB")
     table.add_column("")
     table.add_column("GiB", justify="right")
     for part in fields(memory):
@@ -74,7 +69,7 @@ def _memory(memory: Memory, limit: float) -> Table:
 
 def render_times(times: Mapping[str, StepTime], console: Console) -> None:
     """Print step time by part, one column for each routing strategy."""
-    table = Table(title=one_line("predicted step, ms"), title_justify="left", box=SIMPLE)
+    table = titled_table("predicted step, ms")
     table.add_column("")
     for name in times:
         table.add_column(name, justify="right", no_wrap=True)
@@ -96,9 +91,7 @@ def _milliseconds(seconds: float) -> str:
 
 def render_calibration(found: Calibration, console: Console) -> None:
     """Print every case, measured and predicted, the mean errors, and the constants."""
-    table = Table(
-        title=one_line("a step, ms: median of those timed, smallest to largest"), title_justify="left", box=SIMPLE
-    )
+    table = titled_table("a step, ms: median of those timed, smallest to largest")
     table.add_column("case")
     for name in ("measured", "spread", "predicted", "error", ""):
         table.add_column(name, justify="right", no_wrap=True)

@@ -15,13 +15,11 @@ from statistics import mean, stdev
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from moe_dist.clustering import adjusted_rand_index
 from moe_dist.config import WorldConfig
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.data.domains import TRAIN, write_domains
 from moe_dist.data.files import FileSource
 from moe_dist.distributed.init import init_distributed, shutdown
@@ -158,11 +156,7 @@ def domain_purity(count_DLE: npt.ArrayLike) -> float:
 
 def render(runs: Sequence[DomainRun], console: Console) -> None:
     """Print one row per recipe, with differences to the first recipe seed by seed."""
-    view = Table(
-        title=one_line("mixture of four domains, mean ± standard deviation over seeds"),
-        title_justify="left",
-        box=SIMPLE,
-    )
+    view = titled_table("mixture of four domains, mean ± standard deviation over seeds")
     for name in ("recipe", "loss", f"less {runs[0].recipe}", "index", "purity", "load variance", "moved", "rounds"):
         view.add_column(name, justify="left" if name == "recipe" else "right")
     base = {run.seed: run.loss for run in runs if run.recipe == runs[0].recipe}

@@ -9,13 +9,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from moe_dist.benchmarks.subruns import Summary
 from moe_dist.config import load_config
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.errors import ConfigError
 from moe_dist.metrics.summary import look_up
 from moe_dist.studies.runner import StudyCell
@@ -103,11 +101,7 @@ def differences(table: Sequence[QualityRow], row: QualityRow, baseline: str) -> 
 def render(results: dict[StudyCell, Summary], console: Console) -> None:
     """Print the table."""
     table = rows(results)
-    view = Table(
-        title=one_line("validation loss, nats per token (mean ± standard deviation over seeds)"),
-        title_justify="left",
-        box=SIMPLE,
-    )
+    view = titled_table("validation loss, nats per token (mean ± standard deviation over seeds)")
     stored = any(row.stored for row in table)
     less_baselines = (f"less {baseline}" for baseline in BASELINES)
     names = ("corpus", "recipe", "loss", *(("as stored",) if stored else ()), *less_baselines)

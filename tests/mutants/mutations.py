@@ -61,6 +61,25 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"'{OF_EIGHT}[data 1 x cluster 4 x shard 2 (slices of the hidden width)]'",
         ("slices have different graphs", 'if self.part.slices > 1 and "output', 'if self.part.number and "output'),
     ),
+    # stages whose layers differ
+    *_of(
+        "conversion/expert_grouping.py",
+        "tests/distributed/test_warmup.py::test_any_layout_goes_through_the_change_alike",
+        (
+            "all stages take the first one's clusters",
+            "src=mesh.stage * mesh.shape.stage_ranks, group=mesh.stage_group",
+            "src=0",
+        ),
+    ),
+    *_of(
+        "model/megatron_backbone.py",
+        f"'{PIPELINE}::test_stages_train_like_one_rank[pipeline 4 x data 1 x cluster 1 x shard 1]'",
+        (
+            "windows begin anew in each stage",
+            "for number in StageLayers.of(model.layers, mesh).numbers]",
+            "for number, _ in enumerate(StageLayers.of(model.layers, mesh).numbers)]",
+        ),
+    ),
     # muon
     *_of(
         "engine/muon.py",
@@ -69,8 +88,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("owners keep new weights", "        if self.divided:\n            self._broadcast()\n", ""),
         (
             "gradients of replicas are not added",
-            "> 1 and self.divided:\n            work",
-            "> 99 and self.divided:\n            work",
+            "work = dist.reduce(gradient, self._owners[parameter], group=group, async_op=True)",
+            "pass",
         ),
         (
             "each replica's copy of a matrix counts in the norm",

@@ -9,16 +9,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from moe_dist.benchmarks.layer.contenders import DENSE, STANDARD, Contender, build, mesh_for
 from moe_dist.benchmarks.layer.spec import CLUSTERED, GrowthSpec, clusters_for
 from moe_dist.benchmarks.rounds import inputs, time_rounds
 from moe_dist.benchmarks.saved_bytes import saved_bytes
 from moe_dist.config import WorldConfig
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.metrics import installed_versions
 from moe_dist.metrics.spread import Spread
@@ -102,7 +100,7 @@ def render(result: GrowthResult, console: Console) -> None:
         f"k={result.spec.top_k} {result.spec.dtype}, {torch.get_num_threads()} thread(s), median of "
         f"{result.spec.repeats} rounds [quartiles]"
     )
-    table = Table("E", "G", "layer", title=one_line(title), title_justify="left", box=SIMPLE)
+    table = titled_table(title, "E", "G", "layer")
     for name in ("ms", "this / dense", "weights, MB", "saved, KB per token"):
         table.add_column(name, justify="right")
     for case in result.cases:

@@ -21,14 +21,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from moe_dist.benchmarks.layer.spec import LayerBenchSpec
 from moe_dist.compression import ClusterWeights, init_base, init_residual
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.errors import ConfigError
 from moe_dist.kernels import BACKENDS, clustered_experts
 from moe_dist.kernels.backend_choice import BackendShape, measure_backends
@@ -115,7 +113,7 @@ def render(result: LayerBenchResult, console: Console) -> None:
         f"forward + backward, T={s.tokens} d={s.hidden} f={s.expert_hidden} E={s.experts} G={s.clusters} r={s.rank}"
         f"{' vectors' if s.vectors else ''}, {s.threads} thread(s), median of {s.repeats} rounds [quartiles]"
     )
-    table = Table("dtype", "k", "layer", title=one_line(title), title_justify="left", box=SIMPLE)
+    table = titled_table(title, "dtype", "k", "layer")
     for name in ("ms", "standard / this", "this / dense floor"):
         table.add_column(name, justify="right")
     for case in result.cases:

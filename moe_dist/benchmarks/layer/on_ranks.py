@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from moe_dist.benchmarks.collective_timer import CollectiveTimer, timing_collectives
@@ -25,7 +23,7 @@ from moe_dist.benchmarks.layer.recorded_routing import RoutingRecord
 from moe_dist.benchmarks.layer.spec import CLUSTERED, RanksBenchSpec, overlapped
 from moe_dist.benchmarks.rounds import inputs, time_rounds
 from moe_dist.config import RunConfig
-from moe_dist.console import one_line, wide_console
+from moe_dist.console import titled_table, wide_console
 from moe_dist.dispatch.chunked_overlap import ExchangeSpeed, choose_chunks
 from moe_dist.dispatch.routing_trace import RoutingTrace
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
@@ -206,7 +204,7 @@ def render(result: RanksBenchResult, console: Console) -> None:
         f"d={shape.hidden} f={shape.expert_hidden} E={shape.experts} G={shape.clusters} r={shape.rank}"
         f"{' vectors' if shape.vectors else ''}, median of {result.spec.repeats} rounds [quartiles]"
     )
-    table = Table("dtype", "k", "layer", title=one_line(title), title_justify="left", box=SIMPLE)
+    table = titled_table(title, "dtype", "k", "layer")
     for name in ("ms", "this / dense", "best peer / this", "bytes a token", "floor"):
         table.add_column(name, justify="right")
     for case in result.cases:

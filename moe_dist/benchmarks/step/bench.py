@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from moe_dist.benchmarks.baselines.megatron_gpt import MegatronTraining
 from moe_dist.benchmarks.step.parts import profile_attention, step_profiler
 from moe_dist.benchmarks.step.profiler import StepPart, StepProfiler
 from moe_dist.benchmarks.step.spec import StepBenchSpec, is_megatron
 from moe_dist.config import RunConfig, resolve_world
-from moe_dist.console import one_line, wide_console
+from moe_dist.console import titled_table, wide_console
 from moe_dist.data import PreparedData, prepare_data
 from moe_dist.distributed.init import RankInfo, init_distributed, shutdown
 from moe_dist.metrics import installed_versions, write_json
@@ -177,7 +175,7 @@ def render(result: StepBenchResult, console: Console) -> None:
     console.width = max(console.width, 120)
     last = result.spec.kinds[-1]
     title = f"{result.ranks} ranks of {result.threads} thread(s), median of rounds [quartiles]"
-    speeds = Table("layer", title=one_line(title), title_justify="left", box=SIMPLE)
+    speeds = titled_table(title, "layer")
     for name in ("tokens/s", f"this / {last}", "routing + permute + counters + metrics"):
         speeds.add_column(name, justify="right")
     for kind, figures in result.kinds.items():
@@ -187,7 +185,7 @@ def render(result: StepBenchResult, console: Console) -> None:
     if not result.spec.divided:
         return
     title = "ms of a step (share), mean over ranks, collectives synchronised"
-    parts = Table("part", title=one_line(title), title_justify="left", box=SIMPLE)
+    parts = titled_table(title, "part")
     divided = {kind: figures.parts for kind, figures in result.kinds.items() if figures.parts}
     for kind in divided:
         parts.add_column(kind, justify="right")

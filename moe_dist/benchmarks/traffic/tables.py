@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.metrics.summary import look_up
 
 MATRIX_RANKS = 16
@@ -26,11 +25,7 @@ def render(results: Mapping[str, Mapping[str, Any]], console: Console) -> None:
 
 
 def _kinds(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(
-        title=one_line("all-to-all, bytes per token and layer, all ranks, both passes"),
-        title_justify="left",
-        box=SIMPLE,
-    )
+    table = titled_table("all-to-all, bytes per token and layer, all ranks, both passes")
     table.add_column("")
     for kind in results:
         table.add_column(kind, justify="right")
@@ -57,7 +52,7 @@ def _kinds(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _matrix(title: str, rows: list[list[int]], steps: int) -> Table:
-    table = Table(title=one_line(f"{title}: KiB per step from rank (row) to rank"), title_justify="left", box=SIMPLE)
+    table = titled_table(f"{title}: KiB per step from rank (row) to rank")
     table.add_column("")
     for peer in range(len(rows)):
         table.add_column(str(peer), justify="right")
@@ -67,9 +62,7 @@ def _matrix(title: str, rows: list[list[int]], steps: int) -> Table:
 
 
 def _profile(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(
-        title=one_line("time of a step, collectives synchronised (mean over ranks)"), title_justify="left", box=SIMPLE
-    )
+    table = titled_table("time of a step, collectives synchronised (mean over ranks)")
     shown = {kind: figures["profile"]["ranks"] for kind, figures in results.items() if "profile" in figures}
     table.add_column("")
     for kind in shown:

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.errors import ConfigError
 from moe_dist.simulator.hardware import Fabric
 from moe_dist.simulator.planner import GIB, plan
@@ -62,7 +60,7 @@ def _cost(cell: StudyCell, fabric: Fabric) -> Cost:
 
 def render(found: Sequence[Cost], seeds: int, device: str, console: Console) -> None:
     """Print one line per kind, and the sum over all seeds."""
-    table = Table(title=one_line(f"predicted cost on {device}, not measured"), title_justify="left", box=SIMPLE)
+    table = titled_table(f"predicted cost on {device}, not measured")
     for name in ("kind", "hours", "GLUE, hours", "GPUs", "GiB a GPU", "GPU-hours, all seeds"):
         table.add_column(name, justify="left" if name == "kind" else "right")
     total = 0.0

@@ -7,11 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
-from moe_dist.console import one_line
+from moe_dist.console import titled_table
 from moe_dist.metrics.summary import look_up
 from moe_dist.studies.runner import StudyOutcome
 from moe_dist.studies.scaling.cells import RANKS
@@ -86,7 +84,7 @@ def _efficiency(row: StudyRow, found: Sequence[StudyRow]) -> float | None:
 def render(table_rows: Sequence[StudyRow], console: Console) -> None:
     """Print the table; a combination without results shows its reason."""
     axes = [axis for axis, _ in table_rows[0].values]
-    view = Table(title=one_line("medians over repeats"), title_justify="left", box=SIMPLE)
+    view = titled_table("medians over repeats")
     for name in (*axes, "tokens/s", "from - to", "efficiency", "B/token/layer", "inter-node B", "RSS, MiB", "runs"):
         view.add_column(name, justify="right")
     for row in table_rows:
