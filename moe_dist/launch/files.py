@@ -22,14 +22,20 @@ def writable(file: Path, option: str = "--json") -> str:
 
 
 def new_folder_name(folder: Path, option: str = "--output") -> Path:
-    """Return the absolute path of a folder that can be made: its name is free, its parent exists.
+    """Return the absolute path of a folder whose name is free, and make its parents.
 
     Raises:
-        LaunchError: it cannot; names the option.
+        LaunchError: the name is taken, or a parent cannot be made or written; names the option.
     """
     target = folder.absolute()
-    if target.exists() or not (target.parent.is_dir() and os.access(target.parent, os.W_OK)):
-        raise LaunchError(f"{option} {folder}: cannot be made: give a new name in a folder that exists")
+    if target.exists():
+        raise LaunchError(f"{option} {folder}: exists already: give another name, or remove it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(f"{option} {folder}: {target.parent} cannot be made: {error.strerror}") from error
+    if not os.access(target.parent, os.W_OK):
+        raise LaunchError(f"{option} {folder}: {target.parent} cannot be written: give a folder of yours")
     return target
 
 
