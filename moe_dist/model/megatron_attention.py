@@ -46,7 +46,7 @@ class SdpaCoreAttention(nn.Module):
         """Create the module.
 
         Args:
-            layer_number: number of the layer among those of this rank, counted from 1.
+            layer_number: number of the layer in Megatron-core's count, from 1.
             context: ranks that hold the other tokens of the sequences; None: this rank has them all.
             windows: sliding window of each of these layers, or None; empty: no layer has one.
             softmax_scale: factor of the logits; None: 1 / sqrt(width of a head).

@@ -7,7 +7,7 @@ Megatron-core expects CUDA in several places, each replaced for other devices: r
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -106,7 +106,7 @@ def build_gpt(
         install_stand_in()
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     torch.manual_seed(seed)
-    spec, of_stage = attention_spec(model, mesh), lambda index: feed_forward(layers.numbers[index])
+    spec, of_stage = attention_spec(model, mesh, layers.numbers), lambda index: feed_forward(layers.numbers[index])
     spec.submodules.mlp = ModuleSpec(module=_FeedForward, params={"factory": of_stage})
     gpt = GPTModel(
         config=transformer_config(model, tensor),
@@ -135,14 +135,18 @@ def build_gpt(
     return cast(nn.Module, gpt)
 
 
-def attention_spec(model: ModelConfig, mesh: Mesh) -> ModuleSpec:
-    """Return the modules of a layer, of which the feed-forward part is Megatron-core's and meant to be replaced."""
+def attention_spec(model: ModelConfig, mesh: Mesh, numbers: Sequence[int]) -> ModuleSpec:
+    """Return the modules of a layer, of which the feed-forward part is Megatron-core's and meant to be replaced.
+
+    Args:
+        numbers: number in the model, from 0, of each layer that Megatron-core counts here, from 1.
+    """
     latent = model.latent is not None
     spec = get_gpt_layer_local_spec(
         normalization="RMSNorm", qk_layernorm=model.qk_norm == "head", multi_latent_attention=latent
     )
     attention = spec.submodules.self_attention.submodules
-    windows = [model.window_of(number) for number in StageLayers.of(model.layers, mesh).numbers]
+    windows = [model.window_of(number) for number in numbers]
     core = {"context": mesh.groups.get(GroupKind.CONTEXT), "windows": windows}
     attention.core_attention = ModuleSpec(module=SdpaCoreAttention, params=core)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RmsNorm

@@ -25,8 +25,9 @@ WORDS = [
     "optimizer.router_lr_scale=1", "moe.gate_scale=1", "moe.wire_dtype=float32", "moe.balance=none",
     "train.micro_batch_size=4", "train.steps=8", "train.warmup_steps=0",
 ]  # fmt: skip
+WINDOW = ["model.window=9", "model.window_from=1"]
 LAYOUTS = {
-    2: [[], ["world.zero_stage=0"], ["world.tensor=2"], ["world.context=2"], ["world.pipeline=2"]],
+    2: [[], ["world.zero_stage=0"], ["world.tensor=2"], ["world.context=2"], ["world.pipeline=2", *WINDOW]],
     4: [["world.tensor=2", "world.pipeline=2"]],
 }
 

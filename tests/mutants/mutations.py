@@ -76,8 +76,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"'{PIPELINE}::test_stages_train_like_one_rank[pipeline 4 x data 1 x cluster 1 x shard 1]'",
         (
             "windows begin anew in each stage",
-            "for number in StageLayers.of(model.layers, mesh).numbers]",
-            "for number, _ in enumerate(StageLayers.of(model.layers, mesh).numbers)]",
+            "for number in numbers]",
+            "for number, _ in enumerate(numbers)]",
         ),
     ),
     # muon

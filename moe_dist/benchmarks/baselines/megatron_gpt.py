@@ -134,7 +134,7 @@ def _gpt(config: RunConfig, vocab_size: int, mesh: Mesh) -> nn.Module:
         finalize_model_grads_func=finalize_model_grads,
         **options,
     )
-    spec = attention_spec(model, mesh)
+    spec = attention_spec(model, mesh, range(model.layers))  # it counts the layers of earlier stages too
     spec.submodules.mlp = get_mlp_module_spec(use_te=False, num_experts=moe.experts if standard else None)
     torch.manual_seed(config.seed)
     gpt: Any = GPTModel(
