@@ -28,6 +28,7 @@ from moe_dist.cli import (
     training,
     weights,
 )
+from moe_dist.cli.groups import CommandGroup
 from moe_dist.console import tolerant_output
 from moe_dist.errors import EXIT_FAILURE, EXIT_REFUSED, MoeDistError, file_error
 from moe_dist.launch.environment import silence_library_warnings
@@ -46,6 +47,7 @@ VALUE_WORDS = {
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of the click inside typer
 
 app = typer.Typer(
+    cls=CommandGroup,
     help="Train Mixture-of-Experts language models with clustered, compressed experts.",
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -14,6 +14,7 @@ from moe_dist.cli.bench_offload import bench_offload
 from moe_dist.cli.bench_precision import bench_precision
 from moe_dist.cli.bench_recluster import bench_recluster
 from moe_dist.cli.bench_step import bench_step
+from moe_dist.cli.groups import CommandGroup
 from moe_dist.cli.options import FinishedRuns, Jobs, Json, Overrides, RecipeFolder, Seeds
 from moe_dist.console import wide_console
 from moe_dist.errors import LaunchError
@@ -22,7 +23,7 @@ from moe_dist.metrics import write_json
 
 def register(app: typer.Typer) -> None:
     """Add the group `bench` and its commands."""
-    bench = typer.Typer(help="Measure parts of the system on this machine.")
+    bench = typer.Typer(cls=CommandGroup, help="Measure parts of the system on this machine.")
     bench.command("layer")(bench_layer)
     bench.command("growth")(bench_growth)
     bench.command("quality")(bench_quality)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moe_dist.cli.groups import CommandGroup
 from moe_dist.cli.options import Config, Overrides
 from moe_dist.config import load_config
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    data = typer.Typer(help="Prepare training text, look at it, and check it.", no_args_is_help=True)
+    data = typer.Typer(cls=CommandGroup, help="Prepare training text, look at it, and check it.", no_args_is_help=True)
     data.command()(prepare)
     data.command()(inspect)
     data.command()(validate)

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from moe_dist.benchmarks.traffic.spec import TrafficSpec
+from moe_dist.cli.groups import CommandGroup
 from moe_dist.cli.options import Config, Json, Overrides, Port, StartedBy, takes
 from moe_dist.console import wide_console
 from moe_dist.errors import ConfigError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the group `measure` and its commands."""
-    group = typer.Typer(help="Measure runs on several ranks.")
+    group = typer.Typer(cls=CommandGroup, help="Measure runs on several ranks.")
     group.callback()(lambda: None)  # a group with one command would else be that command
     group.command("traffic")(traffic)
     group.command("attach")(attach)

@@ -39,6 +39,15 @@ def moe_dist(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
+@pytest.mark.parametrize("group", [(), ("bench",), ("data",), ("measure",)])
+def test_no_sentence_of_the_list_of_commands_is_cut(moe_dist: Any, group: tuple[str, ...]) -> None:
+    code, out, _ = moe_dist(*group, "--help")
+    listed = out.split("Commands:")[1]
+    assert code == 0
+    assert listed.strip()
+    assert "..." not in listed
+
+
 def test_help_and_version(moe_dist: Any) -> None:
     code, out, err = moe_dist("--help")
     assert (code, err) == (0, "")

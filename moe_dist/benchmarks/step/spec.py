@@ -26,7 +26,8 @@ class StepBenchSpec:
 
     kinds: tuple[str, ...] = option(
         ("clustered", "standard"),
-        "A kind of layer; may be given again; speeds are relative to the last. Default: clustered, standard.",
+        f"A kind of layer ({', '.join(KINDS)}); may be given again; speeds are relative to the last. "
+        "Default: clustered, standard.",
         flag="--kind",
     )
     rounds: int = option(5, "Rounds of some steps of each kind.")
