@@ -1,5 +1,6 @@
 """Generation of text by transformers from an exported folder, or from a run, which is exported for the time."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def exported(run: Path) -> Iterator[Path]:
         yield run
         return
     weights = find_weights(run)
+    print(f"reading the weights of {weights.path}", file=sys.stderr, flush=True)  # which may take a while
     with TemporaryDirectory(prefix="moe-dist-") as scratch:
         export_model(weights, tokenizer_of(run, weights), Path(scratch) / "model")
         yield Path(scratch) / "model"
