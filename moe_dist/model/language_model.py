@@ -1,8 +1,7 @@
-"""Language model built from a configuration, and its parameter counts."""
+"""Language model built from a configuration."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -12,7 +11,6 @@ from torch.nn import functional
 from moe_dist.compression import StorageFormat
 from moe_dist.config import RunConfig
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
-from moe_dist.distributed.agreement import gather_over_stages
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import GroupKind, Mesh
 from moe_dist.distributed.placement import ExpertPlacement
@@ -25,13 +23,11 @@ from moe_dist.model.megatron_backbone import build_gpt, initialize_megatron
 from moe_dist.model.pipeline_stage import StageLayers, positions, run_chunk
 from moe_dist.model.stage_links import StageLinks, TiedEmbedding
 from moe_dist.model.teacher_loss import TeacherTargets, kl_divergence
-from moe_dist.moe.clustered_experts import ClusteredExperts, SharedBase
+from moe_dist.moe.clustered_experts import ClusteredExperts
 from moe_dist.moe.clustered_moe import ClusteredMoE
-from moe_dist.moe.dense_feed_forward import SharedExpert
 from moe_dist.moe.layer_context import LayerContext
 from moe_dist.moe.layer_kinds import LAYER_KINDS
 from moe_dist.moe.load_balancing import BalanceState
-from moe_dist.moe.parameter_class import ParameterClass, numbers_by_class
 from moe_dist.moe.quantized_experts import QuantizedClusterExperts, storage_format
 from moe_dist.moe.routing_statistics import RoutingStatistics
 
@@ -330,35 +326,3 @@ def _fake_quantized(layers: Iterable[ClusteredMoE], quantization: StorageFormat)
 def _quantized(part: nn.Module, quantization: StorageFormat) -> QuantizedClusterExperts:
     assert isinstance(part, ClusteredExperts)
     return QuantizedClusterExperts(part.quantized(quantization), next(part.parameters()).dtype, part.backend)
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Numbers of parameters of the whole model; replicas count once."""
-
-    total: int
-    expert: int
-    """Parameters of bases, residuals and vectors, or of standard experts; with shared experts, without routers; 0 for
-    dense layers."""
-    expert_standard: int
-    """Parameters that the same number of standard experts of the same width would have."""
-
-
-def count_parameters(model: LanguageModel) -> ParameterCounts:
-    """Count the model's parameters from the tensors of this rank's position in all pipeline stages; collective.
-
-    Every rank of a stage holds equally many of each class.
-    """
-    config, shape = model.config, model.context.mesh.shape
-    own = numbers_by_class(model.parameters())
-    shared_parts = (part for part in model.modules() if isinstance(part, SharedBase | SharedExpert))
-    shared = sum(parameter.numel() for part in shared_parts for parameter in part.parameters())
-    stages = gather_over_stages(model.context.mesh, (own, shared))
-    held = {kind: sum(of_stage[kind] for of_stage, _ in stages) for kind in ParameterClass}
-    shared = sum(of_stage for _, of_stage in stages)
-    dense = held[ParameterClass.DENSE] + held[ParameterClass.TENSOR] * shape.tensor
-    base = held[ParameterClass.BASE] * shape.cluster
-    expert = held[ParameterClass.EXPERT] * shape.cluster * shape.shard
-    moe = config.moe
-    standard = config.moe_layers * moe.layer_kind.standard_parameters(config.model.hidden_size, moe)
-    return ParameterCounts(dense + base + expert, shared + base + expert, standard)

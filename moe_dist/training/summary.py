@@ -9,7 +9,7 @@ from moe_dist.config.byte_sizes import FLOAT32, MOMENTS
 from moe_dist.config.layer_kinds import LAYER_KINDS
 from moe_dist.dispatch.layout_advice import flat_bytes
 from moe_dist.metrics import installed_versions
-from moe_dist.model.language_model import count_parameters
+from moe_dist.model.parameter_counts import count_parameters
 from moe_dist.moe.quantized_experts import stored_sizes
 from moe_dist.training.banner import device_words
 from moe_dist.training.offload_metrics import offload_figures

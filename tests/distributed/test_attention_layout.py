@@ -11,7 +11,8 @@ from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.errors import ConfigError
 from moe_dist.evaluation.trained_model import evaluation_config
-from moe_dist.model.language_model import LanguageModel, count_parameters
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.parameter_counts import count_parameters
 from moe_dist.moe.parameter_class import ParameterClass, class_of
 from moe_dist.simulator.memory import memory_of_rank
 from moe_dist.simulator.sizes import parameters_on_rank

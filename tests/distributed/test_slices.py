@@ -21,7 +21,8 @@ from moe_dist.distributed.init import init_distributed
 from moe_dist.distributed.links import Links
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.engine.deepspeed_engine import DeepSpeedEngine
-from moe_dist.model.language_model import LanguageModel, count_parameters
+from moe_dist.model.language_model import LanguageModel
+from moe_dist.model.parameter_counts import count_parameters
 from moe_dist.moe.clustered_experts import ClusterBase
 from moe_dist.moe.parameter_class import ParameterClass, class_of
 from moe_dist.simulator.sizes import parameters_on_rank
