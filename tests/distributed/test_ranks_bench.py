@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
+from moe_dist.benchmarks.layer.contenders import latent_width
 from moe_dist.benchmarks.layer.on_ranks import bench_ranks
 from moe_dist.benchmarks.layer.recorded_routing import RoutingRecord
-from moe_dist.benchmarks.layer.spec import PEERS, LayerShape, RanksBenchSpec, overlapped
+from moe_dist.benchmarks.layer.spec import LATENT, LIBRARIES, PEERS, LayerShape, RanksBenchSpec, overlapped
 from moe_dist.benchmarks.rounds import inputs
 from moe_dist.config import RunConfig, WorldConfig
 from moe_dist.dispatch.chunked_overlap import ExchangeSpeed, choose_chunks
@@ -45,7 +46,7 @@ def test_every_contender_is_measured(figures: dict[str, Any]) -> None:
     assert set(case["peer_over_clustered"]) == ours
     assert all(spread["median"] > 0 for spread in case["seconds"].values())
     assert case["over_dense"]["dense"]["median"] == 1
-    assert case["fastest_peer"] in PEERS
+    assert case["fastest_peer"] in LIBRARIES, "LatentMoE is another layer"
     assert case["hops"][overlapped("2")] == {"chunks": 2, "speed": None}
     assert (
         choose_chunks(ExchangeSpeed(**case["hops"][overlapped("auto")]["speed"]))
@@ -66,7 +67,15 @@ def test_bytes_are_the_floor_and_the_counts(figures: dict[str, Any]) -> None:
     k_copies = 4 * 2 * 0.5 * 32 * 4  # there and back in both passes, k = 2, half of them to the other rank, float32
     for peer in PEERS:
         assert sent[peer]["floor"] is None
-        assert sent[peer]["counted"] == pytest.approx(k_copies, rel=0.4)
+        assert sent[peer]["counted"] == pytest.approx(k_copies * (16 / 32 if peer == LATENT else 1), rel=0.4)
+
+
+def test_latent_width_by_hand() -> None:
+    """Experts of 8 x 3 x 16 x 48 and projections of 2 x 32 x 16; clustered: bases of 4 x 3 x 32 x 48, 8 residuals."""
+    clustered = SMALL.config("clustered", "float32", 2)
+    held = 4 * 3 * 32 * 48 + 8 * 2 * 3 * (32 + 48)
+    assert 16 * (8 * 3 * 48 + 2 * 32) <= held < 24 * (8 * 3 * 48 + 2 * 32)
+    assert latent_width(clustered) == 16
 
 
 def test_recorded_choices_of_local_experts_send_nothing(tmp_path: Path) -> None:
@@ -86,22 +95,27 @@ def test_recorded_choices_of_local_experts_send_nothing(tmp_path: Path) -> None:
     assert sent["clustered m=1"] > 32 * 4, "not of its kind of choice"
 
 
-def _megatron_against_experts() -> None:
-    """Megatron-core's layer behind the stand-ins computes what its own router and experts say."""
+def _megatron_against_experts(latent: int | None) -> None:
+    """Megatron-core's layer behind the stand-ins computes what its own router, projections and experts say."""
     process = init_distributed(WorldConfig())
     config = SMALL.config("standard", "float32", 2)
-    layer = MegatronMoE(config, process.ranks)
+    layer = MegatronMoE(config, process.ranks, latent)
     x_TD, d_y_TD = inputs(16, SMALL.hidden, "float32", process, 0)
     with stand_ins():
         y_TD = layer(x_TD)
         y_TD.backward(d_y_TD)
         probability_TE, chosen_TE = layer.layer.router(x_TD[:, None])
         experts = _all_experts(layer, process.ranks)
-    expected_TD = torch.zeros_like(x_TD)
+    module = layer.layer
+    x_TL = x_TD if latent is None else x_TD @ module.fc1_latent_proj.weight.T
+    expected_TD = torch.zeros_like(x_TL)
     for e, (w_in, w_out) in enumerate(experts):
-        gate, up = (x_TD @ w_in.T).chunk(2, dim=-1)
+        gate, up = (x_TL @ w_in.T).chunk(2, dim=-1)
         h = torch.nn.functional.silu(gate) * up @ w_out.T
         expected_TD = expected_TD + (probability_TE * chosen_TE)[:, e, None] * h
+    if latent is not None:
+        assert x_TL.shape == (16, latent)
+        expected_TD = expected_TD @ module.fc2_latent_proj.weight.T
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-5)
     assert x_TD.grad is not None
     assert torch.cuda.current_device.__module__ == "torch.cuda"  # put back
@@ -122,8 +136,9 @@ def _all_experts(layer: MegatronMoE, ranks: int) -> list[tuple[torch.Tensor, tor
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are for machines without CUDA")
-def test_megatron_computes_what_it_should() -> None:
-    run_ranks(_megatron_against_experts, 2)
+@pytest.mark.parametrize("latent", [None, 16])
+def test_megatron_computes_what_it_should(latent: int | None) -> None:
+    run_ranks(_megatron_against_experts, 2, latent)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,18 @@
 """Megatron-core's own MoE layer as a baseline of benchmarks; no model is trained with it.
 
 On a GPU it runs unchanged. Megatron-core does not support the CPU; there `stand_ins` replaces what needs CUDA, and
-nothing that computes or communicates: the current device, a router GEMM of Transformer Engine, and the copy of split
-sizes to the host by a side stream. Grouped GEMMs are off there, so that experts run one after the other.
+nothing that communicates: the current device, a router GEMM of Transformer Engine, and the copy of split sizes to the
+host by a side stream. Without Transformer Engine LatentMoE's two projections are torch's linear layers. Grouped GEMMs
+are off on the CPU, so that experts run one after the other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_layer, moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,14 +25,19 @@ from moe_dist.model.megatron_backbone import initialize_megatron
 class MegatronMoE(nn.Module):
     """`MoELayer` over all ranks with our standard layer's sizes, dropless, without auxiliary loss; [T, D] -> [T, D]."""
 
-    def __init__(self, config: RunConfig, ranks: int) -> None:
-        """Create the layer; collective, since Megatron-core forms its process groups here."""
+    def __init__(self, config: RunConfig, ranks: int, latent: int | None = None) -> None:
+        """Create the layer; collective, since Megatron-core forms its process groups here.
+
+        Args:
+            latent: width of the experts' inputs and outputs (LatentMoE), to and from which all tokens are projected;
+                None: that of the model.
+        """
         super().__init__()
         initialize_megatron(config.world.timeout_seconds, ranks)
         torch.manual_seed(config.seed)
         spec = get_moe_module_spec(use_te=False, num_experts=config.moe.experts, moe_grouped_gemm=_has_cuda())
         with stand_ins():
-            self.layer: Any = MoELayer(_transformer_config(config, ranks), spec.submodules, layer_number=1)
+            self.layer: Any = MoELayer(_transformer_config(config, ranks, latent), spec.submodules, layer_number=1)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Run forward or backward; call it inside `stand_ins`."""
@@ -41,14 +47,30 @@ class MegatronMoE(nn.Module):
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Replace what Megatron-core's MoE layer needs of CUDA while entered, on machines without CUDA."""
+    """Replace what Megatron-core's MoE layer needs of CUDA and of Transformer Engine while entered, where it is not."""
     with ExitStack() as undo:
+        if not moe_layer.HAVE_TE:
+            _set(undo, moe_layer, "HAVE_TE", True)
+            _set(undo, moe_layer, "TELinear", _Projection)
         if not _has_cuda():
             _set(undo, torch.cuda, "current_device", lambda: "cpu")
             _set(undo, moe_utils, "te_general_gemm", None)
             _set(undo, MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", object())
             _set(undo, MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _splits_to_lists)
         yield
+
+
+class _Projection(nn.Linear):
+    """Linear layer in the place of Transformer Engine's, in float32 and without bias."""
+
+    def __init__(self, inputs: int, outputs: int, *, init_method: Callable[[Tensor], Any], **_: Any) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        with torch.no_grad():
+            init_method(self.weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Return the output, and no bias."""
+        return super().forward(x), None
 
 
 def _has_cuda() -> bool:
@@ -69,7 +91,7 @@ def _splits_to_lists(dispatcher: Any, point: str, tokens_per_expert: Tensor | No
     return tokens_per_expert
 
 
-def _transformer_config(config: RunConfig, ranks: int) -> TransformerConfig:
+def _transformer_config(config: RunConfig, ranks: int, latent: int | None) -> TransformerConfig:
     return TransformerConfig(
         num_layers=1,
         hidden_size=config.model.hidden_size,
@@ -82,6 +104,7 @@ def _transformer_config(config: RunConfig, ranks: int) -> TransformerConfig:
         params_dtype=torch.float32,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
+        moe_latent_size=latent,
         **moe_options(config, ranks),
     )
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from moe_dist.benchmarks.baselines.deepspeed_moe import DeepSpeedMoE
 from moe_dist.benchmarks.baselines.megatron_moe import MegatronMoE, stand_ins
 from moe_dist.benchmarks.layer.recorded_routing import RoutingRecord
-from moe_dist.benchmarks.layer.spec import CLUSTERED, LayerShape
+from moe_dist.benchmarks.layer.spec import CLUSTERED, LATENT, LayerShape
 from moe_dist.config import RunConfig, resolve_world
+from moe_dist.config.layer_kinds import PROJECTIONS
 from moe_dist.dispatch.traffic_ledger import TrafficLedger
 from moe_dist.dispatch.traffic_model import vector_bytes
 from moe_dist.distributed.init import RankInfo
@@ -90,6 +91,11 @@ def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: RankInf
         contender = Contender(DeepSpeedMoE(config, process.ranks, CAPACITY_FACTOR), vector)
     elif name == "megatron":
         contender = Contender(MegatronMoE(config, process.ranks), vector, setting=stand_ins)
+    elif name == LATENT:
+        width = latent_width(shape.config("clustered", dtype, top_k))
+        contender = Contender(
+            MegatronMoE(config, process.ranks, width), vector_bytes(width, config.moe.wire_dtype), setting=stand_ins
+        )
     elif name == DENSE:
         contender = Contender(SwiGLU(0, config.moe.dense_width, config.model, config.seed), vector)
     else:
@@ -101,6 +107,17 @@ def build(name: str, shape: LayerShape, dtype: str, top_k: int, process: RankInf
         contender = Contender(layer, vector, ledger)
     contender.module.to(process.device, getattr(torch, dtype))
     return replace(contender, router=_router_of(contender.module), config=config)
+
+
+def latent_width(clustered: RunConfig) -> int:
+    """Return the width of LatentMoE's experts with which they and both projections have a clustered layer's parameters.
+
+    It is rounded down to a multiple of 8.
+    """
+    moe, hidden = clustered.moe, clustered.model.hidden_size
+    held = moe.layer_kind.parameters(hidden, moe, 1, 1)
+    a_column = PROJECTIONS * moe.experts * moe.expert_hidden + 2 * hidden
+    return max(8, (held.base + held.expert) // a_column // 8 * 8)
 
 
 def _router_of(module: nn.Module) -> nn.Parameter | None:

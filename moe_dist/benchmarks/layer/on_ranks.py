@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_dist.benchmarks.collective_timer import CollectiveTimer, timing_collectives
 from moe_dist.benchmarks.layer.contenders import DENSE, STANDARD, Contender, build, mesh_for
 from moe_dist.benchmarks.layer.recorded_routing import RoutingRecord
-from moe_dist.benchmarks.layer.spec import CLUSTERED, RanksBenchSpec, overlapped
+from moe_dist.benchmarks.layer.spec import CLUSTERED, LIBRARIES, RanksBenchSpec, overlapped
 from moe_dist.benchmarks.rounds import inputs, time_rounds
 from moe_dist.config import RunConfig
 from moe_dist.console import titled_table, wide_console
@@ -122,7 +122,8 @@ def _measure(
     x_TD, d_y_TD = inputs(shape.tokens, shape.hidden, dtype, process, shape.seed)
     rounds = time_rounds(contenders, x_TD, d_y_TD, spec.repeats)
     seconds = {name: Spread.of(values) for name, values in rounds.items()}
-    peer = min(spec.peers or (STANDARD,), key=lambda name: seconds[name].median)
+    libraries = [name for name in spec.peers if name in LIBRARIES] or [STANDARD]  # the standard layer by others
+    peer = min(libraries, key=lambda name: seconds[name].median)
     return RanksBenchCase(
         dtype=dtype,
         top_k=top_k,

@@ -7,7 +7,10 @@ from moe_dist.errors import ConfigError
 from moe_dist.launch.options import nested, option
 
 DTYPES = ("float32", "bfloat16")
-PEERS = ("deepspeed", "megatron")
+LIBRARIES = ("deepspeed", "megatron")
+LATENT = "latentmoe"
+PEERS = (*LIBRARIES, LATENT)
+"""Layers of other libraries with the standard layer's sizes, and LatentMoE (arXiv 2601.18089) by Megatron-core."""
 CLUSTERED = {"clustered m=1": 1, "clustered m=2": 2}
 """Name of each of our layers in the tables -> clusters per token."""
 MOST_CHUNKS = 64
@@ -121,7 +124,10 @@ class RanksBenchSpec:
     top_k: tuple[int, ...] = option((2, 4), "k: experts per token; may be given again.")
     dtypes: tuple[str, ...] = option(("float32",), "float32 or bfloat16; may be given again.", flag="--dtype")
     peers: tuple[str, ...] = option(
-        (), "With --ranks, other libraries' layers too: deepspeed,megatron.", flag="--peers"
+        (),
+        "With --ranks, other libraries' layers too: deepspeed,megatron; latentmoe: Megatron-core's LatentMoE with as "
+        "many parameters in experts as clustered has.",
+        flag="--peers",
     )
     overlap: tuple[str, ...] = option(
         (), "With --ranks: the top-1 layer also with moe.overlap_chunks=auto or a number; may be given again."
