@@ -53,7 +53,7 @@ def check_dense_layers(model: ModelConfig, moe: MoEConfig, memory: MemoryConfig)
     _reject({"memory.offload=true": (memory.offload, "false")}, f"moe.dense_layers={moe.dense_layers}")
 
 
-def check_pipeline(world: WorldConfig, model: ModelConfig, memory: MemoryConfig) -> None:
+def check_pipeline(world: WorldConfig, model: ModelConfig, memory: MemoryConfig, moe: MoEConfig) -> None:
     """Reject layers that do not divide over pipeline stages, and what does not work with stages."""
     stages, chunks = world.pipeline, world.virtual_pipeline
     if chunks > 1 and stages == 1:
@@ -62,6 +62,13 @@ def check_pipeline(world: WorldConfig, model: ModelConfig, memory: MemoryConfig)
         of_chunks = f" x world.virtual_pipeline={chunks}" if chunks > 1 else ""
         raise ConfigError(
             f"model.layers={model.layers} is not divisible by world.pipeline={stages}{of_chunks}: change one of them"
+        )
+    size = model.layers // (stages * chunks)
+    last = (chunks - 1) * stages * size + size - 1
+    if stages > 1 and moe.dense_layers > last:
+        raise ConfigError(
+            f"moe.dense_layers={moe.dense_layers}: the first of world.pipeline={stages} stages, whose last layer is "
+            f"number {last}, would have no experts: give each stage more layers"
         )
     if stages > 1:
         _reject({"memory.offload=true": (memory.offload, "false")}, f"world.pipeline={stages}")

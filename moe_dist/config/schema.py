@@ -103,7 +103,7 @@ class RunConfig(Section):
     def _check_consistency(self) -> Self:
         consistency.check_attention_layout(self.world, self.model)
         consistency.check_dense_layers(self.model, self.moe, self.memory)
-        consistency.check_pipeline(self.world, self.model, self.memory)
+        consistency.check_pipeline(self.world, self.model, self.memory, self.moe)
         consistency.check_warmup(self.moe, self.train)
         consistency.check_tokenizer(self.corpus, self.tokenizer)
         consistency.check_precision(self.precision, self.moe)

@@ -39,7 +39,7 @@ LATENT = "{kv_rank: 8, plain_dim: 6, rotary_dim: 4, value_dim: 6}"
 UNLIKE_LAYERS = [
     ["moe.dense_layers=1", "moe.dense_hidden=24", f"model.latent={LATENT}"],
     ["model.window=5", "model.window_from=2"],
-    ["moe.dense_layers=3", "moe.dense_hidden=24", "moe.kind=standard", "world.zero_stage=2"],
+    ["moe.dense_layers=1", "moe.dense_hidden=24", "moe.kind=standard", "world.zero_stage=2"],
 ]
 VARIANTS = [CLUSTERED[0], CLUSTERED[2], CLUSTERED[3], CLUSTERED[5], OTHERS[1], OTHERS[3], *UNLIKE_LAYERS]
 
@@ -92,11 +92,14 @@ def _leaves(figures: Any) -> dict[str, float]:
     return dict(flatten(figures)) if isinstance(figures, dict) else {"": figures or 0.0}
 
 
-@pytest.mark.parametrize("transition", ["adopt", "refit"])
-def test_a_run_with_stages_regroups_and_reports_as_without(tmp_path: Path, transition: str) -> None:
+@pytest.mark.parametrize(
+    ("transition", "layers"),
+    [("adopt", []), ("refit", []), ("refit", ["model.layers=4", "moe.dense_layers=1", "moe.dense_hidden=24"])],
+)
+def test_a_run_with_stages_regroups_and_reports_as_without(tmp_path: Path, transition: str, layers: list[str]) -> None:
     common = [f"runs_dir={tmp_path}", f"corpus.cache_dir={tmp_path}/cache", "tensorboard=false", *REGROUPING]
     common += ["moe.wire_dtype=float32", "train.steps=4", "train.micro_batch_size=4"]
-    common.append(f"recluster.transition={transition}")
+    common += [f"recluster.transition={transition}", *layers]
     run_ranks(_run, 2, [*common, "name=plain"])
     run_ranks(_run, 4, [*common, "name=staged", "world.pipeline=2"])
     plain, staged = tmp_path / "plain", tmp_path / "staged"
@@ -146,6 +149,10 @@ def test_batch_and_ranks_are_divided_by_stage() -> None:
         (
             ["world.pipeline=2", "world.virtual_pipeline=2"],
             r"model\.layers=2 is not divisible by world\.pipeline=2 x world\.virtual_pipeline=2",
+        ),
+        (
+            ["world.pipeline=2", "moe.dense_layers=1", "moe.dense_hidden=64"],
+            r"moe\.dense_layers=1: the first of world\.pipeline=2 stages, whose last layer is number 0, would have no",
         ),
         (["world.pipeline=2", "memory.offload=true"], r"memory\.offload=true does not work with world\.pipeline=2"),
     ],

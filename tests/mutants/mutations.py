@@ -21,7 +21,7 @@ def _of(file: str, tests: str, *changes: tuple[str, str, str]) -> Iterator[Mutat
 PIPELINE = "tests/distributed/test_pipeline.py"
 CHUNKED = "pipeline 2 x data 2 x cluster 1 x shard 1, 2 chunks of layers a stage"
 STAGES = f"'{PIPELINE}::test_stages_train_like_one_rank[{CHUNKED}]'"
-REGROUPED = f"'{PIPELINE}::test_a_run_with_stages_regroups_and_reports_as_without[adopt]'"
+REGROUPED = f"'{PIPELINE}::test_a_run_with_stages_regroups_and_reports_as_without[adopt-layers0]'"
 DIVIDED = f"'{ENGINE}[(1, 2, 1, 1, 2, 1)]' '{ENGINE}[(2, 1, 1, 1, 1, 2)]'"
 EIGHT = "tests/distributed/layouts_of_eight.py"
 OF_EIGHT = f"{EIGHT}::test_layouts_of_eight_train_like_one_rank"
