@@ -22,12 +22,13 @@ def run(code: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
 def test_a_signal_becomes_a_wish(name: str) -> None:
     done = run(
+        f"before = signal.getsignal(signal.{name})\n"  # ignored, where the tests run in the background
         "with StopSignals() as stop:\n"
         "    assert not stop.wanted\n"
         f"    os.kill(os.getpid(), signal.{name})\n"
         "    while not stop.wanted: time.sleep(0.01)\n"
         "print('stops')\n"
-        f"assert signal.getsignal(signal.{name}) in (signal.SIG_DFL, signal.default_int_handler)\n"
+        f"assert signal.getsignal(signal.{name}) is before\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "stops\n", "")
 
