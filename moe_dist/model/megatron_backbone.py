@@ -108,18 +108,8 @@ def build_gpt(
     torch.manual_seed(seed)
     spec, of_stage = attention_spec(model, mesh, layers.numbers), lambda index: feed_forward(layers.numbers[index])
     spec.submodules.mlp = ModuleSpec(module=_FeedForward, params={"factory": of_stage})
-    gpt = GPTModel(
-        config=transformer_config(model, tensor),
-        transformer_layer_spec=TransformerBlockSubmodules([spec] * len(layers.numbers), layer_norm=RmsNorm),
-        vocab_size=vocab_size,
-        max_sequence_length=model.sequence_length,
-        pre_process=layers.first,
-        post_process=layers.last,
-        position_embedding_type="rope",
-        rotary_base=model.rope_base,
-        share_embeddings_and_output_weights=model.tie_embeddings and layers.stages == 1,
-    )
-    number_layers(gpt, layers)
+    tied = model.tie_embeddings and layers.stages == 1
+    gpt = stage_model(model, vocab_size, layers, transformer_config(model, tensor), spec, tied)
     if model.tie_embeddings and layers.last and layers.stages > 1:
         gpt.output_layer.weight = None
     if model.latent is not None:
@@ -133,6 +123,30 @@ def build_gpt(
         for layer in gpt.decoder.layers:
             _recompute_in_backward(layer, recompute_context)
     return cast(nn.Module, gpt)
+
+
+def stage_model(
+    model: ModelConfig,
+    vocab_size: int,
+    layers: StageLayers,
+    transformer: TransformerConfig,
+    spec: ModuleSpec,
+    tied: bool,
+) -> Any:
+    """Return Megatron-core's GPT of one pipeline stage, its layers named by their numbers in the whole model."""
+    gpt = GPTModel(
+        config=transformer,
+        transformer_layer_spec=TransformerBlockSubmodules([spec] * len(layers.numbers), layer_norm=RmsNorm),
+        vocab_size=vocab_size,
+        max_sequence_length=model.sequence_length,
+        pre_process=layers.first,
+        post_process=layers.last,
+        position_embedding_type="rope",
+        rotary_base=model.rope_base,
+        share_embeddings_and_output_weights=tied,
+    )
+    number_layers(gpt, layers)
+    return gpt
 
 
 def attention_spec(model: ModelConfig, mesh: Mesh, numbers: Sequence[int]) -> ModuleSpec:

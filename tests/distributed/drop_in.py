@@ -9,9 +9,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from moe_dist import ClusteredMoE, MoEConfig, update_load_balance
+from moe_dist.benchmarks.baselines import on_cpu
 
 WIDTH, BATCH, LENGTH, STEPS, CLIP, RATE = 8, 8, 3, 3, 0.05, 0.5
 MOE = MoEConfig(
@@ -26,16 +26,10 @@ MOE = MoEConfig(
 )
 
 
-class OnCpu(TorchFunctionMode):
-    """Creates on the CPU what Megatron-core creates on a GPU: gradient buffers, and scalars of its optimizer."""
+class OnCpu(on_cpu.OnCpu):
+    """The same, and CUDA's current device is the CPU."""
 
     STAND_INS: ClassVar[dict[str, Any]] = {"current_device": lambda: "cpu", "synchronize": lambda *_: None}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.type and len(args) == 1:
-            return "torch.cuda.FloatTensor"  # which its clipping wants
-        return func(*args, **kwargs | {"device": "cpu"} if kwargs.get("device") == "cuda" else kwargs)
 
     def __enter__(self) -> Any:
         self.cuda = mock.patch.multiple(torch.cuda, **self.STAND_INS)

@@ -11,14 +11,12 @@ from typing import Any, cast
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from moe_dist.benchmarks.baselines.megatron_moe import moe_options, stand_ins
+from moe_dist.benchmarks.baselines.on_cpu import OnCpu
 from moe_dist.config import RunConfig, resolve_batch, resolve_world
 from moe_dist.data import PrefetchingLoader, PreparedData
 from moe_dist.data.batches import open_batches
@@ -26,10 +24,16 @@ from moe_dist.distributed.init import RankInfo
 from moe_dist.distributed.mesh import Mesh
 from moe_dist.model.initial_values import draw_initial_values
 from moe_dist.model.megatron_attention import RotaryOnDevice
-from moe_dist.model.megatron_backbone import RmsNorm, attention_spec, initialize_megatron, transformer_config
+from moe_dist.model.megatron_backbone import (
+    RmsNorm,
+    attention_spec,
+    initialize_megatron,
+    stage_model,
+    transformer_config,
+)
 from moe_dist.model.megatron_schedule import replace_devices
 from moe_dist.model.megatron_tensor_parallel import install_stand_ins, mark_shards
-from moe_dist.model.pipeline_stage import StageLayers, number_layers, positions
+from moe_dist.model.pipeline_stage import StageLayers, positions
 
 
 class MegatronTraining:
@@ -50,7 +54,7 @@ class MegatronTraining:
         initialize_megatron(config.world.timeout_seconds, shape.cluster * shape.shard, shape.tensor, shape.pipeline)
         install_stand_ins()
         replace_devices()
-        with stand_ins(), _OnCpu():
+        with stand_ins(), OnCpu():
             gpt = _gpt(config, data.vocab_size, self.mesh).to(process.device)
             zero = config.world.zero_stage > 0
             ddp = DistributedDataParallelConfig(use_distributed_optimizer=zero)
@@ -90,7 +94,7 @@ class MegatronTraining:
                 micro_batch_size=self.batch.micro,
                 forward_only=False,
             )
-            with _OnCpu():
+            with OnCpu():
                 self.optimizer.step()
         mean: float = sum(each["loss"].item() for each in losses) / max(1, len(losses))
         return mean
@@ -137,19 +141,8 @@ def _gpt(config: RunConfig, vocab_size: int, mesh: Mesh) -> nn.Module:
     spec = attention_spec(model, mesh, range(model.layers))  # it counts the layers of earlier stages too
     spec.submodules.mlp = get_mlp_module_spec(use_te=False, num_experts=moe.experts if standard else None)
     torch.manual_seed(config.seed)
-    gpt: Any = GPTModel(
-        config=transformer,
-        transformer_layer_spec=TransformerBlockSubmodules([spec] * len(layers.numbers), layer_norm=RmsNorm),
-        vocab_size=vocab_size,
-        max_sequence_length=model.sequence_length,
-        pre_process=layers.first,
-        post_process=layers.last,
-        position_embedding_type="rope",
-        rotary_base=model.rope_base,
-        share_embeddings_and_output_weights=model.tie_embeddings,
-    )
+    gpt = stage_model(model, vocab_size, layers, transformer, spec, tied=model.tie_embeddings)
     gpt.rotary_pos_emb = RotaryOnDevice(model, mesh.in_attention.context)
-    number_layers(gpt, layers)  # initial values are drawn by name
     mark_shards(gpt)
     draw_initial_values(gpt, model, config.seed, tensor, mesh.in_attention.tensor)
     gpt.setup_embeddings_and_output_layer()  # copies a tied embedding to the last stage
@@ -157,17 +150,3 @@ def _gpt(config: RunConfig, vocab_size: int, mesh: Mesh) -> nn.Module:
         if isinstance(module, RmsNorm):  # each rank of a tensor group sees a part of the tokens
             module.weight.sequence_parallel = tensor > 1  # type: ignore[attr-defined]
     return cast(nn.Module, gpt)
-
-
-class _OnCpu(TorchFunctionMode):
-    """Leaves on the CPU what Megatron-core creates on a GPU, on machines without CUDA."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.cuda.is_available():
-            return func(*args, **kwargs)
-        if func is torch.Tensor.type and len(args) == 1:
-            return "torch.cuda.FloatTensor"  # the type that its optimizer wants
-        if func is torch.Tensor.cuda:
-            return args[0]
-        return func(*args, **kwargs | {"device": "cpu"} if kwargs.get("device") == "cuda" else kwargs)
